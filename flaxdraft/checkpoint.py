@@ -1,0 +1,73 @@
+"""Checkpoints on Orbax: the only file that imports it.
+
+A checkpoint holds the train state (parameters, moments, step), and the draft's vocabulary map beside them. Orbax
+writes under a temporary name and renames, so only complete checkpoints are ever seen.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # raised inside orbax while it is imported
+    from orbax.checkpoint import v1 as ocp
+
+from flaxdraft.errors import InputError
+from flaxdraft.interfaces import VocabMap
+
+
+class Checkpoints:
+    """The checkpoints of one run; use it as a context manager, so that the last save is finished on the way out."""
+
+    def __init__(self, directory: Path, *, every: int = 1, keep: int = 2):
+        policies = ocp.training
+        self._inner = policies.Checkpointer(
+            directory.resolve(),
+            save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(every),
+            preservation_policy=policies.preservation_policies.LatestN(keep),
+        )
+        self._directory = directory
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._inner.close()
+
+    def latest_step(self) -> int | None:
+        latest = self._inner.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, state: Any, vocab: VocabMap, *, force: bool = False) -> None:
+        """Starts an asynchronous save if one is due at this step."""
+        if force and self.latest_step() == step:
+            return
+        items = {"state": state, "vocab": {"target_ids": vocab.target_ids_W.astype(np.int64)}}
+        self._inner.save_checkpointables_async(
+            step, items, force=force, custom_metadata={"vocab_size": vocab.vocab_size}
+        )
+
+    def restore(self, abstract_state: Any, vocab: VocabMap) -> Any:
+        """The newest state, placed where the abstract one says.
+
+        Raises:
+            InputError: the checkpoint belongs to another vocabulary map.
+        """
+        step = self.latest_step()
+        saved = self._inner.load_checkpointables(step, {"vocab": None})["vocab"]["target_ids"]
+        if not np.array_equal(np.asarray(saved), vocab.target_ids_W):
+            raise InputError(
+                f"{self._directory}: the checkpoint of step {step} has another vocabulary map "
+                f"({len(saved)} tokens) than this run ({vocab.draft_vocab_size}); use another output_dir"
+            )
+        return self._inner.load_checkpointables(step, {"state": abstract_state})["state"]
+
+
+def abstract_like(state: Any) -> Any:
+    """Shapes, dtypes and places of a state, as restore targets."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

@@ -1,0 +1,168 @@
+"""The run configuration: one YAML file, strictly checked, with `section.field=value` overrides.
+
+Every field is used by exactly one part. Unknown keys are errors that name the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from flaxdraft.errors import InputError
+
+
+def _number(value: Any) -> Any:
+    # YAML 1.1 reads 1e-3 as text, since it has no dot.
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TargetConfig(_Section):
+    path: Text  # a .gguf file, or wheel:NAME==VERSION/FILE
+    sha256: str | None = None
+    tap_layers: list[int] | None = Field(default=None, min_length=3, max_length=3)  # outputs of these layers
+
+
+class DataConfig(_Section):
+    prompts: Text  # JSONL of {id, category, split, prompt}
+    num_prompts: int | None = Field(default=None, ge=1)  # of the training prompts; null takes all
+    max_prompt_tokens: int = Field(default=192, ge=8)
+    max_answer_tokens: int = Field(default=96, ge=4)
+    rows: int = Field(default=64, ge=1)  # conversations decoded together
+    feature_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class DraftConfig(_Section):
+    architecture: Text = "llama"  # a module of flaxdraft/drafts
+    draft_vocab_size: int = Field(default=8192, ge=1)
+    fields: dict[str, Any] = {}  # overrides of the architecture's Config, which follows the target by default
+    warm_start: bool = True  # lm_head, norm and fc from the target's weights
+
+
+class AlgorithmConfig(_Section):
+    name: Text = "eagle3"  # a module of flaxdraft/algorithms
+    ttt_length: int = Field(default=7, ge=1)
+    step_decay: Number = Field(default=0.8, gt=0, le=1)
+
+
+class TrainConfig(_Section):
+    num_steps: int = Field(ge=1)
+    batch_size: int = Field(default=8, ge=1)  # conversations
+    learning_rate: Number = Field(default=1e-4, gt=0)
+    warmup_ratio: Number = Field(default=0.05, ge=0, lt=1)
+    final_lr_ratio: Number = Field(default=0.0, ge=0, le=1)  # of the cosine's end
+    betas: list[Number] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    weight_decay: Number = Field(default=0.0, ge=0)
+    clip_norm: Number = Field(default=0.5, gt=0)
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    length_buckets: int = Field(default=2, ge=1)  # padded lengths, each of which compiles once
+    log_every: int = Field(default=10, ge=1)
+    eval_every: int = Field(default=100, ge=1)
+    checkpoint_every: int = Field(default=50, ge=1)
+
+
+class EvaluateConfig(_Section):
+    max_new_tokens: int = Field(default=64, ge=2)
+    chain_length: int = Field(default=4, ge=1)  # draft tokens a target pass
+
+
+class ExportConfig(_Section):
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+
+class MeshConfig(_Section):
+    data: int = Field(default=1, ge=1)  # devices over which training batches are split
+
+
+class RunConfig(_Section):
+    """Everything a run depends on."""
+
+    output_dir: Text
+    name: str | None = None  # of this draft's folder under output_dir; the architecture by default
+    seed: int = Field(default=0, ge=0)
+    target: TargetConfig
+    data: DataConfig
+    draft: DraftConfig = DraftConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    @property
+    def draft_dir(self) -> Path:
+        return Path(self.output_dir) / (self.name or self.draft.architecture)
+
+
+def _known_keys(model: type[BaseModel], loc: tuple) -> list[str]:
+    for part in loc:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """' (did you mean X?)' or the list of what there is."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+
+
+def _explain(error: dict[str, Any], origin: str) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(RunConfig, error["loc"][:-1])
+        return f"{origin}: unknown key {path!r}; {nearest(str(error['loc'][-1]), known)}"
+    if error["type"] == "missing":
+        return f"{origin}: {path} is missing"
+    return f"{origin}: {path}: found {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError(f"override {text!r}: expected section.field=value")
+    *sections, last = key.split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise InputError(f"override {text!r}: {section} is not a section")
+    try:
+        raw[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {text!r}: {value!r} is not a YAML value") from error
+
+
+def load_config(path: str, overrides: list[str]) -> RunConfig:
+    """Reads and checks a run configuration.
+
+    Raises:
+        InputError: the file is missing or not YAML; a key is unknown or missing; a value has the wrong type or
+            range. Every problem is listed.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
+    for text in overrides:
+        _override(raw, text)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(item, path) for item in error.errors())) from error

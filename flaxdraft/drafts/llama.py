@@ -1,0 +1,97 @@
+"""The Llama draft: grouped-query attention on the EAGLE-3 surface."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+
+from flaxdraft.errors import InputError
+from flaxdraft.nn.eagle3 import COMMON_NAMES, Eagle3Draft, Eagle3Sizes
+from flaxdraft.nn.gqa import GQA, GQAConfig
+from flaxdraft.nn.rope import RopeConfig
+from flaxdraft.precision import Precision
+
+ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
+MODEL_TYPES = ("llama",)
+SERVING_ARCHITECTURE = "LlamaForCausalLMEagle3"  # SGLang, vLLM and sglang-jax all take this one
+
+NAME_TABLE = (
+    *COMMON_NAMES,
+    ("self_attn/q_proj/kernel", "midlayer.self_attn.q_proj.weight", "transpose"),
+    ("self_attn/k_proj/kernel", "midlayer.self_attn.k_proj.weight", "transpose"),
+    ("self_attn/v_proj/kernel", "midlayer.self_attn.v_proj.weight", "transpose"),
+    ("self_attn/o_proj/kernel", "midlayer.self_attn.o_proj.weight", "transpose"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Eagle3Sizes):
+    """Sizes of a Llama draft."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope: RopeConfig
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"draft.fields.num_key_value_heads: {self.num_key_value_heads} does not divide "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Config:
+        """Reads a draft's config.json."""
+        if config.get("attention_bias"):
+            raise InputError("draft config: attention_bias is true; servers load no attention biases, expected false")
+        heads = config["num_attention_heads"]
+        return cls(
+            **cls.from_hf_sizes(config),
+            num_attention_heads=heads,
+            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            rope=RopeConfig.from_hf(config),
+        )
+
+    @classmethod
+    def for_target(cls, target: Any, draft_vocab_size: int) -> dict[str, Any]:
+        """Defaults next to a target: its widths, heads and rotary embedding."""
+        return {
+            "hidden_size": target.hidden_size,
+            "intermediate_size": target.intermediate_size,
+            "target_hidden_size": target.hidden_size,
+            "vocab_size": target.vocab_size,
+            "draft_vocab_size": draft_vocab_size,
+            "rms_norm_eps": target.rms_norm_eps,
+            "num_attention_heads": target.num_attention_heads,
+            "num_key_value_heads": target.num_key_value_heads,
+            "head_dim": target.head_dim,
+            "rope": target.rope,
+        }
+
+    def to_hf(self) -> dict[str, Any]:
+        """config.json fields, without the target's layer ids."""
+        return {
+            **self.to_hf_sizes(SERVING_ARCHITECTURE, "llama"),
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.rope.max_position_embeddings,
+            **self.rope.to_hf(),
+        }
+
+
+def attention(config: Config, precision: Precision, rngs: nnx.Rngs) -> GQA:
+    c = config
+    gqa = GQAConfig(c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rope)
+    return GQA(gqa, 2 * c.hidden_size, c.hidden_size, precision, rngs)
+
+
+def make(config: Config, vocab, embedding_VD, *, precision, sharding, rngs) -> Eagle3Draft:
+    """A draft with fresh weights; see `Eagle3Draft`."""
+    heads = attention(config, precision, rngs)
+    return Eagle3Draft(config, heads, vocab, embedding_VD, precision=precision, sharding=sharding, rngs=rngs)

@@ -1,0 +1,138 @@
+"""The MLA draft (DeepSeek and Kimi family): latent attention on the EAGLE-3 surface."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+
+from flaxdraft.errors import InputError
+from flaxdraft.nn.eagle3 import COMMON_NAMES, Eagle3Draft, Eagle3Sizes
+from flaxdraft.nn.mla import MLA, MLAConfig
+from flaxdraft.nn.rope import RopeConfig
+from flaxdraft.precision import Precision
+
+ARCHITECTURES = ("Eagle3DeepseekV2ForCausalLM", "Eagle3DeepseekV3ForCausalLM", "DeepseekV3ForCausalLMEagle3")
+MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "kimi_k2")
+SERVING_ARCHITECTURE = "Eagle3DeepseekV2ForCausalLM"  # the one name that SGLang and vLLM both register
+
+_ALWAYS = (
+    ("self_attn/kv_a_proj_with_mqa/kernel", "midlayer.self_attn.kv_a_proj_with_mqa.weight", "transpose"),
+    ("self_attn/kv_a_layernorm/scale", "midlayer.self_attn.kv_a_layernorm.weight", "copy"),
+    ("self_attn/kv_b_proj/kernel", "midlayer.self_attn.kv_b_proj.weight", "transpose"),
+    ("self_attn/o_proj/kernel", "midlayer.self_attn.o_proj.weight", "transpose"),
+)
+NAME_TABLE = (
+    *COMMON_NAMES,
+    *_ALWAYS,
+    ("self_attn/q_a_proj/kernel", "midlayer.self_attn.q_a_proj.weight", "transpose"),
+    ("self_attn/q_a_layernorm/scale", "midlayer.self_attn.q_a_layernorm.weight", "copy"),
+    ("self_attn/q_b_proj/kernel", "midlayer.self_attn.q_b_proj.weight", "transpose"),
+)
+# Trainable, but no server loads a draft without the low-rank query.
+NAME_TABLE_PLAIN_QUERY = (
+    *COMMON_NAMES,
+    *_ALWAYS,
+    ("self_attn/q_proj/kernel", "midlayer.self_attn.q_proj.weight", "transpose"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Eagle3Sizes):
+    """Sizes of an MLA draft."""
+
+    num_attention_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    latent_norm_eps: float
+    rope: RopeConfig
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.qk_rope_head_dim % 2:
+            raise InputError(f"draft.fields.qk_rope_head_dim: found {self.qk_rope_head_dim}, expected an even width")
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Config:
+        """Reads a draft's config.json; the latent norms' epsilon defaults to rms_norm_eps, as servers have it."""
+        return cls(
+            **cls.from_hf_sizes(config),
+            num_attention_heads=config["num_attention_heads"],
+            q_lora_rank=config.get("q_lora_rank"),
+            kv_lora_rank=config["kv_lora_rank"],
+            qk_nope_head_dim=config["qk_nope_head_dim"],
+            qk_rope_head_dim=config["qk_rope_head_dim"],
+            v_head_dim=config["v_head_dim"],
+            latent_norm_eps=config.get("latent_norm_eps", config["rms_norm_eps"]),
+            rope=RopeConfig.from_hf(config),
+        )
+
+    @classmethod
+    def for_target(cls, target: Any, draft_vocab_size: int) -> dict[str, Any]:
+        """Defaults next to a target: its width and heads, DeepSeek's proportions between the ranks."""
+        half = target.head_dim // 2
+        return {
+            "hidden_size": target.hidden_size,
+            "intermediate_size": target.intermediate_size,
+            "target_hidden_size": target.hidden_size,
+            "vocab_size": target.vocab_size,
+            "draft_vocab_size": draft_vocab_size,
+            "rms_norm_eps": target.rms_norm_eps,
+            "num_attention_heads": target.num_attention_heads,
+            "q_lora_rank": max(target.hidden_size // 3 // 64 * 64, 64),
+            "kv_lora_rank": max(target.hidden_size // 4 // 64 * 64, 64),
+            "qk_nope_head_dim": target.head_dim,
+            "qk_rope_head_dim": half,
+            "v_head_dim": target.head_dim,
+            "latent_norm_eps": target.rms_norm_eps,
+            "rope": target.rope,
+        }
+
+    def to_hf(self) -> dict[str, Any]:
+        """config.json fields, without the target's layer ids.
+
+        Raises:
+            InputError: a plain query projection, which no server can load.
+        """
+        if self.q_lora_rank is None:
+            raise InputError("export: an MLA draft without q_lora_rank cannot be served; SGLang and vLLM both need it")
+        if self.latent_norm_eps != self.rms_norm_eps:
+            raise InputError(
+                f"export: latent_norm_eps {self.latent_norm_eps} differs from rms_norm_eps {self.rms_norm_eps}; "
+                "servers use rms_norm_eps for both"
+            )
+        rope = self.rope.to_hf()
+        for scaled in (rope["rope_parameters"], rope.get("rope_scaling", {})):
+            if scaled.get("rope_type") == "yarn":  # servers read both, and their defaults differ
+                scaled.setdefault("mscale", 1.0)
+                scaled.setdefault("mscale_all_dim", 0.0)
+        return {
+            **self.to_hf_sizes(SERVING_ARCHITECTURE, "deepseek_v3"),
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_attention_heads,
+            "q_lora_rank": self.q_lora_rank,
+            "kv_lora_rank": self.kv_lora_rank,
+            "qk_nope_head_dim": self.qk_nope_head_dim,
+            "qk_rope_head_dim": self.qk_rope_head_dim,
+            "v_head_dim": self.v_head_dim,
+            "rope_interleave": True,
+            "first_k_dense_replace": 1,  # the one layer is dense
+            "max_position_embeddings": self.rope.max_position_embeddings,
+            **rope,
+        }
+
+
+def attention(config: Config, precision: Precision, rngs: nnx.Rngs) -> MLA:
+    names = [field.name for field in dataclasses.fields(MLAConfig)]
+    mla = MLAConfig(**{name: getattr(config, name) for name in names})
+    return MLA(mla, 2 * config.hidden_size, config.hidden_size, precision, rngs)
+
+
+def make(config: Config, vocab, embedding_VD, *, precision, sharding, rngs) -> Eagle3Draft:
+    """A draft with fresh weights; see `Eagle3Draft`."""
+    heads = attention(config, precision, rngs)
+    return Eagle3Draft(config, heads, vocab, embedding_VD, precision=precision, sharding=sharding, rngs=rngs)

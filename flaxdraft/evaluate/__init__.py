@@ -1,0 +1,1 @@
+"""How good a draft is: teacher-forced walks and real speculative decoding."""

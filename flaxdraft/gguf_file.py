@@ -1,0 +1,140 @@
+"""GGUF files of the Llama family: configuration, weights under Hugging Face names, tokenizer.
+
+llama.cpp permutes the rows of q and k so that rotary pairs become neighbours; reading undoes it. Quantised blocks
+are dequantised by the `gguf` package to float32.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from flaxdraft.errors import InputError
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+
+
+class GGUFCheckpoint:
+    """One open file; tensors are dequantised when asked for."""
+
+    def __init__(self, path: Path):
+        """
+        Raises:
+            InputError: not a GGUF file, truncated, or of another architecture.
+        """
+        self.path = path
+        try:
+            self._reader = gguf.GGUFReader(path)
+        except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not a readable GGUF file ({error}); it is truncated or altered") from error
+        architecture = self._field("general.architecture")
+        if architecture != "llama":
+            raise InputError(f"{path}: GGUF architecture {architecture!r} is not supported; supported: llama")
+        self.config = self._read_config()
+        self._tensors = {self._hf_name(tensor.name): tensor for tensor in self._reader.tensors}
+        self.config["tie_word_embeddings"] = "lm_head.weight" not in self._tensors
+
+    def _field(self, key: str, default: Any = None) -> Any:
+        field = self._reader.get_field(key)
+        if field is None:
+            if default is None:
+                raise InputError(f"{self.path}: the GGUF metadata have no {key!r}")
+            return default
+        return field.contents()
+
+    def _hf_name(self, name: str) -> str:
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
+        if match is None or match[2] not in _NAMES:
+            raise InputError(f"{self.path}: unknown GGUF tensor {name!r}")
+        layer = "" if match[1] is None else f"model.layers.{match[1]}."
+        return f"{layer}{_NAMES[match[2]]}.weight"
+
+    def _read_config(self) -> dict[str, Any]:
+        heads = self._field("llama.attention.head_count")
+        hidden = self._field("llama.embedding_length")
+        if self._reader.get_field("llama.rope.scaling.type") is not None:
+            raise InputError(f"{self.path}: GGUF rope scaling is not supported yet")
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self._field("llama.vocab_size"),
+            "hidden_size": hidden,
+            "intermediate_size": self._field("llama.feed_forward_length"),
+            "num_hidden_layers": self._field("llama.block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._field("llama.attention.head_count_kv", heads),
+            "head_dim": self._field("llama.rope.dimension_count", hidden // heads),
+            # stored as float32; the written value is the nearest short decimal
+            "rms_norm_eps": float(f"{self._field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
+            "rope_theta": float(self._field("llama.rope.freq_base", 10000.0)),
+            "max_position_embeddings": self._field("llama.context_length"),
+        }
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def get(self, name: str) -> np.ndarray:
+        """float32 [out, in], in Hugging Face's row order."""
+        tensor = self._tensors[name]
+        weight = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        if name.endswith("q_proj.weight"):
+            return unpermute(weight, self.config["num_attention_heads"])
+        if name.endswith("k_proj.weight"):
+            return unpermute(weight, self.config["num_key_value_heads"])
+        return weight
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Byte-level BPE from the file's metadata, with its chat template.
+
+        Raises:
+            InputError: another tokenizer model or pre-tokenizer than the ones known here.
+        """
+        model, pre = self._field("tokenizer.ggml.model"), self._field("tokenizer.ggml.pre")
+        if (model, pre) != ("gpt2", "smollm"):
+            raise InputError(f"{self.path}: tokenizer {model}/{pre} is not supported; supported: gpt2/smollm")
+        tokens = self._field("tokenizer.ggml.tokens")
+        merges = [tuple(merge.split(" ", 1)) for merge in self._field("tokenizer.ggml.merges")]
+        inner = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+        inner.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        inner.decoder = decoders.ByteLevel()
+        kinds = self._field("tokenizer.ggml.token_type")
+        inner.add_special_tokens(
+            [AddedToken(tokens[i], special=True, normalized=False) for i, k in enumerate(kinds) if k == _CONTROL]
+        )
+        inner.add_tokens([AddedToken(tokens[i], normalized=False) for i, k in enumerate(kinds) if k == _USER_DEFINED])
+        return PreTrainedTokenizerFast(
+            tokenizer_object=inner,
+            chat_template=self._field("tokenizer.chat_template"),
+            bos_token=tokens[self._field("tokenizer.ggml.bos_token_id")],
+            eos_token=tokens[self._field("tokenizer.ggml.eos_token_id")],
+            pad_token=tokens[self._field("tokenizer.ggml.padding_token_id")],
+            model_max_length=self.config["max_position_embeddings"],
+        )
+
+
+def unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """Undoes llama.cpp's q/k row order: pairs (2i, 2i+1) go back to (i, i + H/2)."""
+    out, num_in = weight.shape
+    return weight.reshape(num_heads, out // num_heads // 2, 2, num_in).swapaxes(1, 2).reshape(out, num_in)

@@ -1,0 +1,231 @@
+"""What passes between the parts, and how a part is found by its name.
+
+Shape letters: B batch, T time, R supervised rows kept of T, J unroll steps, D draft width, E target width,
+V target vocabulary, W draft vocabulary, N query heads, K key/value heads, H head width, S cache slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from flaxdraft.errors import InputError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Token rows, unshifted. Only an algorithm shifts."""
+
+    tokens_BT: Int[Array, "B T"]
+    assistant_BT: Bool[Array, "B T"]  # 1 where the assistant produced the token, its end-of-turn token included
+    segments_BT: Int[Array, "B T"]  # 0 padding; documents 1, 2, ...
+    positions_BT: Int[Array, "B T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What the frozen target says about a batch; it knows no draft vocabulary."""
+
+    taps_BT3E: Float[Array, "B T 3 E"]  # residual stream after three chosen layers, un-normed
+    last_BTE: Float[Array, "B T E"]  # after the target's final norm
+    argmax_BT: Int[Array, "B T"]  # over the full vocabulary
+    logsumexp_BT: Float[Array, "B T"]  # over the full vocabulary
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """All that an algorithm needs for one evaluation of its loss.
+
+    `rows_BR` lists, ascending, the rows that some step supervises; entries >= T are padding. It must hold every
+    supervised row (`flaxdraft.algorithms` builds it on the host), since rows outside it are never computed.
+    `teacher_head_WE` are the target's head rows of the draft vocabulary.
+    """
+
+    batch: Batch
+    features: Features
+    rows_BR: Int[Array, "B R"]
+    teacher_head_WE: Float[Array, "W E"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VocabMap:
+    """The target ids of the W draft tokens, strictly ascending. It belongs to the draft and its checkpoint."""
+
+    target_ids_W: np.ndarray
+    vocab_size: int
+
+    def __post_init__(self):
+        ids = self.target_ids_W
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
+            raise InputError(f"vocabulary map: expected a non-empty integer vector, found {ids.dtype}{ids.shape}")
+        if np.any(np.diff(ids) <= 0):
+            at = int(np.argmax(np.diff(ids) <= 0))
+            raise InputError(
+                f"vocabulary map: target ids must ascend strictly, found {ids[at]} then {ids[at + 1]} at entry {at}"
+            )
+        if ids[0] < 0 or ids[-1] >= self.vocab_size:
+            raise InputError(
+                f"vocabulary map: ids {ids[0]}..{ids[-1]} leave the target vocabulary 0..{self.vocab_size - 1}"
+            )
+
+    @property
+    def draft_vocab_size(self) -> int:
+        return int(self.target_ids_W.size)
+
+    def d2t(self) -> np.ndarray:
+        """int64 [W] OFFSETS, the servers' convention: target id = i + d2t[i]."""
+        return self.target_ids_W.astype(np.int64) - np.arange(self.draft_vocab_size, dtype=np.int64)
+
+    def t2d(self) -> np.ndarray:
+        """bool [V] membership mask."""
+        member = np.zeros(self.vocab_size, bool)
+        member[self.target_ids_W] = True
+        return member
+
+    def to_draft(self) -> np.ndarray:
+        """int32 [V]: the draft id of each target id, -1 outside the draft vocabulary."""
+        table = np.full(self.vocab_size, -1, np.int32)
+        table[self.target_ids_W] = np.arange(self.draft_vocab_size, dtype=np.int32)
+        return table
+
+    @classmethod
+    def from_d2t(cls, d2t: np.ndarray, vocab_size: int) -> VocabMap:
+        return cls(np.asarray(d2t).astype(np.int64) + np.arange(len(d2t)), vocab_size)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossSums:
+    """Sums per unroll step, never means: they are added over micro-batches and hosts and divided once."""
+
+    loss_J: Float[Array, " J"]
+    loss_count_J: Int[Array, " J"]  # supervised, teacher argmax in the draft vocabulary
+    row_count_J: Int[Array, " J"]  # supervised
+    hit_J: Int[Array, " J"]  # draft argmax is the target's argmax
+    prefix_hit_J: Int[Array, " J"]  # hits at this step and all before
+    expected_accept_J: Float[Array, " J"]  # sum over supervised rows of sum_w min(p_full[w], q[w])
+
+    def __add__(self, other: LossSums) -> LossSums:
+        return jax.tree.map(jnp.add, self, other)
+
+    def mean_loss(self, step_weight_J: Float[Array, " J"]) -> Float[Array, ""]:
+        """sum_j w_j S_j / sum_j w_j N_j: the one division, over whatever has been summed."""
+        count = jnp.sum(step_weight_J * self.loss_count_J)
+        return jnp.sum(step_weight_J * self.loss_J) / jnp.maximum(count, 1.0)
+
+
+@runtime_checkable
+class Target(Protocol):
+    """A frozen language model: teacher, data generator and verifier."""
+
+    config: Any
+
+    def features(self, batch: Batch) -> Features:
+        """Taps, last hidden state and full-vocabulary statistics of every row of the batch."""
+        ...
+
+    def new_cache(self, num_rows: int, num_slots: int) -> Any:
+        """An empty KV cache; slot s holds position s of its row."""
+        ...
+
+    def fork_cache(self, cache: Any, num_rows: int) -> Any:
+        """The cache of one row, copied to many rows that begin alike."""
+        ...
+
+    def extend(
+        self, cache: Any, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], head: str
+    ) -> tuple[Any, Features]:
+        """Run new tokens against the cache (which is consumed) and return it with their features; head is "all" or
+        "end": statistics of every position, or of each row's last one."""
+        ...
+
+    def embedding(self) -> Float[Array, "V E"]: ...
+    def head(self) -> Float[Array, "V E"]: ...
+    def final_norm(self) -> Float[Array, " E"]: ...
+
+
+class Draft(Protocol):
+    """The EAGLE-3 surface of a draft module; nothing outside its file knows which architecture it is."""
+
+    config: Any
+    softmax_scale: float
+
+    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]: ...
+    def project(self, taps_BT3E: Float[Array, "B T 3 E"]) -> Float[Array, "B T D"]: ...
+    def attention_input(
+        self, embeds_BTD: Float[Array, "B T D"], hidden_BTD: Float[Array, "B T D"]
+    ) -> Float[Array, "B T X"]: ...
+    def query(self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]: ...
+    def key_value(
+        self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K C"]]: ...
+    def finish(
+        self, hidden_BTD: Float[Array, "B T D"], heads_BTNC: Float[Array, "B T N C"]
+    ) -> Float[Array, "B T D"]: ...
+    def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T W"]: ...
+
+
+class Algorithm(Protocol):
+    """How a draft is trained: the only place where rows are shifted."""
+
+    num_steps: int
+
+    def rows(self, assistant_BT: np.ndarray, segments_BT: np.ndarray) -> np.ndarray: ...
+    def loss_sums(self, draft: Draft, example: Example) -> LossSums: ...
+    def mean_loss(self, sums: LossSums) -> Float[Array, ""]: ...
+
+
+def modules_of(package: str) -> Iterator[tuple[str, ModuleType]]:
+    """Every module of a package with its short name; a new file is found without being registered anywhere."""
+    root = importlib.import_module(package)
+    for info in pkgutil.iter_modules(root.__path__):
+        yield info.name, importlib.import_module(f"{package}.{info.name}")
+
+
+def find_by_name(package: str, name: str, field: str) -> ModuleType:
+    """The module `package.name`.
+
+    Raises:
+        InputError: no such module; the message lists the names there are and the file that would add one.
+    """
+    names = [info.name for info in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+    if name not in names:
+        raise InputError(
+            f"{field}: no {name!r} in {package}; found {', '.join(sorted(names))}. "
+            f"A new one is a new file {package.replace('.', '/')}/{name}.py"
+        )
+    return importlib.import_module(f"{package}.{name}")
+
+
+def find_by_architecture(package: str, config: dict[str, Any], origin: str) -> ModuleType:
+    """The module that declares the config's `architectures` (first) or `model_type`.
+
+    Raises:
+        InputError: none declares it, or two do.
+    """
+    wanted = [*config.get("architectures", [])[:1], config.get("model_type")]
+    known = {}
+    for name, module in modules_of(package):
+        for declared in (*module.ARCHITECTURES, *module.MODEL_TYPES):
+            if declared in known and known[declared] is not module:
+                raise InputError(f"{package}: both {known[declared].__name__} and {name} declare {declared!r}")
+            known[declared] = module
+    for key in wanted:
+        if key in known:
+            return known[key]
+    raise InputError(
+        f"{origin}: architecture {wanted[0]!r} (model_type {wanted[-1]!r}) is not supported; supported are "
+        f"{', '.join(sorted(known))}. A new family is a new file in {package.replace('.', '/')}/"
+    )

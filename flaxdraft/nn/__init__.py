@@ -1,0 +1,1 @@
+"""Blocks that targets and drafts share."""

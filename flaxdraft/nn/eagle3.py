@@ -1,0 +1,199 @@
+"""The EAGLE-3 draft around its attention: everything that Llama and MLA drafts have in common.
+
+One layer fed by three tapped target states (arXiv 2503.01840, section 3):
+    x = concat(input_layernorm(embed), hidden_norm(h)); h = h + attn(x); h = h + mlp(post_attention_layernorm(h))
+    logits = lm_head(norm(h))
+
+Shape letters: B batch, T time, D draft width, E target width, V target vocabulary, W draft vocabulary,
+N heads, C value width, X = 2 D.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from flaxdraft.errors import InputError
+from flaxdraft.interfaces import VocabMap
+from flaxdraft.mesh import Sharding
+from flaxdraft.nn.layers import Frozen, GatedMLP, RMSNorm, linear
+from flaxdraft.precision import Precision
+
+# (JAX path, PyTorch key, transform) of the weights around the attention, in the servers' flat layout.
+COMMON_NAMES = (
+    ("fc/kernel", "fc.weight", "transpose"),
+    ("input_layernorm/scale", "midlayer.input_layernorm.weight", "copy"),
+    ("hidden_norm/scale", "midlayer.hidden_norm.weight", "copy"),
+    ("post_attention_layernorm/scale", "midlayer.post_attention_layernorm.weight", "copy"),
+    ("mlp/gate_proj/kernel", "midlayer.mlp.gate_proj.weight", "transpose"),
+    ("mlp/up_proj/kernel", "midlayer.mlp.up_proj.weight", "transpose"),
+    ("mlp/down_proj/kernel", "midlayer.mlp.down_proj.weight", "transpose"),
+    ("norm/scale", "norm.weight", "copy"),
+    ("lm_head/kernel", "lm_head.weight", "transpose"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eagle3Sizes:
+    """Sizes that every draft config has; names as in config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    target_hidden_size: int
+    vocab_size: int
+    draft_vocab_size: int
+    rms_norm_eps: float
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise InputError(f"draft.fields.{field.name}: found {value!r}, expected a positive integer")
+        if self.draft_vocab_size > self.vocab_size:
+            raise InputError(
+                f"draft.draft_vocab_size: {self.draft_vocab_size} is larger than the target's vocabulary "
+                f"{self.vocab_size}"
+            )
+        if 3 * self.target_hidden_size == self.hidden_size:
+            raise InputError(
+                f"draft.fields.hidden_size: {self.hidden_size} equals 3 x target_hidden_size; servers tell tapped "
+                "states from draft states by their width, so this draft could not be served"
+            )
+
+    @classmethod
+    def from_hf_sizes(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """The common sizes of a config.json, as keyword arguments.
+
+        Raises:
+            InputError: several layers or tied embeddings, which no portable draft has.
+        """
+        if config.get("num_hidden_layers", 1) != 1:
+            raise InputError(f"draft config: num_hidden_layers is {config['num_hidden_layers']}, expected 1")
+        if config.get("tie_word_embeddings"):
+            raise InputError("draft config: tie_word_embeddings is true, expected false (a draft has its own head)")
+        hidden = config["hidden_size"]
+        return {
+            "hidden_size": hidden,
+            "intermediate_size": config["intermediate_size"],
+            "target_hidden_size": config.get("target_hidden_size") or hidden,
+            "vocab_size": config["vocab_size"],
+            "draft_vocab_size": config.get("draft_vocab_size") or config["vocab_size"],
+            "rms_norm_eps": config["rms_norm_eps"],
+        }
+
+    def to_hf_sizes(self, architecture: str, model_type: str) -> dict[str, Any]:
+        """The common fields of config.json; `target_hidden_size` only where it differs, never a null."""
+        out = {
+            "architectures": [architecture],
+            "model_type": model_type,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": 1,
+            "vocab_size": self.vocab_size,
+            "draft_vocab_size": self.draft_vocab_size,
+            "rms_norm_eps": self.rms_norm_eps,
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "num_aux_hidden_states": 3,
+        }
+        if self.target_hidden_size != self.hidden_size:
+            out["target_hidden_size"] = self.target_hidden_size
+        return out
+
+
+class Eagle3Draft(nnx.Module):
+    """The surface of `interfaces.Draft`; a subclass sets `config` and gives the attention."""
+
+    def __init__(
+        self,
+        config: Any,
+        attention: nnx.Module,
+        vocab: VocabMap,
+        embedding_VD: Float[Array, "V D"] | None,
+        *,
+        precision: Precision,
+        sharding: Sharding,
+        rngs: nnx.Rngs,
+    ):
+        """
+        Args:
+            embedding_VD: the target's embedding, kept frozen; None where the widths differ, and then the draft
+                owns a trained one.
+            vocab: the target ids of the draft's tokens; it travels with the draft.
+
+        Raises:
+            InputError: the vocabulary map or the embedding does not fit the config.
+        """
+        c = config
+        if (vocab.draft_vocab_size, vocab.vocab_size) != (c.draft_vocab_size, c.vocab_size):
+            raise InputError(
+                f"vocabulary map: {vocab.draft_vocab_size} of {vocab.vocab_size} tokens, the draft config says "
+                f"{c.draft_vocab_size} of {c.vocab_size}"
+            )
+        owns = c.target_hidden_size != c.hidden_size
+        if owns != (embedding_VD is None):
+            raise InputError("draft embedding: the target's is used exactly where draft and target widths are equal")
+        self.config = c
+        self.sharding = sharding
+        self.precision = precision
+        if owns:
+            shape = (c.vocab_size, c.hidden_size)
+            self.embed_tokens = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, precision.param))
+        else:
+            if embedding_VD.shape != (c.vocab_size, c.hidden_size):
+                raise InputError(
+                    f"draft embedding: found {embedding_VD.shape}, expected {(c.vocab_size, c.hidden_size)}"
+                )
+            self.embed_tokens = Frozen(embedding_VD)
+        self.fc = linear(3 * c.target_hidden_size, c.hidden_size, precision, rngs)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
+        self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
+        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, precision, rngs)
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
+        self.lm_head = linear(c.hidden_size, c.draft_vocab_size, precision, rngs)
+        self.target_ids = Frozen(jnp.asarray(vocab.target_ids_W, jnp.int32))
+        self.draft_ids = Frozen(jnp.asarray(vocab.to_draft()))
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.self_attn.softmax_scale
+
+    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Token embeddings in compute precision."""
+        table = self.embed_tokens[...]
+        return table.at[tokens_BT].get(out_sharding=self.sharding.act_btd).astype(self.precision.compute)
+
+    def project(self, taps_BT3E: Float[Array, "B T 3 E"]) -> Float[Array, "B T D"]:
+        """fc over the three tapped states, low, mid, high."""
+        return self.fc(taps_BT3E.reshape(*taps_BT3E.shape[:2], -1))
+
+    def attention_input(
+        self, embeds_BTD: Float[Array, "B T D"], hidden_BTD: Float[Array, "B T D"]
+    ) -> Float[Array, "B T X"]:
+        """Normed embedding first, normed hidden second."""
+        return jnp.concatenate([self.input_layernorm(embeds_BTD), self.hidden_norm(hidden_BTD)], axis=-1)
+
+    def query(self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
+        return self.self_attn.query(x_BTX, positions_BT)
+
+    def key_value(
+        self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K C"]]:
+        return self.self_attn.key_value(x_BTX, positions_BT)
+
+    def finish(self, hidden_BTD: Float[Array, "B T D"], heads_BTNC: Float[Array, "B T N C"]) -> Float[Array, "B T D"]:
+        """Output projection, residual and feed-forward: the hidden state that the recurrence carries (pre-norm)."""
+        hidden_BTD = hidden_BTD + self.self_attn.output(heads_BTNC)
+        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
+
+    def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
+        """At least float32."""
+        out = self.lm_head(self.norm(hidden_BTD))
+        return out.astype(jnp.promote_types(out.dtype, jnp.float32))

@@ -1,0 +1,77 @@
+"""Multi-head latent attention's projections (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+Queries go through a low-rank bottleneck (or a plain projection where q_lora_rank is null); keys and values share
+a normed latent plus one rotary key for all heads. Shape letters: B batch, T time, X input width, N heads,
+P nope width, R rope width, H = P + R, C value width, L latent rank, D output width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from flaxdraft.nn.layers import RMSNorm, linear
+from flaxdraft.nn.rope import RopeConfig, cos_sin, rotate_interleaved
+from flaxdraft.precision import Precision
+
+
+@dataclasses.dataclass(frozen=True)
+class MLAConfig:
+    num_attention_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    latent_norm_eps: float
+    rope: RopeConfig
+
+
+class MLA(nnx.Module):
+    """Expanded form: every head gets its own key, so training and cached decoding see ordinary heads."""
+
+    def __init__(self, config: MLAConfig, num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs):
+        self.config = c = config
+        heads, width = c.num_attention_heads, c.qk_nope_head_dim + c.qk_rope_head_dim
+        if c.q_lora_rank is None:
+            self.q_proj = linear(num_in, heads * width, precision, rngs)
+        else:
+            self.q_a_proj = linear(num_in, c.q_lora_rank, precision, rngs)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, c.latent_norm_eps, precision)
+            self.q_b_proj = linear(c.q_lora_rank, heads * width, precision, rngs)
+        self.kv_a_proj_with_mqa = linear(num_in, c.kv_lora_rank + c.qk_rope_head_dim, precision, rngs)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, c.latent_norm_eps, precision)
+        self.kv_b_proj = linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim), precision, rngs)
+        self.o_proj = linear(heads * c.v_head_dim, num_out, precision, rngs)
+
+    @property
+    def softmax_scale(self) -> float:
+        c = self.config
+        return (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5 * c.rope.softmax_mscale()
+
+    def query(self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
+        c = self.config
+        flat = self.q_proj(x_BTX) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTX)))
+        q_BTNH = flat.reshape(*flat.shape[:-1], c.num_attention_heads, -1)
+        nope, rope = q_BTNH[..., : c.qk_nope_head_dim], q_BTNH[..., c.qk_nope_head_dim :]
+        rope = rotate_interleaved(rope, *cos_sin(c.rope, c.qk_rope_head_dim, positions_BT))
+        return jnp.concatenate([nope, rope], axis=-1)
+
+    def key_value(
+        self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N C"]]:
+        c = self.config
+        compressed = self.kv_a_proj_with_mqa(x_BTX)
+        latent_BTL, rope_BTR = compressed[..., : c.kv_lora_rank], compressed[..., c.kv_lora_rank :]
+        rope_BT1R = rotate_interleaved(rope_BTR[:, :, None, :], *cos_sin(c.rope, c.qk_rope_head_dim, positions_BT))
+        flat = self.kv_b_proj(self.kv_a_layernorm(latent_BTL))
+        kv_BTNF = flat.reshape(*flat.shape[:-1], c.num_attention_heads, -1)
+        nope, v_BTNC = kv_BTNF[..., : c.qk_nope_head_dim], kv_BTNF[..., c.qk_nope_head_dim :]
+        shared = jnp.broadcast_to(rope_BT1R, (*nope.shape[:-1], c.qk_rope_head_dim))
+        return jnp.concatenate([nope, shared], axis=-1), v_BTNC
+
+    def output(self, heads_BTNC: Float[Array, "B T N C"]) -> Float[Array, "B T D"]:
+        return self.o_proj(heads_BTNC.reshape(*heads_BTNC.shape[:-2], -1))

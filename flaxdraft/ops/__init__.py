@@ -1,0 +1,1 @@
+"""The hot operations, each beside its plain reference."""

@@ -1,0 +1,21 @@
+"""What is fp32 and what may be narrower.
+
+Master weights, optimizer moments, norm statistics, softmax, RoPE angles, losses and accumulators are always
+float32; only the inputs of matrix products and the stored features follow these fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16, "float64": jnp.float64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """compute: inputs of matrix products; param: master weights (float64 only in finite-difference tests)."""
+
+    compute: jnp.dtype = jnp.float32
+    param: jnp.dtype = jnp.float32

@@ -1,0 +1,47 @@
+"""Progress of long work: a live bar in a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+CONSOLE = Console(highlight=False, soft_wrap=True)
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Bar:
+    """advance(n, text) after each piece of work; text holds the rates and figures of the moment."""
+
+    def __init__(self, name: str, total: int, live: Progress | None, done: int):
+        self.name, self.total, self.done = name, total, float(done)
+        self._first, self._start, self._spoke = done, time.monotonic(), time.monotonic()
+        self._live = live
+        self._task = live.add_task(name, total=total, completed=done, text="") if live else None
+
+    def advance(self, num: float, text: str) -> None:
+        self.done += num
+        if self._live is not None:
+            self._live.update(self._task, completed=round(self.done), text=text)
+        elif time.monotonic() - self._spoke > SECONDS_BETWEEN_LINES:
+            self._spoke = time.monotonic()
+            worked = max(self.done - self._first, 1e-9)
+            left = (self._spoke - self._start) / worked * (self.total - self.done)
+            CONSOLE.print(f"  {self.name} {self.done:.0f}/{self.total}  {text}  ETA {left:.0f} s")
+
+
+@contextmanager
+def bar(name: str, total: int, done: int = 0) -> Iterator[Bar]:
+    """A bar of `total` pieces, of which `done` were there before."""
+    if not CONSOLE.is_terminal:
+        yield Bar(name, total, None, done)
+        return
+    columns = (
+        TextColumn("  {task.description}"), BarColumn(30), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=CONSOLE) as live:
+        yield Bar(name, total, live, done)

@@ -1,0 +1,187 @@
+"""Figures and Markdown of one run, drawn from its metrics.jsonl and evaluation.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from flaxdraft.progress import CONSOLE
+
+# Light to dark: one token a pass is what the target does alone.
+PASS_COLORS = ("#ffffff", "#d7ecd9", "#a5d6a7", "#66bb6a", "#2e9e4f", "#1b7837", "#0f5a2a", "#083d1b")
+
+
+def _figure(path: Path, title: str, xlabel: str, ylabel: str):
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+    def save():
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+
+    return axes, save
+
+
+def _curves(directory: Path, metrics: Sequence[dict[str, Any]]) -> None:
+    train = [line for line in metrics if line["kind"] == "train"]
+    held = [line for line in metrics if line["kind"] == "held_out"]
+    axes, save = _figure(directory / "loss.png", "Loss", "optimizer step", "cross-entropy, nats a row")
+    axes.plot([m["step"] for m in train], [m["loss"] for m in train], label="training", color="#9ecae1")
+    axes.plot([m["step"] for m in held], [m["loss"] for m in held], "o-", label="held out", color="#08519c")
+    axes.legend()
+    save()
+    axes, save = _figure(
+        directory / "accuracy.png", "Held-out top-1 accuracy by draft position", "optimizer step", "share of rows"
+    )
+    for j in range(len(held[0]["accuracy"])):
+        color = plt.get_cmap("viridis")(j / max(len(held[0]["accuracy"]) - 1, 1) * 0.85)
+        axes.plot([m["step"] for m in held], [m["accuracy"][j] for m in held], "o-", label=f"{j + 1}", color=color)
+    axes.set_ylim(0, None)
+    axes.legend(title="position")
+    save()
+    axes, save = _figure(directory / "accept_length.png", "Held-out accept length", "optimizer step", "tokens a pass")
+    axes.plot([m["step"] for m in held], [m["accept_length"] for m in held], "o-", color="#1b7837")
+    axes.axhline(1.0, color="grey", linewidth=1, linestyle="--")
+    save()
+
+
+def _bars(directory: Path, evaluation: dict[str, Any]) -> None:
+    decoded = evaluation["decoded"]
+    rates = decoded["acceptance_by_position"]
+    axes, save = _figure(
+        directory / "acceptance.png", "Draft token accepted, real decoding", "position in the chain", "share of passes"
+    )
+    drawn = axes.bar(range(1, len(rates) + 1), rates, color="#66bb6a")
+    axes.bar_label(drawn, [f"{rate:.0%}" for rate in rates])
+    axes.set_xticks(range(1, len(rates) + 1))
+    save()
+    counts = decoded["accepted_histogram"]
+    axes, save = _figure(
+        directory / "accepted_lengths.png", "Draft tokens used by each target pass", "draft tokens", "target passes"
+    )
+    axes.bar_label(axes.bar(range(len(counts)), counts, color="#74a9cf"), [str(count) for count in counts])
+    axes.set_xticks(range(len(counts)))
+    save()
+
+
+def _sample(directory: Path, prompt: str, pieces: Sequence[str], yields: Sequence[int]) -> None:
+    """The answer's tokens, each coloured by how many its target pass yielded; the first came with the prefill."""
+    per_token = [1] + [gained for gained in yields for _ in range(gained)]
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    axes.set_axis_off()
+    figure.subplots_adjust(0.02, 0.02, 0.98, 0.98)
+    renderer = figure.canvas.get_renderer()
+    width, height = figure.canvas.get_width_height()
+    question = axes.text(
+        0.0, 1.0, prompt, transform=axes.transAxes, va="top", fontsize=10, weight="bold", wrap=True, parse_math=False
+    )
+    line_height, x = height * 0.062, 0.0
+    y = height * 0.98 - question.get_window_extent(renderer).height - line_height
+    for piece, gained in zip(pieces, per_token, strict=False):
+        for part in piece.replace("\t", "    ").splitlines(keepends=True) or [""]:
+            text = part.rstrip("\n")
+            label = axes.text(
+                0, 0, text, transform=None, va="center", fontsize=10, family="monospace", parse_math=False,
+                bbox={"facecolor": PASS_COLORS[min(gained, len(PASS_COLORS)) - 1], "edgecolor": "none", "pad": 1.5},
+            )  # fmt: skip
+            extent = label.get_window_extent(renderer).width
+            if x + extent > width * 0.96 and x > 0:
+                x, y = 0.0, y - line_height
+            label.set_position((width * 0.02 + x, y))
+            x += extent
+            if part.endswith("\n"):
+                x, y = 0.0, y - line_height
+    x = width * 0.02
+    for gained in range(1, max(per_token) + 1):
+        label = axes.text(
+            x, height * 0.05, f" {gained} a pass ", transform=None, fontsize=9,
+            bbox={"facecolor": PASS_COLORS[min(gained, len(PASS_COLORS)) - 1], "edgecolor": "#bbbbbb", "pad": 2},
+        )  # fmt: skip
+        x += label.get_window_extent(renderer).width + 14
+    figure.savefig(directory / "sample.png", dpi=130)
+    plt.close(figure)
+
+
+def _markdown(evaluation: dict[str, Any], metrics: Sequence[dict[str, Any]], facts: dict[str, str]) -> str:
+    decoded, forced = evaluation["decoded"], evaluation["teacher_forced"]
+    untrained = next((line["accept_length"] for line in metrics if line["kind"] == "held_out"), float("nan"))
+    saved = 1 - decoded["target_passes"] / max(decoded["target_passes_alone"], 1)
+    rows = [
+        ("accept length, real decoding", f"{decoded['accept_length']:.3f}"),
+        ("accept length, walked over the greedy answers", f"{forced['accept_length']:.3f}"),
+        ("accept length, untrained draft (walked)", f"{untrained:.3f}"),
+        ("1 + joint-prefix rates, mean over rows", f"{forced['mean_over_rows']:.3f}"),
+        (
+            "target passes",
+            f"{decoded['target_passes']} instead of {decoded['target_passes_alone']} ({saved:.0%} saved)",
+        ),
+        ("answers identical to the target's own", f"{decoded['identical_answers']} of {evaluation['answers']}"),
+        (
+            "answers whose walk has the decoded passes",
+            f"{forced['answers_with_the_decoded_passes']} of {evaluation['answers']}",
+        ),
+        ("held-out loss", f"{forced['loss']:.3f}"),
+        ("draft tokens a pass (chain)", str(evaluation["chain_length"])),
+    ]
+    lines = ["# Report", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
+    lines += ["| figure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
+    lines += ["| draft position | " + " | ".join(str(j + 1) for j in range(len(forced["accuracy"]))) + " |"]
+    lines += ["|---|" + "---|" * len(forced["accuracy"])]
+    for name, values in (
+        ("top-1 accuracy", forced["accuracy"]),
+        ("expected acceptance (sampling)", forced["expected_accept"]),
+        ("accepted in real decoding", decoded["acceptance_by_position"]),
+    ):
+        lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    lines += ["", "| category | accept length |", "|---|---|"]
+    lines += [f"| {name} | {value:.3f} |" for name, value in decoded["accept_length_by_category"].items()]
+    lines += ["", "One answer, each token coloured by how many tokens its target pass yielded:", "", "![](sample.png)"]
+    for name in ("accept_length", "acceptance", "accepted_lengths", "accuracy", "loss"):
+        lines += ["", f"![]({name}.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def write_report(
+    directory: Path,
+    evaluation: dict[str, Any],
+    metrics: Sequence[dict[str, Any]],
+    sample: tuple[str, Sequence[str], Sequence[int]],
+    facts: dict[str, str],
+) -> None:
+    """report.md and its PNG figures.
+
+    Args:
+        sample: a prompt, its answer as one text a token, and the tokens that each target pass yielded.
+        facts: what the run was, shown at the top.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    _curves(directory, metrics)
+    _bars(directory, evaluation)
+    _sample(directory, *sample)
+    (directory / "report.md").write_text(_markdown(evaluation, metrics, facts), encoding="utf-8")
+
+
+def print_headline(evaluation: dict[str, Any], export_dir: Path, report_dir: Path, target: str) -> None:
+    """The end of a run: what was reached, where it lies, how to serve it."""
+    decoded = evaluation["decoded"]
+    saved = 1 - decoded["target_passes"] / max(decoded["target_passes_alone"], 1)
+    CONSOLE.print(
+        f"\n[bold]accept length {decoded['accept_length']:.2f}[/bold] by real decoding of {evaluation['answers']} "
+        f"held-out prompts: {decoded['target_passes']} target passes instead of {decoded['target_passes_alone']} "
+        f"({saved:.0%} saved), {decoded['identical_answers']} of {evaluation['answers']} answers identical to the "
+        f"target's own\n"
+        f"report  {report_dir / 'report.md'}\n"
+        f"draft   {export_dir}\n"
+        f"serve   python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 \\\n"
+        f"            --speculative-draft-model-path {export_dir} --speculative-num-steps {evaluation['chain_length']} "
+        f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {evaluation['chain_length'] + 1}\n"
+        f"        (TARGET: the Hugging Face directory of {target})"
+    )

@@ -1,0 +1,275 @@
+"""One run from a target's address to a report: target, data, train, evaluate, export, report.
+
+Every stage keeps its result under the output directory and is skipped while its inputs stay the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from flaxdraft.config import RunConfig, nearest
+from flaxdraft.data.capture import capture, load_split, supervised_token_counts, write_texts
+from flaxdraft.data.conversations import Prompt, read_prompts
+from flaxdraft.data.generation import Row
+from flaxdraft.data.pipeline import Pipeline
+from flaxdraft.data.vocab import choose_vocab, coverage
+from flaxdraft.errors import InputError
+from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
+from flaxdraft.evaluate.held_out import decode_held_out, summary
+from flaxdraft.export import export
+from flaxdraft.fetch import sha256_of
+from flaxdraft.interfaces import VocabMap, find_by_name
+from flaxdraft.mesh import Sharding, make_mesh
+from flaxdraft.precision import DTYPES, Precision
+from flaxdraft.progress import CONSOLE
+from flaxdraft.report import print_headline, write_report
+from flaxdraft.train.loop import Trainer, read_metrics
+from flaxdraft.train.stages import Stage, claim
+from flaxdraft.train.state import split_draft, warm_start
+
+STAGES = ("target", "data", "train", "evaluate", "export", "report")
+
+
+def _say(stage: str, text: str) -> None:
+    CONSOLE.print(f"[bold]{STAGES.index(stage) + 1}/{len(STAGES)} {stage}[/bold]  {text}")
+
+
+class Run:
+    """The stages of one configuration."""
+
+    def __init__(self, config: RunConfig):
+        """
+        Raises:
+            InputError: the configuration names something that does not exist, or its output directory holds the
+                result of another one.
+        """
+        self.config = config
+        self.draft_module = find_by_name("flaxdraft.drafts", config.draft.architecture, "draft.architecture")
+        algorithm = find_by_name("flaxdraft.algorithms", config.algorithm.name, "algorithm.name").Algorithm
+        self.algorithm = algorithm(config.algorithm.ttt_length, config.algorithm.step_decay)
+        self.evaluation = algorithm(config.evaluate.chain_length, config.algorithm.step_decay)
+        self.prompts = read_prompts(config.data.prompts)
+        if config.train.batch_size % config.mesh.data:
+            raise InputError(
+                f"train.batch_size: {config.train.batch_size} rows cannot be split over mesh.data={config.mesh.data}"
+            )
+        self.mesh = make_mesh(config.mesh.data)
+        self.data_dir = Path(config.output_dir) / "data"
+        self.draft_dir = config.draft_dir
+        data = config.data.model_dump() | {"prompts": sha256_of(Path(config.data.prompts))}
+        self.data_inputs = {
+            "target": config.target.model_dump(), "data": data, "max_new_tokens": config.evaluate.max_new_tokens,
+        }  # fmt: skip
+        self.draft_inputs = self.data_inputs | {
+            "seed": config.seed, "draft": config.draft.model_dump(), "algorithm": config.algorithm.model_dump(),
+            "train": config.train.model_dump(),
+        }  # fmt: skip
+        claim(self.data_dir, self.data_inputs, "Give another output_dir, or remove it to start anew.")
+        claim(self.draft_dir, self.draft_inputs, "Give another name= or output_dir=, or remove it to start anew.")
+
+    @functools.cached_property
+    def target(self):
+        """The loaded target with its tokenizer; only stages that need it load it."""
+        from flaxdraft import targets  # imports transformers, which takes seconds
+
+        _say("target", self.config.target.path)
+        taps = self.config.target.tap_layers
+        address, sha256 = self.config.target.path, self.config.target.sha256
+        loaded = targets.load(address, sha256, None if taps is None else tuple(taps), Precision())
+        c = loaded.model.config
+        CONSOLE.print(
+            f"  {c.num_hidden_layers} layers, width {c.hidden_size}, vocabulary {c.vocab_size}, "
+            f"taps after layers {', '.join(map(str, c.tap_layers))}"
+        )
+        return loaded
+
+    def _split(self, split: str) -> list[Prompt]:
+        prompts = [prompt for prompt in self.prompts if prompt.split == split]
+        count = self.config.data.num_prompts
+        if split == "held_out" or count is None:
+            return prompts
+        if count > len(prompts):
+            raise InputError(f"data.num_prompts: found {count}, {self.config.data.prompts} has {len(prompts)}")
+        # A fixed mixture of categories, whatever the order of the file.
+        order = np.random.default_rng(0).permutation(len(prompts))[:count]
+        return [prompts[i] for i in sorted(order)]
+
+    @functools.cache  # noqa: B019 (one run a process)
+    def data(self) -> dict[str, Any]:
+        """Answers and features of both splits, on disk; returns their order and the tokenizer's special ids."""
+        stage = Stage(self.data_dir / "data.json", self.data_inputs)
+        result = stage.load()
+        data = self.config.data
+        if result is None:
+            target = self.target
+            _say("data", "the target answers the prompts")
+            result = {"order": {}, "eos": target.tokenizer.eos_token_id, "special": target.tokenizer.all_special_ids}
+            for split, dtype, limit in (
+                ("train", data.feature_dtype, data.max_answer_tokens),
+                ("held_out", "float32", self.config.evaluate.max_new_tokens),
+            ):
+                prompts = self._split(split)
+                result["order"][split] = order = capture(
+                    self.data_dir, split, target.model, target.tokenizer, prompts,
+                    max_prompt_tokens=data.max_prompt_tokens, max_new_tokens=limit, num_rows=data.rows, dtype=dtype,
+                )  # fmt: skip
+                rows = load_split(self.data_dir, split, len(order), data.rows)
+                write_texts(self.data_dir / f"{split}.json", target.tokenizer, prompts, order, rows)
+            stage.store(result)
+        else:
+            _say("data", f"done before: {self.data_dir}")
+        return result
+
+    def draft_config(self):
+        """The architecture's Config: the target's sizes, with draft.fields on top."""
+        defaults = self.draft_module.Config.for_target(self.target.model.config, self.config.draft.draft_vocab_size)
+        fields = self.config.draft.fields
+        for name in fields:
+            if name not in defaults or name == "rope":
+                known = sorted(set(defaults) - {"rope"})
+                raise InputError(
+                    f"draft.fields: {self.config.draft.architecture} has no {name!r}; {nearest(name, known)}"
+                )
+        return self.draft_module.Config(**defaults | fields)
+
+    def make_draft(self, sharding: Sharding, compute: str) -> nnx.Module:
+        """A draft as it is before training."""
+        config = self.draft_config()
+        same_width = config.hidden_size == config.target_hidden_size
+        embedding = self.target.model.embedding() if same_width else None
+        draft = self.draft_module.make(
+            config, self.vocab, embedding, precision=Precision(compute=DTYPES[compute]), sharding=sharding,
+            rngs=nnx.Rngs(self.config.seed),
+        )  # fmt: skip
+        if self.config.draft.warm_start and same_width:
+            warm_start(draft, self.target.model, self.vocab)
+        return draft
+
+    @functools.cached_property
+    def data_rows(self) -> dict[str, list[Row]]:
+        """Both splits in memory, loaded once and only where a stage needs them."""
+        order, num_rows = self.data()["order"], self.config.data.rows
+        return {split: load_split(self.data_dir, split, len(ids), num_rows) for split, ids in order.items()}
+
+    @functools.cached_property
+    def vocab(self) -> VocabMap:
+        """The draft vocabulary, from the training answers."""
+        rows = self.data_rows["train"]
+        counts = supervised_token_counts(rows, self.target.model.config.vocab_size)
+        vocab = choose_vocab(counts, self.data()["special"], self.config.draft.draft_vocab_size)
+        CONSOLE.print(
+            f"  {len(rows)} answers, {counts.sum()} tokens, {np.count_nonzero(counts)} distinct; the draft vocabulary "
+            f"of {vocab.draft_vocab_size} holds {coverage(counts, vocab):.1%} of them"
+        )
+        return vocab
+
+    @functools.cached_property
+    def params(self) -> nnx.State:
+        """The trained parameters, on one device; where training is done they come from its last checkpoint."""
+        config = self.config.train
+        pipeline = Pipeline(
+            self.data_rows["train"], self.algorithm, batch_size=config.batch_size, seed=self.config.seed,
+            num_buckets=config.length_buckets,
+        )  # fmt: skip
+        with jax.set_mesh(self.mesh):
+            everywhere = jax.NamedSharding(self.mesh, jax.P())
+            graphdef, params, frozen = split_draft(self.make_draft(Sharding.data_parallel(), config.compute_dtype))
+            params, frozen = jax.device_put((params, frozen), everywhere)
+            head_WE = self.teacher_head(config.compute_dtype)
+            CONSOLE.print(
+                f"  {sum(math.prod(p.shape) for p in jax.tree.leaves(params)) / 1e6:.1f} M trained parameters, "
+                f"{pipeline.steps_per_epoch} steps an epoch"
+            )
+            trainer = Trainer(
+                self.draft_dir, config, self.algorithm, self.evaluation, self.mesh, self.vocab,
+                jax.device_put(head_WE, everywhere),
+            )  # fmt: skip
+            params = trainer.train(graphdef, params, frozen, pipeline, self.data_rows["held_out"])
+        return jax.device_put(params, jax.devices()[0])
+
+    def teacher_head(self, dtype: str) -> jax.Array:
+        """[W, E]: the target's head rows of the draft vocabulary."""
+        return self.target.model.head()[self.vocab.target_ids_W].astype(DTYPES[dtype])
+
+    def evaluate(self) -> dict[str, Any]:
+        """The held-out result: walked, and decoded for real, both in float32."""
+        config = self.config.evaluate
+        stage = Stage(self.draft_dir / "evaluation.json", self.draft_inputs | {"evaluate": config.model_dump()})
+        result = stage.load()
+        if result is not None:
+            _say("evaluate", f"done before: {stage.path}")
+            return result
+        params, rows = self.params, self.data_rows["held_out"]
+        _say("evaluate", f"{len(rows)} held-out prompts, up to {config.max_new_tokens} tokens, chain of "
+                         f"{config.chain_length}")  # fmt: skip
+        graphdef, _, frozen = split_draft(self.make_draft(Sharding.none(), "float32"))
+        head_WE = self.teacher_head("float32")
+        forced = evaluate_teacher_forced(make_accepted(graphdef, self.evaluation, frozen, head_WE)(params), rows,
+                                         self.evaluation, EVALUATION_ROWS)  # fmt: skip
+        decoded = decode_held_out(
+            self.target.model, *nnx.split(nnx.merge(graphdef, params, frozen)), rows,
+            max_new_tokens=config.max_new_tokens, chain_length=config.chain_length,
+            end_token=self.data()["eos"], num_rows=self.config.data.rows,
+        )  # fmt: skip
+        category = {prompt.id: prompt.category for prompt in self.prompts}
+        categories = [category[id] for id in self.data()["order"]["held_out"]]
+        result = summary(rows, categories, forced, decoded, config.chain_length)
+        best = max(range(len(decoded)), key=lambda i: (len(decoded[i].tokens), -len(decoded[i].yields)))
+        texts = [self.target.tokenizer.decode([token]) for token in decoded[best].tokens]
+        result["sample"] = {
+            "id": self.data()["order"]["held_out"][best],
+            "pieces": texts,
+            "yields": decoded[best].yields,
+        }
+        stage.store(result)
+        return result
+
+    def export(self) -> Path:
+        """The serving directory."""
+        directory = self.draft_dir / "export"
+        stage = Stage(self.draft_dir / "export.json", self.draft_inputs | {"export": self.config.export.model_dump()})
+        if stage.load() is not None and (directory / "model.safetensors").exists():
+            _say("export", f"done before: {directory}")
+            return directory
+        params, target = self.params, self.target
+        _say("export", str(directory))
+        export(
+            directory, self.draft_module, self.draft_config(), params, self.vocab,
+            tap_layers=target.model.config.tap_layers, target_config=target.hf_config, dtype=self.config.export.dtype,
+        )  # fmt: skip
+        stage.store({"directory": str(directory)})
+        return directory
+
+    def report(self, evaluation: dict[str, Any]) -> Path:
+        """report.md and its figures; drawn anew each time, since that takes seconds."""
+        directory = self.draft_dir / "report"
+        _say("report", str(directory))
+        sample = evaluation["sample"]
+        prompt = next(prompt.prompt for prompt in self.prompts if prompt.id == sample["id"])
+        facts = {
+            "target": self.config.target.path,
+            "draft": f"{self.config.draft.architecture}, vocabulary {self.config.draft.draft_vocab_size}",
+            "training": f"{self.config.train.num_steps} steps of {self.config.train.batch_size} conversations, "
+                        f"{self.config.algorithm.ttt_length} unroll steps",
+            "held out": f"{evaluation['answers']} prompts, {evaluation['generated_tokens']} tokens of greedy answers",
+        }  # fmt: skip
+        metrics = read_metrics(self.draft_dir / "metrics.jsonl")
+        write_report(directory, evaluation, metrics, (prompt, sample["pieces"], sample["yields"]), facts)
+        return directory
+
+
+def run(config: RunConfig) -> None:
+    """All stages, then the headline."""
+    stages = Run(config)
+    stages.data()
+    evaluation = stages.evaluate()
+    export_dir = stages.export()
+    report_dir = stages.report(evaluation)
+    print_headline(evaluation, export_dir, report_dir, config.target.path)

@@ -1,0 +1,68 @@
+"""Stages under the output directory: each keeps what it was made from, and is skipped while that stays the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flaxdraft.errors import InputError
+from flaxdraft.weights import write_json
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {k: v for name, inner in value.items() for k, v in flatten(inner, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def claim(directory: Path, inputs: Mapping[str, Any], mend: str) -> None:
+    """Makes the directory this run's, or checks that it is: what lies there must come from the same inputs.
+
+    Raises:
+        InputError: it cannot be written, or holds another configuration (every differing field is listed).
+    """
+    record = directory / "inputs.json"
+    inputs = json.loads(json.dumps(inputs))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+        if not record.exists():
+            write_json(record, inputs)
+    except OSError as error:
+        raise InputError(f"output_dir: cannot write to {directory} ({error.strerror}); choose another one") from error
+    try:
+        found = flatten(json.loads(record.read_text()))
+    except ValueError as error:
+        raise InputError(f"{record}: not valid JSON ({error}); remove {directory} to start anew") from error
+    wanted = flatten(inputs)
+    differing = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+    if differing:
+        listed = "; ".join(f"{key}: there {found.get(key)!r}, here {wanted.get(key)!r}" for key in differing)
+        raise InputError(f"output_dir: {directory} was made with another configuration ({listed}). {mend}")
+
+
+class Stage:
+    """A result file that is rebuilt when its inputs change."""
+
+    def __init__(self, path: Path, inputs: Mapping[str, Any]):
+        text = json.dumps(inputs, sort_keys=True)
+        self.path = path
+        self._key = hashlib.sha256(text.encode()).hexdigest()
+
+    def load(self) -> Any | None:
+        """The stored result, or None where there is none from these inputs."""
+        try:
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return stored["result"] if isinstance(stored, dict) and stored.get("inputs") == self._key else None
+
+    def store(self, result: Any) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, {"inputs": self._key, "result": result})

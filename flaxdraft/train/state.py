@@ -1,0 +1,44 @@
+"""What training carries from step to step, and how a draft begins."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from flaxdraft.interfaces import Target, VocabMap
+from flaxdraft.nn.eagle3 import Eagle3Draft
+from flaxdraft.nn.layers import Frozen
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    step: jax.Array
+    params: nnx.State  # float32 masters
+    opt_state: optax.OptState
+
+
+def split_draft(draft: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Structure, trained parameters, and what travels along untrained (embedding of the target, vocabulary)."""
+    return nnx.split(draft, nnx.Param, Frozen)
+
+
+def init_state(params: nnx.State, tx: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def warm_start(draft: Eagle3Draft, target: Target, vocab: VocabMap) -> None:
+    """Begins where the target ends, in place: the head's rows and the final norm are the target's, and fc passes the
+    highest tapped state on. The first hidden states then lie in the space that the head reads.
+
+    Only where draft and target widths are equal.
+    """
+    width = target.config.hidden_size
+    draft.lm_head.kernel[...] = target.head()[vocab.target_ids_W].T.astype(draft.lm_head.kernel.dtype)
+    draft.norm.scale[...] = target.final_norm().astype(draft.norm.scale.dtype)
+    kernel = draft.fc.kernel[...]
+    draft.fc.kernel[...] = kernel.at[2 * width :].add(jnp.eye(width, dtype=kernel.dtype))

@@ -1,0 +1,147 @@
+"""Every module of drafts/, algorithms/ and targets/ keeps its contract; a new file is covered the day it lands."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flaxdraft.errors import InputError
+from flaxdraft.interfaces import (
+    Batch,
+    Example,
+    Features,
+    Target,
+    VocabMap,
+    find_by_architecture,
+    find_by_name,
+    modules_of,
+)  # fmt: skip
+from flaxdraft.mesh import Sharding
+from flaxdraft.precision import Precision
+from flaxdraft.train.state import split_draft
+
+DRAFTS = dict(modules_of("flaxdraft.drafts"))
+ALGORITHMS = dict(modules_of("flaxdraft.algorithms"))
+TARGETS = dict(modules_of("flaxdraft.targets"))
+V, W, T = 64, 24, 12
+
+TARGET_HF = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": V, "hidden_size": 32,
+    "intermediate_size": 48, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def target_config():
+    return TARGETS["llama"].Config.from_hf(TARGET_HF)
+
+
+def make_draft(module, vocab_size=W, **fields):
+    config = module.Config(**module.Config.for_target(target_config(), vocab_size) | fields)
+    vocab = VocabMap(np.arange(vocab_size) * 2 if vocab_size < V else np.arange(V), V)
+    embedding = jnp.ones((V, 32)) if config.hidden_size == 32 else None
+    return module.make(
+        config, vocab, embedding, precision=Precision(), sharding=Sharding.none(), rngs=nnx.Rngs(0)
+    )  # fmt: skip
+
+
+def example(batch_size=2):
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, V, (batch_size, T)), jnp.int32)
+    assistant = jnp.zeros((batch_size, T), bool).at[:, 4:].set(True)
+    batch = Batch(tokens, assistant, jnp.ones_like(tokens), jnp.tile(jnp.arange(T), (batch_size, 1)))
+    taps = jnp.asarray(rng.normal(size=(batch_size, T, 3, 32)), jnp.float32)
+    last = jnp.asarray(rng.normal(size=(batch_size, T, 32)), jnp.float32)
+    features = Features(taps, last, tokens, jnp.ones(tokens.shape) * 4)
+    rows = jnp.tile(jnp.arange(3, T - 2), (batch_size, 1))
+    return Example(batch, features, rows, jnp.asarray(rng.normal(size=(W, 32)), jnp.float32))
+
+
+@pytest.mark.parametrize("draft_name", DRAFTS)
+@pytest.mark.parametrize("algorithm_name", ALGORITHMS)
+def test_every_pair_lowers_and_differentiates(draft_name, algorithm_name):
+    algorithm = ALGORITHMS[algorithm_name].Algorithm(3)
+    graphdef, params, frozen = split_draft(make_draft(DRAFTS[draft_name]))
+
+    def loss(params, example):
+        sums = algorithm.loss_sums(nnx.merge(graphdef, params, frozen), example)
+        return algorithm.mean_loss(sums), sums
+
+    (value, sums), grads = jax.eval_shape(jax.value_and_grad(loss, has_aux=True), params, example())
+    assert value.shape == ()
+    assert all(getattr(sums, field.name).shape == (3,) for field in dataclasses.fields(sums))
+    assert jax.tree.map(lambda g: g.shape, grads) == jax.tree.map(lambda p: p.shape, params)
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_name_table_covers_every_trained_weight(name):
+    module = DRAFTS[name]
+    _, params, _ = split_draft(make_draft(module))
+    paths = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(params)}
+    assert paths == {row[0] for row in module.NAME_TABLE}
+    assert len({row[1] for row in module.NAME_TABLE}) == len(module.NAME_TABLE)
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_config_round_trips_through_config_json(name):
+    module = DRAFTS[name]
+    config = module.Config(**module.Config.for_target(target_config(), W))
+    written = config.to_hf()
+    assert module.Config.from_hf(written) == config
+    assert find_by_architecture("flaxdraft.drafts", written, "x") is module
+    assert module.SERVING_ARCHITECTURE in module.ARCHITECTURES
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_target_abstract_state_is_covered_by_its_table(name):
+    module = TARGETS[name]
+    config = module.Config.from_hf(TARGET_HF)
+    _, state = module.abstract_state(config, Precision())
+    paths = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)}
+    assert paths == {row[0] for row in module.name_table(config)}
+    assert isinstance(module.build(config, state, Precision()), Target)
+
+
+def test_unknown_names_list_what_there_is():
+    with pytest.raises(InputError, match=r"draft.architecture: no 'mamba'.*llama, mla.*drafts/mamba.py"):
+        find_by_name("flaxdraft.drafts", "mamba", "draft.architecture")
+    with pytest.raises(InputError, match=r"MambaForCausalLM.*supported are.*LlamaForCausalLM"):
+        find_by_architecture("flaxdraft.targets", {"architectures": ["MambaForCausalLM"]}, "config.json")
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_a_map_of_another_size_is_refused(name):
+    module = DRAFTS[name]
+    config = module.Config(**module.Config.for_target(target_config(), W))
+    with pytest.raises(InputError, match="24 of 64"):
+        module.make(
+            config, VocabMap(np.arange(8), V), jnp.ones((V, 32)), precision=Precision(),
+            sharding=Sharding.none(), rngs=nnx.Rngs(0),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("hidden_size", 96, "3 x target_hidden_size"), ("intermediate_size", 0, "positive integer"),
+     ("draft_vocab_size", V + 1, "larger than the target's vocabulary")],
+)  # fmt: skip
+def test_unservable_sizes_are_refused(field, value, message):
+    module = DRAFTS["llama"]
+    with pytest.raises(InputError, match=message):
+        module.Config(**module.Config.for_target(target_config(), W) | {field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"num_hidden_layers": 2}, "num_hidden_layers is 2"), ({"tie_word_embeddings": True}, "tie_word_embeddings")],
+)
+@pytest.mark.parametrize("name", DRAFTS)
+def test_unportable_draft_configs_are_refused(name, fields, message):
+    module = DRAFTS[name]
+    config = module.Config(**module.Config.for_target(target_config(), W)).to_hf()
+    with pytest.raises(InputError, match=message):
+        module.Config.from_hf(config | fields)

@@ -1,0 +1,170 @@
+"""Supervision, unroll and sums of EAGLE-3."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_contracts import DRAFTS, T, example, make_draft
+
+from flaxdraft.algorithms.eagle3 import Algorithm, supervised_rows, supervision, take_rows, unroll
+from flaxdraft.errors import InputError
+from flaxdraft.evaluate.speculative import _cached_layer, new_draft_cache
+from flaxdraft.interfaces import Batch
+
+
+def brute_force_supervision(assistant, segments, num_steps):
+    num_batch, num = assistant.shape
+    mask = np.zeros((num_steps, num_batch, num), bool)
+    for j in range(num_steps):
+        for b in range(num_batch):
+            for p in range(num):
+                rows = range(p + 1, p + 3 + j)
+                mask[j, b, p] = segments[b, p] > 0 and all(
+                    t < num and assistant[b, t] and segments[b, t] == segments[b, p] for t in rows
+                )
+    return mask
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 20])
+def test_supervision_is_the_definition(num_steps):
+    rng = np.random.default_rng(num_steps)
+    assistant = rng.random((6, T)) > 0.3
+    segments = np.sort(rng.integers(0, 4, (6, T)), axis=1)[:, ::-1].copy()
+    want = brute_force_supervision(assistant, segments, num_steps)
+    np.testing.assert_array_equal(supervision(assistant, segments, num_steps), want)
+    np.testing.assert_array_equal(supervision(jnp.asarray(assistant), jnp.asarray(segments), num_steps), want)
+
+
+def test_the_row_before_the_answer_is_trained_and_the_last_two_are_not():
+    assistant = np.zeros((1, T), bool)
+    assistant[0, 4:9] = True  # first a = 4, last b = 8
+    mask = supervision(assistant, np.ones((1, T), np.int32), 4)
+    assert [np.flatnonzero(step[0]).tolist() for step in mask] == [[3, 4, 5, 6], [3, 4, 5], [3, 4], [3]]
+    assert supervised_rows(assistant, np.ones((1, T), np.int32)).tolist() == [[3, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_computing_only_supervised_rows_changes_nothing(name):
+    algorithm, draft, full = Algorithm(3), make_draft(DRAFTS[name]), example()
+    all_rows = dataclasses.replace(full, rows_BR=jnp.tile(jnp.arange(T), (2, 1)))
+    some = algorithm.loss_sums(draft, full)
+    for field in dataclasses.fields(some):
+        a, b = getattr(some, field.name), getattr(algorithm.loss_sums(draft, all_rows), field.name)
+        np.testing.assert_allclose(a, b, rtol=2e-6, err_msg=field.name)
+    assert int(some.row_count_J[0]) == 2 * (T - 2 - 3)
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_packed_documents_equal_separate_ones(name):
+    draft, ex = make_draft(DRAFTS[name]), example(2)
+    batch = ex.batch
+    packed = Batch(
+        batch.tokens_BT.reshape(1, -1), batch.assistant_BT.reshape(1, -1),
+        jnp.repeat(jnp.arange(1, 3), T)[None], batch.positions_BT.reshape(1, -1),
+    )  # fmt: skip
+    taps = ex.features.taps_BT3E
+    rows = jnp.arange(2 * T)[None]
+    apart = unroll(draft, batch, taps, jnp.tile(jnp.arange(T), (2, 1)), 3)
+    together = unroll(draft, packed, taps.reshape(1, 2 * T, 3, -1), rows, 3)
+    mask = supervision(packed.assistant_BT, packed.segments_BT, 3)
+    for j in range(3):
+        keep = np.asarray(mask[j])[0]
+        assert keep.any()
+        np.testing.assert_allclose(
+            np.asarray(together[j])[0][keep], np.asarray(apart[j]).reshape(2 * T, -1)[keep], atol=2e-6
+        )
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_a_row_does_not_see_its_future(name):
+    draft, ex = make_draft(DRAFTS[name]), example(1)
+    rows, cut = jnp.arange(T)[None], 7
+    later = dataclasses.replace(ex.batch, tokens_BT=ex.batch.tokens_BT.at[:, cut + 3 :].set(0))
+    taps = ex.features.taps_BT3E.at[:, cut + 1 :].add(1.0)
+    before = unroll(draft, ex.batch, ex.features.taps_BT3E, rows, 2)
+    after = unroll(draft, later, taps, rows, 2)
+    for j in range(2):  # row p reads tokens up to p + 1 + j, taps up to p
+        np.testing.assert_allclose(before[j][:, : cut + 1], after[j][:, : cut + 1], atol=1e-6)
+        assert not np.allclose(before[j][:, cut + 1], after[j][:, cut + 1])
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_a_cached_engine_gives_the_unrolls_hidden_states(name):
+    """Prefill rows 0..p from real target states, then one draft step at a time against the cache."""
+    draft, ex = make_draft(DRAFTS[name]), example(1)
+    num_steps, p = 4, 5
+    want = unroll(draft, ex.batch, ex.features.taps_BT3E, jnp.array([[p]]), num_steps)
+    embeds = draft.embed(ex.batch.tokens_BT)
+    cache = new_draft_cache(draft, 1, T + 4)
+    hidden = draft.project(ex.features.taps_BT3E[:, : p + 1])
+    cache, out = _cached_layer(draft, cache, embeds[:, 1 : p + 2], hidden, jnp.arange(p + 1)[None])
+    out = out[:, -1:]
+    for j in range(num_steps):
+        if j > 0:
+            cache, out = _cached_layer(draft, cache, embeds[:, p + 1 + j : p + 2 + j], out, jnp.array([[p + j]]))
+        np.testing.assert_allclose(out, want[j], atol=1e-5)
+
+
+def test_sums_against_a_loop():
+    draft, ex, algorithm = make_draft(DRAFTS["llama"]), example(), Algorithm(3)
+    sums = algorithm.loss_sums(draft, ex)
+    hidden = unroll(draft, ex.batch, ex.features.taps_BT3E, jnp.tile(jnp.arange(T), (2, 1)), 3)
+    to_draft = np.asarray(draft.draft_ids[...])
+    mask = brute_force_supervision(np.asarray(ex.batch.assistant_BT), np.asarray(ex.batch.segments_BT), 3)
+    prefix = np.ones((2, T), bool)
+    for j in range(3):
+        loss = count = rows = hits = joint = 0
+        accept = 0.0
+        logits = np.asarray(draft.logits(hidden[j]), np.float64)
+        for b in range(2):
+            for p in range(T):
+                if not mask[j, b, p]:
+                    prefix[b, p] = False
+                    continue
+                rows += 1
+                teacher = np.asarray(ex.teacher_head_WE @ ex.features.last_BTE[b, p + 1 + j], np.float64)
+                q = np.exp(logits[b, p] - logits[b, p].max())
+                q /= q.sum()
+                accept += np.minimum(np.exp(teacher - float(ex.features.logsumexp_BT[b, p + 1 + j])), q).sum()
+                best = to_draft[int(ex.features.argmax_BT[b, p + 1 + j])]
+                hit = best >= 0 and logits[b, p].argmax() == best
+                prefix[b, p] &= hit
+                hits, joint = hits + hit, joint + prefix[b, p]
+                if best >= 0:
+                    weights = np.exp(teacher - teacher.max())
+                    loss += -(weights / weights.sum() * np.log(q)).sum()
+                    count += 1
+        assert (rows, count, hits, joint) == tuple(
+            int(x[j]) for x in (sums.row_count_J, sums.loss_count_J, sums.hit_J, sums.prefix_hit_J)
+        )
+        assert 0 < count < rows  # the case has rows outside the draft vocabulary
+        np.testing.assert_allclose([loss, accept], [sums.loss_J[j], sums.expected_accept_J[j]], rtol=1e-5)
+
+
+def test_unsupervised_rows_may_hold_nan_features():
+    draft, ex, algorithm = make_draft(DRAFTS["llama"]), example(), Algorithm(2)
+    last = ex.features.last_BTE.at[:, :3].set(jnp.nan)
+    broken = dataclasses.replace(ex, features=dataclasses.replace(ex.features, last_BTE=last))
+    full = lambda e: dataclasses.replace(e, rows_BR=jnp.tile(jnp.arange(T), (2, 1)))  # noqa: E731
+    np.testing.assert_array_equal(
+        algorithm.loss_sums(draft, full(ex)).loss_J, algorithm.loss_sums(draft, full(broken)).loss_J
+    )
+
+
+def test_rows_past_the_end_read_zero():
+    x = jnp.arange(1.0, 5.0)[None, :, None]
+    assert take_rows(x, jnp.array([[1, 4, 9]]))[0, :, 0].tolist() == [2.0, 0.0, 0.0]
+
+
+def test_ttt_length_is_checked():
+    with pytest.raises(InputError, match=r"algorithm.ttt_length: found 0"):
+        Algorithm(0)
+
+
+def test_mean_loss_divides_once():
+    algorithm, draft = Algorithm(3), make_draft(DRAFTS["llama"])
+    one, two = (algorithm.loss_sums(draft, example(b)) for b in (1, 3))
+    weights = 0.8 ** np.arange(3)
+    want = (weights * (one.loss_J + two.loss_J)).sum() / (weights * (one.loss_count_J + two.loss_count_J)).sum()
+    np.testing.assert_allclose(algorithm.mean_loss(one + two), want, rtol=1e-6)

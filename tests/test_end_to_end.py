@@ -1,0 +1,180 @@
+"""The whole command on a tiny target: both drafts, resume after a kill, nothing done twice, clear refusals."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+from tiny import write_prompts
+
+from flaxdraft.train import run as run_module
+from flaxdraft.train.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, tiny_gguf):
+    root = tmp_path_factory.mktemp("run")
+    write_prompts(root / "prompts.jsonl", num_train=10, num_held_out=4)
+    config = {
+        "output_dir": str(root / "out"),
+        "target": {"path": str(tiny_gguf)},
+        "data": {"prompts": str(root / "prompts.jsonl"), "max_answer_tokens": 12, "rows": 4},
+        "draft": {"draft_vocab_size": 64},
+        "algorithm": {"ttt_length": 3},
+        "train": {
+            "num_steps": 8, "batch_size": 4, "learning_rate": 1e-2, "compute_dtype": "float32", "log_every": 2,
+            "eval_every": 4, "checkpoint_every": 3,
+        },
+        "evaluate": {"max_new_tokens": 10, "chain_length": 3},
+        "export": {"dtype": "float32"},
+    }  # fmt: skip
+    (root / "run.yaml").write_text(yaml.safe_dump(config))
+    return root
+
+
+def call(root: Path, *overrides: str) -> int:
+    return main(["--config", str(root / "run.yaml"), *overrides])
+
+
+@pytest.fixture(scope="module")
+def finished(workspace):
+    assert call(workspace) == 0
+    return workspace / "out"
+
+
+def test_every_stage_leaves_its_result(finished):
+    draft = finished / "llama"
+    evaluation = json.loads((draft / "evaluation.json").read_text())["result"]
+    assert evaluation["decoded"]["identical_answers"] == evaluation["answers"] == 4
+    assert evaluation["teacher_forced"]["answers_with_the_decoded_passes"] == 4
+    assert evaluation["decoded"]["accept_length"] == evaluation["teacher_forced"]["accept_length"] >= 1.0
+    steps = [json.loads(line) for line in (draft / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in steps if m["kind"] == "train"] == [2, 4, 6, 8]
+    assert [m["step"] for m in steps if m["kind"] == "held_out"] == [0, 4, 8]
+    assert steps[-2]["loss"] < steps[1]["loss"]
+    report = (draft / "report" / "report.md").read_text()
+    for name in ("loss", "accuracy", "accept_length", "acceptance", "accepted_lengths", "sample"):
+        assert f"({name}.png)" in report
+        assert (draft / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_run_does_nothing_again(finished, workspace, monkeypatch, capfd):
+    def never(*args, **kwargs):
+        raise AssertionError("a finished stage ran again")
+
+    for name in ("capture", "Trainer", "decode_held_out", "export"):
+        monkeypatch.setattr(run_module, name, never)
+    assert call(workspace) == 0
+    assert "accept length" in capfd.readouterr().out
+
+
+def test_another_draft_shares_the_answers(finished, workspace, monkeypatch):
+    monkeypatch.setattr(run_module, "capture", None)
+    assert call(workspace, "draft.architecture=mla") == 0
+    config = json.loads((finished / "mla" / "export" / "config.json").read_text())
+    assert config["architectures"] == ["Eagle3DeepseekV2ForCausalLM"]
+    evaluation = json.loads((finished / "mla" / "evaluation.json").read_text())["result"]
+    assert evaluation["decoded"]["identical_answers"] == 4
+    assert evaluation["teacher_forced"]["answers_with_the_decoded_passes"] == 4
+
+
+def test_changed_evaluation_is_done_anew_and_training_is_not(finished, workspace, monkeypatch):
+    before = json.loads((finished / "llama" / "evaluation.json").read_text())
+    copy = finished.with_name("copy")
+    shutil.copytree(finished, copy)
+    monkeypatch.setattr(run_module, "capture", None)
+    monkeypatch.setattr("flaxdraft.train.loop.make_train_step", lambda *args: None)
+    assert call(workspace, f"output_dir={copy}", "evaluate.chain_length=2") == 0
+    after = json.loads((copy / "llama" / "evaluation.json").read_text())
+    assert after["result"]["chain_length"] == 2
+    assert after["inputs"] != before["inputs"]
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights(finished, workspace, tmp_path):
+    """Killed in training, right after a checkpoint; the resumed weights are those of the undisturbed run, bitwise."""
+    out = tmp_path / "killed"
+    shutil.copytree(finished / "data", out / "data")
+    script = (
+        "import os, signal, flaxdraft.train.loop as loop\n"
+        "log = loop.MetricsLog.training\n"
+        "def training(self, step, *rest):\n"
+        "    if step == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return log(self, step, *rest)\n"
+        "loop.MetricsLog.training = training\n"
+        "from flaxdraft.train.__main__ import main\n"
+        f"main(['--config', {str(workspace / 'run.yaml')!r}, 'output_dir={out}'])\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    checkpoints = sorted(p.name for p in (out / "llama" / "checkpoints").iterdir() if p.name.isdigit())
+    assert checkpoints == ["3"]
+    assert call(workspace, f"output_dir={out}") == 0
+    want = load_file(finished / "llama" / "export" / "model.safetensors")
+    got = load_file(out / "llama" / "export" / "model.safetensors")
+    assert want.keys() == got.keys()
+    for name, array in want.items():
+        np.testing.assert_array_equal(got[name], array, err_msg=name)
+    lines = [json.loads(line) for line in (out / "llama" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in lines if m["kind"] == "train"] == [2, 4, 6, 8]
+
+
+def test_a_killed_capture_goes_on(workspace, finished, tmp_path):
+    """One finished chunk stays as it is, a half-written one is not taken for whole."""
+    out = tmp_path / "partial"
+    shutil.copytree(finished / "data", out / "data")
+    (out / "data" / "data.json").unlink()
+    (out / "data" / "train-00001.safetensors").unlink()
+    (out / "data" / "train-00002.safetensors.tmp").write_bytes(b"half")
+    kept = (out / "data" / "train-00000.safetensors").stat().st_mtime_ns
+    assert call(workspace, f"output_dir={out}", "train.num_steps=1") == 0
+    assert (out / "data" / "train-00000.safetensors").stat().st_mtime_ns == kept
+    for name in ("train-00000", "train-00001", "train-00002"):
+        want = load_file(finished / "data" / f"{name}.safetensors")
+        got = load_file(out / "data" / f"{name}.safetensors")
+        for key in want:
+            np.testing.assert_array_equal(got[key], want[key], err_msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.learning_rate=0.5", r"train.learning_rate: there 0.01, here 0.5.*name="),
+        ("data.max_answer_tokens=13", r"data.max_answer_tokens: there 12, here 13.*output_dir"),
+        ("draft.architecture=mamba", r"draft.architecture: no 'mamba'"),
+        ("algorithm.name=eagle9", r"algorithm.name: no 'eagle9'"),
+        ("train.learning_rat=1", r"unknown key 'train.learning_rat'; did you mean 'learning_rate'"),
+        ("train.num_steps=many", r"train.num_steps: found 'many'"),
+        ("data.prompts=/nowhere.jsonl", r"data.prompts: cannot read /nowhere.jsonl"),
+        ("data.num_prompts=11", r"data.num_prompts: found 11, .* has 10"),
+        ("target.path=/nowhere.gguf", r"target.path: no file /nowhere.gguf"),
+        ("target.sha256=00", r"sha256 is .* target.sha256 says 00"),
+        ("output_dir=/proc/flaxdraft", r"output_dir: cannot write to /proc/flaxdraft"),
+        ("mesh.data=3", r"train.batch_size: 4 rows cannot be split over mesh.data=3"),
+        ("draft.draft_vocab_size=999999", r"draft.draft_vocab_size"),
+        ("draft.fields={hidden_sise: 8}", r"did you mean 'hidden_size'"),
+    ],
+)
+def test_wrong_input_is_one_message_and_exit_code_2(finished, workspace, tmp_path, capfd, override, message):
+
+    fresh = (
+        [] if override.startswith(("train.learning_rate=", "data.max", "output_dir")) else [f"output_dir={tmp_path}"]
+    )
+    assert call(workspace, *fresh, override) == 2
+    error = capfd.readouterr().err
+    assert re.search(message, error), error
+    assert "Traceback" not in error
+
+
+def test_the_command_itself_reports_without_a_traceback(workspace):
+    command = [sys.executable, "-m", "flaxdraft.train", "--config", str(workspace / "nothing.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONWARNINGS": ""})
+    assert done.returncode == 2
+    assert "nothing.yaml: cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr

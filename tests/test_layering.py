@@ -1,0 +1,73 @@
+"""Imports point one way, and siblings leave each other alone."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "flaxdraft"
+
+# Lower layers first; a module may import its own layer's earlier names only where the table says so.
+LAYERS = (
+    ("errors",),
+    ("interfaces", "config", "mesh", "precision", "progress"),
+    ("ops",),
+    ("nn", "weights", "fetch", "gguf_file"),
+    ("targets", "drafts"),
+    ("algorithms",),
+    ("data", "checkpoint"),
+    ("evaluate", "export", "report"),
+    ("train",),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+ALONE = ("targets", "drafts", "algorithms")  # their modules never import each other
+# The one arrow inside a layer: the draft skeleton reads the name-table types' neighbour nn, and evaluate reads data.
+SAME_LAYER = {("interfaces", "errors"), ("weights", "nn"), ("nn", "nn"), ("ops", "ops")}
+
+
+def imports(path: Path) -> list[str]:
+    """Dotted flaxdraft modules that a file imports, anywhere in it."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "flaxdraft":
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.split(".")[0] == "flaxdraft"]
+    return found
+
+
+def arrows():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        source = path.relative_to(PACKAGE).with_suffix("").parts
+        for target in imports(path):
+            yield source, tuple(target.split(".")[1:])
+
+
+def test_every_module_has_a_layer():
+    parts = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in PACKAGE.rglob("*.py")}
+    assert parts - {"__init__"} == set(LEVEL)
+
+
+def test_arrows_point_down():
+    for source, target in arrows():
+        if source[0] == target[0]:
+            continue
+        assert LEVEL[target[0]] < LEVEL[source[0]], f"{'/'.join(source)} imports {'.'.join(target)}"
+
+
+def test_siblings_do_not_import_each_other():
+    for source, target in arrows():
+        if source[0] == target[0] and source[0] in ALONE:
+            raise AssertionError(f"{'/'.join(source)} imports its sibling {'.'.join(target)}")
+
+
+def test_only_one_file_imports_orbax():
+    users = [p.name for p in PACKAGE.rglob("*.py") if "orbax" in p.read_text().split("class ")[0]]
+    assert users == ["checkpoint.py"]
+
+
+def test_nothing_unpickles_or_reaches_into_private_modules():
+    for path in PACKAGE.rglob("*.py"):
+        names = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+        assert not names & {"pickle.load", "pickle.loads", "torch.load", "yaml.load", "eval", "exec"}, path
+        text = path.read_text()
+        assert "jax._src" not in text, path
+        assert "flax._" not in text, path

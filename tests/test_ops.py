@@ -1,0 +1,60 @@
+"""Suffix attention and cached attention against brute force."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxdraft.ops import suffix_attention
+from flaxdraft.ops.attention import attend, attend_cache, causal_visibility
+
+B, T, N, K, H, C = 2, 7, 4, 2, 6, 5
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape), jnp.float32)
+
+
+def brute_force(q, k0, v0, suffix_k, suffix_v, visible, scale):
+    """One query at a time, over the explicit list of its keys."""
+    out = np.zeros((*q.shape[:3], v0.shape[-1]))
+    for b, t, n in np.ndindex(*q.shape[:3]):
+        kv = n // (q.shape[2] // k0.shape[2])
+        keys = [k0[b, s, kv] for s in range(k0.shape[1]) if visible[b, t, s]] + [k[b, t, kv] for k in suffix_k]
+        values = [v0[b, s, kv] for s in range(k0.shape[1]) if visible[b, t, s]] + [v[b, t, kv] for v in suffix_v]
+        scores = np.array([np.dot(np.asarray(q[b, t, n], np.float64), np.asarray(k, np.float64)) for k in keys]) * scale
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = (weights[:, None] / weights.sum() * np.array(values)).sum(0)
+    return out
+
+
+@pytest.mark.parametrize("num_suffix", [0, 1, 4])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_suffix_attention_is_one_softmax_over_its_keys(num_suffix, kv_heads):
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 2], [1] * 7])
+    visible = causal_visibility(segments)
+    q, k0, v0 = normal(B, T, N, H), normal(B, T, kv_heads, H, seed=1), normal(B, T, kv_heads, C, seed=2)
+    suffix_k = [normal(B, T, kv_heads, H, seed=3 + i) for i in range(num_suffix)]
+    suffix_v = [normal(B, T, kv_heads, C, seed=9 + i) for i in range(num_suffix)]
+    got = suffix_attention.dense(q, k0, v0, suffix_k, suffix_v, visible, 0.7)
+    np.testing.assert_allclose(got, brute_force(q, k0, v0, suffix_k, suffix_v, visible, 0.7), atol=2e-6)
+
+
+def test_step_zero_is_plain_causal_attention():
+    q, k, v = normal(B, T, N, H), normal(B, T, K, H, seed=1), normal(B, T, K, H, seed=2)
+    got = suffix_attention.dense(q, k, v, [], [], causal_visibility(jnp.ones((B, T), jnp.int32)), H**-0.5)
+    np.testing.assert_allclose(got, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("num_new", [1, 3])
+def test_cached_attention_equals_plain(num_new):
+    q, k, v = normal(B, num_new, N, H), normal(B, T, K, H, seed=1), normal(B, T, K, C, seed=2)
+    visible = jnp.arange(T)[None, None, :] <= jnp.asarray([[3, 4, 5], [1, 2, 6]])[:, :num_new, None]
+    got = attend_cache(q, jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2), visible, 0.3)
+    np.testing.assert_allclose(got, attend(q, k, v, visible, 0.3), atol=1e-6)
+
+
+def test_padding_rows_stay_finite():
+    q, k, v = normal(1, 3, N, H), normal(1, 3, K, H), normal(1, 3, K, C)
+    out = attend(q, k, v, jnp.zeros((1, 3, 3), bool), 1.0)
+    assert bool(jnp.isfinite(out).all())

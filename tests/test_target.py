@@ -1,0 +1,123 @@
+"""The Llama target: cache, taps, packing, generation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flaxdraft import targets
+from flaxdraft.data.generation import answer_greedily, common_prefix
+from flaxdraft.errors import InputError
+from flaxdraft.interfaces import Batch
+from flaxdraft.precision import Precision
+from flaxdraft.targets import llama
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_gguf):
+    return targets.load(str(tiny_gguf), None, None, Precision())
+
+
+@pytest.fixture(scope="module")
+def tokens(loaded):
+    vocab = loaded.model.config.vocab_size
+    return jnp.asarray(np.random.default_rng(0).integers(3, vocab, (2, 12)), jnp.int32)
+
+
+def whole(target, tokens, segments=None, positions=None):
+    num = tokens.shape
+    segments = jnp.ones(num, jnp.int32) if segments is None else segments
+    positions = jnp.tile(jnp.arange(num[1]), (num[0], 1)) if positions is None else positions
+    return target.features(Batch(tokens, jnp.zeros(num, bool), segments, positions))
+
+
+@pytest.mark.parametrize("splits", [(12,), (5, 7), (1, 4, 7), (1,) * 12])
+def test_cached_forward_equals_uncached_wherever_it_is_split(loaded, tokens, splits):
+    want = whole(loaded.model, tokens)
+    cache, start = loaded.model.new_cache(2, 16), 0
+    for size in splits:
+        positions = jnp.tile(jnp.arange(start, start + size), (2, 1))
+        cache, got = loaded.model.extend(cache, tokens[:, start : start + size], positions, "all")
+        span = slice(start, start + size)
+        np.testing.assert_allclose(got.taps_BT3E, want.taps_BT3E[:, span], atol=1e-4)
+        np.testing.assert_allclose(got.last_BTE, want.last_BTE[:, span], atol=1e-4)
+        np.testing.assert_allclose(got.logsumexp_BT, want.logsumexp_BT[:, span], atol=1e-4)
+        np.testing.assert_array_equal(got.argmax_BT, want.argmax_BT[:, span])
+        start += size
+
+
+def test_statistics_are_those_of_the_head(loaded, tokens):
+    got = whole(loaded.model, tokens)
+    logits = np.asarray(got.last_BTE, np.float64) @ np.asarray(loaded.model.head(), np.float64).T
+    np.testing.assert_array_equal(got.argmax_BT, logits.argmax(-1))
+    np.testing.assert_allclose(got.logsumexp_BT, np.log(np.exp(logits).sum(-1)), rtol=1e-5)
+
+
+def test_packed_documents_equal_separate_ones(loaded, tokens):
+    apart = whole(loaded.model, tokens)
+    segments = jnp.repeat(jnp.arange(1, 3), 12)[None]
+    packed = whole(loaded.model, tokens.reshape(1, -1), segments, jnp.tile(jnp.arange(12), 2)[None])
+    np.testing.assert_allclose(packed.last_BTE.reshape(2, 12, -1), apart.last_BTE, atol=1e-5)
+    np.testing.assert_allclose(packed.taps_BT3E.reshape(2, 12, 3, -1), apart.taps_BT3E, atol=1e-5)
+
+
+def test_end_head_gives_the_last_real_position_of_each_row(loaded, tokens):
+    positions = np.tile(np.arange(12), (2, 1))
+    positions[1, 8:] = 16  # padding
+    _, got = loaded.model.extend(loaded.model.new_cache(2, 16), tokens, jnp.asarray(positions), "end")
+    want = whole(loaded.model, tokens)
+    for row, end in ((0, 11), (1, 7)):
+        assert got.argmax_BT[row, end] == want.argmax_BT[row, end]
+        np.testing.assert_allclose(got.logsumexp_BT[row, end], want.logsumexp_BT[row, end], rtol=1e-5)
+
+
+def test_greedy_answers_and_features_equal_the_uncached_ones(loaded):
+    """Ragged prompts with a shared beginning, padded batch rows, against one full forward a token."""
+    rng = np.random.default_rng(1)
+    vocab = loaded.model.config.vocab_size
+    prompts = [[5] * 9 + rng.integers(3, vocab, n).tolist() for n in (2, 5, 3)]
+    assert common_prefix(prompts) == 8
+    steps = []
+    rows = answer_greedily(loaded.model, prompts, 6, 2, 4, steps.append)
+    assert len(rows) == 3
+    assert sum(steps) == sum(row.num_answer for row in rows)
+    for prompt, row in zip(prompts, rows, strict=True):
+        text = list(prompt)
+        while len(text) < len(prompt) + 6 and (len(text) == len(prompt) or text[-1] != 2):
+            text.append(int(whole(loaded.model, jnp.asarray([text])).argmax_BT[0, -1]))
+        assert row.tokens.tolist() == text
+        assert row.num_prompt == len(prompt)
+        want = whole(loaded.model, jnp.asarray([text]))
+        np.testing.assert_allclose(row.features.taps_BT3E[:-1], want.taps_BT3E[0, :-1], atol=1e-4)
+        np.testing.assert_allclose(row.features.last_BTE[:-1], want.last_BTE[0, :-1], atol=1e-4)
+        answer = slice(len(prompt) - 1, len(text) - 1)
+        np.testing.assert_array_equal(row.features.argmax_BT[answer], text[len(prompt) :])
+
+
+def test_taps_are_outputs_of_their_layers(loaded, tokens, tiny_gguf):
+    """The tap after the last layer, normed, is the last hidden state; an earlier model's taps are a later one's."""
+    one = targets.load(str(tiny_gguf), None, (0, 2, 7), Precision()).model
+    features = whole(one, tokens)
+    x = np.asarray(features.taps_BT3E[:, :, 2], np.float64)
+    eps = one.config.rms_norm_eps
+    normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * np.asarray(one.final_norm())
+    np.testing.assert_allclose(features.last_BTE, normed, atol=1e-5)
+    assert loaded.model.config.tap_layers == (1, 3, 4)
+    np.testing.assert_allclose(features.taps_BT3E[:, :, 1], reference_tap(loaded.model, tokens, 2), atol=1e-5)
+
+
+def reference_tap(target, tokens, layer):
+    """The output of one layer, by a model cut off after it: its last layer's tap."""
+    config = dataclasses.replace(target.config, num_hidden_layers=layer + 1, tap_layers=(0, layer - 1, layer))
+    layers = jax.tree.map(lambda w: w[: layer + 1], target.state["layers"])
+    state = nnx.State({**target.state, "layers": layers})
+    return whole(llama.build(config, state, Precision()), tokens).taps_BT3E[:, :, 2]
+
+
+@pytest.mark.parametrize("taps", [(2, 1, 3), (0, 1, 8), (1, 1, 2)])
+def test_taps_must_be_three_ascending_layers(tiny_gguf, taps):
+    with pytest.raises(InputError, match=r"target.tap_layers: .* not three ascending layers of a 8-layer target"):
+        targets.load(str(tiny_gguf), None, taps, Precision())
