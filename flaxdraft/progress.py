@@ -28,9 +28,9 @@ class Bar:
             self._live.update(self._task, completed=round(self.done), text=text)
         elif time.monotonic() - self._spoke > SECONDS_BETWEEN_LINES:
             self._spoke = time.monotonic()
-            worked = max(self.done - self._first, 1e-9)
-            left = (self._spoke - self._start) / worked * (self.total - self.done)
-            CONSOLE.print(f"  {self.name} {self.done:.0f}/{self.total}  {text}  ETA {left:.0f} s")
+            worked = self.done - self._first
+            left = f"{(self._spoke - self._start) / worked * (self.total - self.done):.0f} s" if worked else "unknown"
+            CONSOLE.print(f"  {self.name} {self.done:.0f}/{self.total}  {text}  ETA {left}")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import matplotlib.pyplot as plt
 
 from flaxdraft.progress import CONSOLE
 
+SAMPLE_COLUMNS = 96
 # Light to dark: one token a pass is what the target does alone.
 PASS_COLORS = ("#ffffff", "#d7ecd9", "#a5d6a7", "#66bb6a", "#2e9e4f", "#1b7837", "#0f5a2a", "#083d1b")
 
@@ -72,41 +74,63 @@ def _bars(directory: Path, evaluation: dict[str, Any]) -> None:
     save()
 
 
-def _sample(directory: Path, prompt: str, pieces: Sequence[str], yields: Sequence[int]) -> None:
-    """The answer's tokens, each coloured by how many its target pass yielded; the first came with the prefill."""
-    per_token = [1] + [gained for gained in yields for _ in range(gained)]
-    figure, axes = plt.subplots(figsize=(8, 4.2))
-    axes.set_axis_off()
-    figure.subplots_adjust(0.02, 0.02, 0.98, 0.98)
-    renderer = figure.canvas.get_renderer()
-    width, height = figure.canvas.get_width_height()
-    question = axes.text(
-        0.0, 1.0, prompt, transform=axes.transAxes, va="top", fontsize=10, weight="bold", wrap=True, parse_math=False
-    )
-    line_height, x = height * 0.062, 0.0
-    y = height * 0.98 - question.get_window_extent(renderer).height - line_height
-    for piece, gained in zip(pieces, per_token, strict=False):
-        for part in piece.replace("\t", "    ").splitlines(keepends=True) or [""]:
+def _drawable(text: str) -> str:
+    """Characters that the figure's font lacks (control characters, other scripts, emoji) become dots."""
+    glyphs = get_font(findfont("DejaVu Sans Mono")).get_charmap()
+    return "".join(letter if ord(letter) in glyphs or letter in "\n\t" else "·" for letter in text)
+
+
+def _lay_out(pieces: Sequence[str], per_token: Sequence[int]) -> list[list[tuple[int, str, int]]]:
+    """Lines of (column, text, tokens of its pass), broken like a terminal would at SAMPLE_COLUMNS."""
+    lines, column = [[]], 0
+    for piece, gained in zip(pieces, per_token, strict=True):
+        for part in piece.replace("\t", "    ").splitlines(keepends=True):
             text = part.rstrip("\n")
-            label = axes.text(
-                0, 0, text, transform=None, va="center", fontsize=10, family="monospace", parse_math=False,
-                bbox={"facecolor": PASS_COLORS[min(gained, len(PASS_COLORS)) - 1], "edgecolor": "none", "pad": 1.5},
-            )  # fmt: skip
-            extent = label.get_window_extent(renderer).width
-            if x + extent > width * 0.96 and x > 0:
-                x, y = 0.0, y - line_height
-            label.set_position((width * 0.02 + x, y))
-            x += extent
+            if column and column + len(text) > SAMPLE_COLUMNS:
+                lines.append([])
+                text, column = text.lstrip(" "), 0
+            lines[-1].append((column, text, gained))
+            column += len(text)
             if part.endswith("\n"):
-                x, y = 0.0, y - line_height
-    x = width * 0.02
-    for gained in range(1, max(per_token) + 1):
-        label = axes.text(
-            x, height * 0.05, f" {gained} a pass ", transform=None, fontsize=9,
-            bbox={"facecolor": PASS_COLORS[min(gained, len(PASS_COLORS)) - 1], "edgecolor": "#bbbbbb", "pad": 2},
-        )  # fmt: skip
-        x += label.get_window_extent(renderer).width + 14
-    figure.savefig(directory / "sample.png", dpi=130)
+                lines.append([])
+                column = 0
+    return lines
+
+
+def _sample(path: Path, prompt: str, pieces: Sequence[str], yields: Sequence[int]) -> None:
+    """The answer's tokens, each coloured by how many its target pass yielded; the first came with the prefill."""
+    lines = _lay_out([_drawable(piece) for piece in pieces], [1] + [gained for gained in yields for _ in range(gained)])
+    question = textwrap.wrap(_drawable(prompt), SAMPLE_COLUMNS)
+    height = len(question) + len(lines) + 3.5
+    figure = plt.figure(figsize=(9, 0.24 * height))
+    axes = figure.add_axes((0.02, 0, 0.96, 1), xlim=(0, SAMPLE_COLUMNS), ylim=(height, 0))
+    axes.set_axis_off()
+    style = {"family": "DejaVu Sans Mono", "fontsize": 9.3, "va": "center", "parse_math": False}
+
+    def put(column, row, text, **more):
+        # One character a time: columns stay columns, whatever the font's own advance is.
+        for i, letter in enumerate(text):
+            axes.text(column + i + 0.5, row + 0.5, letter, ha="center", **style, **more)
+
+    def shade(column, row, width, gained):
+        color = PASS_COLORS[min(gained, len(PASS_COLORS)) - 1]
+        edge = "#bbbbbb" if gained == 1 else color
+        axes.add_patch(plt.Rectangle((column, row + 0.04), width, 0.92, facecolor=color, edgecolor=edge, linewidth=0.4))
+
+    for row, text in enumerate(question):
+        put(0, row + 0.3, text, weight="bold")
+    for row, line in enumerate(lines, len(question) + 1):
+        for column, text, gained in line:
+            if text:
+                shade(column, row, len(text), gained)
+            put(column, row, text, color="white" if gained > 4 else "black")
+    column = 0
+    for gained in range(1, max(yields, default=1) + 1):
+        label = f" {gained} a pass "
+        shade(column, height - 1.4, len(label), gained)
+        put(column, height - 1.4, label, color="white" if gained > 4 else "black")
+        column += len(label) + 1
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
@@ -165,7 +189,7 @@ def write_report(
     directory.mkdir(parents=True, exist_ok=True)
     _curves(directory, metrics)
     _bars(directory, evaluation)
-    _sample(directory, *sample)
+    _sample(directory / "sample.png", *sample)
     (directory / "report.md").write_text(_markdown(evaluation, metrics, facts), encoding="utf-8")
 
 

@@ -65,11 +65,8 @@ def unroll(
 
     Step-0 keys are made for every row of the batch; all else is computed for `rows_BR` alone.
     """
-    embeds_BTD = draft.embed(batch.tokens_BT)
     # Past the end the reader finds token 0, like an engine's empty slot; no supervised row ever sees it.
-    past_end_BJD = jnp.broadcast_to(draft.embed(jnp.zeros((1, 1), jnp.int32)), embeds_BTD[:, :1].shape)
-    past_end_BJD = jnp.repeat(past_end_BJD, num_steps, axis=1)
-    embeds_BTD = jnp.concatenate([embeds_BTD, past_end_BJD], axis=1)
+    embeds_BTD = draft.embed(jnp.pad(batch.tokens_BT, ((0, 0), (0, num_steps))))
     num_rows = batch.tokens_BT.shape[1]
     hidden_BTD = draft.project(taps_BT3E)
     x_BTX = draft.attention_input(embeds_BTD[:, 1 : num_rows + 1], hidden_BTD)

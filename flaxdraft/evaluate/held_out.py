@@ -35,7 +35,8 @@ def decode_held_out(
         def on_pass(num):
             nonlocal passes
             passes += num
-            progress.advance(0, f"{passes} target passes (alone: {expected})")
+            finished = at + len(chunk) - num
+            progress.advance(finished - progress.done, f"{passes} target passes (alone: {expected})")
 
         for at in range(0, len(prompts), num_rows):
             chunk = prompts[at : at + num_rows]
@@ -43,7 +44,7 @@ def decode_held_out(
                 target, graphdef, state, chunk, max_new_tokens=max_new_tokens, chain_length=chain_length,
                 end_token=end_token, on_pass=on_pass,
             )  # fmt: skip
-            progress.advance(len(chunk), f"{passes} target passes (alone: {expected})")
+            progress.advance(at + len(chunk) - progress.done, f"{passes} target passes (alone: {expected})")
     return decoded
 
 

@@ -1,0 +1,230 @@
+"""GGUF files: configuration, row order, tokenizer, and refusals of what cannot be read."""
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+from tiny import CONTROL, MERGES, permute, write_tiny_gguf
+
+from flaxdraft.errors import InputError
+from flaxdraft.gguf_file import GGUFCheckpoint, unpermute
+
+HIDDEN, HEADS, KV_HEADS, FFN, LAYERS = 32, 4, 2, 64, 8
+VOCAB = len(CONTROL) + 256 + len(MERGES)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_gguf):
+    return GGUFCheckpoint(tiny_gguf)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint):
+    return checkpoint.tokenizer()
+
+
+def write_gguf(path, fields=(), tensors=("token_embd.weight",)):
+    """A file with the fields that a configuration needs, but for those that are overridden (None leaves one out)."""
+    base = {
+        "llama.context_length": 64, "llama.embedding_length": 16, "llama.block_count": 1,
+        "llama.feed_forward_length": 24, "llama.attention.head_count": 4, "llama.vocab_size": 8,
+    }  # fmt: skip
+    fields = {**base, **dict(fields)}
+    writer = gguf.GGUFWriter(path, fields.pop("general.architecture", "llama"))
+    if "llama.attention.layer_norm_rms_epsilon" not in fields:
+        writer.add_layer_norm_rms_eps(1e-6)
+    for key, value in fields.items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif value is not None:
+            writer.add_uint32(key, value)
+    for name in tensors:
+        writer.add_tensor(name, np.arange(8 * 16, dtype=np.float32).reshape(8, 16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_configuration_has_hugging_face_names(checkpoint):
+    assert checkpoint.config == {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB, "hidden_size": HIDDEN,
+        "intermediate_size": FFN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS, "head_dim": HIDDEN // HEADS, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "max_position_embeddings": 128, "tie_word_embeddings": True,
+    }  # fmt: skip
+
+
+def test_absent_optional_fields_follow_the_others(tmp_path):
+    config = GGUFCheckpoint(write_gguf(tmp_path / "a.gguf")).config
+    assert (config["num_key_value_heads"], config["head_dim"], config["rope_theta"]) == (4, 4, 10000.0)
+    assert config["rms_norm_eps"] == 1e-6
+
+
+def test_a_head_of_its_own_unties(tmp_path):
+    tied = GGUFCheckpoint(write_gguf(tmp_path / "tied.gguf"))
+    untied = GGUFCheckpoint(write_gguf(tmp_path / "untied.gguf", tensors=("token_embd.weight", "output.weight")))
+    assert (tied.config["tie_word_embeddings"], untied.config["tie_word_embeddings"]) == (True, False)
+    assert untied.names() == ["model.embed_tokens.weight", "lm_head.weight"]
+
+
+def test_names_are_those_of_the_hugging_face_checkpoint(checkpoint):
+    layer = [
+        "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+        "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    ]  # fmt: skip
+    want = {f"model.layers.{i}.{name}.weight" for i in range(LAYERS) for name in layer}
+    assert set(checkpoint.names()) == want | {"model.embed_tokens.weight", "model.norm.weight"}
+    assert len(checkpoint.names()) == len(want) + 2
+
+
+@pytest.mark.parametrize(("num_heads", "width", "num_in"), [(1, 2, 3), (2, 4, 5), (4, 8, 32), (3, 6, 1)])
+def test_unpermute_inverts_llama_cpps_row_order(num_heads, width, num_in):
+    weight = np.arange(num_heads * width * num_in, dtype=np.float32).reshape(num_heads * width, num_in)
+    mixed = permute(weight, num_heads)
+    assert (width == 2) or not np.array_equal(mixed, weight)
+    np.testing.assert_array_equal(unpermute(mixed, num_heads), weight)
+    np.testing.assert_array_equal(permute(unpermute(weight, num_heads), num_heads), weight)
+
+
+def test_neighbouring_rows_in_the_file_are_half_a_head_apart():
+    file_rows = np.arange(8, dtype=np.float32)[:, None]  # one head of width 8
+    assert unpermute(file_rows, 1)[:, 0].tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+
+
+def test_only_queries_and_keys_are_reordered(checkpoint, tiny_gguf):
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tiny_gguf).tensors}
+
+    def raw(name):
+        tensor = stored[f"blk.3.{name}.weight"]
+        return gguf.dequantize(tensor.data, tensor.tensor_type)
+
+    def got(name):
+        weight = checkpoint.get(f"model.layers.3.{name}.weight")
+        assert weight.dtype == np.float32
+        return weight
+
+    for name, ours in (("attn_v", "self_attn.v_proj"), ("attn_output", "self_attn.o_proj"), ("ffn_up", "mlp.up_proj"),
+                       ("ffn_down", "mlp.down_proj"), ("attn_norm", "input_layernorm")):  # fmt: skip
+        np.testing.assert_array_equal(got(ours), raw(name))
+    for name, ours, heads in (("attn_q", "self_attn.q_proj", HEADS), ("attn_k", "self_attn.k_proj", KV_HEADS)):
+        np.testing.assert_array_equal(permute(got(ours), heads), raw(name))
+        assert not np.array_equal(got(ours), raw(name))
+
+
+def test_quantised_blocks_are_their_scale_times_small_integers(checkpoint, tiny_gguf):
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tiny_gguf).tensors}
+    tensor = stored["blk.0.ffn_gate.weight"]
+    assert tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0
+    blocks = np.asarray(tensor.data).reshape(-1, 34)  # a float16 scale, then 32 int8
+    want = blocks[:, :2].copy().view(np.float16).astype(np.float32) * blocks[:, 2:].copy().view(np.int8)
+    np.testing.assert_array_equal(checkpoint.get("model.layers.0.mlp.gate_proj.weight"), want.reshape(FFN, HIDDEN))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain",
+        " leading and  double",
+        "naïve façade",
+        "日本語 текст",
+        "🙂👩‍👩‍👧",
+        "a\n\tb\r\n",
+        "\x00\x7f",
+        "",
+        "3.14 2024",
+    ],
+)
+def test_text_survives_the_tokenizer(tokenizer, text):
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == text
+    assert len(tokens) <= len(text.encode())
+
+
+def test_merges_apply_in_their_order(tokenizer):
+    # "a n" comes before "Ġ a" in the list, so it wins wherever both could apply.
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("and the and a")) == ["and", "Ġthe", "Ġ", "and", "Ġa"]
+
+
+def test_digits_stand_alone_even_where_a_merge_would_join_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "MERGES", [*MERGES, "2 0", "Ġ 2"])
+    tokenizer = GGUFCheckpoint(write_tiny_gguf(tmp_path / "a.gguf", num_layers=1)).tokenizer()
+    assert "20" in tokenizer.get_vocab()
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("x 2024y")) == ["x", "Ġ", "2", "0", "2", "4", "y"]
+
+
+def test_special_tokens_are_single_ids_and_drop_out_on_demand(tokenizer):
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    tokens = tokenizer.encode("a<|im_end|>b")
+    assert tokens[1] == 2
+    assert len(tokens) == 3
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == "ab"
+    # A control token that has no role is still one token.
+    assert tokenizer.encode("<|endoftext|>") == [0]
+    assert set(tokenizer.all_special_ids) >= {1, 2}
+
+
+def test_chat_template_is_the_files(tokenizer):
+    messages = [{"role": "user", "content": "hi 12"}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert text == "<|im_start|>user\nhi 12<|im_end|>\n<|im_start|>assistant\n"
+    tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert tokens == tokenizer.encode(text)
+    assert [token for token in tokens if token < 3] == [1, 2, 1]
+    assert tokenizer.model_max_length == 128
+
+
+def test_truncated_files_are_refused_at_every_kind_of_place(tiny_gguf, tmp_path):
+    whole = tiny_gguf.read_bytes()
+    tensors_at = int(gguf.GGUFReader(tiny_gguf).data_offset)
+    ends = np.random.default_rng(0).integers(24, len(whole), 12).tolist()
+    for num in [0, 3, 4, 8, 12, 23, 24, 25, 500, tensors_at - 1, tensors_at, tensors_at + 1, *ends, len(whole) - 1]:
+        path = tmp_path / f"{num}.gguf"
+        path.write_bytes(whole[:num])
+        with pytest.raises(InputError, match=rf"{num}.gguf: not a readable GGUF file .* truncated or altered"):
+            GGUFCheckpoint(path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("head", [b"", b"GGUF\x03\x00\x00\x00"], ids=["all", "after the version"])
+def test_garbage_is_refused(tmp_path, seed, head):
+    path = tmp_path / "garbage.gguf"
+    path.write_bytes(head + np.random.default_rng(seed).bytes(4096))
+    with pytest.raises(InputError, match=r"garbage.gguf: not a readable GGUF file"):
+        GGUFCheckpoint(path)
+
+
+def test_another_architecture_is_refused(tmp_path):
+    path = write_tiny_gguf(tmp_path / "qwen.gguf", num_layers=1, architecture="qwen2")
+    with pytest.raises(InputError, match=r"qwen.gguf: GGUF architecture 'qwen2' is not supported; supported: llama"):
+        GGUFCheckpoint(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["blk.0.attn_q.bias", "rope_freqs.weight", "blk.x.attn_q.weight", "blk.0.ffn_gate_exps.weight"]
+)
+def test_an_unknown_tensor_is_named(tmp_path, name):
+    path = write_gguf(tmp_path / "a.gguf", tensors=("token_embd.weight", name))
+    with pytest.raises(InputError, match=f"a.gguf: unknown GGUF tensor '{name}'"):
+        GGUFCheckpoint(path)
+
+
+@pytest.mark.parametrize(
+    "key", ["llama.attention.head_count", "llama.embedding_length", "llama.block_count", "llama.context_length"]
+)
+def test_missing_metadata_are_named(tmp_path, key):
+    with pytest.raises(InputError, match=f"a.gguf: the GGUF metadata have no '{key}'"):
+        GGUFCheckpoint(write_gguf(tmp_path / "a.gguf", {key: None}))
+
+
+def test_rope_scaling_is_refused_rather_than_dropped(tmp_path):
+    with pytest.raises(InputError, match="GGUF rope scaling is not supported"):
+        GGUFCheckpoint(write_gguf(tmp_path / "a.gguf", {"llama.rope.scaling.type": "linear"}))
+
+
+def test_other_tokenizers_are_refused(tmp_path):
+    fields = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2"}
+    checkpoint = GGUFCheckpoint(write_gguf(tmp_path / "a.gguf", fields))
+    with pytest.raises(InputError, match="tokenizer gpt2/qwen2 is not supported; supported: gpt2/smollm"):
+        checkpoint.tokenizer()

@@ -1,0 +1,101 @@
+"""Draft vocabularies: the map, its three tables, and how it is chosen."""
+
+import numpy as np
+import pytest
+
+from flaxdraft.data.vocab import choose_vocab, coverage
+from flaxdraft.errors import InputError
+from flaxdraft.interfaces import VocabMap
+
+V = 50
+MAPS = {
+    "some": np.array([0, 3, 4, 17, 49]),
+    "one": np.array([7]),
+    "all": np.arange(V),
+    "narrow integers": np.array([1, 2, 40], np.int8),
+}
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (np.array([1, 1, 2]), "ascend strictly, found 1 then 1 at entry 0"),
+        (np.array([0, 5, 4]), "ascend strictly, found 5 then 4 at entry 1"),
+        (np.array([-1, 3]), r"ids -1..3 leave the target vocabulary 0..49"),
+        (np.array([3, V]), r"ids 3..50 leave the target vocabulary 0..49"),
+        (np.array([], np.int64), r"expected a non-empty integer vector, found int64\(0,\)"),
+        (np.array([1.0, 2.0]), "expected a non-empty integer vector, found float64"),
+        (np.array([[1, 2]]), r"expected a non-empty integer vector, found int64\(1, 2\)"),
+    ],
+)
+def test_a_map_that_is_none_is_refused(ids, message):
+    with pytest.raises(InputError, match=f"vocabulary map: .*{message}"):
+        VocabMap(ids, V)
+
+
+@pytest.mark.parametrize("ids", MAPS.values(), ids=MAPS)
+def test_the_tables_agree(ids):
+    vocab = VocabMap(ids, V)
+    d2t, t2d, to_draft = vocab.d2t(), vocab.t2d(), vocab.to_draft()
+    num = vocab.draft_vocab_size
+    assert (num, d2t.shape, t2d.shape, to_draft.shape) == (len(ids), (num,), (V,), (V,))
+    assert (d2t.dtype, t2d.dtype, to_draft.dtype) == (np.int64, np.bool_, np.int32)
+    for i in range(num):  # the servers' convention: offsets
+        assert i + d2t[i] == ids[i]
+        assert to_draft[ids[i]] == i
+    np.testing.assert_array_equal(np.flatnonzero(t2d), ids)
+    np.testing.assert_array_equal(to_draft >= 0, t2d)
+    assert set(to_draft[~t2d].tolist()) <= {-1}
+
+
+@pytest.mark.parametrize("ids", MAPS.values(), ids=MAPS)
+def test_offsets_give_the_map_back(ids):
+    back = VocabMap.from_d2t(VocabMap(ids, V).d2t(), V)
+    np.testing.assert_array_equal(back.target_ids_W, ids)
+    assert back.vocab_size == V
+
+
+def test_offsets_that_are_absolute_ids_are_noticed():
+    with pytest.raises(InputError, match="leave the target vocabulary"):
+        VocabMap.from_d2t(np.array([0, 3, 4, 17, 49]), V)
+
+
+def test_the_most_frequent_tokens_are_chosen_in_ascending_order():
+    counts = np.zeros(V, np.int64)
+    counts[[30, 5, 41, 12]] = [9, 8, 7, 6]
+    assert choose_vocab(counts, [], 3).target_ids_W.tolist() == [5, 30, 41]
+    assert coverage(counts, choose_vocab(counts, [], 3)) == 24 / 30
+
+
+def test_special_tokens_are_always_in():
+    counts = np.arange(V)  # the specials are the rarest
+    vocab = choose_vocab(counts, [0, 2, 1], 5)
+    assert vocab.target_ids_W.tolist() == [0, 1, 2, 48, 49]
+    assert choose_vocab(counts, [2, 0], 2).target_ids_W.tolist() == [0, 2]
+
+
+def test_ties_and_spare_places_go_to_the_lowest_ids():
+    counts = np.zeros(V, np.int64)
+    counts[[20, 30, 40]] = 5
+    assert choose_vocab(counts, [], 2).target_ids_W.tolist() == [20, 30]
+    assert choose_vocab(counts, [49], 6).target_ids_W.tolist() == [0, 1, 20, 30, 40, 49]
+
+
+def test_choosing_changes_no_counts():
+    counts = np.ones(V, np.int64)
+    choose_vocab(counts, [3], 10)
+    assert (counts == 1).all()
+
+
+def test_the_whole_vocabulary_may_be_chosen():
+    assert choose_vocab(np.zeros(V, np.int64), [1], V).target_ids_W.tolist() == list(range(V))
+
+
+@pytest.mark.parametrize(("size", "special"), [(V + 1, [0]), (1, [0, 1]), (0, [0])])
+def test_impossible_sizes_are_refused(size, special):
+    with pytest.raises(InputError, match=rf"draft.draft_vocab_size: found {size}, expected {len(special)} .* to 50 "):
+        choose_vocab(np.zeros(V, np.int64), special, size)
+
+
+def test_coverage_of_nothing_is_zero():
+    assert coverage(np.zeros(V, np.int64), VocabMap(np.arange(4), V)) == 0.0
