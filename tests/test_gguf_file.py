@@ -228,3 +228,59 @@ def test_other_tokenizers_are_refused(tmp_path):
     checkpoint = GGUFCheckpoint(write_gguf(tmp_path / "a.gguf", fields))
     with pytest.raises(InputError, match="tokenizer gpt2/qwen2 is not supported; supported: gpt2/smollm"):
         checkpoint.tokenizer()
+
+
+def altered(path, tiny_gguf, old: bytes, new: bytes):
+    """The tiny file with one place of its metadata changed."""
+    whole = tiny_gguf.read_bytes()
+    assert len(old) == len(new)
+    assert whole.count(old) >= 1
+    path.write_bytes(whole.replace(old, new, 1))
+    return path
+
+
+def test_metadata_that_are_not_text_are_refused(tmp_path, tiny_gguf):
+    path = altered(tmp_path / "a.gguf", tiny_gguf, b"<|endoftext|>", b"<|\xff\xfe\xff\xfeftext|>")
+    with pytest.raises(InputError, match=r"a.gguf: not a readable GGUF file"):
+        GGUFCheckpoint(path).tokenizer()
+
+
+def test_merges_of_unknown_tokens_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "MERGES", [*MERGES])
+    path = write_tiny_gguf(tmp_path / "whole.gguf", num_layers=1)
+    broken = altered(tmp_path / "a.gguf", path, b"th e", b"tq e")
+    with pytest.raises(InputError, match=r"a.gguf: its tokenizer cannot be built .*altered"):
+        GGUFCheckpoint(broken).tokenizer()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"llama.attention.head_count": 0},
+        {"llama.attention.head_count": 3},
+        {"llama.attention.head_count_kv": 0},
+        {"llama.attention.head_count_kv": 3},
+        {"llama.embedding_length": 18},
+        {"llama.embedding_length": "wide"},
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit_are_refused(tmp_path, fields):
+    with pytest.raises(InputError, match=r"a.gguf: .*altered"):
+        GGUFCheckpoint(write_gguf(tmp_path / "a.gguf", fields))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_an_altered_byte_of_the_metadata_is_read_or_refused(tmp_path, tiny_gguf, seed):
+    whole = bytearray(tiny_gguf.read_bytes())
+    at = int(np.random.default_rng(seed).integers(8, int(gguf.GGUFReader(tiny_gguf).data_offset)))
+    whole[at] ^= 0xFF
+    path = tmp_path / "a.gguf"
+    path.write_bytes(whole)
+    try:
+        checkpoint = GGUFCheckpoint(path)
+        checkpoint.tokenizer()
+        for name in checkpoint.names():
+            checkpoint.get(name)
+    except InputError as error:
+        assert "a.gguf" in str(error)  # noqa: PT017 (an altered byte may also do no harm)

@@ -19,8 +19,6 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ALONE = ("targets", "drafts", "algorithms")  # their modules never import each other
-# The one arrow inside a layer: the draft skeleton reads the name-table types' neighbour nn, and evaluate reads data.
-SAME_LAYER = {("interfaces", "errors"), ("weights", "nn"), ("nn", "nn"), ("ops", "ops")}
 
 
 def imports(path: Path) -> list[str]:

@@ -28,7 +28,8 @@ def read_prompts(path: str) -> list[Prompt]:
         InputError: the file is missing or has no prompts; a line is broken (its number is given); an id repeats.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines, which also cuts at separators that stand inside JSON strings.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data.prompts: cannot read {path} ({getattr(error, 'strerror', None) or error})") from error
     prompts, seen = [], {}

@@ -51,6 +51,11 @@ def read_rows(path: Path) -> list[Row]:
             raise InputError(
                 f"{path}: {name} has {len(tensors[name])} rows, lengths say {total}; remove it and run again"
             )
+    if len(tensors["num_prompt"]) != len(tensors["lengths"]):
+        raise InputError(
+            f"{path}: num_prompt has {len(tensors['num_prompt'])} rows, lengths has {len(tensors['lengths'])}; "
+            "remove it and run again"
+        )
     ends = np.cumsum(tensors["lengths"])
     rows = []
     for start, end, num_prompt in zip(ends - tensors["lengths"], ends, tensors["num_prompt"], strict=True):

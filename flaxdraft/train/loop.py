@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,11 @@ class Trainer:
             if checkpoints.latest_step() is not None:
                 state = checkpoints.restore(abstract_like(state), self.vocab)
                 CONSOLE.print(f"  resuming at step {int(state.step)}")
-            log = MetricsLog(self.directory / "metrics.jsonl", int(state.step))
-            if int(state.step) == 0:
-                log.evaluation(0, evaluate(state.params))
-            state = self._steps(state, frozen, make_train_step(graphdef, self.algorithm, tx), pipeline,
-                                evaluate, checkpoints, log)  # fmt: skip
+            with MetricsLog(self.directory / "metrics.jsonl", int(state.step)) as log:
+                if int(state.step) == 0:
+                    log.evaluation(0, evaluate(state.params))
+                state = self._steps(state, frozen, make_train_step(graphdef, self.algorithm, tx), pipeline,
+                                    evaluate, checkpoints, log)  # fmt: skip
             checkpoints.save(self.config.num_steps, state, self.vocab, force=True)
         return state.params
 
@@ -90,9 +91,16 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int):
         kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
-        self._file = path.open("w", encoding="utf-8")
-        for line in kept:
-            self._write(line)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
 
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
