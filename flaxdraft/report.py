@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.font_manager import findfont, get_font
 
 from flaxdraft.progress import CONSOLE
 

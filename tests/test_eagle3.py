@@ -5,9 +5,10 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jitted import loss_sums, unroll
 from test_contracts import DRAFTS, T, example, make_draft
 
-from flaxdraft.algorithms.eagle3 import Algorithm, supervised_rows, supervision, take_rows, unroll
+from flaxdraft.algorithms.eagle3 import Algorithm, supervised_rows, supervision, take_rows
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.speculative import _cached_layer, new_draft_cache
 from flaxdraft.interfaces import Batch
@@ -48,9 +49,9 @@ def test_the_row_before_the_answer_is_trained_and_the_last_two_are_not():
 def test_computing_only_supervised_rows_changes_nothing(name):
     algorithm, draft, full = Algorithm(3), make_draft(DRAFTS[name]), example()
     all_rows = dataclasses.replace(full, rows_BR=jnp.tile(jnp.arange(T), (2, 1)))
-    some = algorithm.loss_sums(draft, full)
+    some = loss_sums(algorithm, draft, full)
     for field in dataclasses.fields(some):
-        a, b = getattr(some, field.name), getattr(algorithm.loss_sums(draft, all_rows), field.name)
+        a, b = getattr(some, field.name), getattr(loss_sums(algorithm, draft, all_rows), field.name)
         np.testing.assert_allclose(a, b, rtol=2e-6, err_msg=field.name)
     assert int(some.row_count_J[0]) == 2 * (T - 2 - 3)
 
@@ -108,10 +109,12 @@ def test_a_cached_engine_gives_the_unrolls_hidden_states(name):
 
 def test_sums_against_a_loop():
     draft, ex, algorithm = make_draft(DRAFTS["llama"]), example(), Algorithm(3)
-    sums = algorithm.loss_sums(draft, ex)
+    sums = loss_sums(algorithm, draft, ex)
     hidden = unroll(draft, ex.batch, ex.features.taps_BT3E, jnp.tile(jnp.arange(T), (2, 1)), 3)
     to_draft = np.asarray(draft.draft_ids[...])
     mask = brute_force_supervision(np.asarray(ex.batch.assistant_BT), np.asarray(ex.batch.segments_BT), 3)
+    last, head = np.asarray(ex.features.last_BTE, np.float64), np.asarray(ex.teacher_head_WE, np.float64)
+    argmax, logsumexp = np.asarray(ex.features.argmax_BT), np.asarray(ex.features.logsumexp_BT, np.float64)
     prefix = np.ones((2, T), bool)
     for j in range(3):
         loss = count = rows = hits = joint = 0
@@ -123,11 +126,11 @@ def test_sums_against_a_loop():
                     prefix[b, p] = False
                     continue
                 rows += 1
-                teacher = np.asarray(ex.teacher_head_WE @ ex.features.last_BTE[b, p + 1 + j], np.float64)
+                teacher = head @ last[b, p + 1 + j]
                 q = np.exp(logits[b, p] - logits[b, p].max())
                 q /= q.sum()
-                accept += np.minimum(np.exp(teacher - float(ex.features.logsumexp_BT[b, p + 1 + j])), q).sum()
-                best = to_draft[int(ex.features.argmax_BT[b, p + 1 + j])]
+                accept += np.minimum(np.exp(teacher - logsumexp[b, p + 1 + j]), q).sum()
+                best = to_draft[argmax[b, p + 1 + j]]
                 hit = best >= 0 and logits[b, p].argmax() == best
                 prefix[b, p] &= hit
                 hits, joint = hits + hit, joint + prefix[b, p]
@@ -148,7 +151,7 @@ def test_unsupervised_rows_may_hold_nan_features():
     broken = dataclasses.replace(ex, features=dataclasses.replace(ex.features, last_BTE=last))
     full = lambda e: dataclasses.replace(e, rows_BR=jnp.tile(jnp.arange(T), (2, 1)))  # noqa: E731
     np.testing.assert_array_equal(
-        algorithm.loss_sums(draft, full(ex)).loss_J, algorithm.loss_sums(draft, full(broken)).loss_J
+        loss_sums(algorithm, draft, full(ex)).loss_J, loss_sums(algorithm, draft, full(broken)).loss_J
     )
 
 
@@ -164,7 +167,7 @@ def test_ttt_length_is_checked():
 
 def test_mean_loss_divides_once():
     algorithm, draft = Algorithm(3), make_draft(DRAFTS["llama"])
-    one, two = (algorithm.loss_sums(draft, example(b)) for b in (1, 3))
+    one, two = (loss_sums(algorithm, draft, example(b)) for b in (1, 3))
     weights = 0.8 ** np.arange(3)
     want = (weights * (one.loss_J + two.loss_J)).sum() / (weights * (one.loss_count_J + two.loss_count_J)).sum()
     np.testing.assert_allclose(algorithm.mean_loss(one + two), want, rtol=1e-6)

@@ -17,12 +17,14 @@ def normal(*shape, seed=0):
 
 def brute_force(q, k0, v0, suffix_k, suffix_v, visible, scale):
     """One query at a time, over the explicit list of its keys."""
+    q, k0, v0, visible = (np.asarray(x) for x in (q, k0, v0, visible))
+    suffix_k, suffix_v = [np.asarray(k) for k in suffix_k], [np.asarray(v) for v in suffix_v]
     out = np.zeros((*q.shape[:3], v0.shape[-1]))
     for b, t, n in np.ndindex(*q.shape[:3]):
         kv = n // (q.shape[2] // k0.shape[2])
         keys = [k0[b, s, kv] for s in range(k0.shape[1]) if visible[b, t, s]] + [k[b, t, kv] for k in suffix_k]
         values = [v0[b, s, kv] for s in range(k0.shape[1]) if visible[b, t, s]] + [v[b, t, kv] for v in suffix_v]
-        scores = np.array([np.dot(np.asarray(q[b, t, n], np.float64), np.asarray(k, np.float64)) for k in keys]) * scale
+        scores = np.array([np.dot(q[b, t, n].astype(np.float64), k) for k in keys]) * scale
         weights = np.exp(scores - scores.max())
         out[b, t, n] = (weights[:, None] / weights.sum() * np.array(values)).sum(0)
     return out

@@ -77,6 +77,7 @@ class Trainer:
                 rows_done += int((host.rows_BR < host.batch.tokens_BT.shape[1]).sum())
                 done = step + 1
                 if done % config.log_every == 0 or done == config.num_steps:
+                    metrics = jax.device_get(metrics)  # waits for the steps whose rate is taken
                     rate = rows_done / (time.monotonic() - clock)
                     progress.advance(done - progress.done, log.training(done, metrics, rate))
                 if done % config.eval_every == 0 or done == config.num_steps:
@@ -112,7 +113,6 @@ class MetricsLog:
         Raises:
             InputError: the loss is not finite.
         """
-        metrics = jax.device_get(metrics)
         if not np.isfinite(metrics.loss):
             raise InputError(
                 f"train: the loss is {metrics.loss} at step {step}; lower train.learning_rate, or check the features"

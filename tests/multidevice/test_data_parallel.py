@@ -1,4 +1,4 @@
-"""The train step over 1, 2 and 8 devices: same sums, same losses, same weights."""
+"""The train step over 1 and 8 devices: same sums, same losses, same weights."""
 
 import dataclasses
 
@@ -62,10 +62,9 @@ def ragged_example():
 
 
 @pytest.mark.parametrize("name", DRAFTS)
-@pytest.mark.parametrize("num_devices", [2, 8])
-def test_devices_do_not_change_the_result(name, num_devices):
+def test_devices_do_not_change_the_result(name):
     losses, sums, params = train(name, 1)
-    split_losses, split_sums, split_params = train(name, num_devices)
+    split_losses, split_sums, split_params = train(name, 8)
     np.testing.assert_allclose(split_losses, losses, rtol=1e-5)
     for field in ("loss_count_J", "row_count_J", "hit_J", "prefix_hit_J"):
         np.testing.assert_array_equal(getattr(split_sums, field), getattr(sums, field))

@@ -1,0 +1,26 @@
+"""The unroll and the sums, compiled: one compile is cheaper than a thousand eager operations."""
+
+from functools import partial
+
+import jax
+from flax import nnx
+
+from flaxdraft.algorithms import eagle3
+
+
+@partial(jax.jit, static_argnames=("graphdef", "num_steps"))
+def _unroll(graphdef, state, batch, taps_BT3E, rows_BR, num_steps):
+    return eagle3.unroll(nnx.merge(graphdef, state), batch, taps_BT3E, rows_BR, num_steps)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "algorithm"))
+def _loss_sums(graphdef, state, algorithm, example):
+    return algorithm.loss_sums(nnx.merge(graphdef, state), example)
+
+
+def unroll(draft, batch, taps_BT3E, rows_BR, num_steps):
+    return _unroll(*nnx.split(draft), batch, taps_BT3E, rows_BR, num_steps)
+
+
+def loss_sums(algorithm, draft, example):
+    return _loss_sums(*nnx.split(draft), algorithm, example)

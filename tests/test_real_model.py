@@ -1,0 +1,77 @@
+"""The quickstart's own target: read right, and the whole command on a small share of its prompts."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+from flaxdraft import targets
+from flaxdraft.config import load_config
+from flaxdraft.data.conversations import Prompt, render
+from flaxdraft.data.generation import answer_greedily
+from flaxdraft.interfaces import Batch
+from flaxdraft.precision import Precision
+from flaxdraft.train.__main__ import main
+
+pytestmark = pytest.mark.slow
+
+QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.yaml"
+TEXT = (
+    "The sea was calm that morning, and the fishermen had already gone out when the bells of the small church began "
+    "to ring. Nobody in the village could remember why they rang on Thursdays."
+)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    config = load_config(str(QUICKSTART), []).target
+    return targets.load(config.path, config.sha256, None, Precision())
+
+
+def test_text_costs_what_it_should(loaded):
+    """Mean negative log-likelihood; a wrong row order of q and k, or another rope base, costs a nat or more."""
+    tokens = jnp.asarray([loaded.tokenizer.encode(TEXT)], jnp.int32)
+    assert tokens.shape == (1, 39)
+    ones, positions = jnp.ones_like(tokens), jnp.arange(39)[None]
+    features = loaded.model.features(Batch(tokens, ones.astype(bool), ones, positions))
+    chosen_TE = loaded.model.head()[tokens[0, 1:]]
+    logits = jnp.einsum("te,te->t", features.last_BTE[0, :-1], chosen_TE)
+    np.testing.assert_allclose(jnp.mean(features.logsumexp_BT[0, :-1] - logits), 3.56, atol=0.005)
+    assert loaded.model.config.tap_layers == (1, 14, 26)
+
+
+def test_capital_of_france(loaded):
+    prompt = render(loaded.tokenizer, Prompt("x", "question", "train", "What is the capital of France?"), 64)
+    row = answer_greedily(loaded.model, [prompt], 24, loaded.tokenizer.eos_token_id, 1, lambda num: None)[0]
+    answer = loaded.tokenizer.decode(row.tokens[row.num_prompt :], skip_special_tokens=True)
+    assert answer.strip().rstrip(".").endswith("Paris")
+    assert row.tokens[-1] == loaded.tokenizer.eos_token_id
+
+
+def test_the_command_on_a_few_prompts(tmp_path):
+    """Twelve held-out prompts and 40 steps: lossless, the walk equals decoding, and training already helps."""
+    rows = [json.loads(line) for line in (QUICKSTART.parent / "data" / "prompts.jsonl").read_text().splitlines()]
+    held_out = [row for row in rows if row["split"] == "held_out"][::5]
+    train = [row for row in rows if row["split"] == "train"][::11]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in [*train, *held_out]))
+    raw = yaml.safe_load(QUICKSTART.read_text())
+    raw |= {"output_dir": str(tmp_path / "out")}
+    raw["data"] |= {"prompts": str(prompts), "num_prompts": None, "rows": 64, "max_answer_tokens": 48}
+    raw["train"] |= {"num_steps": 40, "eval_every": 40}
+    raw["evaluate"] |= {"max_new_tokens": 32}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    assert main(["--config", str(config)]) == 0
+    result = json.loads((tmp_path / "out" / "llama" / "evaluation.json").read_text())["result"]
+    assert result["decoded"]["identical_answers"] == result["answers"] == len(held_out)
+    assert result["teacher_forced"]["answers_with_the_decoded_passes"] == len(held_out)
+    lines = (tmp_path / "out" / "llama" / "metrics.jsonl").read_text().splitlines()
+    walked = [m["accept_length"] for m in map(json.loads, lines) if m["kind"] == "held_out"]
+    assert walked[0] < 1.1
+    assert walked[-1] == result["decoded"]["accept_length"] > walked[0] + 0.1
+    jax.clear_caches()
