@@ -1,10 +1,23 @@
 """Strict for every test: eight CPU devices, rank promotion raises, warnings are errors (pyproject.toml)."""
 
+import atexit
+import os
+import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
-import jax
-import pytest
+# The same programs are compiled by many tests and by the processes that some of them start: once a session is enough.
+_COMPILED = tempfile.mkdtemp(prefix="flaxdraft-compiled-")
+atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
+os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": _COMPILED,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+}
+
+import jax  # noqa: E402 (it reads the environment)
+import pytest  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -29,7 +29,7 @@ def workspace(tmp_path_factory, tiny_gguf):
         "draft": {"draft_vocab_size": 64},
         "algorithm": {"ttt_length": 3},
         "train": {
-            "num_steps": 8, "batch_size": 4, "learning_rate": 1e-2, "compute_dtype": "float32", "log_every": 2,
+            "num_steps": 8, "batch_size": 4, "learning_rate": 2e-3, "compute_dtype": "float32", "log_every": 2,
             "eval_every": 4, "checkpoint_every": 3,
         },
         "evaluate": {"max_new_tokens": 10, "chain_length": 3},
@@ -102,16 +102,18 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(finished, workspace
     out = tmp_path / "killed"
     shutil.copytree(finished / "data", out / "data")
     script = (
-        "import os, signal, flaxdraft.train.loop as loop\n"
+        "import os, signal, time, flaxdraft.train.loop as loop\n"
         "log = loop.MetricsLog.training\n"
         "def training(self, step, *rest):\n"
-        "    if step == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if step == 6:\n"
+        f"        while not os.path.isdir({str(out / 'llama' / 'checkpoints' / '3')!r}): time.sleep(0.01)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return log(self, step, *rest)\n"
         "loop.MetricsLog.training = training\n"
         "from flaxdraft.train.__main__ import main\n"
         f"main(['--config', {str(workspace / 'run.yaml')!r}, 'output_dir={out}'])\n"
     )
-    killed = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    killed = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -9, killed.stderr
     checkpoints = sorted(p.name for p in (out / "llama" / "checkpoints").iterdir() if p.name.isdigit())
     assert checkpoints == ["3"]
@@ -145,7 +147,7 @@ def test_a_killed_capture_goes_on(workspace, finished, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.learning_rate=0.5", r"train.learning_rate: there 0.01, here 0.5.*name="),
+        ("train.learning_rate=0.5", r"train.learning_rate: there 0.002, here 0.5.*name="),
         ("data.max_answer_tokens=13", r"data.max_answer_tokens: there 12, here 13.*output_dir"),
         ("draft.architecture=mamba", r"draft.architecture: no 'mamba'"),
         ("algorithm.name=eagle9", r"algorithm.name: no 'eagle9'"),
@@ -154,7 +156,7 @@ def test_a_killed_capture_goes_on(workspace, finished, tmp_path):
         ("data.prompts=/nowhere.jsonl", r"data.prompts: cannot read /nowhere.jsonl"),
         ("data.num_prompts=11", r"data.num_prompts: found 11, .* has 10"),
         ("target.path=/nowhere.gguf", r"target.path: no file /nowhere.gguf"),
-        ("target.sha256=00", r"sha256 is .* target.sha256 says 00"),
+        ("target.sha256='00'", r"sha256 is .* target.sha256 says 00"),
         ("output_dir=/proc/flaxdraft", r"output_dir: cannot write to /proc/flaxdraft"),
         ("mesh.data=3", r"train.batch_size: 4 rows cannot be split over mesh.data=3"),
         ("draft.draft_vocab_size=999999", r"draft.draft_vocab_size"),
