@@ -30,7 +30,12 @@ with warnings.catch_warnings():
 
 from tiny import write_tiny_gguf  # noqa: E402 (devices are set first)
 
-ROOT = Path(__file__).parents[1]
+
+def pytest_configure(config):
+    # The default tests compile far more than they compute; the slow ones see programs as users run them.
+    if "not slow" in config.getoption("markexpr"):
+        jax.config.update("jax_disable_most_optimizations", True)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jitted import loss_sums, unroll
 from test_contracts import DRAFTS, T, example, make_draft
 
@@ -99,11 +101,13 @@ def test_a_cached_engine_gives_the_unrolls_hidden_states(name):
     embeds = draft.embed(ex.batch.tokens_BT)
     cache = new_draft_cache(draft, 1, T + 4)
     hidden = draft.project(ex.features.taps_BT3E[:, : p + 1])
-    cache, out = _cached_layer(draft, cache, embeds[:, 1 : p + 2], hidden, jnp.arange(p + 1)[None])
+    graphdef, state = nnx.split(draft)
+    layer = jax.jit(lambda state, *rows: _cached_layer(nnx.merge(graphdef, state), *rows))
+    cache, out = layer(state, cache, embeds[:, 1 : p + 2], hidden, jnp.arange(p + 1)[None])
     out = out[:, -1:]
     for j in range(num_steps):
         if j > 0:
-            cache, out = _cached_layer(draft, cache, embeds[:, p + 1 + j : p + 2 + j], out, jnp.array([[p + j]]))
+            cache, out = layer(state, cache, embeds[:, p + 1 + j : p + 2 + j], out, jnp.array([[p + j]]))
         np.testing.assert_allclose(out, want[j], atol=1e-5)
 
 
