@@ -129,7 +129,8 @@ def inverse_frequencies(
     """Angle per position of each of the width/2 pairs; only dynamic NTK looks at the positions."""
     exponent = np.arange(0, width, 2, dtype=np.float64) / width
     if rope.rope_type == "dynamic":
-        limit = rope.original_max_position_embeddings or rope.max_position_embeddings
+        # Readers of this type know no original_max_position_embeddings: the window is the config's.
+        limit = rope.max_position_embeddings
         length = jnp.maximum(jnp.max(positions_BT) + 1, limit).astype(jnp.float32)
         stretch = rope.factor * length / limit - (rope.factor - 1)
         return 1.0 / (rope.rope_theta * stretch ** (width / (width - 2))) ** jnp.asarray(exponent, jnp.float32)
