@@ -57,9 +57,7 @@ def export(
         InputError: a weight is not finite, or no server could load such a draft.
     """
     config = serving_config(draft_config, tap_layers, target_config, dtype)
-    tensors = state_to_torch(params, draft_module.NAME_TABLE, _DTYPES[dtype])
-    if draft_config.target_hidden_size != draft_config.hidden_size:
-        tensors |= state_to_torch(params, [("embed_tokens", "embed_tokens.weight", "copy")], _DTYPES[dtype])
+    tensors = state_to_torch(params, draft_module.name_table(draft_config), _DTYPES[dtype])
     for name, array in tensors.items():
         if not np.isfinite(array.astype(np.float32)).all():
             raise InputError(f"export: {name} holds values that are not finite in {dtype}; choose another export.dtype")

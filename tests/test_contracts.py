@@ -77,19 +77,33 @@ def test_every_pair_lowers_and_differentiates(draft_name, algorithm_name):
     assert jax.tree.map(lambda g: g.shape, grads) == jax.tree.map(lambda p: p.shape, params)
 
 
+# What a config may add to the plain draft.
+VARIANTS = {
+    "plain": {},
+    "fc_norm": {"fc_norm": True},
+    "norm_output": {"norm_output": True},
+    "narrow": {"hidden_size": 24},
+}
+every_variant = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+
+
 @pytest.mark.parametrize("name", DRAFTS)
-def test_name_table_covers_every_trained_weight(name):
+@every_variant
+def test_name_table_covers_every_trained_weight(name, fields):
     module = DRAFTS[name]
-    _, params, _ = split_draft(make_draft(module))
+    draft = make_draft(module, **fields)
+    _, params, _ = split_draft(draft)
     paths = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(params)}
-    assert paths == {row[0] for row in module.NAME_TABLE}
-    assert len({row[1] for row in module.NAME_TABLE}) == len(module.NAME_TABLE)
+    table = module.name_table(draft.config)
+    assert paths == {row[0] for row in table}
+    assert len({row[1] for row in table}) == len(table)
 
 
 @pytest.mark.parametrize("name", DRAFTS)
-def test_config_round_trips_through_config_json(name):
+@every_variant
+def test_config_round_trips_through_config_json(name, fields):
     module = DRAFTS[name]
-    config = module.Config(**module.Config.for_target(target_config(), W))
+    config = module.Config(**module.Config.for_target(target_config(), W) | fields)
     written = config.to_hf()
     assert module.Config.from_hf(written) == config
     assert find_by_architecture("flaxdraft.drafts", written, "x") is module

@@ -101,11 +101,14 @@ def test_the_vocabulary_tables_are_the_drafts(tmp_path, name):
 
 
 @both
-def test_exported_weights_are_read_back_bitwise(tmp_path, name):
-    params = params_of(make_draft(DRAFTS[name]))
-    tensors, _ = write(tmp_path, name, make_draft(DRAFTS[name]), params=params)
+@pytest.mark.parametrize("fields", [{}, {"fc_norm": True, "norm_output": True}, {"hidden_size": 40, "fc_norm": True}])
+def test_exported_weights_are_read_back_bitwise(tmp_path, name, fields):
+    draft = make_draft(DRAFTS[name], **fields)
+    params = params_of(draft)
+    tensors, _ = write(tmp_path, name, draft, params=params)
     weights = {key: array for key, array in tensors.items() if key not in ("d2t", "t2d")}
-    back = state_from_torch(params, DRAFTS[name].NAME_TABLE, weights, weights.__getitem__, 1, "export")
+    table = DRAFTS[name].name_table(draft.config)
+    back = state_from_torch(params, table, weights, weights.__getitem__, 1, "export")
     for (path, want), (_, got) in zip(nnx.to_flat_state(params), nnx.to_flat_state(back), strict=True):
         np.testing.assert_array_equal(got[...], want[...], err_msg="/".join(map(str, path)))
 
@@ -135,6 +138,17 @@ def test_a_draft_of_its_own_width_brings_its_embedding(tmp_path, name):
     assert {key: array.shape for key, array in tensors.items()} == want
     np.testing.assert_array_equal(tensors["embed_tokens.weight"], params["embed_tokens"][...])
     assert (config["hidden_size"], config["target_hidden_size"]) == (40, E)
+
+
+@both
+def test_the_3_1_switches_are_written_where_they_are_on(tmp_path, name):
+    tensors, config = write(tmp_path, name, make_draft(DRAFTS[name], fc_norm=True, norm_output=True))
+    assert (config["fc_norm"], config["norm_output"]) == (True, True)
+    assert {key: array.shape for key, array in tensors.items() if "fc_norm" in key} == {
+        f"fc_norm.{i}.weight": (E,) for i in range(3)
+    }  # one for each tapped state, low to high
+    _, plain = write(tmp_path, name, make_draft(DRAFTS[name]))
+    assert not {"fc_norm", "norm_output"} & plain.keys()
 
 
 @both

@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 
 from flaxdraft.errors import InputError
-from flaxdraft.nn.eagle3 import COMMON_NAMES, Eagle3Draft, Eagle3Sizes
+from flaxdraft.nn.eagle3 import COMMON_NAMES, Eagle3Draft, Eagle3Sizes, extra_names
 from flaxdraft.nn.gqa import GQA, GQAConfig
 from flaxdraft.nn.rope import RopeConfig
 from flaxdraft.precision import Precision
@@ -61,12 +61,7 @@ class Config(Eagle3Sizes):
     def for_target(cls, target: Any, draft_vocab_size: int) -> dict[str, Any]:
         """Defaults next to a target: its widths, heads and rotary embedding."""
         return {
-            "hidden_size": target.hidden_size,
-            "intermediate_size": target.intermediate_size,
-            "target_hidden_size": target.hidden_size,
-            "vocab_size": target.vocab_size,
-            "draft_vocab_size": draft_vocab_size,
-            "rms_norm_eps": target.rms_norm_eps,
+            **cls.sizes_for_target(target, draft_vocab_size),
             "num_attention_heads": target.num_attention_heads,
             "num_key_value_heads": target.num_key_value_heads,
             "head_dim": target.head_dim,
@@ -83,6 +78,11 @@ class Config(Eagle3Sizes):
             "max_position_embeddings": self.rope.max_position_embeddings,
             **self.rope.to_hf(),
         }
+
+
+def name_table(config: Config):
+    """The rows for this config."""
+    return (*NAME_TABLE, *extra_names(config))
 
 
 def attention(config: Config, precision: Precision, rngs: nnx.Rngs) -> GQA:

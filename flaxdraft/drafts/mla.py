@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 
 from flaxdraft.errors import InputError
-from flaxdraft.nn.eagle3 import COMMON_NAMES, Eagle3Draft, Eagle3Sizes
+from flaxdraft.nn.eagle3 import COMMON_NAMES, Eagle3Draft, Eagle3Sizes, extra_names
 from flaxdraft.nn.mla import MLA, MLAConfig
 from flaxdraft.nn.rope import RopeConfig
 from flaxdraft.precision import Precision
@@ -76,12 +76,7 @@ class Config(Eagle3Sizes):
         """Defaults next to a target: its width and heads, DeepSeek's proportions between the ranks."""
         half = target.head_dim // 2
         return {
-            "hidden_size": target.hidden_size,
-            "intermediate_size": target.intermediate_size,
-            "target_hidden_size": target.hidden_size,
-            "vocab_size": target.vocab_size,
-            "draft_vocab_size": draft_vocab_size,
-            "rms_norm_eps": target.rms_norm_eps,
+            **cls.sizes_for_target(target, draft_vocab_size),
             "num_attention_heads": target.num_attention_heads,
             "q_lora_rank": max(target.hidden_size // 3 // 64 * 64, 64),
             "kv_lora_rank": max(target.hidden_size // 4 // 64 * 64, 64),
@@ -124,6 +119,11 @@ class Config(Eagle3Sizes):
             "max_position_embeddings": self.rope.max_position_embeddings,
             **rope,
         }
+
+
+def name_table(config: Config):
+    """The rows for this config."""
+    return (*(NAME_TABLE_PLAIN_QUERY if config.q_lora_rank is None else NAME_TABLE), *extra_names(config))
 
 
 def attention(config: Config, precision: Precision, rngs: nnx.Rngs) -> MLA:

@@ -3,6 +3,8 @@
 One layer fed by three tapped target states (arXiv 2503.01840, section 3):
     x = concat(input_layernorm(embed), hidden_norm(h)); h = h + attn(x); h = h + mlp(post_attention_layernorm(h))
     logits = lm_head(norm(h))
+EAGLE-3.1 adds two switches: `fc_norm`, one RMSNorm for each tapped state before fc, and `norm_output`, by which the
+next step reads norm(h) instead of h.
 
 Shape letters: B batch, T time, D draft width, E target width, V target vocabulary, W draft vocabulary,
 N heads, C value width, X = 2 D.
@@ -35,6 +37,12 @@ COMMON_NAMES = (
     ("norm/scale", "norm.weight", "copy"),
     ("lm_head/kernel", "lm_head.weight", "transpose"),
 )
+FC_NORM_NAMES = (
+    ("fc_norm_low/scale", "fc_norm.0.weight", "copy"),
+    ("fc_norm_mid/scale", "fc_norm.1.weight", "copy"),
+    ("fc_norm_high/scale", "fc_norm.2.weight", "copy"),
+)
+OWN_EMBEDDING_NAMES = (("embed_tokens", "embed_tokens.weight", "copy"),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,10 +55,19 @@ class Eagle3Sizes:
     vocab_size: int
     draft_vocab_size: int
     rms_norm_eps: float
+    fc_norm: bool = False
+    norm_output: bool = False
+
+    @property
+    def owns_embedding(self) -> bool:
+        """Where the widths differ the target's embedding does not fit, and the draft trains its own."""
+        return self.target_hidden_size != self.hidden_size
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.type == "bool" and not isinstance(value, bool):
+                raise InputError(f"draft.fields.{field.name}: found {value!r}, expected true or false")
             if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InputError(f"draft.fields.{field.name}: found {value!r}, expected a positive integer")
         if self.draft_vocab_size > self.vocab_size:
@@ -75,6 +92,9 @@ class Eagle3Sizes:
             raise InputError(f"draft config: num_hidden_layers is {config['num_hidden_layers']}, expected 1")
         if config.get("tie_word_embeddings"):
             raise InputError("draft config: tie_word_embeddings is true, expected false (a draft has its own head)")
+        for switch in ("norm_before_fc", "norm_before_residual"):
+            if config.get(switch) or (config.get("eagle_config") or {}).get(switch):
+                raise InputError(f"draft config: {switch} is true, expected false; such a draft is not supported")
         hidden = config["hidden_size"]
         return {
             "hidden_size": hidden,
@@ -83,6 +103,22 @@ class Eagle3Sizes:
             "vocab_size": config["vocab_size"],
             "draft_vocab_size": config.get("draft_vocab_size") or config["vocab_size"],
             "rms_norm_eps": config["rms_norm_eps"],
+            "fc_norm": bool(config.get("fc_norm", config.get("use_aux_norm"))),  # SGLang reads both names
+            "norm_output": bool(config.get("norm_output")),
+        }
+
+    @classmethod
+    def sizes_for_target(cls, target: Any, draft_vocab_size: int) -> dict[str, Any]:
+        """The common fields of a draft next to a target, before overrides."""
+        return {
+            "hidden_size": target.hidden_size,
+            "intermediate_size": target.intermediate_size,
+            "target_hidden_size": target.hidden_size,
+            "vocab_size": target.vocab_size,
+            "draft_vocab_size": draft_vocab_size,
+            "rms_norm_eps": target.rms_norm_eps,
+            "fc_norm": False,
+            "norm_output": False,
         }
 
     def to_hf_sizes(self, architecture: str, model_type: str) -> dict[str, Any]:
@@ -101,9 +137,15 @@ class Eagle3Sizes:
             "attention_bias": False,
             "num_aux_hidden_states": 3,
         }
-        if self.target_hidden_size != self.hidden_size:
+        if self.owns_embedding:
             out["target_hidden_size"] = self.target_hidden_size
-        return out
+        # Only where true: a trainer exists that reads a false norm_output as "no norm before the head".
+        return out | {switch: True for switch in ("fc_norm", "norm_output") if getattr(self, switch)}
+
+
+def extra_names(config: Eagle3Sizes) -> tuple:
+    """Name-table rows of the weights that only some configs have."""
+    return (FC_NORM_NAMES if config.fc_norm else ()) + (OWN_EMBEDDING_NAMES if config.owns_embedding else ())
 
 
 class Eagle3Draft(nnx.Module):
@@ -135,13 +177,12 @@ class Eagle3Draft(nnx.Module):
                 f"vocabulary map: {vocab.draft_vocab_size} of {vocab.vocab_size} tokens, the draft config says "
                 f"{c.draft_vocab_size} of {c.vocab_size}"
             )
-        owns = c.target_hidden_size != c.hidden_size
-        if owns != (embedding_VD is None):
+        if c.owns_embedding != (embedding_VD is None):
             raise InputError("draft embedding: the target's is used exactly where draft and target widths are equal")
         self.config = c
         self.sharding = sharding
         self.precision = precision
-        if owns:
+        if c.owns_embedding:
             shape = (c.vocab_size, c.hidden_size)
             self.embed_tokens = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, precision.param))
         else:
@@ -150,6 +191,10 @@ class Eagle3Draft(nnx.Module):
                     f"draft embedding: found {embedding_VD.shape}, expected {(c.vocab_size, c.hidden_size)}"
                 )
             self.embed_tokens = Frozen(embedding_VD)
+        if c.fc_norm:
+            self.fc_norm_low, self.fc_norm_mid, self.fc_norm_high = (
+                RMSNorm(c.target_hidden_size, c.rms_norm_eps, precision) for _ in range(3)
+            )
         self.fc = linear(3 * c.target_hidden_size, c.hidden_size, precision, rngs)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
         self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
@@ -171,7 +216,10 @@ class Eagle3Draft(nnx.Module):
         return table.at[tokens_BT].get(out_sharding=self.sharding.act_btd).astype(self.precision.compute)
 
     def project(self, taps_BT3E: Float[Array, "B T 3 E"]) -> Float[Array, "B T D"]:
-        """fc over the three tapped states, low, mid, high."""
+        """fc over the three tapped states, low, mid, high, each normed by itself where `fc_norm` says so."""
+        if self.config.fc_norm:
+            norms = self.fc_norm_low, self.fc_norm_mid, self.fc_norm_high
+            taps_BT3E = jnp.stack([norm(taps_BT3E[:, :, i]) for i, norm in enumerate(norms)], axis=2)
         return self.fc(taps_BT3E.reshape(*taps_BT3E.shape[:2], -1))
 
     def attention_input(
@@ -189,11 +237,17 @@ class Eagle3Draft(nnx.Module):
         return self.self_attn.key_value(x_BTX, positions_BT)
 
     def finish(self, hidden_BTD: Float[Array, "B T D"], heads_BTNC: Float[Array, "B T N C"]) -> Float[Array, "B T D"]:
-        """Output projection, residual and feed-forward: the hidden state that the recurrence carries (pre-norm)."""
+        """Output projection, residual and feed-forward: the hidden state that the recurrence carries, before the
+        final norm, or after it iff `norm_output`."""
         hidden_BTD = hidden_BTD + self.self_attn.output(heads_BTNC)
-        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
+        hidden_BTD = hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
+        return self.norm(hidden_BTD) if self.config.norm_output else hidden_BTD
+
+    def head_input(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What lm_head reads, given what `finish` returned: normed exactly once."""
+        return hidden_BTD if self.config.norm_output else self.norm(hidden_BTD)
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
         """At least float32."""
-        out = self.lm_head(self.norm(hidden_BTD))
+        out = self.lm_head(self.head_input(hidden_BTD))
         return out.astype(jnp.promote_types(out.dtype, jnp.float32))

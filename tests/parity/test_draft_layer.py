@@ -32,7 +32,7 @@ def test_first_step(oracle, name, rope):
         config, vocab, embedding, precision=Precision(), sharding=Sharding.none(), rngs=nnx.Rngs(0)
     )  # fmt: skip
     randomize(draft, seed=2)
-    weights = state_to_torch(split_draft(draft)[1], module.NAME_TABLE, np.float32)
+    weights = state_to_torch(split_draft(draft)[1], module.name_table(config), np.float32)
     theirs = oracle.load(oracle.DraftLayer(name, hf), weights)
 
     segments, positions = LAYOUTS["packed"]
