@@ -55,7 +55,8 @@ class DraftConfig(_Section):
     architecture: Text = "llama"  # a module of flaxdraft/drafts
     draft_vocab_size: int = Field(default=8192, ge=1)
     fields: dict[str, Any] = {}  # overrides of the architecture's Config, which follows the target by default
-    warm_start: bool = True  # lm_head, norm and fc from the target's weights
+    warm_start: bool = True  # lm_head, norm and fc from the target's weights, in a draft that begins from nothing
+    init_from: Text | None = None  # a draft's directory: its config, weights and vocabulary map instead of new ones
 
 
 class AlgorithmConfig(_Section):

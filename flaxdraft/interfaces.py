@@ -215,7 +215,7 @@ def find_by_architecture(package: str, config: dict[str, Any], origin: str) -> M
     Raises:
         InputError: none declares it, or two do.
     """
-    wanted = [*config.get("architectures", [])[:1], config.get("model_type")]
+    wanted = [*(config.get("architectures") or [])[:1], config.get("model_type")]
     known = {}
     for name, module in modules_of(package):
         for declared in (*module.ARCHITECTURES, *module.MODEL_TYPES):

@@ -85,6 +85,27 @@ def test_another_draft_shares_the_answers(finished, workspace, monkeypatch):
     assert evaluation["teacher_forced"]["answers_with_the_decoded_passes"] == 4
 
 
+def test_training_goes_on_from_an_exported_draft(finished, workspace, monkeypatch, capfd):
+    """Its first held-out loss is the last one of the run that made it; its vocabulary map comes along."""
+    monkeypatch.setattr(run_module, "capture", None)
+    source = finished / "llama" / "export"
+    more = ("name=more", f"draft.init_from={source}", "train.num_steps=2")
+    assert call(workspace, *more) == 0
+    lines = {
+        name: [json.loads(line) for line in (finished / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("llama", "more")
+    }
+    held_out = {name: [m for m in found if m["kind"] == "held_out"] for name, found in lines.items()}
+    assert held_out["more"][0]["loss"] == pytest.approx(held_out["llama"][-1]["loss"], rel=1e-6)
+    before, after = (load_file(finished / name / "export" / "model.safetensors") for name in ("llama", "more"))
+    np.testing.assert_array_equal(before["d2t"], after["d2t"])
+    assert not np.array_equal(before["fc.weight"], after["fc.weight"])
+    inputs = json.loads((finished / "more" / "inputs.json").read_text())
+    assert sorted(inputs["draft"]["init_from"]) == ["config.json", "model.safetensors"]
+    assert call(workspace, *more, "target.tap_layers=[0, 2, 4]", f"output_dir={finished}-taps") == 2
+    assert "has tapped layers [1, 3, 4], this target [0, 2, 4]" in capfd.readouterr().err.replace("\n", " ")
+
+
 def test_changed_evaluation_is_done_anew_and_training_is_not(finished, workspace, monkeypatch):
     before = json.loads((finished / "llama" / "evaluation.json").read_text())
     copy = finished.with_name("copy")

@@ -13,7 +13,15 @@ from flaxdraft.nn.gqa import GQA, GQAConfig
 from flaxdraft.nn.rope import RopeConfig
 from flaxdraft.precision import Precision
 
-ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLMEagle3",
+    "Eagle3LlamaForCausalLM",
+    "LlamaEagle3DraftModel",
+    # vLLM serves these families' drafts with its Llama one.
+    "Eagle3MiniMaxM2ForCausalLM",
+    "Eagle3Qwen2_5vlForCausalLM",
+    "Eagle3Qwen3vlForCausalLM",
+)
 MODEL_TYPES = ("llama",)
 SERVING_ARCHITECTURE = "LlamaForCausalLMEagle3"  # SGLang, vLLM and sglang-jax all take this one
 

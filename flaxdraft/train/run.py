@@ -20,6 +20,7 @@ from flaxdraft.data.conversations import Prompt, read_prompts
 from flaxdraft.data.generation import Row
 from flaxdraft.data.pipeline import Pipeline
 from flaxdraft.data.vocab import choose_vocab, coverage
+from flaxdraft.drafts import serving_files
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
 from flaxdraft.evaluate.held_out import decode_held_out, summary
@@ -32,6 +33,7 @@ from flaxdraft.progress import CONSOLE
 from flaxdraft.report import print_headline, write_report
 from flaxdraft.train.loop import Trainer, read_metrics
 from flaxdraft.train.stages import Stage, claim
+from flaxdraft.train.start import check_target, load_start
 from flaxdraft.train.state import split_draft, warm_start
 
 STAGES = ("target", "data", "train", "evaluate", "export", "report")
@@ -67,8 +69,13 @@ class Run:
         self.data_inputs = {
             "target": config.target.model_dump(), "data": data, "max_new_tokens": config.evaluate.max_new_tokens,
         }  # fmt: skip
+        draft = config.draft.model_dump()
+        self.start = None  # the draft that training begins from, if not from nothing
+        if config.draft.init_from is not None:
+            self.start = load_start(config.draft, self.draft_module)
+            draft["init_from"] = {path.name: sha256_of(path) for path in serving_files(config.draft.init_from)}
         self.draft_inputs = self.data_inputs | {
-            "seed": config.seed, "draft": config.draft.model_dump(), "algorithm": config.algorithm.model_dump(),
+            "seed": config.seed, "draft": draft, "algorithm": config.algorithm.model_dump(),
             "train": config.train.model_dump(),
         }  # fmt: skip
         claim(self.data_dir, self.data_inputs, "Give another output_dir, or remove it to start anew.")
@@ -84,6 +91,8 @@ class Run:
         address, sha256 = self.config.target.path, self.config.target.sha256
         loaded = targets.load(address, sha256, None if taps is None else tuple(taps), Precision())
         c = loaded.model.config
+        if self.start is not None:
+            check_target(self.start, c, self.config.draft.init_from)
         CONSOLE.print(
             f"  {c.num_hidden_layers} layers, width {c.hidden_size}, vocabulary {c.vocab_size}, "
             f"taps after layers {', '.join(map(str, c.tap_layers))}"
@@ -128,7 +137,9 @@ class Run:
         return result
 
     def draft_config(self):
-        """The architecture's Config: the target's sizes, with draft.fields on top."""
+        """The architecture's Config: the target's sizes, with draft.fields on top; or that of draft.init_from."""
+        if self.start is not None:
+            return self.start.config
         defaults = self.draft_module.Config.for_target(self.target.model.config, self.config.draft.draft_vocab_size)
         fields = self.config.draft.fields
         for name in fields:
@@ -148,7 +159,9 @@ class Run:
             config, self.vocab, embedding, precision=Precision(compute=DTYPES[compute]), sharding=sharding,
             rngs=nnx.Rngs(self.config.seed),
         )  # fmt: skip
-        if self.config.draft.warm_start and same_width:
+        if self.start is not None:
+            nnx.update(draft, self.start.params)
+        elif self.config.draft.warm_start and same_width:
             warm_start(draft, self.target.model, self.vocab)
         return draft
 
@@ -160,10 +173,13 @@ class Run:
 
     @functools.cached_property
     def vocab(self) -> VocabMap:
-        """The draft vocabulary, from the training answers."""
+        """The draft vocabulary: that of draft.init_from, or chosen from the training answers."""
         rows = self.data_rows["train"]
         counts = supervised_token_counts(rows, self.target.model.config.vocab_size)
-        vocab = choose_vocab(counts, self.data()["special"], self.config.draft.draft_vocab_size)
+        if self.start is not None:
+            vocab = self.start.vocab
+        else:
+            vocab = choose_vocab(counts, self.data()["special"], self.config.draft.draft_vocab_size)
         CONSOLE.print(
             f"  {len(rows)} answers, {counts.sum()} tokens, {np.count_nonzero(counts)} distinct; the draft vocabulary "
             f"of {vocab.draft_vocab_size} holds {coverage(counts, vocab):.1%} of them"
@@ -255,7 +271,7 @@ class Run:
         prompt = next(prompt.prompt for prompt in self.prompts if prompt.id == sample["id"])
         facts = {
             "target": self.config.target.path,
-            "draft": f"{self.config.draft.architecture}, vocabulary {self.config.draft.draft_vocab_size}",
+            "draft": f"{self.config.draft.architecture}, vocabulary {self.vocab.draft_vocab_size}",
             "training": f"{self.config.train.num_steps} steps of {self.config.train.batch_size} conversations, "
                         f"{self.config.algorithm.ttt_length} unroll steps",
             "held out": f"{evaluation['answers']} prompts, {evaluation['generated_tokens']} tokens of greedy answers",

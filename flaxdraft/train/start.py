@@ -1,0 +1,64 @@
+"""Beginning from another draft: what a run's configuration and its target must agree on with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from flaxdraft.config import DraftConfig
+from flaxdraft.drafts import LoadedDraft, from_pretrained
+from flaxdraft.errors import InputError
+
+
+def load_start(config: DraftConfig, module: ModuleType) -> LoadedDraft:
+    """The draft at `config.init_from`, whose sizes and vocabulary map replace the configured defaults.
+
+    Raises:
+        InputError: it cannot be read (see `from_pretrained`), is of another architecture, or the configuration asks
+            for other sizes.
+    """
+    start = from_pretrained(config.init_from)
+    if start.module is not module:
+        raise InputError(
+            f"draft.init_from: {config.init_from} holds a {start.module.__name__.rpartition('.')[2]} draft, "
+            f"draft.architecture says {config.architecture}; make them agree"
+        )
+    asked = dict(config.fields)
+    if "draft_vocab_size" in config.model_fields_set:
+        asked["draft_vocab_size"] = config.draft_vocab_size
+    for name, value in asked.items():
+        if getattr(start.config, name, None) != value:
+            raise InputError(
+                f"draft.{name if name == 'draft_vocab_size' else f'fields.{name}'}: {value!r} was asked for, the draft "
+                f"at {config.init_from} has {getattr(start.config, name, None)!r}; a loaded draft keeps its sizes and "
+                "its vocabulary map, so leave the field out"
+            )
+    return start
+
+
+def tap_layers_of(hf: dict[str, Any]) -> list[int] | None:
+    """The tapped layers (by output) that a draft's config.json names: SGLang's field counts outputs, vLLM's inputs."""
+    outputs = (hf.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    inputs = hf.get("eagle_aux_hidden_state_layer_ids")
+    if outputs is None and inputs is not None:
+        return [layer - 1 for layer in inputs]
+    return outputs
+
+
+def check_target(start: LoadedDraft, target: Any, directory: str) -> None:
+    """
+    Raises:
+        InputError: the draft was made for a target of another width or vocabulary, or for other tapped layers.
+    """
+    taps = tap_layers_of(json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")))
+    for name, theirs, ours in (
+        ("target_hidden_size", start.config.target_hidden_size, target.hidden_size),
+        ("vocab_size", start.config.vocab_size, target.vocab_size),
+        ("tapped layers", list(target.tap_layers) if taps is None else taps, list(target.tap_layers)),
+    ):
+        if theirs != ours:
+            raise InputError(
+                f"draft.init_from: {directory} has {name} {theirs}, this target {ours}; it was made for another one"
+            )
