@@ -269,9 +269,10 @@ class Run:
         _say("report", str(directory))
         sample = evaluation["sample"]
         prompt = next(prompt.prompt for prompt in self.prompts if prompt.id == sample["id"])
+        size = self.start.vocab.draft_vocab_size if self.start else self.config.draft.draft_vocab_size
         facts = {
             "target": self.config.target.path,
-            "draft": f"{self.config.draft.architecture}, vocabulary {self.vocab.draft_vocab_size}",
+            "draft": f"{self.config.draft.architecture}, vocabulary {size}",
             "training": f"{self.config.train.num_steps} steps of {self.config.train.batch_size} conversations, "
                         f"{self.config.algorithm.ttt_length} unroll steps",
             "held out": f"{evaluation['answers']} prompts, {evaluation['generated_tokens']} tokens of greedy answers",
