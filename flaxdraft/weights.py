@@ -95,6 +95,9 @@ def save_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[
     """Writes to a temporary name, then renames: a reader never sees half a file."""
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, metadata=metadata)
+    # safetensors makes files that their owner alone can read; a server often runs as somebody else.
+    os.umask(umask := os.umask(0))
+    temporary.chmod(0o666 & ~umask)
     os.replace(temporary, path)
 
 

@@ -125,3 +125,9 @@ def test_an_altered_header_or_no_file_is_refused(tmp_path):
     for broken in (path, tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(InputError, match=f"{broken.name}: not a readable safetensors file"):
             load_safetensors(broken)
+
+
+def test_files_have_the_usual_permissions(tmp_path):
+    save_safetensors(tmp_path / "a.safetensors", {"x": np.ones(2, np.float32)})
+    (tmp_path / "b").write_text("")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
