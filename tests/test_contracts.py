@@ -141,10 +141,14 @@ def test_a_map_of_another_size_is_refused(name):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [("hidden_size", 96, "3 x target_hidden_size"), ("intermediate_size", 0, "positive integer"),
-     ("draft_vocab_size", V + 1, "larger than the target's vocabulary")],
+     ("draft_vocab_size", V + 1, "larger than the target's vocabulary"),
+     ("rms_norm_eps", "1e-6", "rms_norm_eps: found '1e-6', expected a positive number"),
+     ("rms_norm_eps", 0.0, "rms_norm_eps: found 0.0, expected a positive number"),
+     ("fc_norm", 1, "fc_norm: found 1, expected true or false")],
 )  # fmt: skip
-def test_unservable_sizes_are_refused(field, value, message):
-    module = DRAFTS["llama"]
+@pytest.mark.parametrize("name", DRAFTS)
+def test_unservable_sizes_are_refused(name, field, value, message):
+    module = DRAFTS[name]
     with pytest.raises(InputError, match=message):
         module.Config(**module.Config.for_target(target_config(), W) | {field: value})
 

@@ -5,8 +5,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from jitted import unroll
-from test_contracts import DRAFTS, T, W, example, make_draft
+from test_contracts import DRAFTS, T, W, example, make_draft, target_config
 
+from flaxdraft.errors import InputError
+from flaxdraft.nn.rope import RopeConfig, attention_factor
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 both = pytest.mark.parametrize("name", DRAFTS)
 
 
@@ -50,3 +54,54 @@ def test_norm_output_carries_the_normed_state_and_norms_it_once(name):
     np.testing.assert_allclose(normed.logits(after[0]), plain.logits(before[0]), atol=2e-6)
     assert normed.logits(after[0]).shape == (1, T, W)
     assert np.abs(np.asarray(normed.logits(after[1]) - plain.logits(before[1]))).max() > 1e-3
+
+
+@both
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"mscale": 1.0}, {"mscale": 0.7, "mscale_all_dim": 1.3}, {"attention_factor": 1.2}],
+    ids=str,
+)
+def test_yarn_round_trips_through_config_json(name, extra):
+    module = DRAFTS[name]
+    rope = RopeConfig(max_position_embeddings=128, rope_theta=5e4, **YARN | extra)
+    config = module.Config(**module.Config.for_target(target_config(), W) | {"rope": rope})
+    assert module.Config.from_hf(config.to_hf()) == config
+    # What stands in for absent values changes nothing.
+    assert attention_factor(config.rope) == attention_factor(rope)
+    assert config.rope.softmax_mscale() == rope.softmax_mscale()
+
+
+@pytest.mark.parametrize("extra", [{"mscale": 0.7}, {"mscale_all_dim": 1.3}, {"mscale": 0.7, "mscale_all_dim": 0.0}])
+def test_an_mscale_that_servers_and_transformers_read_differently_is_refused(extra):
+    module = DRAFTS["mla"]
+    fields = module.Config.for_target(target_config(), W)
+    with pytest.raises(InputError, match=r"draft rope: mscale .* set both or neither"):
+        module.Config(**fields | {"rope": RopeConfig(**YARN | extra)})
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"),
+    [
+        ("llama", "head_dim", 7, "found 7, expected an even width"),
+        ("llama", "num_key_value_heads", 3, "3 does not divide num_attention_heads 4"),
+        ("llama", "num_attention_heads", True, "found True, expected a positive integer"),
+        ("mla", "qk_rope_head_dim", 5, "found 5, expected an even width"),
+        ("mla", "q_lora_rank", 0, "found 0, expected a positive integer or null"),
+        ("mla", "kv_lora_rank", None, "found None, expected a positive integer"),
+        ("mla", "latent_norm_eps", -1.0, "found -1.0, expected a positive number"),
+    ],
+)
+def test_sizes_of_an_architecture_are_checked(name, field, value, message):
+    module = DRAFTS[name]
+    with pytest.raises(InputError, match=f"draft.fields.{field}: {message}"):
+        module.Config(**module.Config.for_target(target_config(), W) | {field: value})
+
+
+def test_features_of_another_target_are_refused():
+    draft = make_draft(DRAFTS["llama"])
+    for shape in ((1, T, 3, 16), (1, T, 2, 32)):
+        with pytest.raises(
+            InputError, match=r"features: tapped states of shape \(\d, \d+\) a token, expected \(3, 32\)"
+        ):
+            draft.project(jnp.zeros(shape))

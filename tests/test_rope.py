@@ -254,3 +254,16 @@ def test_angles_stay_exact_at_far_positions():
     exact = np.cos(np.float32(position) * frequencies(make("default")).astype(np.float64))
     # float32 angles of 1e5 are right to 4e-3; a bfloat16 angle would be off by hundreds.
     np.testing.assert_allclose(cos[0, 0], exact, atol=4e-3)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"partial_rotary_factor": 0.5},
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
+    ],
+)
+def test_parameters_that_would_change_the_angles_are_not_dropped(config):
+    with pytest.raises(InputError, match=r"rope parameters: (partial_rotary_factor|truncate) is .* is not supported"):
+        RopeConfig.from_hf(config)

@@ -50,6 +50,8 @@ class Config(Eagle3Sizes):
                 f"draft.fields.num_key_value_heads: {self.num_key_value_heads} does not divide "
                 f"num_attention_heads {self.num_attention_heads}"
             )
+        if self.head_dim % 2:
+            raise InputError(f"draft.fields.head_dim: found {self.head_dim}, expected an even width (RoPE turns pairs)")
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Config:

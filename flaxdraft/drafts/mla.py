@@ -55,6 +55,20 @@ class Config(Eagle3Sizes):
         super().__post_init__()
         if self.qk_rope_head_dim % 2:
             raise InputError(f"draft.fields.qk_rope_head_dim: found {self.qk_rope_head_dim}, expected an even width")
+        rope = self.rope
+        if rope.rope_type == "yarn":
+            mscale = 1.0 if rope.mscale is None else rope.mscale
+            # DeepSeek's own formula, which servers follow, is get_mscale(mscale) / get_mscale(mscale_all_dim), absent
+            # values being 1 and 0; transformers drops the quotient unless both are set. Only where the two agree is
+            # the exported draft the trained one.
+            differ = rope.mscale is None if rope.mscale_all_dim else mscale != 1.0
+            if differ:
+                raise InputError(
+                    f"draft rope: mscale {rope.mscale} with mscale_all_dim {rope.mscale_all_dim} means one thing to "
+                    "servers and another to transformers; set both or neither"
+                )
+            usual = {"mscale": mscale, "mscale_all_dim": rope.mscale_all_dim or 0.0}
+            object.__setattr__(self, "rope", dataclasses.replace(rope, **usual))
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Config:
@@ -100,11 +114,6 @@ class Config(Eagle3Sizes):
                 f"export: latent_norm_eps {self.latent_norm_eps} differs from rms_norm_eps {self.rms_norm_eps}; "
                 "servers use rms_norm_eps for both"
             )
-        rope = self.rope.to_hf()
-        for scaled in (rope["rope_parameters"], rope.get("rope_scaling", {})):
-            if scaled.get("rope_type") == "yarn":  # servers read both, and their defaults differ
-                scaled.setdefault("mscale", 1.0)
-                scaled.setdefault("mscale_all_dim", 0.0)
         return {
             **self.to_hf_sizes(SERVING_ARCHITECTURE, "deepseek_v3"),
             "num_attention_heads": self.num_attention_heads,
@@ -117,7 +126,7 @@ class Config(Eagle3Sizes):
             "rope_interleave": True,
             "first_k_dense_replace": 1,  # the one layer is dense
             "max_position_embeddings": self.rope.max_position_embeddings,
-            **rope,
+            **self.rope.to_hf(),
         }
 
 

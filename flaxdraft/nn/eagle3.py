@@ -66,10 +66,16 @@ class Eagle3Sizes:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            where = f"draft.fields.{field.name}: found {value!r}, expected"
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if field.type == "bool" and not isinstance(value, bool):
-                raise InputError(f"draft.fields.{field.name}: found {value!r}, expected true or false")
-            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise InputError(f"draft.fields.{field.name}: found {value!r}, expected a positive integer")
+                raise InputError(f"{where} true or false")
+            if field.type == "float" and not (number and 0 < value < float("inf")):
+                raise InputError(f"{where} a positive number (YAML reads 1e-6 as text; write 1.0e-6)")
+            if value is None and field.type.endswith("| None"):
+                continue
+            if field.type.startswith("int") and not (isinstance(value, int) and number and value > 0):
+                raise InputError(f"{where} a positive integer{' or null' if field.type.endswith('| None') else ''}")
         if self.draft_vocab_size > self.vocab_size:
             raise InputError(
                 f"draft.draft_vocab_size: {self.draft_vocab_size} is larger than the target's vocabulary "
@@ -216,7 +222,17 @@ class Eagle3Draft(nnx.Module):
         return table.at[tokens_BT].get(out_sharding=self.sharding.act_btd).astype(self.precision.compute)
 
     def project(self, taps_BT3E: Float[Array, "B T 3 E"]) -> Float[Array, "B T D"]:
-        """fc over the three tapped states, low, mid, high, each normed by itself where `fc_norm` says so."""
+        """fc over the three tapped states, low, mid, high, each normed by itself where `fc_norm` says so.
+
+        Raises:
+            InputError: the features are not those of the draft's target.
+        """
+        found, wanted = taps_BT3E.shape[2:], (3, self.config.target_hidden_size)
+        if found != wanted:
+            raise InputError(
+                f"features: tapped states of shape {found} a token, expected {wanted} from the draft's "
+                "target_hidden_size; the features and the draft are of different targets"
+            )
         if self.config.fc_norm:
             norms = self.fc_norm_low, self.fc_norm_mid, self.fc_norm_high
             taps_BT3E = jnp.stack([norm(taps_BT3E[:, :, i]) for i, norm in enumerate(norms)], axis=2)

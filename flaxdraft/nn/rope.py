@@ -55,10 +55,18 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> RopeConfig:
-        """Reads both dialects: `rope_parameters`, or `rope_theta` + `rope_scaling` (with `type` or `rope_type`)."""
+        """Reads both dialects: `rope_parameters`, or `rope_theta` + `rope_scaling` (with `type` or `rope_type`).
+
+        Raises:
+            InputError: an unknown type, a missing parameter, or one that would change the angles and is not supported.
+        """
         new = config.get("rope_parameters") or {}
         old = config.get("rope_scaling") or {}
         merged = {**old, **new}
+        for name in ("partial_rotary_factor", "truncate"):
+            value = merged.get(name, config.get(name))
+            if value not in (None, True, 1.0):
+                raise InputError(f"rope parameters: {name} is {value!r}, which is not supported; expected it absent")
         theta = merged.get("rope_theta", config.get("rope_theta"))
         return cls(
             rope_type=merged.get("rope_type", merged.get("type", "default")),
