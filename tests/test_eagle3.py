@@ -2,17 +2,14 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jitted import loss_sums, unroll
 from test_contracts import DRAFTS, T, example, make_draft
 
 from flaxdraft.algorithms.eagle3 import Algorithm, supervised_rows, supervision, take_rows
 from flaxdraft.errors import InputError
-from flaxdraft.evaluate.speculative import _cached_layer, new_draft_cache
 from flaxdraft.interfaces import Batch
 
 
@@ -90,25 +87,6 @@ def test_a_row_does_not_see_its_future(name):
     for j in range(2):  # row p reads tokens up to p + 1 + j, taps up to p
         np.testing.assert_allclose(before[j][:, : cut + 1], after[j][:, : cut + 1], atol=1e-6)
         assert not np.allclose(before[j][:, cut + 1], after[j][:, cut + 1])
-
-
-@pytest.mark.parametrize("name", DRAFTS)
-def test_a_cached_engine_gives_the_unrolls_hidden_states(name):
-    """Prefill rows 0..p from real target states, then one draft step at a time against the cache."""
-    draft, ex = make_draft(DRAFTS[name]), example(1)
-    num_steps, p = 4, 5
-    want = unroll(draft, ex.batch, ex.features.taps_BT3E, jnp.array([[p]]), num_steps)
-    embeds = draft.embed(ex.batch.tokens_BT)
-    cache = new_draft_cache(draft, 1, T + 4)
-    hidden = draft.project(ex.features.taps_BT3E[:, : p + 1])
-    graphdef, state = nnx.split(draft)
-    layer = jax.jit(lambda state, *rows: _cached_layer(nnx.merge(graphdef, state), *rows))
-    cache, out = layer(state, cache, embeds[:, 1 : p + 2], hidden, jnp.arange(p + 1)[None])
-    out = out[:, -1:]
-    for j in range(num_steps):
-        if j > 0:
-            cache, out = layer(state, cache, embeds[:, p + 1 + j : p + 2 + j], out, jnp.array([[p + j]]))
-        np.testing.assert_allclose(out, want[j], atol=1e-5)
 
 
 def test_sums_against_a_loop():
