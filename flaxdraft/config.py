@@ -63,6 +63,10 @@ class AlgorithmConfig(_Section):
     name: Text = "eagle3"  # a module of flaxdraft/algorithms
     ttt_length: int = Field(default=7, ge=1)
     step_decay: Number = Field(default=0.8, gt=0, le=1)
+    objective: Literal["soft_cross_entropy", "hard_label", "lk_alpha", "lk_lambda"] = "soft_cross_entropy"
+    attention: Literal["auto", "dense", "chunked"] = "auto"  # chunked: memory linear in length
+    remat: Literal["none", "projections", "full"] = "none"  # what the backward pass computes anew
+    loss_chunk: int = Field(default=512, ge=1)  # rows whose logits exist at a time
 
 
 class TrainConfig(_Section):

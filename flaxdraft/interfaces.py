@@ -50,13 +50,15 @@ class Example:
 
     `rows_BR` lists, ascending, the rows that some step supervises; entries >= T are padding. It must hold every
     supervised row (`flaxdraft.algorithms` builds it on the host), since rows outside it are never computed.
-    `teacher_head_WE` are the target's head rows of the draft vocabulary.
+    `teacher_head_WE` are the target's head rows of the draft vocabulary. `accepted_J` is the mean expected acceptance
+    of each step over the previous global batch, which adaptive objectives read; None before there is one.
     """
 
     batch: Batch
     features: Features
     rows_BR: Int[Array, "B R"]
     teacher_head_WE: Float[Array, "W E"]
+    accepted_J: Float[Array, " J"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,6 +176,8 @@ class Draft(Protocol):
     def finish(
         self, hidden_BTD: Float[Array, "B T D"], heads_BTNC: Float[Array, "B T N C"]
     ) -> Float[Array, "B T D"]: ...
+    def head_input(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]: ...
+    def head(self) -> Float[Array, "D W"]: ...
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T W"]: ...
 
 

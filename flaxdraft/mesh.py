@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import P
@@ -43,3 +45,25 @@ def make_mesh(data: int) -> jax.sharding.Mesh:
             f"mesh.data: {data} devices were asked for, {jax.device_count()} are visible ({jax.default_backend()})"
         )
     return jax.make_mesh((data,), (BATCH_AXIS,), devices=jax.devices()[:data])
+
+
+def per_shard(local: Callable[..., tuple[Any, Any]], split: tuple, whole: tuple = ()) -> tuple[Any, Any]:
+    """rows, sums = local(*split, *whole) on each device's own rows; sums are then added up over devices.
+
+    Loops whose length depends on the data, and compaction, stay inside a shard: nothing is gathered across devices.
+
+    Args:
+        split: arrays (or trees of them) whose first axis is the batch, like those of the returned rows.
+        whole: arrays that every device holds whole.
+    """
+    spec = jax.typeof(jax.tree.leaves(split)[0]).sharding.spec
+    if not len(spec) or spec[0] is None:
+        return local(*split, *whole)
+    axis = spec[0]
+
+    def summed(*args):
+        rows, sums = local(*args)
+        return rows, jax.tree.map(lambda x: jax.lax.psum(x, axis), sums)
+
+    specs = (jax.P(axis),) * len(split) + (jax.P(),) * len(whole)
+    return jax.shard_map(summed, in_specs=specs, out_specs=(jax.P(axis), jax.P()), check_vma=False)(*split, *whole)

@@ -98,3 +98,14 @@ def test_arrays_that_disagree_about_their_length_are_refused(written, name):
     save_safetensors(written, tensors | {name: tensors[name][:-1].copy()})
     with pytest.raises(InputError, match=f"train-00000.safetensors: {name} has .*remove it and run again"):
         read_rows(written)
+
+
+@pytest.mark.parametrize("name", ["taps_BT3E", "last_BTE"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_refused(written, name, value):
+    tensors = load_safetensors(written)
+    array = tensors[name].copy()
+    array[-1, ..., 0] = value
+    save_safetensors(written, tensors | {name: array})
+    with pytest.raises(InputError, match=f"{name} holds values that are not finite; remove it"):
+        read_rows(written)

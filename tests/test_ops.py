@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxdraft.ops import suffix_attention
 from flaxdraft.ops.attention import attend, attend_cache, causal_visibility
+from flaxdraft.ops.range_attention import Chunks
+from flaxdraft.ops.suffix_attention import suffix_attention
 
 B, T, N, K, H, C = 2, 7, 4, 2, 6, 5
 
@@ -33,18 +34,22 @@ def brute_force(q, k0, v0, suffix_k, suffix_v, visible, scale):
 @pytest.mark.parametrize("num_suffix", [0, 1, 4])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_suffix_attention_is_one_softmax_over_its_keys(num_suffix, kv_heads):
-    segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 2], [1] * 7])
-    visible = causal_visibility(segments)
+    first, last = jnp.asarray([[0, 0, 0, 3, 3, 3, 3], [0] * 7]), jnp.tile(jnp.arange(T), (B, 1))
+    visible = causal_visibility(jnp.asarray([[1, 1, 1, 2, 2, 2, 2], [1] * 7]))
     q, k0, v0 = normal(B, T, N, H), normal(B, T, kv_heads, H, seed=1), normal(B, T, kv_heads, C, seed=2)
     suffix_k = [normal(B, T, kv_heads, H, seed=3 + i) for i in range(num_suffix)]
     suffix_v = [normal(B, T, kv_heads, C, seed=9 + i) for i in range(num_suffix)]
-    got = suffix_attention.dense(q, k0, v0, suffix_k, suffix_v, visible, 0.7)
-    np.testing.assert_allclose(got, brute_force(q, k0, v0, suffix_k, suffix_v, visible, 0.7), atol=2e-6)
+    want = brute_force(q, k0, v0, suffix_k, suffix_v, visible, 0.7)
+    for backend in ("dense", "chunked"):
+        got = suffix_attention(q, k0, v0, suffix_k, suffix_v, first, last, 0.7, backend=backend, chunks=Chunks(4, 2))
+        np.testing.assert_allclose(got, want, atol=2e-6, err_msg=backend)
 
 
-def test_step_zero_is_plain_causal_attention():
+@pytest.mark.parametrize("backend", ["dense", "chunked"])
+def test_step_zero_is_plain_causal_attention(backend):
     q, k, v = normal(B, T, N, H), normal(B, T, K, H, seed=1), normal(B, T, K, H, seed=2)
-    got = suffix_attention.dense(q, k, v, [], [], causal_visibility(jnp.ones((B, T), jnp.int32)), H**-0.5)
+    first, last = jnp.zeros((B, T), jnp.int32), jnp.tile(jnp.arange(T), (B, 1))
+    got = suffix_attention(q, k, v, [], [], first, last, H**-0.5, backend=backend, chunks=Chunks(3, 4))
     np.testing.assert_allclose(got, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-6)
 
 

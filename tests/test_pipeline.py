@@ -146,3 +146,8 @@ def test_answers_of_one_token_are_left_out():
     assert sorted(epoch_marks(make_pipeline(rows), 0)) == list(range(1000, 1005))
     with pytest.raises(InputError, match="no answer has two tokens or more"):
         make_pipeline(rows[5:])
+
+
+def test_more_unroll_steps_than_any_answer_has_are_refused():
+    with pytest.raises(InputError, match=r"ttt_length: found 3, but the longest answer has 3 tokens.* most 2"):
+        make_pipeline([make_row(1, 4, 3), make_row(2, 4, 2)])

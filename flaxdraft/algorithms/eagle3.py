@@ -10,15 +10,26 @@ Shape letters: B batch, T time, R computed rows, J steps, D draft width, E targe
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Draft, Example, LossSums
-from flaxdraft.ops import distillation, suffix_attention
+from flaxdraft.ops import distillation
+from flaxdraft.ops.suffix_attention import ATTENTION_OUTPUT, Backend, suffix_attention
+
+Remat = Literal["none", "projections", "full"]
+REMAT = {
+    "projections": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
+    ),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def supervision(assistant_BT, segments_BT, num_steps: int):
@@ -54,16 +65,35 @@ def take_rows(x: Float[Array, "B T *tail"], rows_BR: Int[Array, "B R"]):
     return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(x, rows_BR)
 
 
+def visible_range(
+    segments_BT: Int[Array, "B T"], rows_BR: Int[Array, "B R"]
+) -> tuple[Int[Array, "B R"], Int[Array, "B R"]]:
+    """First and last step-0 row that each row sees: its document's start and itself. Padding sees nothing.
+
+    A document is a run of equal segment ids.
+    """
+    before_BT = jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    at_BT = jnp.where(segments_BT != before_BT, jnp.arange(segments_BT.shape[1])[None], 0)
+    first_BR = take_rows(jax.lax.cummax(at_BT, axis=1), rows_BR)
+    return first_BR, jnp.where(take_rows(segments_BT, rows_BR) > 0, rows_BR, -1)
+
+
 def unroll(
     draft: Draft,
     batch: Batch,
     taps_BT3E: Float[Array, "B T 3 E"],
     rows_BR: Int[Array, "B R"],
     num_steps: int,
+    attention: Backend = "auto",
+    remat: Remat = "none",
 ) -> list[Float[Array, "B R D"]]:
     """The draft layer's output of each step at the given rows, before the final norm.
 
     Step-0 keys are made for every row of the batch; all else is computed for `rows_BR` alone.
+
+    Args:
+        remat: what the backward pass computes anew: nothing, all but the outputs of projections and attention, or the
+            whole step.
     """
     # Past the end the reader finds token 0, like an engine's empty slot; no supervised row ever sees it.
     embeds_BTD = draft.embed(jnp.pad(batch.tokens_BT, ((0, 0), (0, num_steps))))
@@ -71,23 +101,26 @@ def unroll(
     hidden_BTD = draft.project(taps_BT3E)
     x_BTX = draft.attention_input(embeds_BTD[:, 1 : num_rows + 1], hidden_BTD)
     k0, v0 = draft.key_value(x_BTX, batch.positions_BT)
-    segments_BR = take_rows(batch.segments_BT, rows_BR)
-    visible_BRT = (
-        (jnp.arange(num_rows)[None, None, :] <= rows_BR[:, :, None])
-        & (batch.segments_BT[:, None, :] == segments_BR[:, :, None])
-        & (segments_BR > 0)[:, :, None]
-    )
+    first_BR, last_BR = visible_range(batch.segments_BT, rows_BR)
     positions_BR = take_rows(batch.positions_BT, rows_BR)
-    hidden, suffix_k, suffix_v, outputs = take_rows(hidden_BTD, rows_BR), [], [], []
-    for j in range(num_steps):
-        x_BRX = draft.attention_input(take_rows(embeds_BTD, rows_BR + 1 + j), hidden)
+
+    def step(hidden, embeds, suffix_k, suffix_v, j):
+        """One pass of the layer; from step 1 on it brings a key of its own."""
+        x_BRX, positions = draft.attention_input(embeds, hidden), positions_BR + j
         if j > 0:
-            k_j, v_j = draft.key_value(x_BRX, positions_BR + j)
-            suffix_k.append(k_j)
-            suffix_v.append(v_j)
-        q_BRNH = draft.query(x_BRX, positions_BR + j)
-        heads = suffix_attention.dense(q_BRNH, k0, v0, suffix_k, suffix_v, visible_BRT, draft.softmax_scale)
-        hidden = draft.finish(hidden, heads)
+            k, v = draft.key_value(x_BRX, positions)
+            suffix_k, suffix_v = (*suffix_k, k), (*suffix_v, v)
+        heads = suffix_attention(
+            draft.query(x_BRX, positions), k0, v0, suffix_k, suffix_v, first_BR, last_BR, draft.softmax_scale,
+            backend=attention,
+        )  # fmt: skip
+        return draft.finish(hidden, heads), suffix_k, suffix_v
+
+    if remat != "none":
+        step = jax.checkpoint(step, policy=REMAT[remat], static_argnums=4)
+    hidden, suffix_k, suffix_v, outputs = take_rows(hidden_BTD, rows_BR), (), (), []
+    for j in range(num_steps):
+        hidden, suffix_k, suffix_v = step(hidden, take_rows(embeds_BTD, rows_BR + 1 + j), suffix_k, suffix_v, j)
         outputs.append(hidden)
     return outputs
 
@@ -98,6 +131,10 @@ class Algorithm:
 
     num_steps: int = 7
     step_decay: float = 0.8
+    objective: str = "soft_cross_entropy"  # a name of ops/objectives.py
+    attention: Backend = "auto"
+    remat: Remat = "none"
+    loss_chunk: int = distillation.DEFAULT_CHUNK
 
     def __post_init__(self):
         if self.num_steps < 1:
@@ -107,32 +144,36 @@ class Algorithm:
         """The rows that must be computed for this batch; see `Example.rows_BR`."""
         return supervised_rows(assistant_BT, segments_BT)
 
-    def step_weights(self) -> Float[Array, " J"]:
-        return self.step_decay ** jnp.arange(self.num_steps)
+    def step_weights(self) -> tuple[float, ...]:
+        return tuple(self.step_decay**j for j in range(self.num_steps))
 
     def mean_loss(self, sums: LossSums) -> Float[Array, ""]:
-        return sums.mean_loss(self.step_weights())
+        return sums.mean_loss(jnp.asarray(self.step_weights()))
 
-    def _signals(self, draft: Draft, example: Example):
+    def _distill(self, draft: Draft, example: Example) -> tuple[LossSums, Bool[Array, "B R J"]]:
         batch, rows = example.batch, example.rows_BR
         compute = example.teacher_head_WE.dtype
-        outputs = unroll(draft, batch, example.features.taps_BT3E.astype(compute), rows, self.num_steps)
-        # The teacher of row p at step 0 is the target's distribution at p + 1.
-        last_BRE = take_rows(example.features.last_BTE, rows + 1).astype(compute)
+        taps = example.features.taps_BT3E.astype(compute)
+        outputs = unroll(draft, batch, taps, rows, self.num_steps, self.attention, self.remat)
         argmax_BR = take_rows(example.features.argmax_BT, rows + 1)
-        teacher = distillation.Teacher(
-            logits_BRW=jnp.einsum("bre,we->brw", last_BRE, example.teacher_head_WE),
+        # The teacher of row p at step 0 is the target's distribution at p + 1.
+        teacher = distillation.TeacherStates(
+            last_BRE=take_rows(example.features.last_BTE, rows + 1).astype(compute),
             logsumexp_BR=take_rows(example.features.logsumexp_BT, rows + 1),
             draft_argmax_BR=draft.draft_ids[...].at[argmax_BR].get(out_sharding=draft.sharding.act_b),
         )
         supervised_JBT = supervision(batch.assistant_BT, batch.segments_BT, self.num_steps)
         supervised_JBR = jnp.stack([take_rows(mask_BT, rows) for mask_BT in supervised_JBT])
-        steps = [distillation.step_signals(draft.logits(h), teacher, j) for j, h in enumerate(outputs)]
-        return steps, supervised_JBR, teacher
+        before_J = jnp.zeros(self.num_steps) if example.accepted_J is None else example.accepted_J
+        return distillation.distill(
+            distillation.Plan(self.step_weights(), self.objective, self.loss_chunk),
+            tuple(draft.head_input(hidden) for hidden in outputs), draft.head(), teacher, example.teacher_head_WE,
+            supervised_JBR, before_J,
+        )  # fmt: skip
 
     def loss_sums(self, draft: Draft, example: Example) -> LossSums:
         """All that a trainer or evaluator calls."""
-        return distillation.sum_signals(*self._signals(draft, example))
+        return self._distill(draft, example)[0]
 
     def accepted(self, draft: Draft, example: Example) -> tuple[LossSums, Int[Array, "B T"]]:
         """The sums, and for each row of the batch how many draft tokens greedy verification would accept there.
@@ -140,11 +181,8 @@ class Algorithm:
         Exact where the row's tokens are the target's own greedy answer: then teacher forcing feeds the draft what
         it would have proposed, up to its first miss.
         """
-        steps, supervised_JBR, teacher = self._signals(draft, example)
-        prefix_BR, count_BR = jnp.ones(example.rows_BR.shape, bool), jnp.zeros(example.rows_BR.shape, jnp.int32)
-        for step, supervised_BR in zip(steps, supervised_JBR, strict=True):
-            prefix_BR = prefix_BR & step.hit_BR & supervised_BR
-            count_BR = count_BR + prefix_BR
+        sums, hit_BRJ = self._distill(draft, example)
+        count_BR = jnp.sum(jnp.cumprod(hit_BRJ.astype(jnp.int32), axis=-1), axis=-1)
         empty_BT = jnp.zeros_like(example.batch.tokens_BT)
         scatter = jax.vmap(lambda row, at, value: row.at[at].set(value, mode="drop"))
-        return distillation.sum_signals(steps, supervised_JBR, teacher), scatter(empty_BT, example.rows_BR, count_BR)
+        return sums, scatter(empty_BT, example.rows_BR, count_BR)

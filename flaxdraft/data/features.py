@@ -39,7 +39,7 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of one chunk.
 
     Raises:
-        InputError: the file is damaged, or its arrays disagree about their length.
+        InputError: the file is damaged, its arrays disagree about their length, or a feature is not finite.
     """
     tensors = load_safetensors(path)
     names = {"tokens", "lengths", "num_prompt", *(field.name for field in dataclasses.fields(Features))}
@@ -56,6 +56,9 @@ def read_rows(path: Path) -> list[Row]:
             f"{path}: num_prompt has {len(tensors['num_prompt'])} rows, lengths has {len(tensors['lengths'])}; "
             "remove it and run again"
         )
+    for name in _NARROW:
+        if not np.isfinite(tensors[name]).all():
+            raise InputError(f"{path}: {name} holds values that are not finite; remove it and run again")
     ends = np.cumsum(tensors["lengths"])
     rows = []
     for start, end, num_prompt in zip(ends - tensors["lengths"], ends, tensors["num_prompt"], strict=True):

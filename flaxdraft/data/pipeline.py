@@ -55,11 +55,17 @@ class Pipeline:
     ):  # fmt: skip
         """
         Raises:
-            InputError: no row supervises anything.
+            InputError: no row supervises anything, or no answer is long enough for every unroll step.
         """
         self._rows = [row for row in rows if row.num_answer >= 2]
         if not self._rows:
             raise InputError("data: no answer has two tokens or more, so nothing is supervised")
+        longest = max(row.num_answer for row in self._rows)
+        if algorithm.num_steps > longest - 1:
+            raise InputError(
+                f"algorithm.ttt_length: found {algorithm.num_steps}, but the longest answer has {longest} tokens, so "
+                f"that step {algorithm.num_steps} would supervise nothing; expected at most {longest - 1}"
+            )
         self._algorithm, self._batch_size, self._seed = algorithm, batch_size, seed
         lengths = np.array([len(row.tokens) for row in self._rows])
         edges = [int(np.quantile(lengths, (i + 1) / num_buckets, method="higher")) for i in range(num_buckets)]

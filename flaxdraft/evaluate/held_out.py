@@ -30,13 +30,12 @@ def decode_held_out(
     prompts = [row.tokens[: row.num_prompt].tolist() for row in rows]
     expected = sum(row.num_answer - 1 for row in rows)
     decoded, passes = [], 0
-    with bar("decode", len(prompts)) as progress:
+    with bar("decode", expected) as progress:
 
-        def on_pass(num):
+        def on_pass(num_rows, num_tokens):
             nonlocal passes
-            passes += num
-            finished = at + len(chunk) - num
-            progress.advance(finished - progress.done, f"{passes} target passes (alone: {expected})")
+            passes += num_rows
+            progress.advance(num_tokens, f"tokens in {passes} target passes")
 
         for at in range(0, len(prompts), num_rows):
             chunk = prompts[at : at + num_rows]
@@ -44,7 +43,6 @@ def decode_held_out(
                 target, graphdef, state, chunk, max_new_tokens=max_new_tokens, chain_length=chain_length,
                 end_token=end_token, on_pass=on_pass,
             )  # fmt: skip
-            progress.advance(at + len(chunk) - progress.done, f"{passes} target passes (alone: {expected})")
     return decoded
 
 

@@ -95,9 +95,13 @@ def decode(
     max_new_tokens: int,
     chain_length: int,
     end_token: int,
-    on_pass: Callable[[int], None] = lambda num: None,
+    on_pass: Callable[[int, int], None] = lambda num_rows, num_tokens: None,
 ) -> list[Decoded]:
-    """Decodes all prompts as one batch; the answers are those of plain greedy decoding, token for token."""
+    """Decodes all prompts as one batch; the answers are those of plain greedy decoding, token for token.
+
+    Args:
+        on_pass: called after each target pass with the rows that took part and the tokens that they gained.
+    """
     num = len(prompts)
     longest = round_up(max(map(len, prompts)), 32)
     num_slots = longest + round_up(max_new_tokens + chain_length, 32)
@@ -133,12 +137,13 @@ def decode(
         draft_cache, hidden = extend(
             draft_graphdef, draft_state, draft_cache, out.taps_BT3E, said, np.where(keep, at, num_slots), accepted
         )
-        on_pass(int(running.sum()))
-        for i in np.flatnonzero(running):
+        took_part = np.flatnonzero(running)
+        for i in took_part:
             new = said[i, : accepted[i] + 1].tolist()[: max_new_tokens - len(answers[i])]
             if end_token in new:
                 new = new[: new.index(end_token) + 1]
             answers[i] += new
             yields[i].append(len(new))
             running[i] = answers[i][-1] != end_token and len(answers[i]) < max_new_tokens
+        on_pass(len(took_part), sum(yields[i][-1] for i in took_part))
     return [Decoded(answer, gained) for answer, gained in zip(answers, yields, strict=True)]

@@ -263,6 +263,10 @@ class Eagle3Draft(nnx.Module):
         """What lm_head reads, given what `finish` returned: normed exactly once."""
         return hidden_BTD if self.config.norm_output else self.norm(hidden_BTD)
 
+    def head(self) -> Float[Array, "D W"]:
+        """lm_head's master weights."""
+        return self.lm_head.kernel[...]
+
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
         """At least float32."""
         out = self.lm_head(self.head_input(hidden_BTD))

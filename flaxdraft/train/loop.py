@@ -49,7 +49,7 @@ class Trainer:
     ) -> nnx.State:
         """Trains to config.num_steps, from the newest checkpoint if there is one; returns the trained parameters."""
         tx = optimizer(self.config)
-        state = jax.jit(lambda params: init_state(params, tx))(params)
+        state = jax.jit(lambda params: init_state(params, tx, self.algorithm.num_steps))(params)
         accepted = make_accepted(graphdef, self.evaluation, frozen, self.teacher_head_WE, self.place)
         evaluate = lambda params: evaluate_teacher_forced(  # noqa: E731
             accepted(params), held_out, self.evaluation, EVALUATION_ROWS

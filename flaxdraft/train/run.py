@@ -55,8 +55,9 @@ class Run:
         self.config = config
         self.draft_module = find_by_name("flaxdraft.drafts", config.draft.architecture, "draft.architecture")
         algorithm = find_by_name("flaxdraft.algorithms", config.algorithm.name, "algorithm.name").Algorithm
-        self.algorithm = algorithm(config.algorithm.ttt_length, config.algorithm.step_decay)
-        self.evaluation = algorithm(config.evaluate.chain_length, config.algorithm.step_decay)
+        settings = config.algorithm.model_dump(exclude={"name", "ttt_length"})
+        self.algorithm = algorithm(config.algorithm.ttt_length, **settings)
+        self.evaluation = algorithm(config.evaluate.chain_length, **settings)
         self.prompts = read_prompts(config.data.prompts)
         if config.train.batch_size % config.mesh.data:
             raise InputError(

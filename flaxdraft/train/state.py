@@ -20,6 +20,7 @@ class TrainState:
     step: jax.Array
     params: nnx.State  # float32 masters
     opt_state: optax.OptState
+    accepted_J: jax.Array  # mean expected acceptance of each unroll step over the last global batch
 
 
 def split_draft(draft: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -27,8 +28,9 @@ def split_draft(draft: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     return nnx.split(draft, nnx.Param, Frozen)
 
 
-def init_state(params: nnx.State, tx: optax.GradientTransformation) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+def init_state(params: nnx.State, tx: optax.GradientTransformation, num_steps: int) -> TrainState:
+    """Before the first step of an algorithm with `num_steps` unroll steps."""
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros(num_steps))
 
 
 def warm_start(draft: Eagle3Draft, target: Target, vocab: VocabMap) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -31,10 +32,13 @@ def make_train_step(
         return algorithm.mean_loss(sums), sums
 
     def train_step(state: TrainState, frozen: nnx.State, example: Example) -> tuple[TrainState, StepMetrics]:
+        example = dataclasses.replace(example, accepted_J=state.accepted_J)
         (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, frozen, example)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = StepMetrics(loss, optax.tree.norm(grads), sums)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        mean_J = sums.expected_accept_J / jnp.maximum(sums.row_count_J, 1)
+        accepted_J = jnp.where(sums.row_count_J > 0, mean_J, state.accepted_J)
+        return TrainState(state.step + 1, params, opt_state, accepted_J), metrics
 
     return jax.jit(train_step, donate_argnames="state")

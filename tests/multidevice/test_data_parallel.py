@@ -36,7 +36,7 @@ def train(name: str, num_devices: int):
         everywhere = jax.NamedSharding(mesh, jax.P())
         params, frozen = jax.device_put((params, frozen), everywhere)
         tx = optimizer(CONFIG)
-        state = jax.jit(lambda p: init_state(p, tx))(params)
+        state = jax.jit(lambda p: init_state(p, tx, 3))(params)
         step = make_train_step(graphdef, Algorithm(3), tx)
         host = ragged_example()
         split = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P(BATCH_AXIS)))  # noqa: E731

@@ -18,7 +18,7 @@ from flaxdraft.algorithms import eagle3
 from flaxdraft.interfaces import Batch, VocabMap, find_by_architecture
 from flaxdraft.mesh import Sharding
 from flaxdraft.nn.layers import Frozen
-from flaxdraft.ops import distillation
+from flaxdraft.ops import distillation, distillation_reference
 from flaxdraft.precision import Precision
 from flaxdraft.weights import state_from_torch, state_to_torch
 
@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).parent / "golden"
 CASES = ("eagle3_llama_gqa", "eagle3_mla_qlora", "eagle3_mla_yarn")
 
 
-def run_case(name: str):
+def run_case(name: str, attention: str, chunked_loss: bool):
     """(golden tensors, sums, hidden states, total loss, gradients by PyTorch name)."""
     meta = json.loads((GOLDEN / f"{name}.json").read_text())
     golden = load_file(GOLDEN / f"{name}.safetensors")
@@ -53,29 +53,43 @@ def run_case(name: str):
     taps = golden["inputs/aux_hidden_states"].reshape(num_batch, num_rows, 3, -1)
     taps = jnp.asarray(np.pad(taps, ((0, 0), (0, 1), (0, 0), (0, 0))))
     logits = jnp.asarray(golden["inputs/target_logits"])
-    teacher = distillation.Teacher(
-        logits[..., vocab.target_ids_W],
-        jax.nn.logsumexp(logits, -1),
-        jnp.asarray(vocab.to_draft())[jnp.argmax(logits, -1)],
-    )
+    logsumexp, wanted = jax.nn.logsumexp(logits, -1), jnp.asarray(vocab.to_draft())[jnp.argmax(logits, -1)]
+    # The reference hands over logits: as "states" of width V, with a head that picks the draft vocabulary.
+    states = distillation.TeacherStates(logits, logsumexp, wanted)
+    picks_WV = jnp.zeros((config.draft_vocab_size, config.vocab_size))
+    picks_WV = picks_WV.at[jnp.arange(config.draft_vocab_size), vocab.target_ids_W].set(1.0)
+    plan = distillation.Plan(tuple(0.8**j for j in range(num_steps)), chunk=5)
     mask = golden["inputs/loss_mask"].reshape(num_batch, num_rows) > 0
     supervised = jnp.stack([jnp.pad(mask[:, j:], ((0, 0), (0, j))) for j in range(num_steps)])
     rows = jnp.tile(jnp.arange(num_rows, dtype=jnp.int32), (num_batch, 1))
 
     def total_loss(params):
         draft = nnx.merge(graphdef, params, frozen)
-        hidden = eagle3.unroll(draft, batch, taps, rows, num_steps)
-        steps = [distillation.step_signals(draft.logits(h), teacher, j) for j, h in enumerate(hidden)]
-        sums = distillation.sum_signals(steps, supervised, teacher)
+        hidden = eagle3.unroll(draft, batch, taps, rows, num_steps, attention)
+        if chunked_loss:
+            inputs = tuple(draft.head_input(h) for h in hidden)
+            sums, _ = distillation.distill(
+                plan, inputs, draft.head(), states, picks_WV, supervised, jnp.zeros(num_steps)
+            )
+        else:
+            teacher = distillation_reference.Teacher(logits[..., vocab.target_ids_W], logsumexp, wanted)
+            step_signals = distillation_reference.step_signals
+            steps = [step_signals(draft.logits(h), teacher, j) for j, h in enumerate(hidden)]
+            sums = distillation_reference.sum_signals(steps, supervised, teacher)
         return jnp.sum(0.8 ** jnp.arange(num_steps) * sums.loss_J) / (num_batch * num_rows), (sums, jnp.stack(hidden))
 
     (loss, (sums, hidden)), grads = jax.jit(jax.value_and_grad(total_loss, has_aux=True))(params)
     return golden, sums, np.asarray(hidden), float(loss), state_to_torch(grads, table, np.float32)
 
 
+@pytest.fixture(scope="module", params=["dense", "chunked"])
+def path(request):
+    return request.param
+
+
 @pytest.fixture(scope="module", params=CASES)
-def case(request):
-    return run_case(request.param)
+def case(request, path):
+    return run_case(request.param, attention=path, chunked_loss=path == "chunked")
 
 
 def test_step_losses_and_hits(case):
