@@ -67,6 +67,7 @@ class AlgorithmConfig(_Section):
     attention: Literal["auto", "dense", "chunked"] = "auto"  # chunked: memory linear in length
     remat: Literal["none", "projections", "full"] = "none"  # what the backward pass computes anew
     loss_chunk: int = Field(default=512, ge=1)  # rows whose logits exist at a time
+    attention_chunk: int = Field(default=256, ge=1)  # queries and keys whose scores exist at a time, when chunked
 
 
 class TrainConfig(_Section):

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Draft, Example, LossSums
 from flaxdraft.ops import distillation
+from flaxdraft.ops.range_attention import DEFAULT_CHUNK, Chunks
 from flaxdraft.ops.suffix_attention import ATTENTION_OUTPUT, Backend, suffix_attention
 
 Remat = Literal["none", "projections", "full"]
@@ -86,6 +87,7 @@ def unroll(
     num_steps: int,
     attention: Backend = "auto",
     remat: Remat = "none",
+    attention_chunk: int = DEFAULT_CHUNK,
 ) -> list[Float[Array, "B R D"]]:
     """The draft layer's output of each step at the given rows, before the final norm.
 
@@ -112,7 +114,7 @@ def unroll(
             suffix_k, suffix_v = (*suffix_k, k), (*suffix_v, v)
         heads = suffix_attention(
             draft.query(x_BRX, positions), k0, v0, suffix_k, suffix_v, first_BR, last_BR, draft.softmax_scale,
-            backend=attention,
+            backend=attention, chunks=Chunks(attention_chunk, attention_chunk),
         )  # fmt: skip
         return draft.finish(hidden, heads), suffix_k, suffix_v
 
@@ -134,7 +136,8 @@ class Algorithm:
     objective: str = "soft_cross_entropy"  # a name of ops/objectives.py
     attention: Backend = "auto"
     remat: Remat = "none"
-    loss_chunk: int = distillation.DEFAULT_CHUNK
+    loss_chunk: int = distillation.DEFAULT_CHUNK  # rows whose logits exist at a time
+    attention_chunk: int = DEFAULT_CHUNK  # queries and keys whose scores exist at a time, where attention is chunked
 
     def __post_init__(self):
         if self.num_steps < 1:
@@ -154,7 +157,7 @@ class Algorithm:
         batch, rows = example.batch, example.rows_BR
         compute = example.teacher_head_WE.dtype
         taps = example.features.taps_BT3E.astype(compute)
-        outputs = unroll(draft, batch, taps, rows, self.num_steps, self.attention, self.remat)
+        outputs = unroll(draft, batch, taps, rows, self.num_steps, self.attention, self.remat, self.attention_chunk)
         argmax_BR = take_rows(example.features.argmax_BT, rows + 1)
         # The teacher of row p at step 0 is the target's distribution at p + 1.
         teacher = distillation.TeacherStates(

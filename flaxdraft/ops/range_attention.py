@@ -21,12 +21,14 @@ from jaxtyping import Array, Float, Int
 
 from flaxdraft.ops.attention import MASKED
 
+DEFAULT_CHUNK = 256
+
 
 class Chunks(NamedTuple):
     """Rows of a query chunk and of a key chunk; they bound the scores that exist at a time."""
 
-    query: int = 256
-    key: int = 256
+    query: int = DEFAULT_CHUNK
+    key: int = DEFAULT_CHUNK
 
 
 class _Plan(NamedTuple):

@@ -1,0 +1,158 @@
+"""Times the training step (forward, backward, AdamW) of drafts of named sizes, on whatever device there is.
+
+    python experiments/bench_step.py                                        # CPU: two tiny drafts, about a minute
+    python experiments/bench_step.py --case llama3-8b --batch 4 --length 2048 --compute bfloat16
+
+Before any timing the fast path is checked against dense attention and the plain loss, gradients included. Each line
+gives tokens/s, TFLOP/s from counted operations (bench_cases.py), their share of a matrix product measured in the same
+run, and peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from bench_cases import CASES, count_flops, make_draft, make_example
+from flax import nnx
+
+from flaxdraft.algorithms.eagle3 import Algorithm, supervision, take_rows, unroll
+from flaxdraft.config import TrainConfig
+from flaxdraft.interfaces import Example
+from flaxdraft.ops import distillation_reference
+from flaxdraft.train.optimizer import optimizer
+from flaxdraft.train.state import init_state, split_draft
+from flaxdraft.train.step import make_train_step
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Largest relative error of any gradient, norm-wise, that passes for rounding.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+
+
+def plain_loss(draft: nnx.Module, example: Example, algorithm: Algorithm) -> jax.Array:
+    """The same loss with dense attention, all logits at once, differentiated by JAX."""
+    batch, rows, num_steps = example.batch, example.rows_BR, algorithm.num_steps
+    hidden = unroll(draft, batch, example.features.taps_BT3E, rows, num_steps, attention="dense")
+    logits = jnp.einsum("bre,we->brw", take_rows(example.features.last_BTE, rows + 1), example.teacher_head_WE)
+    teacher = distillation_reference.Teacher(
+        logits.astype(jnp.float32), take_rows(example.features.logsumexp_BT, rows + 1),
+        draft.draft_ids[...][take_rows(example.features.argmax_BT, rows + 1)],
+    )  # fmt: skip
+    supervised = jnp.stack([take_rows(m, rows) for m in supervision(batch.assistant_BT, batch.segments_BT, num_steps)])
+    steps = [distillation_reference.step_signals(draft.logits(h), teacher, j) for j, h in enumerate(hidden)]
+    return algorithm.mean_loss(distillation_reference.sum_signals(steps, supervised, teacher))
+
+
+def check(case: str, compute: str, num_steps: int, length: int) -> float:
+    """Largest relative gradient error of the fast path against the plain one, on short rows."""
+    example = make_example(case, 2, length, 0.7, DTYPES[compute])
+    graphdef, params, frozen = split_draft(make_draft(case, DTYPES[compute]))
+    algorithm = Algorithm(num_steps, attention="chunked", loss_chunk=64)
+
+    def fast(params, frozen, example):
+        return algorithm.mean_loss(algorithm.loss_sums(nnx.merge(graphdef, params, frozen), example))
+
+    def plain(params, frozen, example):
+        return plain_loss(nnx.merge(graphdef, params, frozen), example, algorithm)
+
+    (a, got), (b, want) = (jax.jit(jax.value_and_grad(f))(params, frozen, example) for f in (fast, plain))
+    errors = [abs(float(a - b) / float(b))]
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        errors.append(float(jnp.linalg.norm((x - y).ravel()) / jnp.linalg.norm(y.ravel())))
+    return max(errors)
+
+
+def seconds(call, repeats: int) -> float:
+    """Mean time of call() after one warm-up; it must return arrays."""
+    jax.block_until_ready(call())
+    start = time.perf_counter()
+    for _ in range(repeats):
+        out = call()
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / repeats
+
+
+def ceiling(compute: str) -> float:
+    """FLOP/s of a large square matrix product."""
+    size = 8192 if jax.default_backend() == "gpu" else 1536
+    a = jnp.ones((size, size), DTYPES[compute])
+    product = jax.jit(lambda a: a @ a)
+    return 2 * size**3 / seconds(lambda: product(a), 10)
+
+
+def measure(case, compute, batch, length, supervised, algorithm, repeats, top) -> str:
+    """One line of the table."""
+    example = make_example(case, batch, length, supervised, DTYPES[compute])
+    flops = count_flops(case, example, algorithm.num_steps)
+    graphdef, params, frozen = split_draft(make_draft(case, DTYPES[compute]))
+    tx = optimizer(TrainConfig(num_steps=1000))
+    state = jax.jit(lambda p: init_state(p, tx, algorithm.num_steps), donate_argnums=0)(params)
+    step = make_train_step(graphdef, algorithm, tx)
+    compiled = step.lower(state, frozen, example).compile()
+    analysis = compiled.memory_analysis()
+
+    def call():
+        nonlocal state
+        state, metrics = compiled(state, frozen, example)
+        return metrics.loss
+
+    took = seconds(call, repeats)
+    if not np.isfinite(float(call())):
+        raise SystemExit(f"{case}: the loss is not finite")
+    stats = jax.local_devices()[0].memory_stats() or {}
+    planned = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    planned -= analysis.alias_size_in_bytes
+    peak = f"{stats['peak_bytes_in_use'] / 1e9:.2f} GB" if "peak_bytes_in_use" in stats else "-"
+    rate = flops.total / took
+    how = f"{algorithm.attention}, {algorithm.remat}, {algorithm.loss_chunk}/{algorithm.attention_chunk}"
+    return (
+        f"| {case} | {batch} x {length} | {supervised:.0%} | {how} | {took * 1e3:.1f} | {batch * length / took:,.0f} | "
+        f"{rate / 1e12:.2f} | {rate / top:.0%} | {planned / 1e9:.2f} GB | {peak} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", choices=CASES, default=["tiny", "tiny-mla"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[2])
+    parser.add_argument("--length", nargs="+", type=int, default=[512])
+    parser.add_argument("--supervised", nargs="+", type=float, default=[1.0])
+    parser.add_argument("--attention", nargs="+", default=["auto"])
+    parser.add_argument("--remat", nargs="+", default=["none"])
+    parser.add_argument("--loss-chunk", nargs="+", type=int, default=[512])
+    parser.add_argument("--attention-chunk", nargs="+", type=int, default=[256])
+    parser.add_argument("--compute", choices=DTYPES, default="float32")
+    parser.add_argument("--ttt-length", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--check-length", type=int, default=96)
+    arguments = parser.parse_args()
+    device = jax.devices()[0]
+    top = ceiling(arguments.compute)
+    print(
+        f"jax {jax.__version__} on {device.device_kind}, {arguments.compute}; matrix product {top / 1e12:.2f} TFLOP/s"
+    )
+    for case in arguments.case:
+        error = check(case, arguments.compute, arguments.ttt_length, arguments.check_length)
+        print(f"{case}: fast path against the plain one, largest relative error {error:.1e}", flush=True)
+        if error > TOLERANCE[arguments.compute]:
+            raise SystemExit(f"{case}: more than {TOLERANCE[arguments.compute]:.0e}; nothing is timed")
+    print("| case | batch x length | supervised | attention, remat, chunks | ms | tokens/s | TFLOP/s | of the "
+          "product | planned memory | peak so far |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    for case, batch, length, supervised, attention, remat, loss_chunk, attention_chunk in itertools.product(
+        arguments.case, arguments.batch, arguments.length, arguments.supervised, arguments.attention, arguments.remat,
+        arguments.loss_chunk, arguments.attention_chunk,
+    ):  # fmt: skip
+        algorithm = Algorithm(
+            arguments.ttt_length, attention=attention, remat=remat, loss_chunk=loss_chunk,
+            attention_chunk=attention_chunk,
+        )  # fmt: skip
+        line = measure(case, arguments.compute, batch, length, supervised, algorithm, arguments.repeats, top)
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
