@@ -56,16 +56,25 @@ class Checkpoints:
         """The newest state, placed where the abstract one says.
 
         Raises:
-            InputError: the checkpoint belongs to another vocabulary map.
+            InputError: the checkpoint is damaged, or belongs to another vocabulary map.
         """
         step = self.latest_step()
-        saved = self._inner.load_checkpointables(step, {"vocab": None})["vocab"]["target_ids"]
+        saved = self._load(step, "vocab", None)["target_ids"]
         if not np.array_equal(np.asarray(saved), vocab.target_ids_W):
             raise InputError(
                 f"{self._directory}: the checkpoint of step {step} has another vocabulary map "
                 f"({len(saved)} tokens) than this run ({vocab.draft_vocab_size}); use another output_dir"
             )
-        return self._inner.load_checkpointables(step, {"state": abstract_state})["state"]
+        return self._load(step, "state", abstract_state)
+
+    def _load(self, step: int, name: str, abstract: Any) -> Any:
+        try:
+            return self._inner.load_checkpointables(step, {name: abstract})[name]
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
+            raise InputError(
+                f"{self._directory / str(step)}: the checkpoint cannot be read ({str(error).splitlines()[0][:200]}); "
+                "remove it and run again, from the one before it"
+            ) from error
 
 
 def abstract_like(state: Any) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from flaxdraft.errors import InputError
 
@@ -24,12 +24,19 @@ def _number(value: Any) -> Any:
 
 
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
+_INT32 = 2**31 - 1
 # PyYAML raises a bare ValueError for what looks like a date and is none.
-_BAD_YAML = (yaml.YAMLError, ValueError)
+_BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 
 Beta = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
+
+
+def _folder(name: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", name) or name in (".", "..", "data"):
+        raise ValueError("expected a folder name of letters, digits, dots and dashes, other than data")
+    return name
 
 
 class _Section(BaseModel):
@@ -71,7 +78,7 @@ class AlgorithmConfig(_Section):
 
 
 class TrainConfig(_Section):
-    num_steps: int = Field(ge=1)
+    num_steps: int = Field(ge=1, le=_INT32)
     batch_size: int = Field(default=8, ge=1)  # conversations
     learning_rate: Number = Field(default=1e-4, gt=0)
     warmup_ratio: Number = Field(default=0.05, ge=0, lt=1)
@@ -103,8 +110,8 @@ class RunConfig(_Section):
     """Everything a run depends on."""
 
     output_dir: Text
-    name: str | None = None  # of this draft's folder under output_dir; the architecture by default
-    seed: int = Field(default=0, ge=0)
+    name: Annotated[str, AfterValidator(_folder)] | None = None  # of this draft's folder; the architecture by default
+    seed: int = Field(default=0, ge=0, le=_INT32)
     target: TargetConfig
     data: DataConfig
     draft: DraftConfig = DraftConfig()

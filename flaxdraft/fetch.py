@@ -55,6 +55,17 @@ def fetch(address: str, sha256: str | None) -> Path:
     return path
 
 
+def content_of(address: str, sha256: str | None) -> str | None:
+    """What a model file is, for telling two runs apart: its sha256, or None where a wheel's version says it.
+
+    Raises:
+        InputError: the file is missing or cannot be read.
+    """
+    if sha256 is not None or address.startswith("wheel:"):
+        return sha256
+    return _digest(fetch(address, None))
+
+
 def _digest(path: Path) -> str:
     try:
         return sha256_of(path)

@@ -53,6 +53,11 @@ class GGUFCheckpoint:
         with self._readable():
             self.config = self._read_config()
         self._tensors = {self._hf_name(tensor.name): tensor for tensor in self._reader.tensors}
+        if self.config["num_hidden_layers"] > len(self._tensors):
+            raise InputError(
+                f"{path}: not a readable GGUF file ({self.config['num_hidden_layers']} layers in "
+                f"{len(self._tensors)} tensors); it is truncated or altered"
+            )
         self.config["tie_word_embeddings"] = "lm_head.weight" not in self._tensors
 
     @contextmanager

@@ -18,10 +18,8 @@ BATCH_AXIS = "data"
 class Sharding:
     """Where each logical array lives; the field suffix names its dims. `None` leaves the choice to JAX."""
 
-    weight: P | None = None
     act_b: P | None = None
     act_btd: P | None = None
-    act_btnh: P | None = None
 
     @classmethod
     def none(cls) -> Sharding:
@@ -31,7 +29,7 @@ class Sharding:
     @classmethod
     def data_parallel(cls, axis: str = BATCH_AXIS) -> Sharding:
         """Weights replicated, rows of the batch split over one axis."""
-        return cls(P(), P(axis), P(axis, None, None), P(axis, None, None, None))
+        return cls(P(axis), P(axis, None, None))
 
 
 def make_mesh(data: int) -> jax.sharding.Mesh:

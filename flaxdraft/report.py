@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.font_manager import findfont, get_font
+from rich.text import Text
 
 from flaxdraft.progress import CONSOLE
 
@@ -24,6 +25,7 @@ def _figure(path: Path, title: str, xlabel: str, ylabel: str):
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
     def save():
@@ -44,10 +46,11 @@ def _curves(directory: Path, metrics: Sequence[dict[str, Any]]) -> None:
     axes, save = _figure(
         directory / "accuracy.png", "Held-out top-1 accuracy by draft position", "optimizer step", "share of rows"
     )
-    for j in range(len(held[0]["accuracy"])):
-        color = plt.get_cmap("viridis")(j / max(len(held[0]["accuracy"]) - 1, 1) * 0.85)
+    num_steps = min(len(m["accuracy"]) for m in held)  # a resumed run may draft longer chains
+    for j in range(num_steps):
+        color = plt.get_cmap("viridis")(j / max(num_steps - 1, 1) * 0.85)
         axes.plot([m["step"] for m in held], [m["accuracy"][j] for m in held], "o-", label=f"{j + 1}", color=color)
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, axes.get_ylim()[1])
     axes.legend(title="position")
     save()
     axes, save = _figure(directory / "accept_length.png", "Held-out accept length", "optimizer step", "tokens a pass")
@@ -142,7 +145,7 @@ def _markdown(evaluation: dict[str, Any], metrics: Sequence[dict[str, Any]], fac
     rows = [
         ("accept length, real decoding", f"{decoded['accept_length']:.3f}"),
         ("accept length, walked over the greedy answers", f"{forced['accept_length']:.3f}"),
-        ("accept length, untrained draft (walked)", f"{untrained:.3f}"),
+        ("accept length before training (walked)", f"{untrained:.3f}"),
         ("1 + joint-prefix rates, mean over rows", f"{forced['mean_over_rows']:.3f}"),
         (
             "target passes",
@@ -168,7 +171,8 @@ def _markdown(evaluation: dict[str, Any], metrics: Sequence[dict[str, Any]], fac
         lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
     lines += ["", "| category | accept length |", "|---|---|"]
     lines += [f"| {name} | {value:.3f} |" for name, value in decoded["accept_length_by_category"].items()]
-    lines += ["", "One answer, each token coloured by how many tokens its target pass yielded:", "", "![](sample.png)"]
+    caption = "The held-out answer that gained most, each token coloured by how many tokens its target pass yielded:"
+    lines += ["", caption, "", "![](sample.png)"]
     for name in ("accept_length", "acceptance", "accepted_lengths", "accuracy", "loss"):
         lines += ["", f"![]({name}.png)"]
     return "\n".join(lines) + "\n"
@@ -198,8 +202,8 @@ def print_headline(evaluation: dict[str, Any], export_dir: Path, report_dir: Pat
     """The end of a run: what was reached, where it lies, how to serve it."""
     decoded = evaluation["decoded"]
     saved = 1 - decoded["target_passes"] / max(decoded["target_passes_alone"], 1)
-    CONSOLE.print(
-        f"\n[bold]accept length {decoded['accept_length']:.2f}[/bold] by real decoding of {evaluation['answers']} "
+    headline = (
+        f" by real decoding of {evaluation['answers']} "
         f"held-out prompts: {decoded['target_passes']} target passes instead of {decoded['target_passes_alone']} "
         f"({saved:.0%} saved), {decoded['identical_answers']} of {evaluation['answers']} answers identical to the "
         f"target's own\n"
@@ -210,3 +214,10 @@ def print_headline(evaluation: dict[str, Any], export_dir: Path, report_dir: Pat
         f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {evaluation['chain_length'] + 1}\n"
         f"        (TARGET: the Hugging Face directory of {target})"
     )
+    CONSOLE.print(Text.assemble((f"\naccept length {decoded['accept_length']:.2f}", "bold"), headline))
+    same_passes = evaluation["teacher_forced"]["answers_with_the_decoded_passes"]
+    if min(decoded["identical_answers"], same_passes) < evaluation["answers"]:
+        CONSOLE.print(
+            f"warning: {decoded['identical_answers']} answers are identical to the stored ones and {same_passes} walk "
+            f"with the decoded passes, of {evaluation['answers']}; the answers come from another target or device"
+        )

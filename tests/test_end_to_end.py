@@ -14,8 +14,10 @@ import yaml
 from safetensors.numpy import load_file
 from tiny import write_prompts
 
+from flaxdraft.errors import InputError
 from flaxdraft.train import run as run_module
 from flaxdraft.train.__main__ import main
+from flaxdraft.train.stages import claim
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +167,58 @@ def test_a_killed_capture_goes_on(workspace, finished, tmp_path):
             np.testing.assert_array_equal(got[key], want[key], err_msg=f"{name} {key}")
 
 
+def test_the_whole_command_on_two_devices(finished, workspace, tmp_path):
+    """Training is spread, decoding is on one device; also where a second run finds training done."""
+    out = tmp_path / "two"
+    shutil.copytree(finished / "data", out / "data")
+    assert call(workspace, f"output_dir={out}", "mesh.data=2", "train.num_steps=2") == 0
+    first = (out / "llama" / "evaluation.json").read_bytes()
+    (out / "llama" / "evaluation.json").unlink()
+    assert call(workspace, f"output_dir={out}", "mesh.data=2", "train.num_steps=2") == 0
+    assert (out / "llama" / "evaluation.json").read_bytes() == first
+
+
+def test_a_damaged_export_is_made_again(finished, workspace):
+    whole = {path.name: path.read_bytes() for path in (finished / "llama" / "export").iterdir()}
+    (finished / "llama" / "export" / "model.safetensors").write_bytes(whole["model.safetensors"][:100])
+    (finished / "llama" / "export" / "config.json").unlink()
+    assert call(workspace) == 0
+    assert {path.name: path.read_bytes() for path in (finished / "llama" / "export").iterdir()} == whole
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"metrics.jsonl": b""}, r"metrics.jsonl: holds no held-out evaluation"),
+        ({"metrics.jsonl": b'{"kind": "held_out"}\n'}, r"metrics.jsonl line 1: damaged; delete that line"),
+        ({"metrics.jsonl": b"\xff\n"}, r"metrics.jsonl line 1: damaged"),
+        (
+            {"evaluation.json": b"", "checkpoints/8/state/_METADATA": b"", "checkpoints/8/state/manifest.ocdbt": b""},
+            r"checkpoints/8: the checkpoint cannot be read .*remove it",
+        ),
+    ],
+    ids=["empty metrics", "odd metrics", "binary metrics", "checkpoint"],
+)
+def test_a_damaged_result_is_named(finished, workspace, tmp_path, capfd, damage, message):
+    out = tmp_path / "damaged"
+    shutil.copytree(finished, out)
+    for name, content in damage.items():
+        assert (out / "llama" / name).exists()
+        (out / "llama" / name).write_bytes(content)
+    assert call(workspace, f"output_dir={out}") == 2
+    error = capfd.readouterr().err
+    assert re.search(message, error), error
+
+
+def test_wrong_input_claims_nothing(tmp_path):
+    claim(tmp_path / "x", {"a": 1}, "")
+    claim(tmp_path / "x", {"a": 2}, "")
+    (tmp_path / "x" / "result").write_text("")
+    claim(tmp_path / "x", {"a": 2}, "")
+    with pytest.raises(InputError, match=r"a: there 2, here 3"):
+        claim(tmp_path / "x", {"a": 3}, "")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -179,6 +233,9 @@ def test_a_killed_capture_goes_on(workspace, finished, tmp_path):
         ("target.path=/nowhere.gguf", r"target.path: no file /nowhere.gguf"),
         ("target.sha256='00'", r"sha256 is .* target.sha256 says 00"),
         ("output_dir=/proc/flaxdraft", r"output_dir: cannot write to /proc/flaxdraft"),
+        ("target.tap_layers=[0,4,7]", r"target.tap_layers: .* holds the last layer, which SGLang cannot capture"),
+        ("evaluate.max_new_tokens=120", r"evaluate.max_new_tokens: found 120; after the longest .* context of 128"),
+        ("name=data", r"name: found 'data'; .*folder name"),
         ("mesh.data=3", r"train.batch_size: 4 rows cannot be split over mesh.data=3"),
         ("draft.draft_vocab_size=999999", r"draft.draft_vocab_size"),
         ("draft.fields={hidden_sise: 8}", r"did you mean 'hidden_size'"),

@@ -175,7 +175,7 @@ class Algorithm:
         )  # fmt: skip
 
     def loss_sums(self, draft: Draft, example: Example) -> LossSums:
-        """All that a trainer or evaluator calls."""
+        """All that a trainer calls."""
         return self._distill(draft, example)[0]
 
     def accepted(self, draft: Draft, example: Example) -> tuple[LossSums, Int[Array, "B T"]]:

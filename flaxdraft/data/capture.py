@@ -75,6 +75,12 @@ def write_texts(path: Path, tokenizer, prompts: Sequence[Prompt], order: Sequenc
     write_json(path, texts)
 
 
+def is_captured(directory: Path, split: str, num_prompts: int, num_rows: int) -> bool:
+    """Whether every chunk of a split is there."""
+    num_chunks = -(-num_prompts // chunk_rows(num_prompts, num_rows))
+    return all(chunk_path(directory, split, i).exists() for i in range(num_chunks))
+
+
 def load_split(directory: Path, split: str, num_prompts: int, num_rows: int) -> list[Row]:
     """Every row of a captured split, in file order."""
     num_chunks = -(-num_prompts // chunk_rows(num_prompts, num_rows))

@@ -50,8 +50,11 @@ def read_prompts(path: str) -> list[Prompt]:
 def _parse(line: str, where: str) -> Prompt:
     try:
         row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode("utf-8")  # JSON may name halves of characters, which are no text
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not text in JSON ({error})") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object, found {type(row).__name__}")
     for field in _FIELDS:

@@ -119,10 +119,14 @@ def from_pretrained(directory: str | Path, vocab: VocabMap | None = None) -> Loa
         hf = json.loads(config_path.read_text(encoding="utf-8"))
         module = find_by_architecture("flaxdraft.drafts", hf, str(config_path))
         config = module.Config.from_hf(hf)
+    except InputError:
+        raise
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{config_path}: not valid JSON ({error}); write it again") from error
     except KeyError as error:
         raise InputError(f"{config_path}: no field {error}, which every {module.__name__} draft needs") from error
+    except (TypeError, ValueError, ArithmeticError, AttributeError, OSError) as error:
+        raise InputError(f"{config_path}: a field has a type or value that no draft can have ({error})") from error
     origin = str(Path(directory))
     tensors = _read_tensors(paths)
     found = _read_vocab(tensors, config.draft_vocab_size, config.vocab_size, origin)

@@ -21,7 +21,7 @@ from flaxdraft.data.generation import Row, round_up
 from flaxdraft.data.pipeline import HostBatch, collate
 from flaxdraft.interfaces import Algorithm, Example, LossSums
 
-EVALUATION_ROWS = 32  # of one compiled evaluation batch; divides over meshes of up to 32 devices
+EVALUATION_ROWS = 32  # of one compiled evaluation batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -155,7 +155,7 @@ def extra_names(config: Eagle3Sizes) -> tuple:
 
 
 class Eagle3Draft(nnx.Module):
-    """The surface of `interfaces.Draft`; a subclass sets `config` and gives the attention."""
+    """The surface of `interfaces.Draft`; a draft architecture gives the config and the attention."""
 
     def __init__(
         self,

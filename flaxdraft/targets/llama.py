@@ -70,7 +70,7 @@ class Config:
         if not 0 <= taps[0] < taps[1] < taps[2] < num_layers:
             raise InputError(
                 f"target.tap_layers: {list(taps)} are not three ascending layers of a {num_layers}-layer target; "
-                f"give three, for instance {[0, num_layers // 2, num_layers - 1]}"
+                f"give three, for instance {[0, num_layers // 2, num_layers - 2]}"
             )
         if config.get("attention_bias") or config.get("mlp_bias"):
             raise InputError("target config: attention_bias and mlp_bias are not supported yet")

@@ -1,4 +1,4 @@
-"""The training loop: the one place that reads a clock, logs, evaluates and saves."""
+"""The training loop: the one place of training that reads a clock, logs, evaluates and saves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flax import nnx
 
 from flaxdraft.checkpoint import Checkpoints, abstract_like
 from flaxdraft.config import TrainConfig
-from flaxdraft.data.generation import Row
+from flaxdraft.data.generation import Row, round_up
 from flaxdraft.data.pipeline import Pipeline
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, TeacherForced, evaluate_teacher_forced, make_accepted
@@ -51,8 +51,9 @@ class Trainer:
         tx = optimizer(self.config)
         state = jax.jit(lambda params: init_state(params, tx, self.algorithm.num_steps))(params)
         accepted = make_accepted(graphdef, self.evaluation, frozen, self.teacher_head_WE, self.place)
+        num_rows = round_up(EVALUATION_ROWS, self.mesh.size)
         evaluate = lambda params: evaluate_teacher_forced(  # noqa: E731
-            accepted(params), held_out, self.evaluation, EVALUATION_ROWS
+            accepted(params), held_out, self.evaluation, num_rows
         )
         with Checkpoints(self.directory / "checkpoints", every=self.config.checkpoint_every) as checkpoints:
             if checkpoints.latest_step() is not None:
@@ -142,6 +143,21 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every complete line of a metrics file; a last line cut by a kill is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Every complete line of a metrics file; a last line cut by a kill is left out.
+
+    Raises:
+        InputError: another line is damaged.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    metrics = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            metrics.append(json.loads(line))
+            known = metrics[-1]["kind"] in ("train", "held_out") and metrics[-1]["step"] >= 0
+        except (ValueError, TypeError, LookupError):
+            known = False
+        if not known:
+            raise InputError(f"{path} line {number}: damaged; delete that line and run again")
+    return metrics

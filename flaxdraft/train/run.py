@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from rich.text import Text
 
 from flaxdraft.config import RunConfig, nearest
-from flaxdraft.data.capture import capture, load_split, supervised_token_counts, write_texts
-from flaxdraft.data.conversations import Prompt, read_prompts
+from flaxdraft.data.capture import capture, is_captured, load_split, supervised_token_counts, write_texts
+from flaxdraft.data.conversations import Prompt, read_prompts, render
 from flaxdraft.data.generation import Row
 from flaxdraft.data.pipeline import Pipeline
 from flaxdraft.data.vocab import choose_vocab, coverage
@@ -25,7 +26,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
 from flaxdraft.evaluate.held_out import decode_held_out, summary
 from flaxdraft.export import export
-from flaxdraft.fetch import sha256_of
+from flaxdraft.fetch import content_of, sha256_of
 from flaxdraft.interfaces import VocabMap, find_by_name
 from flaxdraft.mesh import Sharding, make_mesh
 from flaxdraft.precision import DTYPES, Precision
@@ -40,7 +41,13 @@ STAGES = ("target", "data", "train", "evaluate", "export", "report")
 
 
 def _say(stage: str, text: str) -> None:
-    CONSOLE.print(f"[bold]{STAGES.index(stage) + 1}/{len(STAGES)} {stage}[/bold]  {text}")
+    CONSOLE.print(Text.assemble((f"{STAGES.index(stage) + 1}/{len(STAGES)} {stage}", "bold"), f"  {text}"))
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """sha256 of every file of a directory."""
+    files = sorted(directory.iterdir()) if directory.is_dir() else []
+    return {path.name: sha256_of(path) for path in files}
 
 
 class Run:
@@ -68,7 +75,8 @@ class Run:
         self.draft_dir = config.draft_dir
         data = config.data.model_dump() | {"prompts": sha256_of(Path(config.data.prompts))}
         self.data_inputs = {
-            "target": config.target.model_dump(), "data": data, "max_new_tokens": config.evaluate.max_new_tokens,
+            "target": config.target.model_dump() | {"content": content_of(config.target.path, config.target.sha256)},
+            "data": data, "evaluate": {"max_new_tokens": config.evaluate.max_new_tokens},
         }  # fmt: skip
         draft = config.draft.model_dump()
         self.start = None  # the draft that training begins from, if not from nothing
@@ -92,6 +100,11 @@ class Run:
         address, sha256 = self.config.target.path, self.config.target.sha256
         loaded = targets.load(address, sha256, None if taps is None else tuple(taps), Precision())
         c = loaded.model.config
+        if c.tap_layers[2] == c.num_hidden_layers - 1:
+            raise InputError(
+                f"target.tap_layers: {list(c.tap_layers)} holds the last layer, which SGLang cannot capture; "
+                f"expected layers up to {c.num_hidden_layers - 2}"
+            )
         if self.start is not None:
             check_target(self.start, c, self.config.draft.init_from)
         CONSOLE.print(
@@ -117,9 +130,12 @@ class Run:
         stage = Stage(self.data_dir / "data.json", self.data_inputs)
         result = stage.load()
         data = self.config.data
-        if result is None:
+        if result is None or not all(
+            is_captured(self.data_dir, split, len(order), data.rows) for split, order in result["order"].items()
+        ):
             target = self.target
             _say("data", "the target answers the prompts")
+            self._check_context()
             result = {"order": {}, "eos": target.tokenizer.eos_token_id, "special": target.tokenizer.all_special_ids}
             for split, dtype, limit in (
                 ("train", data.feature_dtype, data.max_answer_tokens),
@@ -136,6 +152,24 @@ class Run:
         else:
             _say("data", f"done before: {self.data_dir}")
         return result
+
+    def _check_context(self) -> None:
+        """
+        Raises:
+            InputError: a prompt with its longest answer would leave the target's context.
+        """
+        data, context = self.config.data, self.target.model.config.max_position_embeddings
+        for split, field, limit in (
+            ("train", "data.max_answer_tokens", data.max_answer_tokens),
+            ("held_out", "evaluate.max_new_tokens", self.config.evaluate.max_new_tokens),
+        ):
+            rendered = [render(self.target.tokenizer, p, data.max_prompt_tokens) for p in self._split(split)]
+            longest = max(map(len, rendered))
+            if longest + limit > context:
+                raise InputError(
+                    f"{field}: found {limit}; after the longest prompt ({longest} tokens) that leaves the target's "
+                    f"context of {context}; expected at most {context - longest}"
+                )
 
     def draft_config(self):
         """The architecture's Config: the target's sizes, with draft.fields on top; or that of draft.init_from."""
@@ -191,10 +225,14 @@ class Run:
     def params(self) -> nnx.State:
         """The trained parameters, on one device; where training is done they come from its last checkpoint."""
         config = self.config.train
+        self.draft_config().to_hf()  # refuses what no server loads before any time is spent on it
         pipeline = Pipeline(
             self.data_rows["train"], self.algorithm, batch_size=config.batch_size, seed=self.config.seed,
             num_buckets=config.length_buckets,
         )  # fmt: skip
+        # Loaded before the mesh is set: target and vocabulary stay on one device, where decoding uses them.
+        target, _ = self.target, self.vocab
+        _say("train", f"{config.num_steps} steps of {config.batch_size} answers to {target.path.name}")
         with jax.set_mesh(self.mesh):
             everywhere = jax.NamedSharding(self.mesh, jax.P())
             graphdef, params, frozen = split_draft(self.make_draft(Sharding.data_parallel(), config.compute_dtype))
@@ -209,7 +247,7 @@ class Run:
                 jax.device_put(head_WE, everywhere),
             )  # fmt: skip
             params = trainer.train(graphdef, params, frozen, pipeline, self.data_rows["held_out"])
-        return jax.device_put(params, jax.devices()[0])
+        return jax.device_put(jax.device_get(params), jax.devices()[0])
 
     def teacher_head(self, dtype: str) -> jax.Array:
         """[W, E]: the target's head rows of the draft vocabulary."""
@@ -252,16 +290,18 @@ class Run:
         """The serving directory."""
         directory = self.draft_dir / "export"
         stage = Stage(self.draft_dir / "export.json", self.draft_inputs | {"export": self.config.export.model_dump()})
-        if stage.load() is not None and (directory / "model.safetensors").exists():
+        stored = stage.load()
+        if stored is not None and stored == _digests(directory):
             _say("export", f"done before: {directory}")
             return directory
         params, target = self.params, self.target
         _say("export", str(directory))
+        stage.path.unlink(missing_ok=True)
         export(
             directory, self.draft_module, self.draft_config(), params, self.vocab,
             tap_layers=target.model.config.tap_layers, target_config=target.hf_config, dtype=self.config.export.dtype,
         )  # fmt: skip
-        stage.store({"directory": str(directory)})
+        stage.store(_digests(directory))
         return directory
 
     def report(self, evaluation: dict[str, Any]) -> Path:
@@ -279,6 +319,11 @@ class Run:
             "held out": f"{evaluation['answers']} prompts, {evaluation['generated_tokens']} tokens of greedy answers",
         }  # fmt: skip
         metrics = read_metrics(self.draft_dir / "metrics.jsonl")
+        if not any(line["kind"] == "held_out" for line in metrics):
+            raise InputError(
+                f"{self.draft_dir / 'metrics.jsonl'}: holds no held-out evaluation, it was cut or removed; remove "
+                f"{self.draft_dir} to train anew"
+            )
         write_report(directory, evaluation, metrics, (prompt, sample["pieces"], sample["yields"]), facts)
         return directory
 

@@ -32,12 +32,15 @@ def claim(directory: Path, inputs: Mapping[str, Any], mend: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK):
             raise PermissionError(13, "Permission denied")
-        if not record.exists():
+        # A run that stopped at wrong input before it made anything has claimed nothing.
+        if not any(not path.name.startswith(record.name) for path in directory.iterdir()):
             write_json(record, inputs)
+        elif not record.exists():
+            raise InputError(f"output_dir: {directory} holds other files; choose another one. {mend}")
     except OSError as error:
         raise InputError(f"output_dir: cannot write to {directory} ({error.strerror}); choose another one") from error
     try:
-        found = flatten(json.loads(record.read_text()))
+        found = flatten(json.loads(record.read_text(encoding="utf-8")))
     except ValueError as error:
         raise InputError(f"{record}: not valid JSON ({error}); remove {directory} to start anew") from error
     wanted = flatten(inputs)
