@@ -71,7 +71,7 @@ class AlgorithmConfig(_Section):
     ttt_length: int = Field(default=7, ge=1)
     step_decay: Number = Field(default=0.8, gt=0, le=1)
     objective: Literal["soft_cross_entropy", "hard_label", "lk_alpha", "lk_lambda"] = "soft_cross_entropy"
-    attention: Literal["auto", "dense", "chunked"] = "auto"  # chunked: memory linear in length
+    attention: Literal["auto", "dense", "chunked", "cudnn"] = "auto"  # the last two: memory linear in length
     remat: Literal["none", "projections", "full"] = "none"  # what the backward pass computes anew
     loss_chunk: int = Field(default=512, ge=1)  # rows whose logits exist at a time
     attention_chunk: int = Field(default=256, ge=1)  # queries and keys whose scores exist at a time, when chunked

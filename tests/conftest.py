@@ -19,7 +19,6 @@ os.environ |= {
 import jax  # noqa: E402 (it reads the environment)
 import pytest  # noqa: E402
 
-jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -32,6 +31,8 @@ from tiny import write_tiny_gguf  # noqa: E402 (devices are set first)
 
 
 def pytest_configure(config):
+    if config.getoption("markexpr") != "gpu":
+        jax.config.update("jax_platforms", "cpu")
     # The default tests compile far more than they compute; the slow ones see programs as users run them.
     if "not slow" in config.getoption("markexpr"):
         jax.config.update("jax_disable_most_optimizations", True)

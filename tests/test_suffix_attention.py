@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 
 from flaxdraft.ops.range_attention import Chunks
-from flaxdraft.ops.suffix_attention import chunked, dense
+from flaxdraft.ops.suffix_attention import dense, merged
 
 # (batch, query rows, key rows, query heads, key/value heads, q/k width, value width, suffix steps)
 SHAPES = {
@@ -45,7 +45,7 @@ def loss_of(attention, first, last, *rest):
 def test_value_and_gradients_are_the_dense_ones(shape, chunks):
     arrays, first, last = make(SHAPES[shape])
     want = loss_of(dense, first, last)(arrays)
-    got = loss_of(chunked, first, last, chunks)(arrays)
+    got = loss_of(merged, first, last, chunks)(arrays)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
 
@@ -54,16 +54,16 @@ def test_value_and_gradients_are_the_dense_ones(shape, chunks):
 def test_gradients_against_finite_differences(shape):
     with jax.enable_x64(True):
         arrays, first, last = make((1, 4, 5, *SHAPES[shape][3:]), jnp.float64)
-        attention = lambda *arrays: chunked(*arrays, first, last, 0.4, Chunks(2, 2))  # noqa: E731
+        attention = lambda *arrays: merged(*arrays, first, last, 0.4, Chunks(2, 2))  # noqa: E731
         check_grads(attention, arrays, order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
 
 
 def test_a_row_that_sees_nothing_gives_zero_and_no_gradient():
     (q, k0, v0, _, _), first, last = make(SHAPES["gqa"])
     last = last.at[:].set(-1)
-    value = chunked(q, k0, v0, (), (), first, last, 0.4, Chunks(4, 4))
+    value = merged(q, k0, v0, (), (), first, last, 0.4, Chunks(4, 4))
     np.testing.assert_array_equal(value, jnp.zeros_like(value))
-    _, grads = loss_of(chunked, first, last, Chunks(4, 4))((q, k0, v0, (), ()))
+    _, grads = loss_of(merged, first, last, Chunks(4, 4))((q, k0, v0, (), ()))
     for grad in jax.tree.leaves(grads):
         np.testing.assert_array_equal(grad, jnp.zeros_like(grad))
 
@@ -72,7 +72,7 @@ def test_bfloat16_stays_close_to_float32():
     arrays, first, last = make(SHAPES["gqa"])
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays)
     want = dense(*jax.tree.map(lambda x: x.astype(jnp.float32), narrow), first, last, 0.4)
-    got = chunked(*narrow, first, last, 0.4, Chunks(4, 4))
+    got = merged(*narrow, first, last, 0.4, Chunks(4, 4))
     assert got.dtype == jnp.bfloat16
     # The dense row that sees nothing averages all keys before its own join in.
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.03)
@@ -84,6 +84,6 @@ def test_memory_is_linear_in_length():
     for num in (256, 512):
         arrays, _, _ = make((1, num, num, 2, 1, 8, 8, 1))
         first, last = jnp.zeros((1, num), jnp.int32), jnp.arange(num)[None]
-        compiled = loss_of(chunked, first, last, Chunks(32, 32)).lower(arrays).compile()
+        compiled = loss_of(merged, first, last, Chunks(32, 32)).lower(arrays).compile()
         sizes.append(compiled.memory_analysis().temp_size_in_bytes)
     assert sizes[1] < 2.2 * sizes[0]

@@ -134,8 +134,8 @@ def backward(
     v_BTKC: Float[Array, "B T K C"],
     first_BR: Int[Array, "B R"],
     last_BR: Int[Array, "B R"],
+    out_BRNC: Float[Array, "B R N C"],
     logsumexp_BRN: Float[Array, "B R N"],
-    delta_BRN: Float[Array, "B R N"],
     grad_BRNC: Float[Array, "B R N C"],
     scale: float,
     chunks: Chunks,
@@ -143,13 +143,13 @@ def backward(
     """Gradients of q, k, v, at least float32.
 
     Args:
-        logsumexp_BRN: of the joint softmax, whatever other keys it has.
-        delta_BRN: sum over C of the joint output times its gradient.
+        out_BRNC, logsumexp_BRN: of the joint softmax, whatever other keys it has.
         grad_BRNC: the gradient of the joint output.
     """
     plan, (num_batch, num_rows, _, width) = _plan(q_BRNH, k_BTKH, v_BTKC, first_BR, last_BR, chunks), q_BRNH.shape
     wide, size, kv_heads = _wide(q_BRNH.dtype), chunks.key, k_BTKH.shape[2]
     by_group = lambda x: x.reshape(num_batch, num_rows, kv_heads, -1, *x.shape[3:])  # noqa: E731
+    delta_BRN = jnp.sum(grad_BRNC.astype(wide) * out_BRNC.astype(wide), axis=-1)
     per_row = [_cut(by_group(x), chunks.query) for x in (logsumexp_BRN, delta_BRN, grad_BRNC)]
 
     def chunk(carry, part):

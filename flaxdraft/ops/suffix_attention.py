@@ -9,6 +9,7 @@ H query/key width, C value width, I suffix steps.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal
@@ -18,15 +19,37 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from flaxdraft.errors import InputError
 from flaxdraft.mesh import per_shard
-from flaxdraft.ops import range_attention
+from flaxdraft.ops import cudnn_attention, range_attention
 from flaxdraft.ops.attention import MASKED, grouped_scores
 from flaxdraft.ops.range_attention import Chunks
 
 ATTENTION_OUTPUT = "attention_output"  # what a rematerialisation policy may keep
-Backend = Literal["auto", "dense", "chunked"]
-# Scores of one step up to which building them whole is as fast; see experiments/bench_attention.py.
+Backend = Literal["auto", "dense", "chunked", "cudnn"]
+# Scores of one step up to which building them whole is as fast (experiments/bench_step.py --attention dense chunked).
 DENSE_SCORES = 2**22
+
+
+def choose(backend: Backend, q_BRNH: jax.Array, k0_BTKH: jax.Array, v0_BTKC: jax.Array) -> Backend:
+    """What `backend` means for these arrays (their shapes and types suffice) on this machine.
+
+    "auto" takes whole scores where they are few, else chunks; cuDNN is taken where it is asked for by name, until its
+    tests have passed on a GPU for every shape that a draft may have. A JAX whose private names have moved warns and
+    works in chunks.
+
+    Raises:
+        InputError: cuDNN was asked for and cannot run.
+    """
+    if backend == "cudnn" and (why := cudnn_attention.unavailable(q_BRNH, v0_BTKC)):
+        if why != cudnn_attention.moved():
+            raise InputError(f"algorithm.attention: cudnn cannot run here: {why}; use auto, or chunked")
+        warnings.warn(f"attention in chunks instead of cuDNN, which is several times faster: {why}", stacklevel=2)
+        return "chunked"
+    if backend == "auto":
+        num_scores = q_BRNH.shape[0] * q_BRNH.shape[1] * q_BRNH.shape[2] * k0_BTKH.shape[1]
+        return "dense" if num_scores <= DENSE_SCORES else "chunked"
+    return backend
 
 
 def suffix_attention(
@@ -45,15 +68,19 @@ def suffix_attention(
     """One step of the unroll.
 
     Args:
-        first_BR, last_BR: the step-0 rows that a query sees, both included; last < first sees none of them.
-        backend: "dense" builds the [R, T] scores; "chunked" never does, and keeps memory linear in length.
+        first_BR, last_BR: the step-0 rows that a query sees, both included; last < first sees none of them. No two
+            queries of a batch row have the same last.
+        backend: "dense" builds the [R, T] scores; "chunked" and "cudnn" never do: memory is linear in length.
+
+    Raises:
+        InputError: see `choose`.
     """
-    if backend == "auto":
-        num_scores = q_BRNH.shape[0] * q_BRNH.shape[1] * q_BRNH.shape[2] * k0_BTKH.shape[1]
-        backend = "dense" if num_scores <= DENSE_SCORES else "chunked"
+    arrays = q_BRNH, k0_BTKH, v0_BTKC
+    backend = choose(backend, *arrays)
     if backend == "dense":
-        return dense(q_BRNH, k0_BTKH, v0_BTKC, suffix_k, suffix_v, first_BR, last_BR, scale)
-    return chunked(q_BRNH, k0_BTKH, v0_BTKC, tuple(suffix_k), tuple(suffix_v), first_BR, last_BR, scale, chunks)
+        return dense(*arrays, suffix_k, suffix_v, first_BR, last_BR, scale)
+    kernel = "cudnn" if backend == "cudnn" else chunks
+    return merged(*arrays, tuple(suffix_k), tuple(suffix_v), first_BR, last_BR, scale, kernel)
 
 
 def dense(
@@ -81,16 +108,28 @@ def dense(
     return out.reshape(*q_BRNH.shape[:3], v0_BTKC.shape[-1])
 
 
+def _block_attention(kernel: Chunks | Literal["cudnn"]):
+    """Forward and backward of the attention to the step-0 keys; see ops/range_attention.py."""
+    if kernel == "cudnn":
+        return cudnn_attention.forward, cudnn_attention.backward
+    return partial(range_attention.forward, chunks=kernel), partial(range_attention.backward, chunks=kernel)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def chunked(q_BRNH, k0_BTKH, v0_BTKC, suffix_k, suffix_v, first_BR, last_BR, scale: float, chunks: Chunks):
+def merged(
+    q_BRNH, k0_BTKH, v0_BTKC, suffix_k, suffix_v, first_BR, last_BR, scale: float, kernel: Chunks | Literal["cudnn"]
+):
     """Block attention to the step-0 keys, merged in log space with the diagonal terms:
-    L = logaddexp(L_0, s_1..s_j), O = exp(L_0 - L) O_0 + sum_i exp(s_i - L) v_i. Arguments as in `dense`."""
-    return _merged(q_BRNH, k0_BTKH, v0_BTKC, suffix_k, suffix_v, first_BR, last_BR, scale, chunks)[0]
+    L = logaddexp(L_0, s_1..s_j), O = exp(L_0 - L) O_0 + sum_i exp(s_i - L) v_i. Arguments as in `suffix_attention`;
+    kernel: "cudnn", or the chunks of the attention in plain JAX."""
+    return _merged(q_BRNH, k0_BTKH, v0_BTKC, suffix_k, suffix_v, first_BR, last_BR, scale, kernel)[0]
 
 
-def _merged(q, k0, v0, suffix_k, suffix_v, first, last, scale, chunks):
+def _merged(q, k0, v0, suffix_k, suffix_v, first, last, scale, kernel):
+    attend, _ = _block_attention(kernel)
+
     def local(q, k0, v0, suffix_k, suffix_v, first, last):
-        out, logsumexp = range_attention.forward(q, k0, v0, first, last, scale, chunks)
+        out, logsumexp = attend(q, k0, v0, first, last, scale)
         own = [_own_scores(q, k, scale) for k in suffix_k]
         joint = jax.nn.logsumexp(jnp.stack([logsumexp, *own]), axis=0)
         out = out * jnp.exp(logsumexp - joint)[..., None]
@@ -101,20 +140,22 @@ def _merged(q, k0, v0, suffix_k, suffix_v, first, last, scale, chunks):
     return per_shard(local, (q, k0, v0, suffix_k, suffix_v, first, last))[0]
 
 
-def _forward(q, k0, v0, suffix_k, suffix_v, first, last, scale, chunks):
-    out, joint = _merged(q, k0, v0, suffix_k, suffix_v, first, last, scale, chunks)
+def _forward(q, k0, v0, suffix_k, suffix_v, first, last, scale, kernel):
+    out, joint = _merged(q, k0, v0, suffix_k, suffix_v, first, last, scale, kernel)
     out, joint = checkpoint_name(out, ATTENTION_OUTPUT), checkpoint_name(joint, ATTENTION_OUTPUT)
     return out, (q, k0, v0, suffix_k, suffix_v, first, last, out, joint)
 
 
-def _backward(scale, chunks, residuals, grad):
+def _backward(scale, kernel, residuals, grad):
     """The block kernel's backward with the merged O and L gives dq, dk_0, dv_0 of the joint softmax. Of the diagonal
     terms, with p_i = exp(s_i - L):  ds_i = p_i (dO.v_i - dO.O), dq += c ds_i k_i, dk_i = c ds_i q, dv_i = p_i dO."""
+
+    _, attend_backward = _block_attention(kernel)
 
     def local(q, k0, v0, suffix_k, suffix_v, first, last, out, joint, grad):
         wide = joint.dtype
         delta = jnp.sum(grad.astype(wide) * out.astype(wide), axis=-1)
-        dq, dk0, dv0 = range_attention.backward(q, k0, v0, first, last, joint, delta, grad, scale, chunks)
+        dq, dk0, dv0 = attend_backward(q, k0, v0, first, last, out, joint, grad, scale)
         num_heads, dks, dvs = q.shape[2], [], []
         for k, v in zip(suffix_k, suffix_v, strict=True):
             weight = jnp.exp(_own_scores(q, k, scale) - joint)
@@ -129,7 +170,7 @@ def _backward(scale, chunks, residuals, grad):
     return *gradients, None, None
 
 
-chunked.defvjp(_forward, _backward)
+merged.defvjp(_forward, _backward)
 
 
 def _own_scores(q_BRNH, k_BRKH, scale: float):

@@ -1,0 +1,71 @@
+"""cuDNN's suffix attention against the dense one: values and gradients, on the GPU.
+
+pytest -m gpu
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxdraft.ops.suffix_attention import dense, suffix_attention
+
+pytestmark = pytest.mark.gpu
+
+# (key rows, query heads, key/value heads, q/k width, value width)
+SHAPES = {
+    "gqa": (256, 8, 2, 128, 128),
+    "narrow gqa": (256, 4, 4, 64, 64),
+    "mla": (256, 4, 4, 192, 128),
+    "odd length": (250, 8, 2, 128, 128),
+}
+# Where the documents of a row begin.
+DOCUMENTS = {"one document": [0], "packed": [0, 40, 41, 150, 203], "padding before": [7, 90]}
+
+
+def make(shape, starts, seed=0):
+    """bfloat16 arrays, a share of the rows as queries, some places of the query axis empty."""
+    num_keys, heads, kv_heads, width, value_width = shape
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
+    document = np.searchsorted(starts, np.arange(num_keys), side="right") - 1
+    batch, first, last = 3, [], []
+    for b in range(batch):
+        end = num_keys - 30 * b
+        rows = np.sort(rng.permutation(np.arange(starts[0], end))[: end // 2])
+        pad = num_keys // 2 - len(rows)
+        last.append(np.concatenate([rows, np.full(pad, -1)]))
+        first.append(np.concatenate([np.asarray(starts)[document[rows]], np.zeros(pad, int)]))
+    first, last = (jnp.asarray(np.stack(x), jnp.int32) for x in (first, last))
+    queries = first.shape[1]
+    arrays = (
+        normal(batch, queries, heads, width), normal(batch, num_keys, kv_heads, width),
+        normal(batch, num_keys, kv_heads, value_width),
+        tuple(normal(batch, queries, kv_heads, width) for _ in range(2)),
+        tuple(normal(batch, queries, kv_heads, value_width) for _ in range(2)),
+    )  # fmt: skip
+    return arrays, first, last
+
+
+def loss(attention, arrays, first, last, like):
+    out = attention(*arrays, first, last, arrays[0].shape[-1] ** -0.5).astype(jnp.float32)
+    seen = (first <= last)[:, :, None, None]  # the dense one averages all keys for a row that sees none
+    return jnp.sum(jnp.where(seen, out * like, 0.0)), jnp.where(seen, out, 0.0)
+
+
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_value_and_gradients_are_the_dense_ones(shape, documents):
+    arrays, first, last = make(SHAPES[shape], DOCUMENTS[documents])
+    like = jax.random.normal(jax.random.key(0), (*arrays[0].shape[:3], arrays[2].shape[-1]))
+    fast = lambda *x: suffix_attention(*x, backend="cudnn")  # noqa: E731
+    run = lambda attention, arrays: jax.jit(  # noqa: E731
+        jax.value_and_grad(lambda a: loss(attention, a, first, last, like), has_aux=True)
+    )(arrays)
+    (_, out), grads = run(fast, arrays)
+    with jax.default_matmul_precision("highest"):
+        (_, want), wanted = run(dense, jax.tree.map(lambda x: x.astype(jnp.float32), arrays))
+    for a, b in zip(jax.tree.leaves((out, grads)), jax.tree.leaves((want, wanted)), strict=True):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        assert np.isfinite(a).all()
+        assert np.linalg.norm(a - b) < 6e-3 * np.linalg.norm(b)  # bfloat16 keeps 8 bits

@@ -1,0 +1,112 @@
+"""What of the cuDNN attention can be checked without a GPU: its layout, against kernels written out in plain JAX, and
+that the private names which it needs are where they were."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxdraft.errors import InputError
+from flaxdraft.ops import cudnn_attention
+from flaxdraft.ops.attention import MASKED, grouped_scores
+from flaxdraft.ops.suffix_attention import choose, dense, merged
+
+
+def scores_of(q, k, length_B, scale):
+    """Causal scores [B, N, T, S] up to each row's length, as the kernels see them."""
+    B, T, N, _ = q.shape
+    at = jnp.arange(T)
+    seen = (at[None, :, None] >= at[None, None]) & (at[None, None] < length_B[:, None, None])
+    return jnp.where(seen[:, None], grouped_scores(q, k, scale).reshape(B, N, T, T), MASKED)
+
+
+def kernel(direction, arrays, extra, length_B, scale, is_training=False):
+    """cuDNN's contract: forward with logsumexp; backward from a given output and logsumexp. What lies past a row's
+    length is not defined, here NaN."""
+    q, k, v = arrays
+    group = q.shape[2] // k.shape[2]
+    scores = scores_of(q, k, length_B, scale)
+    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
+    past = (jnp.arange(q.shape[1])[None] >= length_B[:, None])[:, :, None, None]
+    undefined = lambda x: jnp.where(past, jnp.nan, x)  # noqa: E731
+    if direction == "fwd":
+        assert is_training
+        logsumexp = jax.nn.logsumexp(scores, axis=-1)
+        out = jnp.einsum("bnts,bsnc->btnc", jnp.exp(scores - logsumexp[..., None]), v)
+        return [undefined(out), jnp.where(past[..., 0].swapaxes(1, 2), jnp.nan, logsumexp)]
+    logsumexp, out, grad = extra
+    defined = lambda x: jnp.where(past, 0.0, x)  # noqa: E731 (a kernel does not read rows past the length)
+    q, k, v, grad, out = (defined(x) for x in (q, k, v, grad, out))
+    weights = jnp.where(past[:, None, :, 0, 0, None], 0.0, jnp.exp(scores - logsumexp[..., None]))
+    toward = jnp.einsum("btnc,bsnc->bnts", grad, v) - jnp.moveaxis(jnp.sum(grad * out, -1), 1, 2)[..., None]
+    dscores = weights * toward * scale
+    by_head = lambda x: x.reshape(*x.shape[:2], -1, group, x.shape[-1]).sum(3)  # noqa: E731
+    dk, dv = jnp.einsum("bnts,btnh->bsnh", dscores, q), jnp.einsum("bnts,btnc->bsnc", weights, grad)
+    return [undefined(x) for x in (jnp.einsum("bnts,bsnh->btnh", dscores, k), by_head(dk), by_head(dv))]
+
+
+def make(starts, num_keys=16, heads=4, kv_heads=2, width=8, value_width=4, seed=0):
+    """Half of the rows are queries; batch rows end at different places."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    document = np.searchsorted(starts, np.arange(num_keys), side="right") - 1
+    first, last = np.zeros((2, 2, num_keys // 2), int)
+    for b, end in enumerate((num_keys, num_keys - 5)):
+        rows = np.sort(rng.permutation(np.arange(starts[0], end))[: end // 2 - 1])
+        last[b] = -1
+        last[b, : len(rows)], first[b, : len(rows)] = rows, np.asarray(starts)[document[rows]]
+    queries = last.shape[1]
+    arrays = (
+        normal(2, queries, heads, width), normal(2, num_keys, kv_heads, width),
+        normal(2, num_keys, kv_heads, value_width),
+        (normal(2, queries, kv_heads, width),), (normal(2, queries, kv_heads, value_width),),
+    )  # fmt: skip
+    return arrays, jnp.asarray(first), jnp.asarray(last)
+
+
+@pytest.mark.parametrize("starts", [[0], [0, 3, 4, 11], [2, 9]], ids=["one document", "packed", "padding before"])
+def test_layout_gives_the_dense_values_and_gradients(starts, monkeypatch):
+    monkeypatch.setattr(cudnn_attention, "_call", kernel)
+    arrays, first, last = make(starts)
+    seen = (first <= last)[:, :, None, None]
+
+    def loss(attention, arrays):
+        out = jnp.where(seen, attention(*arrays, first, last, 0.4), 0.0)
+        return jnp.sum(jnp.sin(out) * jnp.arange(out.size).reshape(out.shape)), out
+
+    fast = lambda *x: merged(*x, "cudnn")  # noqa: E731
+    (got, want) = (jax.jit(jax.value_and_grad(lambda a, f=f: loss(f, a), has_aux=True))(arrays) for f in (fast, dense))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4)
+
+
+def test_the_private_names_are_where_they_were():
+    """Fails when JAX moves or changes them: then `ops/cudnn_attention.py` needs work; users get chunks meanwhile."""
+    assert cudnn_attention.moved() is None
+
+
+def test_both_kernels_accept_these_arguments():
+    """Traced only: the kernels themselves need a GPU."""
+    arrays, first, last = make([0, 3], width=16, value_width=8)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays)
+
+    def loss(arrays):
+        return merged(*arrays, first, last, 0.4, "cudnn").astype(jnp.float32).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(narrow))
+    assert text.count("dot_product_attention_fwd") >= 2  # with and without document columns
+    assert text.count("dot_product_attention_bwd") >= 2
+
+
+def test_a_jax_without_the_names_falls_back_with_a_warning(monkeypatch):
+    monkeypatch.setattr(cudnn_attention, "moved", lambda: "jax 99 has no such thing")
+    monkeypatch.setattr(cudnn_attention, "unavailable", lambda q, v: cudnn_attention.moved())
+    arrays, _, _ = make([0])
+    with pytest.warns(UserWarning, match="attention in chunks instead of cuDNN.*jax 99 has no such thing"):
+        assert choose("cudnn", *arrays[:3]) == "chunked"
+
+
+def test_asked_for_by_name_where_it_cannot_run():
+    arrays, _, _ = make([0])
+    with pytest.raises(InputError, match="attention: cudnn cannot run here: it needs an NVIDIA GPU, found cpu"):
+        choose("cudnn", *arrays[:3])
