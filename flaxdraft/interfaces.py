@@ -39,8 +39,9 @@ class Features:
 
     taps_BT3E: Float[Array, "B T 3 E"]  # residual stream after three chosen layers, un-normed
     last_BTE: Float[Array, "B T E"]  # after the target's final norm
-    argmax_BT: Int[Array, "B T"]  # over the full vocabulary
-    logsumexp_BT: Float[Array, "B T"]  # over the full vocabulary
+    # Over the full vocabulary; both are None where whoever made the features did not keep them.
+    argmax_BT: Int[Array, "B T"] | None
+    logsumexp_BT: Float[Array, "B T"] | None
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +51,8 @@ class Example:
 
     `rows_BR` lists, ascending, the rows that some step supervises; entries >= T are padding. It must hold every
     supervised row (`flaxdraft.algorithms` builds it on the host), since rows outside it are never computed.
-    `teacher_head_WE` are the target's head rows of the draft vocabulary. `accepted_J` is the mean expected acceptance
+    `teacher_head_WE` are the target's head rows of the draft vocabulary; `full_head_VE` the whole head, which features
+    without argmax and logsumexp need. `accepted_J` is the mean expected acceptance
     of each step over the previous global batch, which adaptive objectives read; None before there is one.
     """
 
@@ -59,6 +61,7 @@ class Example:
     rows_BR: Int[Array, "B R"]
     teacher_head_WE: Float[Array, "W E"]
     accepted_J: Float[Array, " J"] | None = None
+    full_head_VE: Float[Array, "V E"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -187,6 +190,7 @@ class Algorithm(Protocol):
     num_steps: int
 
     def rows(self, assistant_BT: np.ndarray, segments_BT: np.ndarray) -> np.ndarray: ...
+    def describe(self, draft: Draft, example: Example) -> str: ...
     def loss_sums(self, draft: Draft, example: Example) -> LossSums: ...
     def accepted(self, draft: Draft, example: Example) -> tuple[LossSums, Int[Array, "B T"]]: ...
     def mean_loss(self, sums: LossSums) -> Float[Array, ""]: ...

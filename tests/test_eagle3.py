@@ -1,12 +1,14 @@
 """Supervision, unroll and sums of EAGLE-3."""
 
 import dataclasses
+import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jitted import loss_sums, unroll
-from test_contracts import DRAFTS, T, example, make_draft
+from test_contracts import DRAFTS, T, V, example, make_draft
 
 from flaxdraft.algorithms.eagle3 import Algorithm, supervised_rows, supervision, take_rows
 from flaxdraft.errors import InputError
@@ -153,3 +155,29 @@ def test_mean_loss_divides_once():
     weights = 0.8 ** np.arange(3)
     want = (weights * (one.loss_J + two.loss_J)).sum() / (weights * (one.loss_count_J + two.loss_count_J)).sum()
     np.testing.assert_allclose(algorithm.mean_loss(one + two), want, rtol=1e-6)
+
+
+def test_features_without_statistics_get_them_from_the_whole_head():
+    draft, given, algorithm = make_draft(DRAFTS["llama"]), example(), Algorithm(2)
+    whole_VE = jnp.asarray(np.random.default_rng(1).normal(size=(V, 32)), jnp.float32)
+    logits = jnp.einsum("bte,ve->btv", given.features.last_BTE, whole_VE)
+    features = dataclasses.replace(
+        given.features, argmax_BT=jnp.argmax(logits, -1), logsumexp_BT=jax.nn.logsumexp(logits, -1)
+    )
+    head_WE = whole_VE[draft.target_ids[...]]
+    given = dataclasses.replace(given, features=features, teacher_head_WE=head_WE)
+    bare = dataclasses.replace(features, argmax_BT=None, logsumexp_BT=None)
+    made = dataclasses.replace(given, features=bare, full_head_VE=whole_VE)
+    want, got = (dataclasses.asdict(loss_sums(algorithm, draft, x)) for x in (given, made))
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
+    with pytest.raises(InputError, match=r"features: they hold no argmax and logsumexp.*full_head_VE"):
+        algorithm.loss_sums(draft, dataclasses.replace(given, features=bare))
+
+
+@pytest.mark.parametrize(("attention", "text"), [("auto", "attention dense,"), ("chunked", r"chunked \(16 x 16\)")])
+def test_the_log_names_how_sums_are_computed(attention, text):
+    algorithm = Algorithm(3, attention=attention, attention_chunk=16, remat="projections")
+    described = algorithm.describe(make_draft(DRAFTS["mla"]), example())
+    assert re.search(text, described)
+    assert re.search("loss in chunks of 512 rows, rematerialisation projections", described)

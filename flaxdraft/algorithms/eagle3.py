@@ -21,7 +21,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Draft, Example, LossSums
 from flaxdraft.ops import distillation
 from flaxdraft.ops.range_attention import DEFAULT_CHUNK, Chunks
-from flaxdraft.ops.suffix_attention import ATTENTION_OUTPUT, Backend, suffix_attention
+from flaxdraft.ops.suffix_attention import ATTENTION_OUTPUT, Backend, choose, suffix_attention
 
 Remat = Literal["none", "projections", "full"]
 REMAT = {
@@ -158,21 +158,49 @@ class Algorithm:
         compute = example.teacher_head_WE.dtype
         taps = example.features.taps_BT3E.astype(compute)
         outputs = unroll(draft, batch, taps, rows, self.num_steps, self.attention, self.remat, self.attention_chunk)
-        argmax_BR = take_rows(example.features.argmax_BT, rows + 1)
         # The teacher of row p at step 0 is the target's distribution at p + 1.
-        teacher = distillation.TeacherStates(
-            last_BRE=take_rows(example.features.last_BTE, rows + 1).astype(compute),
-            logsumexp_BR=take_rows(example.features.logsumexp_BT, rows + 1),
-            draft_argmax_BR=draft.draft_ids[...].at[argmax_BR].get(out_sharding=draft.sharding.act_b),
-        )
+        ahead = lambda x: None if x is None else take_rows(x, rows + 1)  # noqa: E731
+        argmax_BR, logsumexp_BR = ahead(example.features.argmax_BT), ahead(example.features.logsumexp_BT)
+        draft_ids_V, head = draft.draft_ids[...], distillation.TeacherHead(example.teacher_head_WE)
+        if argmax_BR is None or logsumexp_BR is None:
+            if example.full_head_VE is None:
+                raise InputError(
+                    "features: they hold no argmax and logsumexp over the full vocabulary, and the target's whole head "
+                    "is not given either (Example.full_head_VE); capture them again, or give the head"
+                )
+            head = distillation.TeacherHead(example.teacher_head_WE, example.full_head_VE, draft_ids_V)
+            argmax_BR = logsumexp_BR = None
+        else:
+            argmax_BR = draft_ids_V.at[argmax_BR].get(out_sharding=draft.sharding.act_b)
+        teacher = distillation.TeacherStates(ahead(example.features.last_BTE).astype(compute), logsumexp_BR, argmax_BR)
         supervised_JBT = supervision(batch.assistant_BT, batch.segments_BT, self.num_steps)
         supervised_JBR = jnp.stack([take_rows(mask_BT, rows) for mask_BT in supervised_JBT])
         before_J = jnp.zeros(self.num_steps) if example.accepted_J is None else example.accepted_J
         return distillation.distill(
             distillation.Plan(self.step_weights(), self.objective, self.loss_chunk),
-            tuple(draft.head_input(hidden) for hidden in outputs), draft.head(), teacher, example.teacher_head_WE,
+            tuple(draft.head_input(hidden) for hidden in outputs), draft.head(), teacher, head,
             supervised_JBR, before_J,
         )  # fmt: skip
+
+    def describe(self, draft: Draft, example: Example) -> str:
+        """How sums of such an example are computed on this machine, for the log.
+
+        Raises:
+            InputError: in a way that cannot run here; see `suffix_attention.choose`.
+        """
+
+        def heads(batch, taps_BT3E):
+            x_BTX = draft.attention_input(draft.embed(batch.tokens_BT), draft.project(taps_BT3E))
+            return draft.query(x_BTX, batch.positions_BT), *draft.key_value(x_BTX, batch.positions_BT)
+
+        compute = example.teacher_head_WE.dtype
+        q, k, v = jax.eval_shape(heads, example.batch, example.features.taps_BT3E.astype(compute))
+        q = jax.ShapeDtypeStruct((*example.rows_BR.shape, *q.shape[2:]), q.dtype)
+        attention = choose(self.attention, q, k, v)
+        chunks = f" ({self.attention_chunk} x {self.attention_chunk})" if attention == "chunked" else ""
+        return (
+            f"attention {attention}{chunks}, loss in chunks of {self.loss_chunk} rows, rematerialisation {self.remat}"
+        )
 
     def loss_sums(self, draft: Draft, example: Example) -> LossSums:
         """All that a trainer calls."""

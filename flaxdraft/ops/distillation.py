@@ -4,9 +4,9 @@ Logits never feed the recurrence, so the unroll runs first and the rows are walk
 compacted on each device and the loop runs ceil(n / chunk) times; neither [rows, V] nor [rows, W] is ever held for all
 rows. The gradient is made in the same walk, with one float32 accumulator for the head.
 
-Shape letters: B batch, R rows, M = B R, J unroll steps, D draft width, E target width, W draft vocabulary, C rows of a
-chunk, S = C + J - 1 rows with their teachers: the teacher of row r at step j is the teacher of row r + j at step 0,
-since supervision asks rows r..r+j to be consecutive and each supervised by some step.
+Shape letters: B batch, R rows, M = B R, J unroll steps, D draft width, E target width, V target vocabulary, W draft
+vocabulary, C rows of a chunk, S = C + J - 1 rows with their teachers: the teacher of row r at step j is the teacher of
+row r + j at step 0, since supervision asks rows r..r+j to be consecutive and each supervised by some step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from flaxdraft.interfaces import LossSums
-from flaxdraft.mesh import per_shard
+from flaxdraft.mesh import gradient_spec, per_shard, scaled
 from flaxdraft.ops.objectives import OBJECTIVES, TeacherRows, acceptance
 
 # In all of a run's shapes the products are as fast as with longer chunks; see experiments/bench_step.py.
@@ -38,11 +38,19 @@ class Plan:
 
 
 class TeacherStates(NamedTuple):
-    """The target at step 0 of each row, before its head."""
+    """The target at step 0 of each row, before its head; statistics that are None are made from the whole head."""
 
     last_BRE: Float[Array, "B R E"]
-    logsumexp_BR: Float[Array, "B R"]  # over the full vocabulary
-    draft_argmax_BR: Int[Array, "B R"]  # draft id of the full-vocabulary argmax, -1 outside the draft vocabulary
+    logsumexp_BR: Float[Array, "B R"] | None  # over the full vocabulary
+    draft_argmax_BR: Int[Array, "B R"] | None  # draft id of the full-vocabulary argmax, -1 outside the draft vocabulary
+
+
+class TeacherHead(NamedTuple):
+    """The target's head, no further than it is needed."""
+
+    draft_WE: Float[Array, "W E"]  # the rows of the draft vocabulary
+    full_VE: Float[Array, "V E"] | None = None  # where the states come without statistics
+    draft_ids_V: Int[Array, " V"] | None = None  # draft id of each target id, -1 outside; beside full_VE
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -51,7 +59,7 @@ def distill(
     states: tuple[Float[Array, "B R D"], ...],
     head_DW: Float[Array, "D W"],
     teacher: TeacherStates,
-    teacher_head_WE: Float[Array, "W E"],
+    teacher_head: TeacherHead,
     supervised_JBR: Bool[Array, "J B R"],
     accepted_J: Float[Array, " J"],
 ) -> tuple[LossSums, Bool[Array, "B R J"]]:
@@ -63,20 +71,21 @@ def distill(
 
     Args:
         states: the head's input of each step, in the precision of the products.
-        head_DW: master weights; their gradient is as wide.
+        head_DW: master weights; their gradient is as wide, and unreduced over the axes that their type calls reduced.
         accepted_J: see `objectives.lk_lambda`.
     """
-    return _walk(plan, False, states, head_DW, teacher, teacher_head_WE, supervised_JBR, accepted_J)[0]
+    return _walk(plan, False, states, head_DW, teacher, teacher_head, supervised_JBR, accepted_J)[0]
 
 
-def _walk(plan, want_gradients, states, head_DW, teacher, teacher_head_WE, supervised_JBR, accepted_J):
+def _walk(plan, want_gradients, states, head_DW, teacher, teacher_head, supervised_JBR, accepted_J):
     local = partial(_walk_shard, plan, want_gradients)
     split = states, teacher, jnp.moveaxis(supervised_JBR, 0, -1)
-    (hit_BRJ, gradients), (sums, head_gradient) = per_shard(local, split, (head_DW, teacher_head_WE, accepted_J))
+    whole, sums_spec = (head_DW, teacher_head, accepted_J), (jax.P(), gradient_spec(head_DW))
+    (hit_BRJ, gradients), (sums, head_gradient) = per_shard(local, split, whole, sums_spec)
     return (sums, hit_BRJ), (gradients, head_gradient)
 
 
-def _walk_shard(plan, want_gradients, states, teacher, supervised_BRJ, head_DW, teacher_head_WE, accepted_J):
+def _walk_shard(plan, want_gradients, states, teacher, supervised_BRJ, head_DW, teacher_head, accepted_J):
     num_steps, (num_batch, num_rows) = len(states), states[0].shape[:2]
     total, size = num_batch * num_rows, plan.chunk
     flat = lambda x: x.reshape(total, *x.shape[2:])  # noqa: E731
@@ -95,8 +104,12 @@ def _walk_shard(plan, want_gradients, states, teacher, supervised_BRJ, head_DW, 
         sums, hit_MJ, gradients, head_gradient = carry
         at_S = lax.dynamic_slice_in_dim(order, i * size, size + num_steps - 1)
         at_C = at_S[:size]
-        last_SE, logsumexp_S, argmax_S = (take(x, at_S) for x in teacher)
-        teacher_SW = jnp.einsum("se,we->sw", last_SE, teacher_head_WE, preferred_element_type=wide)
+        last_SE, logsumexp_S, argmax_S = jax.tree.map(lambda x: take(x, at_S), teacher)
+        teacher_SW = jnp.einsum("se,we->sw", last_SE, teacher_head.draft_WE, preferred_element_type=wide)
+        if logsumexp_S is None:
+            full_SV = jnp.einsum("se,ve->sv", last_SE, teacher_head.full_VE, preferred_element_type=wide)
+            logsumexp_S = jax.nn.logsumexp(full_SV, axis=-1)
+            argmax_S = teacher_head.draft_ids_V[jnp.argmax(full_SV, axis=-1)]
         prefix_C, columns, gradients = jnp.ones(size, bool), [], list(gradients)
         for j in range(num_steps):
             rows = TeacherRows(teacher_SW[j : j + size], logsumexp_S[j : j + size], argmax_S[j : j + size])
@@ -137,8 +150,8 @@ def _walk_shard(plan, want_gradients, states, teacher, supervised_BRJ, head_DW, 
     return jax.tree.map(apart, (hit_MJ, gradients)), (sums, head_gradient)
 
 
-def _forward(plan, states, head_DW, teacher, teacher_head_WE, supervised_JBR, accepted_J):
-    out, gradients = _walk(plan, True, states, head_DW, teacher, teacher_head_WE, supervised_JBR, accepted_J)
+def _forward(plan, states, head_DW, teacher, teacher_head, supervised_JBR, accepted_J):
+    out, gradients = _walk(plan, True, states, head_DW, teacher, teacher_head, supervised_JBR, accepted_J)
     return out, (gradients, jnp.zeros((0,), head_DW.dtype))
 
 
@@ -149,9 +162,8 @@ def _backward(plan, residuals, cotangent):
     share = slope_J[0] / weight_J[0]
     known = jnp.all(jnp.abs(slope_J - share * weight_J) <= 1e-5 * jnp.abs(share * weight_J))
     share = jnp.where(known, share, jnp.nan)
-    scaled = lambda x, dtype: (x * share).astype(dtype)  # noqa: E731
-    states = tuple(scaled(x, x.dtype) for x in states)
-    return states, scaled(head_DW, like.dtype), None, None, None, None
+    states = tuple(scaled(x, share, x.dtype) for x in states)
+    return states, scaled(head_DW, share, like.dtype), None, None, None, None
 
 
 distill.defvjp(_forward, _backward)

@@ -54,7 +54,8 @@ def lk_alpha(logits_CW: Float[Array, "C W"], teacher: TeacherRows, accepted) -> 
 
 
 def lk_lambda(logits_CW: Float[Array, "C W"], teacher: TeacherRows, accepted) -> Float[Array, " C"]:
-    """lambda KL(p, q) + (1 - lambda)(1 - alpha) with lambda = exp(-eta accepted) (arXiv 2602.23881).
+    """lambda KL(p, q) + (1 - lambda)(1 - alpha) with lambda = exp(-eta accepted) (arXiv 2602.23881; SpecForge,
+    core/lk_loss.py, with kl_scale 1 and kl_decay 3).
 
     Args:
         accepted: the mean acceptance of this step over the whole previous global batch.

@@ -62,19 +62,22 @@ class Trainer:
             with MetricsLog(self.directory / "metrics.jsonl", int(state.step)) as log:
                 if int(state.step) == 0:
                     log.evaluation(0, evaluate(state.params))
-                state = self._steps(state, frozen, make_train_step(graphdef, self.algorithm, tx), pipeline,
+                state = self._steps(graphdef, state, frozen, make_train_step(graphdef, self.algorithm, tx), pipeline,
                                     evaluate, checkpoints, log)  # fmt: skip
             checkpoints.save(self.config.num_steps, state, self.vocab, force=True)
         return state.params
 
-    def _steps(self, state, frozen, train_step, pipeline, evaluate, checkpoints, log) -> TrainState:
+    def _steps(self, graphdef, state, frozen, train_step, pipeline, evaluate, checkpoints, log) -> TrainState:
         config, start = self.config, int(state.step)
         clock, rows_done = time.monotonic(), 0
         with bar("train", config.num_steps, start) as progress:
             for step in range(start, config.num_steps):
                 host = pipeline.batch(step)
-                placed = self.place((host.batch, host.features, host.rows_BR))
-                state, metrics = train_step(state, frozen, Example(*placed, self.teacher_head_WE))
+                example = Example(*self.place((host.batch, host.features, host.rows_BR)), self.teacher_head_WE)
+                if step == start:
+                    draft = nnx.merge(graphdef, state.params, frozen)
+                    CONSOLE.print(f"  {self.algorithm.describe(draft, example)}")
+                state, metrics = train_step(state, frozen, example)
                 rows_done += int((host.rows_BR < host.batch.tokens_BT.shape[1]).sum())
                 done = step + 1
                 if done % config.log_every == 0 or done == config.num_steps:

@@ -54,10 +54,10 @@ def run_case(name: str, attention: str, chunked_loss: bool):
     taps = jnp.asarray(np.pad(taps, ((0, 0), (0, 1), (0, 0), (0, 0))))
     logits = jnp.asarray(golden["inputs/target_logits"])
     logsumexp, wanted = jax.nn.logsumexp(logits, -1), jnp.asarray(vocab.to_draft())[jnp.argmax(logits, -1)]
-    # The reference hands over logits: as "states" of width V, with a head that picks the draft vocabulary.
-    states = distillation.TeacherStates(logits, logsumexp, wanted)
-    picks_WV = jnp.zeros((config.draft_vocab_size, config.vocab_size))
-    picks_WV = picks_WV.at[jnp.arange(config.draft_vocab_size), vocab.target_ids_W].set(1.0)
+    # The reference hands over logits: as "states" of width V, with a head that passes them on.
+    states = distillation.TeacherStates(logits, None, None)
+    eye_VV = jnp.eye(config.vocab_size)
+    head = distillation.TeacherHead(eye_VV[vocab.target_ids_W], eye_VV, jnp.asarray(vocab.to_draft()))
     plan = distillation.Plan(tuple(0.8**j for j in range(num_steps)), chunk=5)
     mask = golden["inputs/loss_mask"].reshape(num_batch, num_rows) > 0
     supervised = jnp.stack([jnp.pad(mask[:, j:], ((0, 0), (0, j))) for j in range(num_steps)])
@@ -68,9 +68,7 @@ def run_case(name: str, attention: str, chunked_loss: bool):
         hidden = eagle3.unroll(draft, batch, taps, rows, num_steps, attention)
         if chunked_loss:
             inputs = tuple(draft.head_input(h) for h in hidden)
-            sums, _ = distillation.distill(
-                plan, inputs, draft.head(), states, picks_WV, supervised, jnp.zeros(num_steps)
-            )
+            sums, _ = distillation.distill(plan, inputs, draft.head(), states, head, supervised, jnp.zeros(num_steps))
         else:
             teacher = distillation_reference.Teacher(logits[..., vocab.target_ids_W], logsumexp, wanted)
             step_signals = distillation_reference.step_signals
