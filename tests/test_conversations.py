@@ -1,124 +1,142 @@
-"""Prompts files: a broken line is named by its number, and the shipped file is sound."""
+"""Rows of conversation files: every shape is read, every broken one named."""
 
+import contextlib
 import json
-from collections import Counter
-from pathlib import Path
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
-from tiny import write_prompts
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from flaxdraft.data.conversations import Prompt, read_prompts, render
+from flaxdraft.data.conversations import parse, read_conversations
 from flaxdraft.errors import InputError
-from flaxdraft.gguf_file import GGUFCheckpoint
 
-SHIPPED = Path(__file__).parents[1] / "experiments" / "data" / "prompts.jsonl"
-GOOD = {"id": "a", "category": "c", "split": "train", "prompt": "p"}
-HELD_OUT = {"id": "h", "category": "c", "split": "held_out", "prompt": "q"}
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
 
-@pytest.fixture
-def read(tmp_path):
-    """read(lines) of objects or raw text, through a file p.jsonl."""
-
-    def read(*lines):
-        path = tmp_path / "p.jsonl"
-        texts = (line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines)
-        path.write_text("\n".join(texts) + "\n", encoding="utf-8")
-        return read_prompts(str(path))
-
-    return read
+def read(tmp_path, *rows, name="c.jsonl"):
+    path = tmp_path / name
+    lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return list(read_conversations(path))
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_gguf):
-    return GGUFCheckpoint(tiny_gguf).tokenizer()
+def test_messages_and_sharegpt_are_the_same(tmp_path):
+    sharegpt = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "source": "web"}
+    first, second = read(tmp_path, {"messages": [USER, ANSWER], "id": 12}, "", sharegpt)
+    assert first.messages == second.messages == (USER, ANSWER)
+    assert (first.id, first.split, first.category) == ("12", "train", "")
+    assert (second.id, second.where) == ("c.jsonl:3", f"{tmp_path / 'c.jsonl'} row 3")
 
 
-def test_prompts_keep_their_order_and_blank_lines_do_not_count(read):
-    assert read(HELD_OUT, "", "  ", GOOD) == [Prompt(**HELD_OUT), Prompt(**GOOD)]
+def test_text_parts_tool_calls_and_tools(tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    row = {
+        "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": None, "tool_calls": [call]}],
+        "tools": json.dumps([{"name": "f"}]), "category": "tools", "split": "held_out",
+    }  # fmt: skip
+    (read_row,) = read(tmp_path, row)
+    assert read_row.messages == (
+        {"role": "user", "content": "ab"}, {"role": "assistant", "content": "", "tool_calls": [call]}
+    )  # fmt: skip
+    assert read_row.tools == ({"name": "f"},)
+    assert (read_row.category, read_row.split) == ("tools", "held_out")
+
+
+@pytest.mark.parametrize("text", ["é 日本 🙂", "a\u2028b", "a\x85b", "a\nb"], ids=ascii)
+def test_any_text_is_read_back(tmp_path, text):
+    (row,) = read(tmp_path, {"messages": [{"role": "user", "content": text}, ANSWER]})
+    assert row.messages[0]["content"] == text
+
+
+def test_parquet_rows_are_the_same(tmp_path):
+    rows = [{"messages": [USER, ANSWER], "conversations": None}, {"messages": None, "conversations": [USER]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
+    first, second = read_conversations(tmp_path / "c.parquet")
+    assert (first.messages, second.messages) == ((USER, ANSWER), (USER,))
+    (tmp_path / "d.parquet").write_bytes((tmp_path / "c.parquet").read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"d.parquet: not a readable Parquet file"):
+        list(read_conversations(tmp_path / "d.parquet"))
+
+
+def test_tokens(tmp_path):
+    (row,) = read(tmp_path, {"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]})
+    assert (row.tokens.dtype, row.assistant.dtype) == (np.int32, bool)
+    assert row.assistant.tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["é 日本 🙂", "a\nb", "a\u2028b", "a\x85b"],
-    ids=ascii,
-)
-def test_any_text_is_read_back(read, text):
-    assert read(GOOD | {"prompt": text}, HELD_OUT)[0].prompt == text
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
+    ("row", "message"),
     [
-        ('{"id": "a",', r"not valid JSON \("),
-        ("prompt", r"not valid JSON \(Expecting value at column 1\)"),
-        ('["a"]', "expected an object, found list"),
-        ({**GOOD, "id": 3}, "'id': found 3, expected a non-empty string"),
-        ({**GOOD, "prompt": "  "}, "'prompt': found '  ', expected a non-empty string"),
-        ({k: v for k, v in GOOD.items() if k != "category"}, "'category': found None, expected a non-empty string"),
-        ({**GOOD, "split": "test"}, "'split': found 'test', expected one of train, held_out"),
-        ({**GOOD, "answer": "x"}, "unknown field 'answer'; expected id, category, split, prompt"),
-        (GOOD | {"id": "first"}, "id 'first' stands in line 1 already"),
+        ('{"messages": [', r"row 1: not valid JSON"),
+        ("[1]", r"row 1: expected an object, found list"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', r"row 1: not text in JSON"),
+        ({"text": "x"}, r"row 1: expected one of messages, conversations.*; found only text"),
+        ({"messages": [USER], "conversations": [USER]}, r"found both"),
+        ({"messages": []}, r"messages: expected a non-empty list, found \[\]"),
+        ({"messages": ["hi"]}, r"messages\[0\]: expected an object, found 'hi'"),
+        (
+            {"messages": [USER, {"role": "bot", "content": "a"}]},
+            r"messages\[1\]: role: found 'bot', expected one",
+        ),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\]: content: expected text .*, found None"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"content: expected text"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, r"conversations\[0\]: from: found 'alien'"),
+        ({"messages": [USER], "id": ["x"]}, r"row 1: id: expected text, found \['x'\]"),
+        ({"messages": [USER], "tools": "{"}, r"tools: not valid JSON"),
+        ({"messages": [USER], "tools": [1]}, r"tools: expected a list of objects"),
+        ({"input_ids": [1, 2]}, r"loss_mask: expected a non-empty list of integers, found None"),
+        ({"input_ids": [1, "a"], "loss_mask": [0, 1]}, r"input_ids: expected a non-empty list of integers"),
+        ({"input_ids": [1, 2], "loss_mask": [1]}, r"input_ids has 2 entries, loss_mask 1"),
+        ({"input_ids": [1, -2], "loss_mask": [0, 1]}, r"input_ids: found -2..1, expected token ids"),
+        ({"input_ids": [1, 2], "loss_mask": [0, 2]}, r"loss_mask: found \[0, 2\], expected 0 and 1"),
     ],
 )
-def test_a_broken_line_is_named_by_its_number(read, line, message):
-    with pytest.raises(InputError, match=rf"p.jsonl line 4: {message}"):
-        read(GOOD | {"id": "first"}, "", HELD_OUT, line)
+def test_broken_rows_are_named(tmp_path, row, message):
+    with pytest.raises(InputError, match=message):
+        read(tmp_path, row)
 
 
-@pytest.mark.parametrize(
-    ("lines", "split"), [((GOOD,), "held_out"), ((HELD_OUT,), "train"), (("",), "train")], ids=["train", "held", "none"]
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match=r"none.jsonl: cannot be read \(No such file"):
+        list(read_conversations(tmp_path / "none.jsonl"))
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    (tmp_path / "c.jsonl").write_bytes(b'{"messages": []}\n'[:5] + b"\xff\n")
+    with pytest.raises(InputError, match=r"row 1: not UTF-8 text \(byte 5 of the row\)"):
+        list(read_conversations(tmp_path / "c.jsonl"))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=12,
 )
-def test_both_splits_are_needed(read, lines, split):
-    with pytest.raises(InputError, match=rf"p.jsonl: no prompt of split '{split}'; both train and held_out are needed"):
-        read(*lines)
+MESSAGE = st.dictionaries(st.sampled_from(["role", "content", "from", "value", "tool_calls"]), JSON, max_size=4)
+ROW = JSON | st.dictionaries(
+    st.sampled_from(["messages", "conversations", "input_ids", "loss_mask", "tools", "id", "split"]),
+    JSON | st.lists(MESSAGE | JSON, max_size=3), max_size=4,
+)  # fmt: skip
 
 
-def test_unreadable_files_are_named(tmp_path):
-    (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe9"}\n')
-    for name, why in (("none.jsonl", "No such file"), ("latin.jsonl", "'utf-8' codec"), (".", "Is a directory")):
-        with pytest.raises(InputError, match=rf"data.prompts: cannot read .* \({why}"):
-            read_prompts(str(tmp_path / name))
+@settings(max_examples=300, deadline=None)
+@given(ROW)
+def test_any_row_is_read_or_refused(row):
+    try:
+        parsed = parse(row, "row", "id")
+    except InputError:
+        return
+    assert parsed.messages or len(parsed.tokens)
 
 
-def test_a_prompt_ends_where_the_answer_begins(tokenizer):
-    tokens = render(tokenizer, Prompt("a", "c", "train", "hi"), 64)
-    assert tokenizer.decode(tokens) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-
-
-def test_a_prompt_that_is_one_token_too_long_is_refused(tokenizer):
-    prompt = Prompt("long-1", "c", "train", "hello")
-    num = len(render(tokenizer, prompt, 1000))
-    assert len(render(tokenizer, prompt, num)) == num
-    with pytest.raises(InputError, match=f"'long-1' renders to {num} tokens, data.max_prompt_tokens is {num - 1}"):
-        render(tokenizer, prompt, num - 1)
-
-
-def test_the_tiny_file_is_valid(tmp_path):
-    prompts = read_prompts(str(write_prompts(tmp_path / "p.jsonl", 5, 3)))
-    assert Counter(prompt.split for prompt in prompts) == {"train": 5, "held_out": 3}
-
-
-def test_the_shipped_prompts_are_enough():
-    prompts = read_prompts(str(SHIPPED))
-    splits = Counter(prompt.split for prompt in prompts)
-    assert splits["train"] >= 600
-    assert splits["held_out"] == 60
-    trained = {prompt.category for prompt in prompts if prompt.split == "train"}
-    assert trained == {prompt.category for prompt in prompts if prompt.split == "held_out"}
-
-
-def shipped_texts(*splits: str) -> list[str]:
-    """Prompts without regard to case and spaces."""
-    prompts = read_prompts(str(SHIPPED))
-    return [" ".join(prompt.prompt.lower().split()) for prompt in prompts if prompt.split in splits]
-
-
-def test_no_shipped_held_out_prompt_is_trained_on():
-    held_out = shipped_texts("held_out")
-    assert len(set(held_out)) == len(held_out)
-    assert not set(held_out) & set(shipped_texts("train"))
-
-
-def test_no_shipped_prompt_stands_twice():
-    assert [text for text, count in Counter(shipped_texts("train", "held_out")).items() if count > 1] == []
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=64))
+def test_any_file_is_read_or_refused(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_bytes(content)
+    with contextlib.suppress(InputError):
+        list(read_conversations(path))

@@ -11,8 +11,8 @@ import yaml
 
 from flaxdraft import targets
 from flaxdraft.config import load_config
-from flaxdraft.data.conversations import Prompt, render
 from flaxdraft.data.generation import answer_greedily
+from flaxdraft.data.prompts import Prompt, render
 from flaxdraft.interfaces import Batch
 from flaxdraft.precision import Precision
 from flaxdraft.train.__main__ import main

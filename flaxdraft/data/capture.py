@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxdraft.data.conversations import Prompt, render
 from flaxdraft.data.features import read_rows, write_rows
 from flaxdraft.data.generation import Row, answer_greedily
+from flaxdraft.data.prompts import Prompt, render
 from flaxdraft.interfaces import Target
 from flaxdraft.progress import bar
 from flaxdraft.weights import write_json

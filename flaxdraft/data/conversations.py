@@ -1,83 +1,190 @@
-"""Prompts from JSONL, rendered by the tokenizer's own chat template."""
+"""Conversations from files: JSON lines or Parquet, in the shapes that people have.
+
+A row is one of
+- `messages`: a list of {role, content, ...} (OpenAI's and Hugging Face's shape; tool calls and reasoning pass through),
+- `conversations`: a list of {from, value} (ShareGPT's shape), or of {role, content},
+- `input_ids` with `loss_mask`: tokens already, and 1 where the assistant produced them.
+Beside it stand, optionally, `id`, `category`, `split` and `tools`. Anything else a row holds is left alone: public data
+sets carry many more columns.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flaxdraft.errors import InputError
 
-SPLITS = ("train", "held_out")
-_FIELDS = ("id", "category", "split", "prompt")
+# ShareGPT's speakers.
+_SPEAKERS = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
+    "bing": "assistant", "assistant": "assistant", "model": "assistant", "function_call": "assistant", "tool": "tool",
+    "function": "tool", "observation": "tool",
+}  # fmt: skip
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAPES = "messages, conversations, or input_ids with loss_mask"
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class Conversation:
+    """One row of a file. Either `messages`, or `tokens` with `assistant`."""
+
+    where: str  # file and row, for messages to the user
     id: str
     category: str
     split: str
-    prompt: str
+    messages: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict[str, Any], ...] | None = None
+    tokens: np.ndarray | None = None  # int32 [L]
+    assistant: np.ndarray | None = None  # bool [L], true where the assistant produced the token
 
 
-def read_prompts(path: str) -> list[Prompt]:
-    """Every line of a prompts file.
+def read_conversations(path: str | Path) -> Iterator[Conversation]:
+    """The rows of a .jsonl or .parquet file, one at a time.
 
     Raises:
-        InputError: the file is missing or has no prompts; a line is broken (its number is given); an id repeats.
+        InputError: the file cannot be read, or a row is broken: it is named by its number, with what was found there.
     """
-    try:
-        # Not splitlines, which also cuts at separators that stand inside JSON strings.
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data.prompts: cannot read {path} ({getattr(error, 'strerror', None) or error})") from error
-    prompts, seen = [], {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        prompt = _parse(line, f"{path} line {number}")
-        if prompt.id in seen:
-            raise InputError(f"{path} line {number}: id {prompt.id!r} stands in line {seen[prompt.id]} already")
-        seen[prompt.id] = number
-        prompts.append(prompt)
-    for split in SPLITS:
-        if not any(prompt.split == split for prompt in prompts):
-            raise InputError(f"{path}: no prompt of split {split!r}; both {' and '.join(SPLITS)} are needed")
-    return prompts
+    path = Path(path).expanduser()
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    for number, row in rows:
+        yield parse(row, f"{path} row {number}", f"{path.name}:{number}")
 
 
-def _parse(line: str, where: str) -> Prompt:
+def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
-        row = json.loads(line)
+        # Read as bytes: text mode would also cut at separators that may stand inside JSON strings.
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _parse_json(line, f"{path} row {number}")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _parse_json(line: bytes, where: str) -> Any:
+    try:
+        row = json.loads(line.decode("utf-8"))
         json.dumps(row, ensure_ascii=False).encode("utf-8")  # JSON may name halves of characters, which are no text
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 text (byte {error.start} of the row)") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not text in JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected an object, found {type(row).__name__}")
-    for field in _FIELDS:
-        if not isinstance(row.get(field), str) or not row[field].strip():
-            raise InputError(f"{where}: {field!r}: found {row.get(field)!r}, expected a non-empty string")
-    if extra := sorted(set(row) - set(_FIELDS)):
-        raise InputError(f"{where}: unknown field {extra[0]!r}; expected {', '.join(_FIELDS)}")
-    if row["split"] not in SPLITS:
-        raise InputError(f"{where}: 'split': found {row['split']!r}, expected one of {', '.join(SPLITS)}")
-    return Prompt(**row)
+    return row
 
 
-def render(tokenizer: Any, prompt: Prompt, max_tokens: int) -> list[int]:
-    """Token ids up to and including the assistant's header, where the answer begins.
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f"{path}: reading Parquet needs pyarrow; pip install 'flaxdraft[parquet]'") from error
+    try:
+        number = 0
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path}: not a readable Parquet file ({error})") from error
+
+
+def parse(row: Any, where: str, default_id: str) -> Conversation:
+    """One row of either format.
 
     Raises:
-        InputError: the rendered prompt is longer than data.max_prompt_tokens.
+        InputError: see `read_conversations`.
     """
-    messages = [{"role": "user", "content": prompt.prompt}]
-    tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    if len(tokens) > max_tokens:
-        raise InputError(
-            f"prompt {prompt.id!r} renders to {len(tokens)} tokens, data.max_prompt_tokens is {max_tokens}; "
-            "shorten the prompt or raise the limit"
-        )
-    return tokens
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object, found {type(row).__name__}")
+    # Parquet writes absent fields as nulls.
+    row = {key: value for key, value in row.items() if value is not None}
+    labels = {"id": default_id, "category": "", "split": "train"}
+    named = {key: _text(row.get(key, default), where, key) for key, default in labels.items()}
+    if "input_ids" in row:
+        return Conversation(where, **named, **_tokens(row, where))
+    if ("messages" in row) == ("conversations" in row):
+        found = "both" if "messages" in row else f"only {', '.join(sorted(row)) or 'nothing'}"
+        raise InputError(f"{where}: expected one of {SHAPES}; found {found}")
+    key = "messages" if "messages" in row else "conversations"
+    messages = row[key]
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{where}: {key}: expected a non-empty list, found {_brief(messages)}")
+    parsed = tuple(_message(message, f"{where}: {key}[{i}]") for i, message in enumerate(messages))
+    return Conversation(where, **named, messages=parsed, tools=_tools(row.get("tools"), where))
+
+
+def _text(value: Any, where: str, key: str) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)  # numbered rows
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {key}: expected text, found {_brief(value)}")
+    return value
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise InputError(f"{where}: expected an object, found {_brief(message)}")
+    message = {key: value for key, value in message.items() if value is not None}
+    if "from" in message and "role" not in message:
+        speaker = message.pop("from")
+        if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+            raise InputError(f"{where}: from: found {_brief(speaker)}, expected one of {', '.join(_SPEAKERS)}")
+        message = {"role": _SPEAKERS[speaker], "content": message.pop("value", None), **message}
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise InputError(f"{where}: role: found {_brief(role)}, expected one of {', '.join(ROLES)}")
+    if content is None and role == "assistant" and message.get("tool_calls"):
+        return {**message, "content": ""}
+    parts_are_text = isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
+    )
+    if parts_are_text:
+        return {**message, "content": "".join(part["text"] for part in content)}
+    if not isinstance(content, str):
+        raise InputError(f"{where}: content: expected text (or a list of text parts), found {_brief(content)}")
+    return message
+
+
+def _tools(tools: Any, where: str) -> tuple[dict[str, Any], ...] | None:
+    if isinstance(tools, str):  # Parquet data sets keep them as JSON
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise InputError(f"{where}: tools: not valid JSON ({error})") from error
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InputError(f"{where}: tools: expected a list of objects, found {_brief(tools)}")
+    return tuple(tools)
+
+
+def _tokens(row: dict[str, Any], where: str) -> dict[str, np.ndarray]:
+    columns = {}
+    for key in ("input_ids", "loss_mask"):
+        value = row.get(key)
+        whole = isinstance(value, list) and all(isinstance(x, int) for x in value)
+        if not whole or not value:
+            raise InputError(f"{where}: {key}: expected a non-empty list of integers, found {_brief(value)}")
+        columns[key] = value
+    ids, mask = columns["input_ids"], columns["loss_mask"]
+    if len(ids) != len(mask):
+        raise InputError(f"{where}: input_ids has {len(ids)} entries, loss_mask {len(mask)}; they must go together")
+    if not 0 <= min(ids) <= max(ids) < 2**31:
+        raise InputError(f"{where}: input_ids: found {min(ids)}..{max(ids)}, expected token ids from 0 on")
+    if not set(mask) <= {0, 1}:
+        raise InputError(f"{where}: loss_mask: found {_brief(sorted(set(mask)))}, expected 0 and 1")
+    return {"tokens": np.asarray(ids, np.int32), "assistant": np.asarray(mask, bool)}

@@ -17,9 +17,9 @@ from rich.text import Text
 
 from flaxdraft.config import RunConfig, nearest
 from flaxdraft.data.capture import capture, is_captured, load_split, supervised_token_counts, write_texts
-from flaxdraft.data.conversations import Prompt, read_prompts, render
 from flaxdraft.data.generation import Row
 from flaxdraft.data.pipeline import Pipeline
+from flaxdraft.data.prompts import Prompt, read_prompts, render
 from flaxdraft.data.vocab import choose_vocab, coverage
 from flaxdraft.drafts import serving_files
 from flaxdraft.errors import InputError

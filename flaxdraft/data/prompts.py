@@ -1,0 +1,83 @@
+"""Prompts from JSONL, rendered by the tokenizer's own chat template."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from flaxdraft.errors import InputError
+
+SPLITS = ("train", "held_out")
+_FIELDS = ("id", "category", "split", "prompt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    id: str
+    category: str
+    split: str
+    prompt: str
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """Every line of a prompts file.
+
+    Raises:
+        InputError: the file is missing or has no prompts; a line is broken (its number is given); an id repeats.
+    """
+    try:
+        # Not splitlines, which also cuts at separators that stand inside JSON strings.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"data.prompts: cannot read {path} ({getattr(error, 'strerror', None) or error})") from error
+    prompts, seen = [], {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        prompt = _parse(line, f"{path} line {number}")
+        if prompt.id in seen:
+            raise InputError(f"{path} line {number}: id {prompt.id!r} stands in line {seen[prompt.id]} already")
+        seen[prompt.id] = number
+        prompts.append(prompt)
+    for split in SPLITS:
+        if not any(prompt.split == split for prompt in prompts):
+            raise InputError(f"{path}: no prompt of split {split!r}; both {' and '.join(SPLITS)} are needed")
+    return prompts
+
+
+def _parse(line: str, where: str) -> Prompt:
+    try:
+        row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode("utf-8")  # JSON may name halves of characters, which are no text
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not text in JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object, found {type(row).__name__}")
+    for field in _FIELDS:
+        if not isinstance(row.get(field), str) or not row[field].strip():
+            raise InputError(f"{where}: {field!r}: found {row.get(field)!r}, expected a non-empty string")
+    if extra := sorted(set(row) - set(_FIELDS)):
+        raise InputError(f"{where}: unknown field {extra[0]!r}; expected {', '.join(_FIELDS)}")
+    if row["split"] not in SPLITS:
+        raise InputError(f"{where}: 'split': found {row['split']!r}, expected one of {', '.join(SPLITS)}")
+    return Prompt(**row)
+
+
+def render(tokenizer: Any, prompt: Prompt, max_tokens: int) -> list[int]:
+    """Token ids up to and including the assistant's header, where the answer begins.
+
+    Raises:
+        InputError: the rendered prompt is longer than data.max_prompt_tokens.
+    """
+    messages = [{"role": "user", "content": prompt.prompt}]
+    tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    if len(tokens) > max_tokens:
+        raise InputError(
+            f"prompt {prompt.id!r} renders to {len(tokens)} tokens, data.max_prompt_tokens is {max_tokens}; "
+            "shorten the prompt or raise the limit"
+        )
+    return tokens
