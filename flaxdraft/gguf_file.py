@@ -14,10 +14,11 @@ from typing import Any
 
 import gguf
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from flaxdraft.errors import InputError
+from flaxdraft.nn.rope import RopeConfig, inverse_frequencies
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -33,6 +34,26 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+
+
+def _by_words(digits: str) -> list[pre_tokenizers.PreTokenizer]:
+    """GPT-4's split with that many digits a piece, as Llama 3 and Qwen2 have it."""
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits
+        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )  # fmt: skip
+    return [
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+
+
+# What tokenizer.ggml.pre stands for.
+_SPLITS = {
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "llama-bpe": _by_words("{1,3}"),
+    "qwen2": _by_words(""),
+}
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 
@@ -44,7 +65,7 @@ class GGUFCheckpoint:
         Raises:
             InputError: not a GGUF file, truncated, or of another architecture.
         """
-        self.path = path
+        self.path, self.origin = path, str(path)
         with self._readable():
             self._reader = gguf.GGUFReader(path)
         architecture = self._field("general.architecture")
@@ -52,7 +73,10 @@ class GGUFCheckpoint:
             raise InputError(f"{path}: GGUF architecture {architecture!r} is not supported; supported: llama")
         with self._readable():
             self.config = self._read_config()
-        self._tensors = {self._hf_name(tensor.name): tensor for tensor in self._reader.tensors}
+        tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        if (factors := tensors.pop("rope_freqs.weight", None)) is not None:
+            self.config["rope_scaling"] = self._llama3_scaling(np.asarray(factors.data, np.float64).ravel())
+        self._tensors = {self._hf_name(name): tensor for name, tensor in tensors.items()}
         if self.config["num_hidden_layers"] > len(self._tensors):
             raise InputError(
                 f"{path}: not a readable GGUF file ({self.config['num_hidden_layers']} layers in "
@@ -113,11 +137,34 @@ class GGUFCheckpoint:
             "max_position_embeddings": self._field("llama.context_length"),
         }
 
+    def _llama3_scaling(self, factors: np.ndarray) -> dict[str, Any]:
+        """Llama 3.1's rotary scaling from what llama.cpp made of it: a divisor for each frequency.
+
+        Raises:
+            InputError: the divisors are not those of Llama 3.1's rule with its published constants.
+        """
+        scaling = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0,
+                   "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+        plain = RopeConfig.from_hf(self.config)
+        scaled = RopeConfig.from_hf(self.config | {"rope_scaling": scaling})
+        nowhere, width = np.zeros((1, 1), np.int32), 2 * len(factors)
+        found = inverse_frequencies(plain, width, nowhere) / inverse_frequencies(scaled, width, nowhere)
+        if width != self.config["head_dim"] or not np.allclose(found, factors, rtol=1e-4):
+            raise InputError(f"{self.path}: rope_freqs.weight is not Llama 3.1's rotary scaling; it is not supported")
+        return scaling
+
     def names(self) -> list[str]:
         return list(self._tensors)
 
-    def get(self, name: str) -> np.ndarray:
-        """float32 [out, in], in Hugging Face's row order."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """float32 [out, in], in Hugging Face's row order; blocks are dequantised a tensor at a time.
+
+        Raises:
+            InputError: the tensor is stored as a type that cannot be dequantised.
+        """
         tensor = self._tensors[name]
         try:
             weight = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
@@ -125,10 +172,10 @@ class GGUFCheckpoint:
             kind = tensor.tensor_type.name
             raise InputError(f"{self.path}: {tensor.name} is stored as {kind}, which cannot be read yet") from error
         if name.endswith("q_proj.weight"):
-            return unpermute(weight, self.config["num_attention_heads"])
+            weight = unpermute(weight, self.config["num_attention_heads"])
         if name.endswith("k_proj.weight"):
-            return unpermute(weight, self.config["num_key_value_heads"])
-        return weight
+            weight = unpermute(weight, self.config["num_key_value_heads"])
+        return weight[index]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Byte-level BPE from the file's metadata, with its chat template.
@@ -137,8 +184,9 @@ class GGUFCheckpoint:
             InputError: another tokenizer model or pre-tokenizer than the ones known here.
         """
         model, pre = self._field("tokenizer.ggml.model"), self._field("tokenizer.ggml.pre")
-        if (model, pre) != ("gpt2", "smollm"):
-            raise InputError(f"{self.path}: tokenizer {model}/{pre} is not supported; supported: gpt2/smollm")
+        if model != "gpt2" or pre not in _SPLITS:
+            known = ", ".join(f"gpt2/{name}" for name in _SPLITS)
+            raise InputError(f"{self.path}: tokenizer {model}/{pre} is not supported; supported: {known}")
         with self._readable():
             return self._build_tokenizer()
 
@@ -150,9 +198,7 @@ class GGUFCheckpoint:
         except Exception as error:  # tokenizers raises nothing narrower
             raise InputError(f"{self.path}: its tokenizer cannot be built ({error}); the file is altered") from error
         inner = Tokenizer(bpe)
-        inner.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
+        inner.pre_tokenizer = pre_tokenizers.Sequence(_SPLITS[self._field("tokenizer.ggml.pre")])
         inner.decoder = decoders.ByteLevel()
         kinds = self._field("tokenizer.ggml.token_type")
         inner.add_special_tokens(

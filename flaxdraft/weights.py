@@ -1,20 +1,20 @@
 """Weights across the border: safetensors files and declarative name tables.
 
-A table row is (JAX path, PyTorch key template, transform). A `{i}` in the template stacks layers on axis 0.
-Transforms invert bitwise. Reading accounts for every tensor: one that is missing, left over or misshapen is an
-error that names it.
+A table row is (JAX path, PyTorch key template, transform). A `{i}` in the template stacks layers on axis 0, an `{e}`
+experts on the next. Transforms invert bitwise. Reading accounts for every tensor: one that is missing, left over or
+misshapen is an error that names it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
@@ -34,50 +34,146 @@ def _path(name: str) -> tuple[str, ...]:
     return tuple(name.split("/"))
 
 
-def state_from_torch(
+class TensorSource(Protocol):
+    """Named tensors of a file or a directory, read piece by piece."""
+
+    origin: str  # for messages
+
+    def names(self) -> Iterable[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """That part of a tensor, and no more of it where the format allows."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """Tensors that are in memory."""
+
+    tensors: Mapping[str, np.ndarray]
+    origin: str
+
+    def names(self) -> Iterable[str]:
+        return self.tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return self.tensors[name][index]
+
+
+def load_state(
     abstract: nnx.State,
     table: NameTable,
-    names: Iterable[str],
-    get: Callable[[str], np.ndarray],
-    num_layers: int,
-    origin: str,
+    source: TensorSource,
+    groups: Mapping[str, Sequence[int]],
+    num_experts: int = 0,
+    places: Mapping[tuple[str, ...], jax.sharding.Sharding] | None = None,
+    ignored: Callable[[str], bool] = lambda name: False,
 ) -> nnx.State:
-    """Fills an abstract NNX state from PyTorch-named tensors.
+    """Fills an abstract NNX state from PyTorch-named tensors, each device's part straight into its place.
+
+    The host holds the parts of its own devices and the leaf that is being filled, never a whole tensor that is split.
 
     Args:
         abstract: shapes and dtypes (nnx.eval_shape); every leaf must be covered by the table.
-        names: the tensors that the file holds; get(name) reads one of them.
-        origin: the file, for messages.
+        groups: the layers' numbers in the file for each group; a group is the first component of a JAX path.
+        places: where each leaf lives; one device where None.
+        ignored: names that the source may hold and nobody needs.
 
     Raises:
         InputError: missing, unexpected or misshapen tensors, all of them listed.
     """
-    names = set(names)
     slots = {path: variable for path, variable in nnx.to_flat_state(abstract)}
-    used, missing, misshapen, filled = set(), [], [], {}
-    for jax_path, template, transform in table:
-        variable = slots[_path(jax_path)]
-        stacked = "{i}" in template
-        keys = [template.format(i=i) for i in range(num_layers)] if stacked else [template]
-        missing += [key for key in keys if key not in names]
-        used.update(keys)
-        want = tuple(variable.shape[1:] if stacked else variable.shape)
-        parts = []
-        for key in (key for key in keys if key in names):
-            part = _apply(get(key), transform)
-            if part.shape != want:
-                misshapen.append(f"{key}: found {part.shape}, expected {want} ({transform})")
-                continue
-            parts.append(np.asarray(part, variable.dtype))
-        if len(parts) == len(keys):
-            filled[_path(jax_path)] = variable.replace(jnp.asarray(np.stack(parts) if stacked else parts[0]))
-    extra = sorted(names - used)
-    problems = [f"missing: {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}"] if missing else []
-    problems += [f"unexpected: {', '.join(extra[:8])}{' ...' if len(extra) > 8 else ''}"] if extra else []
-    problems += [f"wrong shape: {'; '.join(misshapen[:8])}"] if misshapen else []
-    if problems:
-        raise InputError(f"{origin}: the weights do not fit the configuration. " + " | ".join(problems))
+    leaves = [_Leaf.of(row, slots, groups, num_experts) for row in table]
+    _check(leaves, source, ignored)
+    filled = {}
+    for leaf in leaves:
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if places is None else places[leaf.path]
+        filled[leaf.path] = slots[leaf.path].replace(_fill(leaf, source, place))
     return nnx.from_flat_state([(path, filled[path]) for path in slots])
+
+
+class _Leaf(NamedTuple):
+    """One array of the state and the tensors that it is made of."""
+
+    path: tuple[str, ...]
+    keys: np.ndarray  # of str, one axis for each stacked one
+    shape: tuple[int, ...]
+    dtype: Any
+    transform: Transform
+
+    @classmethod
+    def of(cls, row, slots, groups, num_experts: int) -> _Leaf:
+        jax_path, template, transform = row
+        path = _path(jax_path)
+        keys = np.array(template, object)
+        if "{i}" in template:
+            keys = np.array([template.replace("{i}", str(i)) for i in groups[path[0]]], object)
+        if "{e}" in template:
+            keys = np.array([[key.replace("{e}", str(e)) for e in range(num_experts)] for key in keys], object)
+        return cls(path, keys, tuple(slots[path].shape), slots[path].dtype, transform)
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Of each tensor in the file."""
+        inner = self.shape[self.keys.ndim :]
+        return inner[::-1] if self.transform == "transpose" else inner
+
+
+def _check(leaves: Sequence[_Leaf], source: TensorSource, ignored: Callable[[str], bool]) -> None:
+    names, used, missing, misshapen = set(source.names()), set(), [], []
+    for leaf in leaves:
+        for key in leaf.keys.ravel():
+            used.add(key)
+            if key not in names:
+                missing.append(key)
+            elif (found := tuple(source.shape(key))) != leaf.tensor_shape:
+                misshapen.append(f"{key}: found {found}, expected {leaf.tensor_shape}")
+    extra = sorted(name for name in names - used if not ignored(name))
+    problems = [f"missing: {_few(missing, ', ')}"] if missing else []
+    problems += [f"unexpected: {_few(extra, ', ')}"] if extra else []
+    problems += [f"wrong shape: {_few(misshapen, '; ')}"] if misshapen else []
+    if problems:
+        raise InputError(f"{source.origin}: the weights do not fit the configuration. " + " | ".join(problems))
+
+
+def _few(items: Sequence[str], between: str) -> str:
+    more = f" and {len(items) - 8} more" if len(items) > 8 else ""
+    return between.join(items[:8]) + more
+
+
+def _fill(leaf: _Leaf, source: TensorSource, place: jax.sharding.Sharding) -> jax.Array:
+    parts: dict[tuple, list[jax.Device]] = {}
+    for device, index in place.addressable_devices_indices_map(leaf.shape).items():
+        bounds = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
+        parts.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, devices in parts.items():  # equal parts of several devices are read once
+        part = _read_part(leaf, source, bounds)
+        arrays += [jax.device_put(part, device) for device in devices]
+    # The host's copy may be let go only once every device has its own.
+    jax.block_until_ready(arrays)
+    return jax.make_array_from_single_device_arrays(leaf.shape, place, arrays)
+
+
+def _read_part(leaf: _Leaf, source: TensorSource, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+    out = np.empty([stop - start for start, stop in bounds], leaf.dtype)
+    stacked = leaf.keys.ndim
+    inner = tuple(slice(*bound) for bound in bounds[stacked:])
+    index = inner[::-1] if leaf.transform == "transpose" else inner
+    keys = leaf.keys[tuple(slice(*bound) for bound in bounds[:stacked])] if stacked else leaf.keys
+    for at in np.ndindex(keys.shape):
+        out[at] = _apply(source.read(keys[at], index), leaf.transform)
+    return out
+
+
+def state_from_torch(
+    abstract: nnx.State, table: NameTable, tensors: Mapping[str, np.ndarray], origin: str, num_layers: int = 1
+) -> nnx.State:
+    """`load_state` from tensors in memory, on one device; the stacked group, if there is one, is called layers."""
+    return load_state(abstract, table, ArraySource(tensors, origin), {"layers": range(num_layers)})
 
 
 def state_to_torch(state: nnx.State, table: NameTable, dtype: Any) -> dict[str, np.ndarray]:

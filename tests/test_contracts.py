@@ -20,6 +20,7 @@ from flaxdraft.interfaces import (
     modules_of,
 )  # fmt: skip
 from flaxdraft.mesh import Sharding
+from flaxdraft.nn import decoder
 from flaxdraft.precision import Precision
 from flaxdraft.train.state import split_draft
 
@@ -33,6 +34,13 @@ TARGET_HF = {
     "intermediate_size": 48, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 64,
     "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+DEEPSEEK_FIELDS = {
+    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,
+    "first_k_dense_replace": 2, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "n_shared_experts": 1, "n_group": 2, "topk_group": 1,
 }  # fmt: skip
 
 
@@ -111,13 +119,21 @@ def test_config_round_trips_through_config_json(name, fields):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_target_abstract_state_is_covered_by_its_table(name):
+@pytest.mark.parametrize("tied", [False, True])
+def test_target_abstract_state_is_covered_by_its_table(name, tied):
     module = TARGETS[name]
-    config = module.Config.from_hf(TARGET_HF)
-    _, state = module.abstract_state(config, Precision())
-    paths = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)}
-    assert paths == {row[0] for row in module.name_table(config)}
-    assert isinstance(module.build(config, state, Precision()), Target)
+    for architecture in module.ARCHITECTURES:
+        hf = TARGET_HF | DEEPSEEK_FIELDS | {"architectures": [architecture], "tie_word_embeddings": tied}
+        config = module.Config.from_hf(hf)
+        groups = module.groups(config, Precision(), Sharding.none())
+        assert [i for group in groups for i in group.layers] == list(range(config.num_hidden_layers))
+        _, state = decoder.abstract_state(config, groups, Precision())
+        paths = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)}
+        assert paths == {row[0] for row in module.name_table(config)}
+        assert isinstance(decoder.build(config, groups, state, Precision()), Target)
+        assert not module.ignored(config, "model.layers.1.mlp.down_proj.weight")
+        assert module.ignored(config, "model.layers.1.self_attn.rotary_emb.inv_freq")
+        assert module.ignored(config, "lm_head.weight") == tied
 
 
 def test_unknown_names_list_what_there_is():

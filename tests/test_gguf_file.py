@@ -101,7 +101,7 @@ def test_only_queries_and_keys_are_reordered(checkpoint, tiny_gguf):
         return gguf.dequantize(tensor.data, tensor.tensor_type)
 
     def got(name):
-        weight = checkpoint.get(f"model.layers.3.{name}.weight")
+        weight = checkpoint.read(f"model.layers.3.{name}.weight", ())
         assert weight.dtype == np.float32
         return weight
 
@@ -119,7 +119,8 @@ def test_quantised_blocks_are_their_scale_times_small_integers(checkpoint, tiny_
     assert tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0
     blocks = np.asarray(tensor.data).reshape(-1, 34)  # a float16 scale, then 32 int8
     want = blocks[:, :2].copy().view(np.float16).astype(np.float32) * blocks[:, 2:].copy().view(np.int8)
-    np.testing.assert_array_equal(checkpoint.get("model.layers.0.mlp.gate_proj.weight"), want.reshape(FFN, HIDDEN))
+    got = checkpoint.read("model.layers.0.mlp.gate_proj.weight", ())
+    np.testing.assert_array_equal(got, want.reshape(FFN, HIDDEN))
 
 
 @pytest.mark.parametrize(
@@ -281,6 +282,6 @@ def test_an_altered_byte_of_the_metadata_is_read_or_refused(tmp_path, tiny_gguf,
         checkpoint = GGUFCheckpoint(path)
         checkpoint.tokenizer()
         for name in checkpoint.names():
-            checkpoint.get(name)
+            checkpoint.read(name, ())
     except InputError as error:
         assert "a.gguf" in str(error)  # noqa: PT017 (an altered byte may also do no harm)

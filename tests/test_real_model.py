@@ -14,7 +14,6 @@ from flaxdraft.config import load_config
 from flaxdraft.data.generation import answer_greedily
 from flaxdraft.data.prompts import Prompt, render
 from flaxdraft.interfaces import Batch
-from flaxdraft.precision import Precision
 from flaxdraft.train.__main__ import main
 
 pytestmark = pytest.mark.slow
@@ -29,7 +28,7 @@ TEXT = (
 @pytest.fixture(scope="module")
 def loaded():
     config = load_config(str(QUICKSTART), []).target
-    return targets.load(config.path, config.sha256, None, Precision())
+    return targets.from_pretrained(config.path, sha256=config.sha256)
 
 
 def test_text_costs_what_it_should(loaded):

@@ -20,7 +20,7 @@ CHAIN, LIMIT, END = 3, 20, 2
 
 @pytest.fixture(scope="module")
 def setup(tiny_gguf):
-    target = targets.load(str(tiny_gguf), None, None, Precision()).model
+    target = targets.from_pretrained(str(tiny_gguf)).model
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, target.config.vocab_size, n).tolist() for n in (3, 9, 5, 4, 7)]
     return target, prompts, answer_greedily(target, prompts, LIMIT, END, len(prompts), lambda num: None)

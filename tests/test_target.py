@@ -12,13 +12,15 @@ from flaxdraft import targets
 from flaxdraft.data.generation import answer_greedily, common_prefix
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch
+from flaxdraft.mesh import Sharding
+from flaxdraft.nn import decoder
 from flaxdraft.precision import Precision
 from flaxdraft.targets import llama
 
 
 @pytest.fixture(scope="module")
 def loaded(tiny_gguf):
-    return targets.load(str(tiny_gguf), None, None, Precision())
+    return targets.from_pretrained(str(tiny_gguf))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ def test_greedy_answers_and_features_equal_the_uncached_ones(loaded):
 
 def test_taps_are_outputs_of_their_layers(loaded, tokens, tiny_gguf):
     """The tap after the last layer, normed, is the last hidden state; an earlier model's taps are a later one's."""
-    one = targets.load(str(tiny_gguf), None, (0, 2, 7), Precision()).model
+    one = targets.from_pretrained(str(tiny_gguf), tap_layers=(0, 2, 7)).model
     features = whole(one, tokens)
     x = np.asarray(features.taps_BT3E[:, :, 2], np.float64)
     eps = one.config.rms_norm_eps
@@ -119,10 +121,11 @@ def reference_tap(target, tokens, layer):
     config = dataclasses.replace(target.config, num_hidden_layers=layer + 1, tap_layers=(0, layer - 1, layer))
     layers = jax.tree.map(lambda w: w[: layer + 1], target.state["layers"])
     state = nnx.State({**target.state, "layers": layers})
-    return whole(llama.build(config, state, Precision()), tokens).taps_BT3E[:, :, 2]
+    cut = decoder.build(config, llama.groups(config, Precision(), Sharding.none()), state, Precision())
+    return whole(cut, tokens).taps_BT3E[:, :, 2]
 
 
 @pytest.mark.parametrize("taps", [(2, 1, 3), (0, 1, 8), (1, 1, 2)])
 def test_taps_must_be_three_ascending_layers(tiny_gguf, taps):
     with pytest.raises(InputError, match=r"target.tap_layers: .* not three ascending layers of a 8-layer target"):
-        targets.load(str(tiny_gguf), None, taps, Precision())
+        targets.from_pretrained(str(tiny_gguf), tap_layers=taps)

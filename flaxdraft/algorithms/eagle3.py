@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Draft, Example, LossSums
 from flaxdraft.ops import distillation
+from flaxdraft.ops.attention import document_ranges
 from flaxdraft.ops.range_attention import DEFAULT_CHUNK, Chunks
 from flaxdraft.ops.suffix_attention import ATTENTION_OUTPUT, Backend, choose, suffix_attention
 
@@ -69,14 +70,9 @@ def take_rows(x: Float[Array, "B T *tail"], rows_BR: Int[Array, "B R"]):
 def visible_range(
     segments_BT: Int[Array, "B T"], rows_BR: Int[Array, "B R"]
 ) -> tuple[Int[Array, "B R"], Int[Array, "B R"]]:
-    """First and last step-0 row that each row sees: its document's start and itself. Padding sees nothing.
-
-    A document is a run of equal segment ids.
-    """
-    before_BT = jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    at_BT = jnp.where(segments_BT != before_BT, jnp.arange(segments_BT.shape[1])[None], 0)
-    first_BR = take_rows(jax.lax.cummax(at_BT, axis=1), rows_BR)
-    return first_BR, jnp.where(take_rows(segments_BT, rows_BR) > 0, rows_BR, -1)
+    """First and last step-0 row that each row sees: its document's start and itself. Padding sees nothing."""
+    first_BT, _ = document_ranges(segments_BT)
+    return take_rows(first_BT, rows_BR), jnp.where(take_rows(segments_BT, rows_BR) > 0, rows_BR, -1)
 
 
 def unroll(

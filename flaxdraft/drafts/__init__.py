@@ -140,7 +140,7 @@ def from_pretrained(directory: str | Path, vocab: VocabMap | None = None) -> Loa
     if not config.owns_embedding:
         tensors.pop("embed_tokens.weight", None)
     _, abstract, _ = nnx.split(nnx.eval_shape(lambda: _empty(module, config, found)), nnx.Param, Frozen)
-    params = state_from_torch(abstract, module.name_table(config), tensors, tensors.__getitem__, 1, origin)
+    params = state_from_torch(abstract, module.name_table(config), tensors, origin)
     return LoadedDraft(module, config, params, found)
 
 

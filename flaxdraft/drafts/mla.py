@@ -136,7 +136,7 @@ def name_table(config: Config):
 
 
 def attention(config: Config, precision: Precision, rngs: nnx.Rngs) -> MLA:
-    names = [field.name for field in dataclasses.fields(MLAConfig)]
+    names = [field.name for field in dataclasses.fields(MLAConfig) if hasattr(config, field.name)]  # no biases
     mla = MLAConfig(**{name: getattr(config, name) for name in names})
     return MLA(mla, 2 * config.hidden_size, config.hidden_size, precision, rngs)
 

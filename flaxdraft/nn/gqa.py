@@ -1,16 +1,19 @@
 """Grouped-query attention's projections (Llama family).
 
-Shape letters: B batch, T time, X input width, N query heads, K key/value heads, H head width, D output width.
+Shape letters: B batch, T time, X input width, N query heads, K key/value heads, H head width, F = N H,
+D output width.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.nn.layers import linear
+from flaxdraft.mesh import Sharding
+from flaxdraft.nn.layers import WHOLE, RMSNorm, column, row
 from flaxdraft.nn.rope import RopeConfig, cos_sin, rotate_half
 from flaxdraft.precision import Precision
 
@@ -21,37 +24,55 @@ class GQAConfig:
     num_key_value_heads: int
     head_dim: int
     rope: RopeConfig
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm_eps: float | None = None  # of one RMSNorm over each query and key head, before rotation (Qwen3)
 
 
 class GQA(nnx.Module):
     """q, k, v and output projections with rotary positions; the softmax itself is an operation of ops/."""
 
-    def __init__(self, config: GQAConfig, num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(
+        self, config: GQAConfig, num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs,
+        sharding: Sharding = WHOLE,
+    ):  # fmt: skip
+        self.config, self.sharding = config, sharding
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = linear(num_in, width, precision, rngs)
-        self.k_proj = linear(num_in, kv_width, precision, rngs)
-        self.v_proj = linear(num_in, kv_width, precision, rngs)
-        self.o_proj = linear(width, num_out, precision, rngs)
+        self.q_proj = column(num_in, width, precision, rngs, sharding, use_bias=config.qkv_bias)
+        self.k_proj = column(num_in, kv_width, precision, rngs, sharding, use_bias=config.qkv_bias)
+        self.v_proj = column(num_in, kv_width, precision, rngs, sharding, use_bias=config.qkv_bias)
+        self.o_proj = row(width, num_out, precision, rngs, sharding, use_bias=config.out_bias)
+        if config.qk_norm_eps is not None:
+            self.q_norm = RMSNorm(config.head_dim, config.qk_norm_eps, precision)
+            self.k_norm = RMSNorm(config.head_dim, config.qk_norm_eps, precision)
 
     @property
     def softmax_scale(self) -> float:
         return self.config.head_dim**-0.5
 
-    def _heads(self, x, num: int):
-        return x.reshape(*x.shape[:-1], num, self.config.head_dim)
+    def _heads(self, x_BTX, num: int):
+        shape = (*x_BTX.shape[:-1], num, self.config.head_dim)
+        return jnp.reshape(x_BTX, shape, out_sharding=self.sharding.act_btnh)
+
+    def _rotated(self, x_BTNH, positions_BT):
+        return rotate_half(x_BTNH, *cos_sin(self.config.rope, self.config.head_dim, positions_BT))
 
     def query(self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
         q_BTNH = self._heads(self.q_proj(x_BTX), self.config.num_attention_heads)
-        return rotate_half(q_BTNH, *cos_sin(self.config.rope, self.config.head_dim, positions_BT))
+        if self.config.qk_norm_eps is not None:
+            q_BTNH = self.q_norm(q_BTNH)
+        return self._rotated(q_BTNH, positions_BT)
 
     def key_value(
         self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         k_BTKH = self._heads(self.k_proj(x_BTX), self.config.num_key_value_heads)
         v_BTKH = self._heads(self.v_proj(x_BTX), self.config.num_key_value_heads)
-        return rotate_half(k_BTKH, *cos_sin(self.config.rope, self.config.head_dim, positions_BT)), v_BTKH
+        if self.config.qk_norm_eps is not None:
+            k_BTKH = self.k_norm(k_BTKH)
+        return self._rotated(k_BTKH, positions_BT), v_BTKH
 
     def output(self, heads_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        return self.o_proj(heads_BTNH.reshape(*heads_BTNH.shape[:-2], -1))
+        flat_BTF = heads_BTNH.reshape(*heads_BTNH.shape[:-2], -1, out_sharding=self.sharding.act_btf)
+        return self.o_proj(flat_BTF)

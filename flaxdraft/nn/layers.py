@@ -1,6 +1,6 @@
-"""The small blocks: norm, projection, gated feed-forward.
+"""The small blocks: projection, norm, gated feed-forward.
 
-Thin constructors over flax NNX, so that precision is decided in one place. Kernels are stored [in, out].
+Precision and place are decided here and nowhere else. Kernels are stored [in, out].
 """
 
 from __future__ import annotations
@@ -8,21 +8,62 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import P
 from jaxtyping import Array, Float
 
+from flaxdraft.mesh import Sharding, gathered
 from flaxdraft.precision import Precision
+
+WHOLE = Sharding.none()
 
 
 class Frozen(nnx.Variable):
     """An array that travels with a module but is never trained."""
 
 
-def linear(num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs) -> nnx.Linear:
-    """A projection without bias; the usual normal initialisation with deviation 0.02."""
-    return nnx.Linear(
-        num_in, num_out, use_bias=False, dtype=precision.compute, param_dtype=precision.param, rngs=rngs,
-        kernel_init=nnx.initializers.normal(0.02),
-    )  # fmt: skip
+class Linear(nnx.Module):
+    """x @ kernel (+ bias), in compute precision."""
+
+    def __init__(
+        self, num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs, *, use_bias: bool = False,
+        spec: P | None = None, out_spec: P | None = None,
+    ):  # fmt: skip
+        """
+        Args:
+            spec: where the kernel [in, out] lives.
+            out_spec: where the result [B, T, out] lives; needed where the contraction runs over a sharded axis.
+        """
+        init = nnx.initializers.normal(0.02)
+        self.precision, self.spec, self.out_spec = precision, spec, out_spec
+        self.kernel = nnx.Param(init(rngs.params(), (num_in, num_out), precision.param))
+        self.bias = nnx.Param(jnp.zeros((num_out,), precision.param)) if use_bias else None
+
+    def __call__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
+        kernel = gathered(self.kernel[...], self.spec).astype(self.precision.compute)
+        y = jnp.einsum("...i,io->...o", x.astype(self.precision.compute), kernel, out_sharding=self.out_spec)
+        if self.bias is None:
+            return y
+        return y + jnp.expand_dims(self.bias[...].astype(y.dtype), tuple(range(y.ndim - 1)))
+
+
+def linear(num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs, *, use_bias: bool = False) -> Linear:
+    """A projection that every device holds whole; the usual normal initialisation with deviation 0.02."""
+    return Linear(num_in, num_out, precision, rngs, use_bias=use_bias)
+
+
+def latent(num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs, s: Sharding, *, use_bias=False) -> Linear:
+    """A projection to what all heads share: not split by tensor, only kept in pieces."""
+    return Linear(num_in, num_out, precision, rngs, use_bias=use_bias, spec=s.weight_dd, out_spec=s.act_btd)
+
+
+def column(num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs, s: Sharding, *, use_bias=False) -> Linear:
+    """A projection whose outputs (heads, feed-forward) are split over devices."""
+    return Linear(num_in, num_out, precision, rngs, use_bias=use_bias, spec=s.weight_df, out_spec=s.act_btf)
+
+
+def row(num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs, s: Sharding, *, use_bias=False) -> Linear:
+    """The projection back, whose inputs are split: one sum over devices."""
+    return Linear(num_in, num_out, precision, rngs, use_bias=use_bias, spec=s.weight_fd, out_spec=s.act_btd)
 
 
 class RMSNorm(nnx.Module):
@@ -43,10 +84,14 @@ class RMSNorm(nnx.Module):
 class GatedMLP(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, width: int, intermediate: int, precision: Precision, rngs: nnx.Rngs):
-        self.gate_proj = linear(width, intermediate, precision, rngs)
-        self.up_proj = linear(width, intermediate, precision, rngs)
-        self.down_proj = linear(intermediate, width, precision, rngs)
+    def __init__(
+        self, width: int, intermediate: int, precision: Precision, rngs: nnx.Rngs, sharding: Sharding = WHOLE, *,
+        use_bias: bool = False,
+    ):  # fmt: skip
+        shared = {"precision": precision, "rngs": rngs, "s": sharding, "use_bias": use_bias}
+        self.gate_proj = column(width, intermediate, **shared)
+        self.up_proj = column(width, intermediate, **shared)
+        self.down_proj = row(intermediate, width, **shared)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))

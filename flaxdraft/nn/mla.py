@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.nn.layers import RMSNorm, linear
+from flaxdraft.mesh import Sharding
+from flaxdraft.nn.layers import WHOLE, RMSNorm, column, latent, row
 from flaxdraft.nn.rope import RopeConfig, cos_sin, rotate_interleaved
 from flaxdraft.precision import Precision
 
@@ -28,24 +29,30 @@ class MLAConfig:
     v_head_dim: int
     latent_norm_eps: float
     rope: RopeConfig
+    attention_bias: bool = False  # on the projections to the latents and on the way out
 
 
 class MLA(nnx.Module):
     """Expanded form: every head gets its own key, so training and cached decoding see ordinary heads."""
 
-    def __init__(self, config: MLAConfig, num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs):
+    def __init__(
+        self, config: MLAConfig, num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs,
+        sharding: Sharding = WHOLE,
+    ):  # fmt: skip
         self.config = c = config
-        heads, width = c.num_attention_heads, c.qk_nope_head_dim + c.qk_rope_head_dim
+        self.sharding = s = sharding
+        heads, width, bias = c.num_attention_heads, c.qk_nope_head_dim + c.qk_rope_head_dim, c.attention_bias
         if c.q_lora_rank is None:
-            self.q_proj = linear(num_in, heads * width, precision, rngs)
+            self.q_proj = column(num_in, heads * width, precision, rngs, s)
         else:
-            self.q_a_proj = linear(num_in, c.q_lora_rank, precision, rngs)
+            self.q_a_proj = latent(num_in, c.q_lora_rank, precision, rngs, s, use_bias=bias)
             self.q_a_layernorm = RMSNorm(c.q_lora_rank, c.latent_norm_eps, precision)
-            self.q_b_proj = linear(c.q_lora_rank, heads * width, precision, rngs)
-        self.kv_a_proj_with_mqa = linear(num_in, c.kv_lora_rank + c.qk_rope_head_dim, precision, rngs)
+            self.q_b_proj = column(c.q_lora_rank, heads * width, precision, rngs, s)
+        latent_width = c.kv_lora_rank + c.qk_rope_head_dim
+        self.kv_a_proj_with_mqa = latent(num_in, latent_width, precision, rngs, s, use_bias=bias)
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, c.latent_norm_eps, precision)
-        self.kv_b_proj = linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim), precision, rngs)
-        self.o_proj = linear(heads * c.v_head_dim, num_out, precision, rngs)
+        self.kv_b_proj = column(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim), precision, rngs, s)
+        self.o_proj = row(heads * c.v_head_dim, num_out, precision, rngs, s, use_bias=bias)
 
     @property
     def softmax_scale(self) -> float:
@@ -55,7 +62,7 @@ class MLA(nnx.Module):
     def query(self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
         c = self.config
         flat = self.q_proj(x_BTX) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTX)))
-        q_BTNH = flat.reshape(*flat.shape[:-1], c.num_attention_heads, -1)
+        q_BTNH = flat.reshape(*flat.shape[:-1], c.num_attention_heads, -1, out_sharding=self.sharding.act_btnh)
         nope, rope = q_BTNH[..., : c.qk_nope_head_dim], q_BTNH[..., c.qk_nope_head_dim :]
         rope = rotate_interleaved(rope, *cos_sin(c.rope, c.qk_rope_head_dim, positions_BT))
         return jnp.concatenate([nope, rope], axis=-1)
@@ -68,10 +75,11 @@ class MLA(nnx.Module):
         latent_BTL, rope_BTR = compressed[..., : c.kv_lora_rank], compressed[..., c.kv_lora_rank :]
         rope_BT1R = rotate_interleaved(rope_BTR[:, :, None, :], *cos_sin(c.rope, c.qk_rope_head_dim, positions_BT))
         flat = self.kv_b_proj(self.kv_a_layernorm(latent_BTL))
-        kv_BTNF = flat.reshape(*flat.shape[:-1], c.num_attention_heads, -1)
+        kv_BTNF = flat.reshape(*flat.shape[:-1], c.num_attention_heads, -1, out_sharding=self.sharding.act_btnh)
         nope, v_BTNC = kv_BTNF[..., : c.qk_nope_head_dim], kv_BTNF[..., c.qk_nope_head_dim :]
-        shared = jnp.broadcast_to(rope_BT1R, (*nope.shape[:-1], c.qk_rope_head_dim))
+        shape = (*nope.shape[:-1], c.qk_rope_head_dim)
+        shared = jnp.broadcast_to(rope_BT1R, shape, out_sharding=self.sharding.act_btnh)
         return jnp.concatenate([nope, shared], axis=-1), v_BTNC
 
     def output(self, heads_BTNC: Float[Array, "B T N C"]) -> Float[Array, "B T D"]:
-        return self.o_proj(heads_BTNC.reshape(*heads_BTNC.shape[:-2], -1))
+        return self.o_proj(heads_BTNC.reshape(*heads_BTNC.shape[:-2], -1, out_sharding=self.sharding.act_btf))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 # Large and finite: a row that sees nothing (padding) gets some average instead of NaN.
 MASKED = -1e30
@@ -71,3 +71,14 @@ def causal_visibility(segments_BT: jax.Array) -> Bool[Array, "B T T"]:
     causal = jnp.tril(jnp.ones((num, num), bool))
     same = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (segments_BT > 0)[:, :, None]
     return causal[None] & same
+
+
+def document_ranges(segments_BT: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """First and last row that each row sees: its document's start and itself. Padding (0) sees nothing.
+
+    A document is a run of equal segment ids.
+    """
+    at_T = jnp.arange(segments_BT.shape[1])[None]
+    before_BT = jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    first_BT = jax.lax.cummax(jnp.where(segments_BT != before_BT, at_T, 0), axis=1)
+    return first_BT, jnp.where(segments_BT > 0, at_T, -1)

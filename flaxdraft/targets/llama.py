@@ -1,240 +1,109 @@
-"""The Llama family as a frozen target: taps of the residual stream, a KV cache, scanned layers.
-
-Shape letters: B batch, T time, S cache slots, L layers, E width, V vocabulary, K key/value heads, H head width.
-"""
+"""The Llama family: Llama 2 and 3, Qwen2 (biases on q, k, v), Qwen3 (a norm over each query and key head)."""
 
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-from jax import lax
-from jaxtyping import Array, Float, Int
-
 from flaxdraft.errors import InputError
-from flaxdraft.interfaces import Batch, Features
+from flaxdraft.mesh import Sharding
+from flaxdraft.nn.decoder import DecoderConfig, Group, Layer
 from flaxdraft.nn.gqa import GQA, GQAConfig
-from flaxdraft.nn.layers import GatedMLP, RMSNorm
-from flaxdraft.nn.rope import RopeConfig
-from flaxdraft.ops.attention import attend, attend_cache, causal_visibility
+from flaxdraft.nn.layers import GatedMLP
 from flaxdraft.precision import Precision
 
-ARCHITECTURES = ("LlamaForCausalLM",)
-MODEL_TYPES = ("llama",)
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+MODEL_TYPES = ("llama", "qwen2", "qwen3")
 
+_LAYER = "model.layers.{i}."
 NAME_TABLE = (
     ("embed", "model.embed_tokens.weight", "copy"),
-    ("layers/input_layernorm/scale", "model.layers.{i}.input_layernorm.weight", "copy"),
-    ("layers/self_attn/q_proj/kernel", "model.layers.{i}.self_attn.q_proj.weight", "transpose"),
-    ("layers/self_attn/k_proj/kernel", "model.layers.{i}.self_attn.k_proj.weight", "transpose"),
-    ("layers/self_attn/v_proj/kernel", "model.layers.{i}.self_attn.v_proj.weight", "transpose"),
-    ("layers/self_attn/o_proj/kernel", "model.layers.{i}.self_attn.o_proj.weight", "transpose"),
-    ("layers/post_attention_layernorm/scale", "model.layers.{i}.post_attention_layernorm.weight", "copy"),
-    ("layers/mlp/gate_proj/kernel", "model.layers.{i}.mlp.gate_proj.weight", "transpose"),
-    ("layers/mlp/up_proj/kernel", "model.layers.{i}.mlp.up_proj.weight", "transpose"),
-    ("layers/mlp/down_proj/kernel", "model.layers.{i}.mlp.down_proj.weight", "transpose"),
+    ("layers/input_layernorm/scale", _LAYER + "input_layernorm.weight", "copy"),
+    ("layers/self_attn/q_proj/kernel", _LAYER + "self_attn.q_proj.weight", "transpose"),
+    ("layers/self_attn/k_proj/kernel", _LAYER + "self_attn.k_proj.weight", "transpose"),
+    ("layers/self_attn/v_proj/kernel", _LAYER + "self_attn.v_proj.weight", "transpose"),
+    ("layers/self_attn/o_proj/kernel", _LAYER + "self_attn.o_proj.weight", "transpose"),
+    ("layers/post_attention_layernorm/scale", _LAYER + "post_attention_layernorm.weight", "copy"),
+    ("layers/mlp/gate_proj/kernel", _LAYER + "mlp.gate_proj.weight", "transpose"),
+    ("layers/mlp/up_proj/kernel", _LAYER + "mlp.up_proj.weight", "transpose"),
+    ("layers/mlp/down_proj/kernel", _LAYER + "mlp.down_proj.weight", "transpose"),
     ("norm/scale", "model.norm.weight", "copy"),
 )
-UNTIED_HEAD = ("head", "lm_head.weight", "copy")
+UNTIED_HEAD = (("head", "lm_head.weight", "copy"),)
+QKV_BIAS = tuple((f"layers/self_attn/{p}_proj/bias", f"{_LAYER}self_attn.{p}_proj.bias", "copy") for p in "qkv")
+OUT_BIAS = (("layers/self_attn/o_proj/bias", _LAYER + "self_attn.o_proj.bias", "copy"),)
+MLP_BIAS = tuple(
+    (f"layers/mlp/{p}_proj/bias", f"{_LAYER}mlp.{p}_proj.bias", "copy") for p in ("gate", "up", "down")
+)  # fmt: skip
+QK_NORM = tuple((f"layers/self_attn/{p}_norm/scale", f"{_LAYER}self_attn.{p}_norm.weight", "copy") for p in "qk")
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Sizes of one model; field names are those of Hugging Face's config.json."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(DecoderConfig):
+    """One model of the family."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    rope: RopeConfig
-    tap_layers: tuple[int, int, int]  # outputs of these layers, residual stream
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], tap_layers: tuple[int, int, int] | None = None) -> Config:
         """
         Raises:
-            InputError: the taps are not three ascending layers of this model.
+            InputError: see `DecoderConfig.common`; attention over a window that some layer would really use.
         """
-        num_layers = config["num_hidden_layers"]
-        taps = tap_layers or (1, num_layers // 2 - 1, num_layers - 4)
-        if not 0 <= taps[0] < taps[1] < taps[2] < num_layers:
+        kind = _kind(config)
+        common = cls.common(config, tap_layers)
+        if config.get("use_sliding_window") and config.get("max_window_layers", 0) < common["num_hidden_layers"]:
             raise InputError(
-                f"target.tap_layers: {list(taps)} are not three ascending layers of a {num_layers}-layer target; "
-                f"give three, for instance {[0, num_layers // 2, num_layers - 2]}"
+                f"target config: use_sliding_window is true from layer {config.get('max_window_layers', 0)} on, which "
+                "is not supported; expected false"
             )
-        if config.get("attention_bias") or config.get("mlp_bias"):
-            raise InputError("target config: attention_bias and mlp_bias are not supported yet")
-        heads = config["num_attention_heads"]
+        if kind == "qwen3":
+            common["head_dim"] = config.get("head_dim") or 128
+        bias = bool(config.get("attention_bias", False))
         return cls(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_hidden_layers=num_layers,
-            num_attention_heads=heads,
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            rms_norm_eps=config["rms_norm_eps"],
-            max_position_embeddings=config["max_position_embeddings"],
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-            rope=RopeConfig.from_hf(config),
-            tap_layers=taps,
-        )
+            **common, qkv_bias=bias or kind == "qwen2", out_bias=bias and kind != "qwen2",
+            mlp_bias=bool(config.get("mlp_bias", False)), qk_norm=kind == "qwen3",
+        )  # fmt: skip
 
 
-class Layer(nnx.Module):
-    """Pre-norm attention and feed-forward."""
-
-    def __init__(self, config: Config, precision: Precision, rngs: nnx.Rngs):
-        c = config
-        attention = GQAConfig(c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rope)
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
-        self.self_attn = GQA(attention, c.hidden_size, c.hidden_size, precision, rngs)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
-        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, precision, rngs)
-
-
-class LlamaWeights(nnx.Module):
-    """All weights; layers are stacked on axis 0."""
-
-    def __init__(self, config: Config, precision: Precision, rngs: nnx.Rngs):
-        make = lambda key: Layer(config, precision, nnx.Rngs(key))  # noqa: E731
-        init = nnx.initializers.normal(0.02)
-        shape = (config.vocab_size, config.hidden_size)
-        self.embed = nnx.Param(init(rngs.params(), shape, precision.param))
-        self.layers = nnx.vmap(make)(jax.random.split(rngs.params(), config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
-        if not config.tie_word_embeddings:
-            self.head = nnx.Param(init(rngs.params(), shape, precision.param))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Slot s of a row holds the keys and values of its position s; what lies beyond the row's end is never seen."""
-
-    k_LBKHS: Float[Array, "L B K H S"]
-    v_LBKSH: Float[Array, "L B K S H"]
+def _kind(config: dict[str, Any]) -> str:
+    """llama, qwen2 or qwen3: by the architecture where it is one of ours, else by the model type."""
+    named = dict(zip(ARCHITECTURES, MODEL_TYPES, strict=True))
+    return named.get((config.get("architectures") or [None])[0]) or config.get("model_type", "llama")
 
 
 def name_table(config: Config):
-    """The rows for this model: a tied head has none of its own."""
-    return NAME_TABLE if config.tie_word_embeddings else (*NAME_TABLE, UNTIED_HEAD)
+    """The rows for this model."""
+    extras = (
+        (not config.tie_word_embeddings, UNTIED_HEAD), (config.qkv_bias, QKV_BIAS), (config.out_bias, OUT_BIAS),
+        (config.mlp_bias, MLP_BIAS), (config.qk_norm, QK_NORM),
+    )  # fmt: skip
+    return (*NAME_TABLE, *(line for wanted, rows in extras if wanted for line in rows))
 
 
-def _run_layers(graphdef, layers, config: Config, x_BTE, positions_BT, visible, cache: Cache | None):
-    """The residual stream through all layers; stops at each tap without keeping the other layers' outputs."""
-    batch_rows_B1 = jnp.arange(x_BTE.shape[0])[:, None]
+def groups(config: Config, precision: Precision, sharding: Sharding) -> tuple[Group, ...]:
+    """All layers are alike."""
+    c = config
+    attention = GQAConfig(
+        c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rope, c.qkv_bias, c.out_bias,
+        c.rms_norm_eps if c.qk_norm else None,
+    )  # fmt: skip
 
-    def body(i, carry):
-        x, cache = carry
-        layer = nnx.merge(graphdef, jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, i, keepdims=False), layers))
-        normed = layer.input_layernorm(x)
-        q = layer.self_attn.query(normed, positions_BT)
-        k, v = layer.self_attn.key_value(normed, positions_BT)
-        if cache is not None:
-            # Out-of-range positions mark padding: their writes are dropped.
-            cache = Cache(
-                cache.k_LBKHS.at[i, batch_rows_B1, :, :, positions_BT].set(k, mode="drop"),
-                cache.v_LBKSH.at[i, batch_rows_B1, :, positions_BT].set(v, mode="drop"),
-            )
-            heads = attend_cache(q, cache.k_LBKHS[i], cache.v_LBKSH[i], visible, layer.self_attn.softmax_scale)
-        else:
-            heads = attend(q, k, v, visible, layer.self_attn.softmax_scale)
-        x = x + layer.self_attn.output(heads)
-        return x + layer.mlp(layer.post_attention_layernorm(x)), cache
+    def make(rngs):
+        gqa = GQA(attention, c.hidden_size, c.hidden_size, precision, rngs, sharding)
+        mlp = GatedMLP(c.hidden_size, c.intermediate_size, precision, rngs, sharding, use_bias=c.mlp_bias)
+        return Layer(c, gqa, mlp, precision)
 
-    taps, start, carry = [], 0, (x_BTE, cache)
-    for tap in config.tap_layers:
-        carry = lax.fori_loop(start, tap + 1, body, carry)
-        taps.append(carry[0])
-        start = tap + 1
-    x_BTE, cache = lax.fori_loop(start, config.num_hidden_layers, body, carry)
-    return jnp.stack(taps, axis=2), x_BTE, cache
+    return (Group("layers", range(c.num_hidden_layers), make),)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "config", "head"), donate_argnames=("cache",))
-def _forward(graphdef, state, config: Config, tokens_BT, positions_BT, segments_BT, cache: Cache | None, head: str):
-    model = nnx.merge(graphdef, state)
-    layer_graph, layer_state = nnx.split(model.layers)
-    if cache is None:
-        visible = causal_visibility(segments_BT)
-    else:
-        visible = jnp.arange(cache.k_LBKHS.shape[-1])[None, None, :] <= positions_BT[:, :, None]
-    embeds = model.embed[...][tokens_BT]
-    taps, x, cache = _run_layers(layer_graph, layer_state, config, embeds, positions_BT, visible, cache)
-    last = model.norm(x)
-    head_VE = model.embed[...] if config.tie_word_embeddings else model.head[...]
-    if head == "all":
-        logits = jnp.einsum("bte,ve->btv", last, head_VE, preferred_element_type=jnp.float32)
-        return cache, Features(taps, last, jnp.argmax(logits, -1).astype(jnp.int32), jax.nn.logsumexp(logits, -1))
-    end_B = jnp.sum(positions_BT < cache.k_LBKHS.shape[-1], axis=1) - 1
-    rows_B = jnp.arange(tokens_BT.shape[0])
-    logits = jnp.einsum("be,ve->bv", last[rows_B, end_B], head_VE, preferred_element_type=jnp.float32)
-    argmax = jnp.zeros(tokens_BT.shape, jnp.int32).at[rows_B, end_B].set(jnp.argmax(logits, -1).astype(jnp.int32))
-    logsumexp = jnp.zeros(tokens_BT.shape, jnp.float32).at[rows_B, end_B].set(jax.nn.logsumexp(logits, -1))
-    return cache, Features(taps, last, argmax, logsumexp)
+def num_experts(config: Config) -> int:
+    return 0
 
 
-@dataclasses.dataclass(frozen=True)
-class LlamaTarget:
-    """A loaded model; see the Protocol `Target`."""
-
-    config: Config
-    graphdef: nnx.GraphDef
-    state: nnx.State
-    precision: Precision
-
-    def features(self, batch: Batch) -> Features:
-        """One forward over packed or padded rows, no cache."""
-        arrays = batch.tokens_BT, batch.positions_BT, batch.segments_BT
-        return _forward(self.graphdef, self.state, self.config, *arrays, cache=None, head="all")[1]
-
-    def new_cache(self, num_rows: int, num_slots: int) -> Cache:
-        """An empty cache of `num_slots` positions a row."""
-        c = self.config
-        lead = (c.num_hidden_layers, num_rows, c.num_key_value_heads)
-        zeros = lambda *tail: jnp.zeros((*lead, *tail), self.precision.compute)  # noqa: E731
-        return Cache(zeros(c.head_dim, num_slots), zeros(num_slots, c.head_dim))
-
-    def fork_cache(self, cache: Cache, num_rows: int) -> Cache:
-        """The cache of one row, copied to many rows that begin alike."""
-        return jax.tree.map(lambda x: jnp.repeat(x, num_rows, axis=1), cache)
-
-    def extend(
-        self, cache: Cache, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], head: str = "all"
-    ) -> tuple[Cache, Features]:
-        """New tokens at given positions (>= the number of slots marks padding). The cache is donated.
-
-        head: "all" gives argmax and logsumexp of every position; "end" of each row's last real position alone, and
-            zeros before it (prefill: the head is the dearest part and nobody asks what follows a prompt's middle).
-        """
-        return _forward(self.graphdef, self.state, self.config, tokens_BT, positions_BT, None, cache, head)
-
-    def embedding(self) -> Float[Array, "V E"]:
-        return self.state["embed"][...]
-
-    def head(self) -> Float[Array, "V E"]:
-        return self.state["embed" if self.config.tie_word_embeddings else "head"][...]
-
-    def final_norm(self) -> Float[Array, " E"]:
-        return self.state["norm"]["scale"][...]
-
-
-def abstract_state(config: Config, precision: Precision) -> tuple[nnx.GraphDef, nnx.State]:
-    """Structure and shapes without allocating a weight."""
-    return nnx.split(nnx.eval_shape(lambda: LlamaWeights(config, precision, nnx.Rngs(0))))
-
-
-def build(config: Config, state: nnx.State, precision: Precision) -> LlamaTarget:
-    """A target around loaded weights."""
-    return LlamaTarget(config, abstract_state(config, precision)[0], state, precision)
+def ignored(config: Config, name: str) -> bool:
+    """Tensors that a file may hold and nobody needs: rotary tables of old files, the head's copy where it is tied."""
+    return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")

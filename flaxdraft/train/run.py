@@ -98,7 +98,7 @@ class Run:
         _say("target", self.config.target.path)
         taps = self.config.target.tap_layers
         address, sha256 = self.config.target.path, self.config.target.sha256
-        loaded = targets.load(address, sha256, None if taps is None else tuple(taps), Precision())
+        loaded = targets.from_pretrained(address, sha256=sha256, tap_layers=taps)
         c = loaded.model.config
         if c.tap_layers[2] == c.num_hidden_layers - 1:
             raise InputError(

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+import transformers
 from torch import nn
-from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
+from transformers import DeepseekV3Config, LlamaConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
@@ -94,5 +95,18 @@ def run(module: nn.Module, *arrays: Any) -> Any:
         return jax.tree.map(lambda out: out.numpy(), module(*map(tensor, arrays)))
 
 
-def llama_model(hf: dict[str, Any], weights: dict[str, np.ndarray]) -> LlamaForCausalLM:
-    return load(LlamaForCausalLM(LlamaConfig(**hf, attn_implementation="eager")), weights)
+def random_model(family: str, fields: dict[str, Any]) -> nn.Module:
+    """A causal language model of transformers with random weights of a scale that makes every part count: matrices keep
+    the size of what they multiply, norms differ from 1, biases and buffers from 0."""
+    config = getattr(transformers, f"{family}Config")(**fields, attn_implementation="eager")
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    learned = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if "correction_bias" in n)]
+    with torch.no_grad():
+        for name, weight in learned:
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim > 1:
+                weight.copy_(noise / weight.shape[-1] ** 0.5)
+            else:
+                weight.copy_(1 + 0.2 * noise if "norm" in name else 0.2 * noise)
+    return model

@@ -41,7 +41,7 @@ def run_case(name: str, attention: str, chunked_loss: bool):
     graphdef, params, frozen = nnx.split(draft, nnx.Param, Frozen)
     plain_query = "q_lora_rank" in hf and hf["q_lora_rank"] is None
     table = module.NAME_TABLE_PLAIN_QUERY if plain_query else module.NAME_TABLE
-    params = state_from_torch(params, table, weights, weights.get, 1, name)
+    params = state_from_torch(params, table, weights, name)
 
     ids, num_steps = golden["inputs/input_ids"], meta["ttt_length"]
     num_batch, num_rows = ids.shape

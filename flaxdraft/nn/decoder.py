@@ -1,0 +1,353 @@
+"""A frozen decoder-only language model around its layers: what all target families have in common.
+
+Layers of one kind are stacked and run in a loop, so that compile time does not grow with depth; the KV cache is the
+loop's carry and is updated in place. A family gives its Config, its groups of layers and its name table.
+
+Shape letters: B batch, T time, S cache slots, L layers, E width, V vocabulary, N query heads, K key/value heads,
+H query and key width, C value width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import P, lax
+from jaxtyping import Array, Float, Int
+
+from flaxdraft.errors import InputError
+from flaxdraft.interfaces import Batch, Features
+from flaxdraft.mesh import Sharding, on_shards
+from flaxdraft.nn import vocabulary
+from flaxdraft.nn.layers import RMSNorm
+from flaxdraft.nn.rope import RopeConfig
+from flaxdraft.ops import range_attention
+from flaxdraft.ops.attention import attend, attend_cache, causal_visibility, document_ranges
+from flaxdraft.precision import Precision
+
+DENSE_SCORES = 2**27  # of one device, up to which a forward without a cache builds them whole
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """What every family has; field names are those of Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rope: RopeConfig
+    tap_layers: tuple[int, int, int]  # outputs of these layers, residual stream
+
+    @property
+    def key_width(self) -> int:
+        """Of a head's key in the cache."""
+        return self.head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Of a head's value in the cache."""
+        return self.head_dim
+
+    @classmethod
+    def common(cls, config: dict[str, Any], tap_layers: tuple[int, int, int] | None) -> dict[str, Any]:
+        """These fields of a config.json, as keyword arguments.
+
+        Raises:
+            InputError: a field is missing, or the taps are not three ascending layers of this model.
+        """
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if not isinstance(config.get(name), int) or config[name] < 1:
+                raise InputError(f"target config: {name}: found {config.get(name)!r}, expected a positive integer")
+        act = config.get("hidden_act", "silu")
+        if act != "silu":
+            raise InputError(f"target config: hidden_act: found {act!r}, expected 'silu'")
+        heads = config["num_attention_heads"]
+        return {
+            "vocab_size": config["vocab_size"],
+            "hidden_size": config["hidden_size"],
+            "intermediate_size": config["intermediate_size"],
+            "num_hidden_layers": config["num_hidden_layers"],
+            "num_attention_heads": heads,
+            "num_key_value_heads": config.get("num_key_value_heads") or heads,
+            "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+            "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+            "max_position_embeddings": config.get("max_position_embeddings", 2048),
+            "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+            "rope": RopeConfig.from_hf(config),
+            "tap_layers": choose_taps(config["num_hidden_layers"], tap_layers),
+        }
+
+
+def choose_taps(num_layers: int, taps: Sequence[int] | None) -> tuple[int, int, int]:
+    """The layers whose outputs the draft reads: given ones, or the default that every server knows, 1, n//2-1, n-4.
+
+    Raises:
+        InputError: they are not three ascending layers of the model.
+    """
+    chosen = (1, num_layers // 2 - 1, num_layers - 4) if taps is None else tuple(taps)
+    if len(chosen) == 3 and 0 <= chosen[0] < chosen[1] < chosen[2] < num_layers:
+        return chosen
+    advice = f"give three, for instance {[0, num_layers // 2, num_layers - 2]}"
+    if num_layers < 4:
+        advice = "a target needs at least 4 layers for three taps below its last"
+    given = "the default layers" if taps is None else "target.tap_layers:"
+    raise InputError(f"{given} {list(chosen)} are not three ascending layers of a {num_layers}-layer target; {advice}")
+
+
+class Group(NamedTuple):
+    """Consecutive layers of one kind."""
+
+    name: str  # first component of their JAX paths
+    layers: range  # their numbers in the file
+    make: Callable[[nnx.Rngs], nnx.Module]
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and feed-forward."""
+
+    def __init__(self, config: DecoderConfig, attention: nnx.Module, mlp: nnx.Module, precision: Precision):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
+        self.mlp = mlp
+
+
+class DecoderWeights(nnx.Module):
+    """All weights; the layers of each group are stacked on axis 0."""
+
+    def __init__(self, config: DecoderConfig, groups: Sequence[Group], precision: Precision, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed = nnx.Param(init(rngs.params(), shape, precision.param))
+        for group in groups:
+            keys = jax.random.split(rngs.params(), len(group.layers))
+            setattr(self, group.name, nnx.vmap(partial(_make_layer, group.make))(keys))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
+        if not config.tie_word_embeddings:
+            self.head = nnx.Param(init(rngs.params(), shape, precision.param))
+
+
+def _make_layer(make, key):
+    return make(nnx.Rngs(key))
+
+
+def abstract_state(
+    config: DecoderConfig, groups: Sequence[Group], precision: Precision
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """Structure and shapes without allocating a weight."""
+    return nnx.split(nnx.eval_shape(lambda: DecoderWeights(config, groups, precision, nnx.Rngs(0))))
+
+
+# Which field of `Sharding` says where a weight lives, by the end of its JAX path.
+_PLACES = (
+    (r"(^|/)(embed|head)$", "weight_ve"),
+    (r"(q_proj|k_proj|v_proj|q_b_proj|kv_b_proj|gate_proj|up_proj)/kernel$", "weight_df"),
+    (r"(q_proj|k_proj|v_proj|gate_proj|up_proj)/bias$", "weight_f"),
+    (r"(o_proj|down_proj)/kernel$", "weight_fd"),
+    (r"(q_a_proj|kv_a_proj_with_mqa)/kernel$", "weight_dd"),
+    (r"experts/(gate_proj|up_proj)$", "weight_xdf"),
+    (r"experts/down_proj$", "weight_xfd"),
+    (r"(scale|(o_proj|down_proj|q_a_proj|kv_a_proj_with_mqa)/bias|gate/kernel|gate/bias)$", "whole"),
+)
+
+
+def weight_shardings(
+    config: DecoderConfig, abstract: nnx.State, groups: Sequence[Group], mesh: jax.sharding.Mesh, sharding: Sharding
+) -> dict[tuple[str, ...], jax.NamedSharding]:
+    """Where each weight lives, by its JAX path.
+
+    Raises:
+        InputError: the mesh does not divide a weight, or the heads; the message names it and the axis.
+    """
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        _check_divides(name, (getattr(config, name),), sharding.weight_f, mesh)
+    stacked, places = {group.name for group in groups}, {}
+    for path, variable in nnx.to_flat_state(abstract):
+        name = "/".join(map(str, path))
+        field = next(field for pattern, field in _PLACES if re.search(pattern, name))
+        spec = getattr(sharding, field)
+        spec = P(None, *spec) if path[0] in stacked else spec
+        _check_divides(name, variable.shape, spec, mesh)
+        places[path] = jax.NamedSharding(mesh, spec)
+    return places
+
+
+def _check_divides(name: str, shape: Sequence[int], spec: P, mesh: jax.sharding.Mesh) -> None:
+    for size, axis in zip(shape, spec, strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            raise InputError(
+                f"mesh.{axis}: {mesh.shape[axis]} devices do not divide {name} {tuple(shape)}; expected a divisor of "
+                f"{size}"
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Slot s of a row holds the keys and values of its position s; what lies beyond the row's end is never seen."""
+
+    k_LBKHS: Float[Array, "L B K H S"]
+    v_LBKSC: Float[Array, "L B K S C"]
+
+
+def _uncached(q_BTNH, k_BTKH, v_BTKC, segments_BT, scale: float):
+    """Causal attention inside each document; in chunks where whole scores would be many."""
+    num_batch, num_rows, num_heads, _ = q_BTNH.shape
+    if num_batch * num_heads * num_rows**2 <= DENSE_SCORES:
+        return attend(q_BTNH, k_BTKH, v_BTKC, causal_visibility(segments_BT), scale)
+    chunks = range_attention.Chunks(512, 512)
+    out, _ = range_attention.forward(q_BTNH, k_BTKH, v_BTKC, *document_ranges(segments_BT), scale, chunks)
+    return out.astype(v_BTKC.dtype)
+
+
+def _cached(cache: Cache, layer, q_BTNH, k_BTKH, v_BTKC, positions_BT, scale: float):
+    """Writes the new keys and values and attends to all slots up to each position."""
+    rows_B1 = jnp.arange(q_BTNH.shape[0])[:, None]
+    # Out-of-range positions mark padding: their writes are dropped.
+    cache = Cache(
+        cache.k_LBKHS.at[layer, rows_B1, :, :, positions_BT].set(k_BTKH, mode="drop"),
+        cache.v_LBKSC.at[layer, rows_B1, :, positions_BT].set(v_BTKC, mode="drop"),
+    )
+    visible = jnp.arange(cache.k_LBKHS.shape[-1])[None, None, :] <= positions_BT[:, :, None]
+    return attend_cache(q_BTNH, cache.k_LBKHS[layer], cache.v_LBKSC[layer], visible, scale), cache
+
+
+def _run_layers(model, spans, config: DecoderConfig, x_BTE, positions_BT, segments_BT, cache, sharding: Sharding):
+    """The residual stream through all layers; stops at each tap without keeping the other layers' outputs."""
+    heads_spec, rows_spec = sharding.act_btnh, sharding.act_btd and P(*sharding.act_btd[:2])
+    cache_spec = Cache(sharding.cache_lbn, sharding.cache_lbn)
+
+    def run(graphdef, layers, first: int, start: int, stop: int, carry):
+        def body(i, carry):
+            x, cache = carry
+            at_layer = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, i - first, keepdims=False), layers)
+            layer = nnx.merge(graphdef, at_layer)
+            normed = layer.input_layernorm(x)
+            q, scale = layer.self_attn.query(normed, positions_BT), layer.self_attn.softmax_scale
+            k, v = layer.self_attn.key_value(normed, positions_BT)
+            if cache is None:
+                attention, specs = partial(_uncached, scale=scale), (heads_spec,) * 3 + (rows_spec,)
+                heads = on_shards(sharding, attention, specs, heads_spec)(q, k, v, segments_BT)
+            else:
+                attention = partial(_cached, scale=scale)
+                specs = (cache_spec, P(), heads_spec, heads_spec, heads_spec, rows_spec)
+                on_device = on_shards(sharding, attention, specs, (heads_spec, cache_spec))
+                heads, cache = on_device(cache, i, q, k, v, positions_BT)
+            x = x + layer.self_attn.output(heads)
+            return x + layer.mlp(layer.post_attention_layernorm(x)), cache
+
+        return lax.fori_loop(start, stop, body, carry)
+
+    taps, carry = [], (x_BTE, cache)
+    for name, span in spans:
+        graphdef, layers = nnx.split(getattr(model, name))
+        start = span.start
+        for tap in config.tap_layers:
+            if tap in span:
+                carry = run(graphdef, layers, span.start, start, tap + 1, carry)
+                taps.append(carry[0])
+                start = tap + 1
+        carry = run(graphdef, layers, span.start, start, span.stop, carry)
+    return jnp.stack(taps, axis=2), *carry
+
+
+@partial(
+    jax.jit, static_argnames=("graphdef", "spans", "config", "sharding", "head"), donate_argnames=("cache",)
+)  # fmt: skip
+def _forward(
+    graphdef, state, spans, config, sharding, tokens_BT, positions_BT, segments_BT, cache, head: str
+):  # fmt: skip
+    model = nnx.merge(graphdef, state)
+    if sharding.act_btd is not None:
+        rows = P(*sharding.act_btd[:2])
+        tokens_BT, positions_BT = jax.reshard(tokens_BT, rows), jax.reshard(positions_BT, rows)
+        segments_BT = None if segments_BT is None else jax.reshard(segments_BT, rows)
+    embeds = vocabulary.lookup(model.embed[...], tokens_BT, sharding).astype(model.norm.precision.compute)
+    taps, x, cache = _run_layers(model, spans, config, embeds, positions_BT, segments_BT, cache, sharding)
+    last = model.norm(x)
+    head_VE = model.embed[...] if config.tie_word_embeddings else model.head[...]
+    if head == "all":
+        return cache, Features(taps, last, *vocabulary.statistics(last, head_VE, sharding))
+    at_B1 = jnp.sum(positions_BT < cache.k_LBKHS.shape[-1], axis=1, keepdims=True) - 1
+    is_end_BT = jnp.arange(tokens_BT.shape[1])[None] == at_B1
+    ends_B1E = jnp.sum(jnp.where(is_end_BT[..., None], last, 0), axis=1, keepdims=True)
+    found = vocabulary.statistics(ends_B1E, head_VE, sharding)
+    return cache, Features(taps, last, *(jnp.where(is_end_BT, x_B1, 0) for x_B1 in found))
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderTarget:
+    """A loaded model; see the Protocol `Target`."""
+
+    config: DecoderConfig
+    spans: tuple[tuple[str, range], ...]  # groups of layers, in their order
+    graphdef: nnx.GraphDef
+    state: nnx.State
+    precision: Precision
+    mesh: jax.sharding.Mesh | None = None
+    sharding: Sharding = Sharding.none()  # noqa: RUF009 (immutable)
+
+    def _run(self, tokens_BT, positions_BT, segments_BT, cache, head):
+        context = contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        with context:
+            return _forward(self.graphdef, self.state, self.spans, self.config, self.sharding, tokens_BT,
+                            positions_BT, segments_BT, cache, head)  # fmt: skip
+
+    def features(self, batch: Batch) -> Features:
+        """One forward over packed or padded rows, no cache."""
+        return self._run(batch.tokens_BT, batch.positions_BT, batch.segments_BT, None, "all")[1]
+
+    def new_cache(self, num_rows: int, num_slots: int) -> Cache:
+        """An empty cache of `num_slots` positions a row, split by rows and heads where there is a mesh."""
+        c = self.config
+        lead = (c.num_hidden_layers, num_rows, c.num_key_value_heads)
+        place = None if self.mesh is None else jax.NamedSharding(self.mesh, self.sharding.cache_lbn)
+        zeros = lambda *tail: jnp.zeros((*lead, *tail), self.precision.compute, device=place)  # noqa: E731
+        return Cache(zeros(c.key_width, num_slots), zeros(num_slots, c.value_width))
+
+    def fork_cache(self, cache: Cache, num_rows: int) -> Cache:
+        """The cache of one row, copied to many rows that begin alike."""
+        return jax.tree.map(lambda x: jnp.repeat(x, num_rows, axis=1), cache)
+
+    def extend(
+        self, cache: Cache, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], head: str = "all"
+    ) -> tuple[Cache, Features]:
+        """New tokens at given positions (>= the number of slots marks padding). The cache is donated.
+
+        head: "all" gives argmax and logsumexp of every position; "end" of each row's last real position alone, and
+            zeros before it (prefill: the head is the dearest part and nobody asks what follows a prompt's middle).
+        """
+        return self._run(tokens_BT, positions_BT, None, cache, head)
+
+    def embedding(self) -> Float[Array, "V E"]:
+        return self.state["embed"][...]
+
+    def head(self) -> Float[Array, "V E"]:
+        return self.state["embed" if self.config.tie_word_embeddings else "head"][...]
+
+    def final_norm(self) -> Float[Array, " E"]:
+        return self.state["norm"]["scale"][...]
+
+
+def build(
+    config: DecoderConfig, groups: Sequence[Group], state: nnx.State, precision: Precision,
+    mesh: jax.sharding.Mesh | None = None, sharding: Sharding = Sharding.none(),  # noqa: B008 (immutable)
+) -> DecoderTarget:  # fmt: skip
+    """A target around loaded weights."""
+    graphdef, _ = abstract_state(config, groups, precision)
+    spans = tuple((group.name, group.layers) for group in groups)
+    return DecoderTarget(config, spans, graphdef, state, precision, mesh, sharding)

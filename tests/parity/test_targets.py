@@ -1,0 +1,111 @@
+"""Every target family against transformers' PyTorch model: written by save_pretrained, loaded from that directory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import ROPES
+from flax import nnx
+
+from flaxdraft.interfaces import Batch
+from flaxdraft.targets import from_pretrained
+
+pytestmark = pytest.mark.parity
+T, TAPS = 24, (0, 2, 4)
+COMMON = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+LATENT = {
+    "kv_lora_rank": 12, "q_lora_rank": 20, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 8,
+    "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 3,
+    "first_k_dense_replace": 2, "n_shared_experts": 2, "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+GROUPS = {"n_group": 4, "topk_group": 2}
+YARN = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 16,
+        "mscale": 1.0, "mscale_all_dim": 0.8, "beta_fast": 32.0, "beta_slow": 1.0}  # fmt: skip
+CASES = {
+    **{f"llama, {name} rope": ("Llama", {"num_key_value_heads": 2, "rope_parameters": rope | {"rope_theta": 5e4}})
+       for name, rope in ROPES.items()},
+    "llama, tied": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "llama, head width": ("Llama", {"num_key_value_heads": 1, "head_dim": 12}),
+    "llama, biases": ("Llama", {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen2, tied": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
+    "qwen3, bias": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 8, "attention_bias": True}),
+    "deepseek v2, greedy": ("DeepseekV2", LATENT | {"topk_method": "greedy"}),
+    "deepseek v2, groups, plain query": (
+        "DeepseekV2", LATENT | GROUPS | {"topk_method": "group_limited_greedy", "q_lora_rank": None}),
+    "deepseek v2, yarn, biases": (
+        "DeepseekV2", LATENT | {"topk_method": "greedy", "rope_parameters": YARN, "attention_bias": True}),
+    "deepseek v3": ("DeepseekV3", LATENT | GROUPS),
+    "deepseek v3, plain query, unnormalised": (
+        "DeepseekV3", LATENT | GROUPS | {"q_lora_rank": None, "norm_topk_prob": False, "attention_bias": True}),
+    "deepseek v3, yarn, tied": ("DeepseekV3", LATENT | GROUPS | {"rope_parameters": YARN, "tie_word_embeddings": True}),
+    "deepseek v3, no dense layer": ("DeepseekV3", LATENT | GROUPS | {"first_k_dense_replace": 0}),
+    "deepseek v3, all dense": ("DeepseekV3", LATENT | GROUPS | {"first_k_dense_replace": 6}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, oracle, tmp_path_factory):
+    """(transformers' model, ours, where it was written)."""
+    family, fields = CASES[request.param]
+    theirs = oracle.random_model(family, COMMON | fields)
+    directory = tmp_path_factory.mktemp("model")
+    theirs.save_pretrained(directory, max_shard_size="100KB")
+    assert len(list(directory.glob("*.safetensors"))) > 1
+    return theirs, from_pretrained(str(directory), tap_layers=TAPS), directory
+
+
+def inputs(vocab_size):
+    tokens = np.random.default_rng(0).integers(0, vocab_size, (2, T))
+    positions = np.tile(np.arange(T), (2, 1)) + np.array([[0], [60]])  # the second row leaves the window
+    return tokens, positions
+
+
+def features_of(loaded, tokens, positions):
+    ones = jnp.ones(tokens.shape, jnp.int32)
+    return loaded.model.features(Batch(jnp.asarray(tokens), ones > 0, ones, jnp.asarray(positions)))
+
+
+def test_logits_taps_and_last_hidden_state(oracle, pair):
+    theirs, loaded, _ = pair
+    config = loaded.model.config
+    tokens, positions = inputs(config.vocab_size)
+    want = oracle.run(
+        lambda ids, at: dict(theirs(ids, position_ids=at, output_hidden_states=True, use_cache=False)),
+        tokens, positions,
+    )  # fmt: skip
+    got = features_of(loaded, tokens, positions)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)  # noqa: E731
+    # hidden_states[k] is the input of layer k, the output of layer k - 1; the very last one comes after the norm.
+    for tap, layer in enumerate(TAPS):
+        close(got.taps_BT3E[:, :, tap], want["hidden_states"][layer + 1])
+    close(got.last_BTE, want["hidden_states"][-1])
+    close(np.asarray(got.last_BTE) @ np.asarray(loaded.model.head()).T, want["logits"])
+    close(got.logsumexp_BT, jax.nn.logsumexp(jnp.asarray(want["logits"]), axis=-1))
+    np.testing.assert_array_equal(got.argmax_BT, want["logits"].argmax(-1))
+    assert np.abs(want["logits"]).max() > 0.5  # weights large enough for every switch to show
+
+
+def test_routing_decisions(oracle, pair):
+    """Chosen experts and their weights, token for token, of the first layer with experts on random states."""
+    theirs, loaded, _ = pair
+    if getattr(loaded.model.config, "moe", None) is None:
+        assert not hasattr(theirs.model.layers[-1].mlp, "gate")
+        return
+    first = loaded.model.config.first_k_dense_replace
+    x = np.random.default_rng(1).normal(size=(4, 50, COMMON["hidden_size"])).astype(np.float32)
+    _, weights, experts = oracle.run(theirs.model.layers[first].mlp.gate, x)
+    layers = nnx.merge(loaded.model.graphdef, loaded.model.state).moe
+    graphdef, state = nnx.split(layers)
+    mlp = nnx.merge(graphdef, jax.tree.map(lambda w: w[0], state)).mlp
+    got_weights, got_experts = (np.asarray(a).reshape(200, -1) for a in mlp.routing(jnp.asarray(x)))
+    order, want_order = np.argsort(got_experts, -1), np.argsort(experts, -1)
+    np.testing.assert_array_equal(np.take_along_axis(got_experts, order, -1), np.sort(experts, -1))
+    np.testing.assert_allclose(
+        np.take_along_axis(got_weights, order, -1), np.take_along_axis(weights, want_order, -1), rtol=2e-5
+    )
+    assert len(np.unique(experts)) > 3
