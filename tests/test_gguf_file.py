@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import tiny
 from tiny import CONTROL, MERGES, permute, write_tiny_gguf
+from tokenizers import pre_tokenizers
 
 from flaxdraft.errors import InputError
-from flaxdraft.gguf_file import GGUFCheckpoint, unpermute
+from flaxdraft.gguf_file import _SPLITS, GGUFCheckpoint, unpermute
+from flaxdraft.nn.rope import RopeConfig, inverse_frequencies
 
 HIDDEN, HEADS, KV_HEADS, FFN, LAYERS = 32, 4, 2, 64, 8
 VOCAB = len(CONTROL) + 256 + len(MERGES)
@@ -23,13 +25,15 @@ def tokenizer(checkpoint):
     return checkpoint.tokenizer()
 
 
+BASE = {
+    "llama.context_length": 64, "llama.embedding_length": 16, "llama.block_count": 1,
+    "llama.feed_forward_length": 24, "llama.attention.head_count": 4, "llama.vocab_size": 8,
+}  # fmt: skip
+
+
 def write_gguf(path, fields=(), tensors=("token_embd.weight",)):
     """A file with the fields that a configuration needs, but for those that are overridden (None leaves one out)."""
-    base = {
-        "llama.context_length": 64, "llama.embedding_length": 16, "llama.block_count": 1,
-        "llama.feed_forward_length": 24, "llama.attention.head_count": 4, "llama.vocab_size": 8,
-    }  # fmt: skip
-    fields = {**base, **dict(fields)}
+    fields = {**BASE, **dict(fields)}
     writer = gguf.GGUFWriter(path, fields.pop("general.architecture", "llama"))
     if "llama.attention.layer_norm_rms_epsilon" not in fields:
         writer.add_layer_norm_rms_eps(1e-6)
@@ -202,9 +206,7 @@ def test_another_architecture_is_refused(tmp_path):
         GGUFCheckpoint(path)
 
 
-@pytest.mark.parametrize(
-    "name", ["blk.0.attn_q.bias", "rope_freqs.weight", "blk.x.attn_q.weight", "blk.0.ffn_gate_exps.weight"]
-)
+@pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "blk.x.attn_q.weight", "blk.0.ffn_gate_exps.weight"])
 def test_an_unknown_tensor_is_named(tmp_path, name):
     path = write_gguf(tmp_path / "a.gguf", tensors=("token_embd.weight", name))
     with pytest.raises(InputError, match=f"a.gguf: unknown GGUF tensor '{name}'"):
@@ -225,10 +227,89 @@ def test_rope_scaling_is_refused_rather_than_dropped(tmp_path):
 
 
 def test_other_tokenizers_are_refused(tmp_path):
-    fields = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2"}
+    fields = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "deepseek-llm"}
     checkpoint = GGUFCheckpoint(write_gguf(tmp_path / "a.gguf", fields))
-    with pytest.raises(InputError, match="tokenizer gpt2/qwen2 is not supported; supported: gpt2/smollm"):
+    with pytest.raises(InputError, match="tokenizer gpt2/deepseek-llm is not supported; supported: gpt2/smollm, gpt2"):
         checkpoint.tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [("smollm", ["1", "2", "3", "4"]), ("llama-bpe", ["123", "4"]), ("qwen2", ["1", "2", "3", "4"])],
+)
+def test_numbers_are_cut_as_each_tokenizer_cuts_them(pre, pieces):
+    split = pre_tokenizers.Sequence(_SPLITS[pre])
+    assert [piece for piece, _ in split.pre_tokenize_str("1234")] == pieces
+    words = [piece for piece, _ in split.pre_tokenize_str("we're  here")]
+    assert "".join(words) == "we're\u0120\u0120here"
+    assert "'re" in words
+
+
+K = gguf.GGMLQuantizationType
+
+
+def write_one(path, raw, kind):
+    """A file whose one tensor is a head stored as `kind`."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in BASE.items():
+        writer.add_uint32(key, value)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_tensor("output.weight", raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", [K.F32, K.F16, K.BF16, K.Q4_0, K.Q4_1, K.Q5_0, K.Q5_1, K.Q8_0], ids=lambda k: k.name)
+def test_every_simple_type_comes_back(tmp_path, kind):
+    weight = np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
+    source = GGUFCheckpoint(write_one(tmp_path / "a.gguf", gguf.quants.quantize(weight, kind), kind))
+    assert source.shape("lm_head.weight") == (8, 64)
+    got = source.read("lm_head.weight", (slice(1, 3), slice(None)))
+    steps = {K.F32: 1e-7, K.F16: 1e-3, K.BF16: 8e-3, K.Q8_0: 1e-2}.get(kind, 0.15)
+    assert np.abs(got - weight[1:3]).max() < steps * np.abs(weight).max()
+
+
+@pytest.mark.parametrize("kind", [K.Q2_K, K.Q3_K, K.Q4_K, K.Q5_K, K.Q6_K], ids=lambda k: k.name)
+def test_k_quants_are_read(tmp_path, kind):
+    """Blocks of 256 of any content: the package that reads them knows no way to write them."""
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    raw = np.random.default_rng(0).integers(0, 60, (4, size), dtype=np.uint8)
+    source = GGUFCheckpoint(write_one(tmp_path / "a.gguf", raw, kind))
+    assert source.shape("lm_head.weight") == (4, 256)
+    got = source.read("lm_head.weight", (slice(1, 2),))
+    assert got.shape == (1, 256)
+    assert np.isfinite(got).all()
+    assert np.ptp(got) > 0
+
+
+def test_llama3_rotary_scaling_is_recovered(tmp_path):
+    config = {"head_dim": 64, "max_position_embeddings": 131072, "rope_theta": 5e5}
+    scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192}  # fmt: skip
+    nowhere = np.zeros((1, 1), np.int32)
+    plain, scaled = (inverse_frequencies(RopeConfig.from_hf(config | extra), 64, nowhere)
+                     for extra in ({}, {"rope_scaling": scaling}))  # fmt: skip
+    fields = {"llama.embedding_length": 256, "llama.rope.dimension_count": 64, "llama.context_length": 131072}
+    for name, factors in (("good", plain / scaled), ("bad", np.linspace(1, 32, 32))):
+        path = tmp_path / f"{name}.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        for key, value in (BASE | fields).items():
+            writer.add_uint32(key, value)
+        writer.add_rope_freq_base(5e5)
+        writer.add_layer_norm_rms_eps(1e-6)
+        writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
+        writer.add_tensor("output_norm.weight", np.ones(256, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    rope = RopeConfig.from_hf(GGUFCheckpoint(tmp_path / "good.gguf").config)
+    assert (rope.rope_type, round(rope.factor, 3), rope.rope_theta) == ("llama3", 32.0, 5e5)
+    with pytest.raises(InputError, match=r"bad.gguf: rope_freqs.weight is not Llama 3.1's rotary scaling"):
+        GGUFCheckpoint(tmp_path / "bad.gguf")
 
 
 def altered(path, tiny_gguf, old: bytes, new: bytes):

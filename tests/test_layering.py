@@ -12,7 +12,7 @@ LAYERS = (
     ("ops",),
     ("nn", "weights", "fetch", "safetensors_file"),
     ("gguf_file", "hf_directory"),
-    ("targets", "drafts"),
+    ("targets", "drafts", "generate"),
     ("algorithms",),
     ("data", "checkpoint"),
     ("evaluate", "export", "report"),

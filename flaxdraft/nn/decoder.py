@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -101,7 +102,7 @@ def choose_taps(num_layers: int, taps: Sequence[int] | None) -> tuple[int, int, 
     chosen = (1, num_layers // 2 - 1, num_layers - 4) if taps is None else tuple(taps)
     if len(chosen) == 3 and 0 <= chosen[0] < chosen[1] < chosen[2] < num_layers:
         return chosen
-    advice = f"give three, for instance {[0, num_layers // 2, num_layers - 2]}"
+    advice = f"give target.tap_layers, for instance {[0, num_layers // 2, num_layers - 2]}"
     if num_layers < 4:
         advice = "a target needs at least 4 layers for three taps below its last"
     given = "the default layers" if taps is None else "target.tap_layers:"
@@ -175,15 +176,32 @@ def weight_shardings(
     """
     for name in ("num_attention_heads", "num_key_value_heads"):
         _check_divides(name, (getattr(config, name),), sharding.weight_f, mesh)
-    stacked, places = {group.name for group in groups}, {}
-    for path, variable in nnx.to_flat_state(abstract):
-        name = "/".join(map(str, path))
-        field = next(field for pattern, field in _PLACES if re.search(pattern, name))
-        spec = getattr(sharding, field)
-        spec = P(None, *spec) if path[0] in stacked else spec
-        _check_divides(name, variable.shape, spec, mesh)
+    places = {}
+    for path, shape, spec in _weight_specs(abstract, groups, sharding):
+        _check_divides("/".join(map(str, path)), shape, spec, mesh)
         places[path] = jax.NamedSharding(mesh, spec)
     return places
+
+
+def _weight_specs(abstract: nnx.State, groups: Sequence[Group], sharding: Sharding):
+    """(path, shape, spec) of every weight."""
+    stacked = {group.name for group in groups}
+    for path, variable in nnx.to_flat_state(abstract):
+        name = "/".join(map(str, path))
+        spec = getattr(sharding, next(field for pattern, field in _PLACES if re.search(pattern, name)))
+        yield path, variable.shape, P(None, *spec) if path[0] in stacked else spec
+
+
+def bytes_per_device(
+    config: DecoderConfig, abstract: nnx.State, groups: Sequence[Group], mesh_shape: Mapping[str, int]
+) -> int:
+    """Of weights alone, on a mesh of that shape, which need not be there."""
+    total = 0
+    sizes = {path: variable.dtype.itemsize for path, variable in nnx.to_flat_state(abstract)}
+    for path, shape, spec in _weight_specs(abstract, groups, Sharding.parallel()):
+        parts = math.prod(mesh_shape[axis] for axis in spec if axis is not None)
+        total += math.prod(shape) * sizes[path] // parts
+    return total
 
 
 def _check_divides(name: str, shape: Sequence[int], spec: P, mesh: jax.sharding.Mesh) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import jax
 from transformers import PreTrainedTokenizerFast
@@ -28,7 +29,30 @@ class LoadedTarget:
     tokenizer: PreTrainedTokenizerFast | None  # None where the weights come without one
     hf_config: dict
     path: Path
-    family: str  # module of flaxdraft/targets
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedTarget:
+    """Weights that can be read, with the family that they belong to; nothing is loaded yet."""
+
+    path: Path
+    source: HFDirectory | GGUFCheckpoint
+    family: ModuleType  # of flaxdraft/targets
+
+    def config(self, tap_layers: Sequence[int] | None) -> decoder.DecoderConfig:
+        return self.family.Config.from_hf(self.source.config, tap_layers)
+
+
+def open_target(address: str, sha256: str | None = None) -> OpenedTarget:
+    """
+    Raises:
+        InputError: the address leads nowhere, the files are damaged, or the family is unknown.
+    """
+    path = fetch(address, sha256)
+    if not path.is_dir() and path.suffix != ".gguf":
+        raise InputError(f"target.path: {path} is neither a model directory nor a .gguf file")
+    source = HFDirectory(path) if path.is_dir() else GGUFCheckpoint(path)
+    return OpenedTarget(path, source, find_by_architecture("flaxdraft.targets", source.config, str(path)))
 
 
 def from_pretrained(
@@ -47,29 +71,24 @@ def from_pretrained(
         mesh: devices over which weights, cache and batch are split, see `Sharding.parallel`; one device where None.
 
     Raises:
-        InputError: the address leads nowhere; the files are damaged or disagree with their configuration; the family
-            is unknown; the mesh does not divide a weight.
+        InputError: see `open_target`; the weights disagree with their configuration; the tokenizer does not fit; the
+            mesh does not divide a weight.
     """
-    path = fetch(address, sha256)
-    source = HFDirectory(path) if path.is_dir() else _open_file(path)
-    family = find_by_architecture("flaxdraft.targets", source.config, str(path))
-    config = family.Config.from_hf(source.config, tap_layers)
+    opened = open_target(address, sha256)
+    family, source, config = opened.family, opened.source, opened.config(tap_layers)
     sharding = Sharding.none() if mesh is None else Sharding.parallel()
     groups = family.groups(config, precision, sharding)
     _, abstract = decoder.abstract_state(config, groups, precision)
     places = None if mesh is None else decoder.weight_shardings(config, abstract, groups, mesh, sharding)
+    tokenizer = source.tokenizer()
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"{opened.path}: the tokenizer has {len(tokenizer)} tokens, the embedding {config.vocab_size} rows; they "
+            "belong to different models"
+        )
     state = load_state(
         abstract, family.name_table(config), source, {group.name: group.layers for group in groups},
         family.num_experts(config), places, lambda name: family.ignored(config, name),
     )  # fmt: skip
-    tokenizer = source.tokenizer()
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
-        raise InputError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the embedding {config.vocab_size} rows")
     target = decoder.build(config, groups, state, precision, mesh, sharding)
-    return LoadedTarget(target, tokenizer, source.config, path, family.__name__.rpartition(".")[2])
-
-
-def _open_file(path: Path) -> GGUFCheckpoint:
-    if path.suffix != ".gguf":
-        raise InputError(f"target.path: {path} is neither a model directory nor a .gguf file")
-    return GGUFCheckpoint(path)
+    return LoadedTarget(target, tokenizer, source.config, opened.path)

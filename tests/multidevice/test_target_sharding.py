@@ -1,0 +1,150 @@
+"""Targets over eight devices: the same numbers as on one, and no weight is put together under tensor parallelism."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_contracts import DEEPSEEK_FIELDS, TARGET_HF, TARGETS
+
+from flaxdraft.errors import InputError
+from flaxdraft.interfaces import Batch
+from flaxdraft.mesh import Sharding, make_mesh
+from flaxdraft.nn import decoder
+from flaxdraft.precision import Precision
+from flaxdraft.weights import ArraySource, load_state
+
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 5}
+FIELDS = {
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"]},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": False},
+    "deepseek v3": DEEPSEEK_FIELDS | {"architectures": ["DeepseekV3ForCausalLM"], "tie_word_embeddings": False},
+}
+MESHES = {
+    "data": (8, 1, 1, 1), "fsdp": (1, 8, 1, 1), "tensor": (1, 1, 8, 1), "expert": (1, 1, 1, 8), "all": (1, 2, 2, 2),
+}  # fmt: skip
+T = 16
+
+
+def random_weights(family, config, groups) -> dict[str, np.ndarray]:
+    """In the file's names, of a scale that makes every part count."""
+    _, abstract = decoder.abstract_state(config, groups, Precision())
+    shapes = {"/".join(map(str, path)): variable.shape for path, variable in decoder.nnx.to_flat_state(abstract)}
+    spans = {group.name: group.layers for group in groups}
+    rng, out = np.random.default_rng(0), {}
+    for path, template, how in family.name_table(config):
+        shape = shapes[path][("{i}" in template) + ("{e}" in template) :]
+        for i in spans[path.split("/")[0]] if "{i}" in template else [0]:
+            for e in range(family.num_experts(config)) if "{e}" in template else [0]:
+                noise = rng.normal(size=shape[::-1] if how == "transpose" else shape).astype(np.float32)
+                scaled = 1 + 0.2 * noise if path.endswith("scale") else noise / np.sqrt(noise.shape[-1])
+                out[template.replace("{i}", str(i)).replace("{e}", str(e))] = scaled
+    return out
+
+
+def make(name: str, mesh_shape=None, **fields):
+    hf = TARGET_HF | HEADS | FIELDS[name] | fields
+    family = TARGETS["deepseek" if "deepseek" in name else "llama"]
+    config = family.Config.from_hf(hf, (0, 2, 3))
+    mesh = None if mesh_shape is None else make_mesh(*mesh_shape)
+    sharding = Sharding.none() if mesh is None else Sharding.parallel()
+    groups = family.groups(config, Precision(), sharding)
+    _, abstract = decoder.abstract_state(config, groups, Precision())
+    places = None if mesh is None else decoder.weight_shardings(config, abstract, groups, mesh, sharding)
+    source = ArraySource(random_weights(family, config, groups), "random weights")
+    spans = {group.name: group.layers for group in groups}
+    state = load_state(abstract, family.name_table(config), source, spans, family.num_experts(config), places)
+    return decoder.build(config, groups, state, Precision(), mesh, sharding)
+
+
+def run(target):
+    """Features of packed rows; then a cached prefill and two more tokens."""
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, target.config.vocab_size, (8, T)).astype(np.int32)
+    segments = np.repeat([[1, 2]], T // 2, axis=1).repeat(8, 0).astype(np.int32)
+    positions = np.tile(np.arange(T // 2, dtype=np.int32), (8, 2))
+    whole = target.features(Batch(tokens, np.zeros_like(tokens, bool), segments, positions))
+    at = np.tile(np.arange(T, dtype=np.int32), (8, 1))
+    cache, first = target.extend(target.new_cache(8, 24), tokens[:, :12], at[:, :12], "end")
+    cache, second = target.extend(cache, tokens[:, 12:], at[:, 12:], "all")
+    return jax.device_get((whole, first, second)), cache
+
+
+@pytest.fixture(scope="module", params=FIELDS)
+def single(request):
+    target = make(request.param)
+    return request.param, run(target)[0]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_one_and_eight_devices_agree(single, mesh):
+    name, want = single
+    target = make(name, MESHES[mesh])
+    got, cache = run(target)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(np.abs(b).max())), rtol=0)
+    # Every device holds its share of cache and weights, and no more.
+    data, fsdp, tensor, expert = MESHES[mesh]
+    share = cache.k_LBKHS.addressable_shards[0].data.shape
+    assert share[1:3] == (8 // (data * fsdp), 8 // tensor)
+    names = {"/".join(map(str, path)): leaf[...] for path, leaf in decoder.nnx.to_flat_state(target.state)}
+    split = {"o_proj/kernel": fsdp * tensor, "embed": fsdp * tensor, "experts/up_proj": expert * fsdp * tensor}
+    for end, parts in split.items():
+        for leaf in (leaf for path, leaf in names.items() if path.endswith(end)):
+            assert leaf.addressable_shards[0].data.size * parts == leaf.size
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_no_weight_is_gathered_under_tensor_parallelism(name):
+    target = make(name, MESHES["tensor"])
+    at = np.zeros((8, 1), np.int32)
+    with jax.set_mesh(target.mesh):
+        lowered = decoder._forward.lower(
+            target.graphdef, target.state, target.spans, target.config, target.sharding, at, at, None,
+            target.new_cache(8, 24), "all",
+        )  # fmt: skip
+    text = lowered.compile().as_text()
+    weights = {tuple(sorted(w.shape[-2:])) for w in jax.tree.leaves(target.state) if w.ndim > 1}
+    gathered = [tuple(map(int, dims.split(","))) for dims in re.findall(r"= \w+\[([\d,]+)\][^=]* all-gather\(", text)]
+    assert "all-reduce" in text
+    assert not [shape for shape in gathered if tuple(sorted(shape[-2:])) in weights]
+
+
+def test_a_gathered_weight_would_be_seen():
+    """The check above on a mesh where weights are gathered by design."""
+    target = make("qwen3", MESHES["fsdp"])
+    at = np.zeros((8, 1), np.int32)
+    with jax.set_mesh(target.mesh):
+        arguments = (target.graphdef, target.state, target.spans, target.config, target.sharding, at, at, None)
+        text = decoder._forward.lower(*arguments, target.new_cache(8, 24), "all").compile().as_text()
+    assert re.search(r"= \w+\[([\d,]+)\][^=]* all-gather\(", text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "mesh", "message"),
+    [
+        ({"num_key_value_heads": 4}, "tensor", r"mesh.tensor: 8 devices do not divide num_key_value_heads \(4,\)"),
+        ({"intermediate_size": 44}, "tensor", r"mesh.tensor: 8 .* layers/mlp/\w+/kernel .* a divisor of 44"),
+        ({"hidden_size": 36, "head_dim": 8}, "fsdp", r"mesh.fsdp: 8 devices do not divide embed \(64, 36\)"),
+    ],
+)  # fmt: skip
+def test_a_mesh_that_does_not_divide_is_refused(fields, mesh, message):
+    with pytest.raises(InputError, match=message):
+        make("qwen3", MESHES[mesh], **fields)
+
+
+def test_long_rows_attend_in_chunks(monkeypatch):
+    target = make("qwen3")
+    tokens = np.random.default_rng(2).integers(0, 64, (1, 40)).astype(np.int32)
+    segments = np.repeat([1, 2, 0], [15, 20, 5])[None].astype(np.int32)
+    positions = np.concatenate([np.arange(15), np.arange(20), np.arange(5)])[None].astype(np.int32)
+    batch = Batch(jnp.asarray(tokens), jnp.asarray(tokens > 0), jnp.asarray(segments), jnp.asarray(positions))
+    want = target.features(batch)
+    monkeypatch.setattr(decoder, "DENSE_SCORES", 0)
+    monkeypatch.setattr(decoder.vocabulary, "LOGITS_AT_ONCE", 64 * 7)  # seven rows at a time
+    decoder._forward.clear_cache()
+    got = target.features(batch)
+    decoder._forward.clear_cache()
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(a)[:, :35], np.asarray(b)[:, :35], atol=2e-5)

@@ -1,0 +1,89 @@
+"""A target writes: prompts of any length, any chunk of prefill, each row by itself."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxdraft import targets
+from flaxdraft.errors import InputError
+from flaxdraft.generate import generate
+from flaxdraft.interfaces import Batch
+from flaxdraft.targets.__main__ import main
+
+PROMPTS = [[5, 9, 30, 7], [8] * 11, [40, 41, 6, 50, 51, 52, 53]]
+
+
+@pytest.fixture(scope="module")
+def target(tiny_gguf):
+    return targets.from_pretrained(str(tiny_gguf)).model
+
+
+def greedy(target, prompt, num, stop=()):
+    """One forward over everything for each token."""
+    text = list(prompt)
+    while len(text) < len(prompt) + num and (len(text) == len(prompt) or text[-1] not in stop):
+        tokens = np.zeros((1, 32), np.int32)
+        tokens[0, : len(text)] = text
+        ones = jnp.ones((1, 32), jnp.int32)
+        batch = Batch(jnp.asarray(tokens), ones > 0, ones, jnp.arange(32)[None])
+        text.append(int(target.features(batch).argmax_BT[0, len(text) - 1]))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("chunk", [4, 16])
+def test_greedy_is_what_the_uncached_forward_says(target, chunk):
+    counted = []
+    got = generate(target, PROMPTS, max_new_tokens=6, stop_tokens=(), prefill_chunk=chunk, on_step=counted.append)
+    assert got == [greedy(target, prompt, 6) for prompt in PROMPTS]
+    assert counted == [3] * 6
+
+
+def test_rows_end_by_themselves(target):
+    whole = [greedy(target, prompt, 6) for prompt in PROMPTS]
+    stop = whole[1][2]
+    counted = []
+    got = generate(target, PROMPTS, max_new_tokens=6, stop_tokens=[stop], on_step=counted.append)
+    cut = [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in whole]
+    assert got == cut
+    assert sum(counted) == sum(map(len, cut))
+
+
+def test_a_row_depends_on_its_prompt_and_seed_alone(target):
+    sampled = {"max_new_tokens": 8, "stop_tokens": (), "temperature": 20.0, "top_p": 0.9, "prefill_chunk": 16}
+    together = generate(target, PROMPTS, seeds=[3, 4, 5], **sampled)
+    assert generate(target, PROMPTS[::-1], seeds=[5, 4, 3], **sampled) == together[::-1]
+    assert generate(target, PROMPTS, seeds=[3, 4, 5], **sampled) == together
+    other = generate(target, [PROMPTS[0]] * 3, seeds=[3, 6, 3], **sampled)
+    assert other[0] == together[0] == other[2]
+    assert other[1] != together[0]
+
+
+def test_wrong_arguments(target):
+    with pytest.raises(InputError, match="prompts: found an empty one"):
+        generate(target, [[1], []], max_new_tokens=2, stop_tokens=())
+    with pytest.raises(InputError, match=r"temperature -1 and top_p 1.0"):
+        generate(target, [[1]], max_new_tokens=2, stop_tokens=(), temperature=-1)
+
+
+def test_the_card(tiny_gguf, capsys):
+    assert main([str(tiny_gguf), "--new-tokens", "4"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "family llama, LlamaForCausalLM", "parameters 0.", "layers 8 layers", "outputs of layers 1, 3, 4",
+        "with a chat template", "bfloat16 weights a device (one device)", "prompt What is the capital",
+    ):  # fmt: skip
+        assert part in text
+    assert "answer" in text
+
+
+def test_the_card_of_a_mesh_that_is_not_there(tiny_gguf, capsys):
+    """Memory for a mesh needs no devices; a sample does."""
+    assert main([str(tiny_gguf), "--new-tokens", "0", "--fsdp", "64", "--tensor", "2"]) == 0
+    assert "(fsdp 64 x tensor 2)" in " ".join(capsys.readouterr().out.split())
+    assert main([str(tiny_gguf), "--fsdp", "64"]) == 2
+    assert "mesh.fsdp: 64 devices were asked for, 8 are visible" in capsys.readouterr().err
+
+
+def test_the_card_of_nothing(tmp_path, capsys):
+    assert main([str(tmp_path / "none")]) == 2
+    assert "no file or directory" in capsys.readouterr().err
