@@ -60,24 +60,28 @@ def make_draft(case: str, compute: Any) -> nnx.Module:
     )
 
 
-def make_example(case: str, batch: int, length: int, supervised: float, compute: Any, seed: int = 0) -> Example:
-    """Random features; the last `supervised` share of every row is the assistant's."""
+def make_example(
+    case: str, batch: int, length: int, supervised: float, compute: Any, seed: int = 0, documents: int = 1
+) -> Example:
+    """Random features; the last `supervised` share of every row is the assistant's, a row holds that many documents of
+    equal length."""
     _, config = CASES[case]
     keys = jax.random.split(jax.random.key(seed), 4)
     shape, width = (batch, length), config.target_hidden_size
     tokens = jax.random.randint(keys[0], shape, 0, config.vocab_size)
     assistant = np.tile(np.arange(length) >= round(length * (1 - supervised)), (batch, 1))
-    ones = np.ones(shape, np.int32)
-    rows = Algorithm(1).rows(assistant, ones)
-    positions = jnp.tile(jnp.arange(length), (batch, 1))
+    document, place = np.divmod(np.arange(length), -(-length // documents))
+    segments, positions = (np.tile(x, (batch, 1)).astype(np.int32) for x in (document + 1, place))
+    rows = Algorithm(1).rows(assistant, segments)
     taps = jax.random.normal(keys[1], (*shape, 3, width), compute)
     last = jax.random.normal(keys[2], (*shape, width), compute)
     head_WE = 0.05 * jax.random.normal(keys[3], (config.draft_vocab_size, width), compute)
     spread = config.vocab_size // config.draft_vocab_size
     features = Features(taps, last, tokens // spread * spread, jnp.full(shape, 12.0))
     return Example(
-        Batch(tokens, jnp.asarray(assistant), jnp.asarray(ones), positions), features, jnp.asarray(rows), head_WE
-    )
+        Batch(tokens, jnp.asarray(assistant), jnp.asarray(segments), jnp.asarray(positions)), features,
+        jnp.asarray(rows), head_WE,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +108,8 @@ def count_flops(case: str, example: Example, num_steps: int) -> Flops:
     batch, length = example.batch.tokens_BT.shape
     rows = np.asarray(example.rows_BR)
     num_rows = int((rows < length).sum())
-    seen = float((rows[rows < length] + 1).sum())  # step-0 keys that one step's queries see, all rows together
+    # Step-0 keys that one step's queries see, all rows together.
+    seen = float((np.asarray(example.batch.positions_BT) + 1)[np.nonzero(rows < length)[0], rows[rows < length]].sum())
     width, heads = c.hidden_size, c.num_attention_heads
     if module is llama:
         query = 2 * width * heads * c.head_dim

@@ -47,11 +47,11 @@ def plain_loss(draft: nnx.Module, example: Example, algorithm: Algorithm) -> jax
     return algorithm.mean_loss(distillation_reference.sum_signals(steps, supervised, teacher))
 
 
-def check(case: str, compute: str, num_steps: int, length: int) -> float:
+def check(case: str, compute: str, num_steps: int, length: int, attention: str, documents: int) -> float:
     """Largest relative gradient error of the fast path against the plain one, on short rows."""
-    example = make_example(case, 2, length, 0.7, DTYPES[compute])
+    example = make_example(case, 2, length, 0.7, DTYPES[compute], documents=documents)
     graphdef, params, frozen = split_draft(make_draft(case, DTYPES[compute]))
-    algorithm = Algorithm(num_steps, attention="chunked", loss_chunk=64)
+    algorithm = Algorithm(num_steps, attention=attention, loss_chunk=64)
 
     def fast(params, frozen, example):
         return algorithm.mean_loss(algorithm.loss_sums(nnx.merge(graphdef, params, frozen), example))
@@ -86,9 +86,9 @@ def ceiling(compute: str) -> float:
     return 2 * size**3 / seconds(lambda: product(a), 10)
 
 
-def measure(case, compute, batch, length, supervised, algorithm, repeats, top) -> str:
+def measure(case, compute, batch, length, supervised, documents, algorithm, repeats, top) -> str:
     """One line of the table."""
-    example = make_example(case, batch, length, supervised, DTYPES[compute])
+    example = make_example(case, batch, length, supervised, DTYPES[compute], documents=documents)
     flops = count_flops(case, example, algorithm.num_steps)
     graphdef, params, frozen = split_draft(make_draft(case, DTYPES[compute]))
     tx = optimizer(TrainConfig(num_steps=1000))
@@ -112,7 +112,8 @@ def measure(case, compute, batch, length, supervised, algorithm, repeats, top) -
     rate = flops.total / took
     how = f"{algorithm.attention}, {algorithm.remat}, {algorithm.loss_chunk}/{algorithm.attention_chunk}"
     return (
-        f"| {case} | {batch} x {length} | {supervised:.0%} | {how} | {took * 1e3:.1f} | {batch * length / took:,.0f} | "
+        f"| {case} | {batch} x {length} / {documents} | {supervised:.0%} | {how} | {took * 1e3:.1f} | "
+        f"{batch * length / took:,.0f} | "
         f"{rate / 1e12:.2f} | {rate / top:.0%} | {planned / 1e9:.2f} GB | {peak} |"
     )
 
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[2])
     parser.add_argument("--length", nargs="+", type=int, default=[512])
     parser.add_argument("--supervised", nargs="+", type=float, default=[1.0])
+    parser.add_argument("--documents", nargs="+", type=int, default=[1], help="packed into one row")
     parser.add_argument("--attention", nargs="+", default=["auto"])
     parser.add_argument("--remat", nargs="+", default=["none"])
     parser.add_argument("--loss-chunk", nargs="+", type=int, default=[512])
@@ -137,22 +139,25 @@ def main() -> None:
     print(
         f"jax {jax.__version__} on {device.device_kind}, {arguments.compute}; matrix product {top / 1e12:.2f} TFLOP/s"
     )
-    for case in arguments.case:
-        error = check(case, arguments.compute, arguments.ttt_length, arguments.check_length)
-        print(f"{case}: fast path against the plain one, largest relative error {error:.1e}", flush=True)
+    # On short rows "auto" is dense attention, which is what it would be checked against.
+    attentions = {"chunked" if name in ("auto", "dense") else name for name in arguments.attention}
+    for case, attention, documents in itertools.product(arguments.case, sorted(attentions), {1, *arguments.documents}):
+        error = check(case, arguments.compute, arguments.ttt_length, arguments.check_length, attention, documents)
+        print(f"{case}, {documents} documents a row: {attention} attention against the plain path, "
+              f"largest relative error {error:.1e}", flush=True)  # fmt: skip
         if error > TOLERANCE[arguments.compute]:
             raise SystemExit(f"{case}: more than {TOLERANCE[arguments.compute]:.0e}; nothing is timed")
-    print("| case | batch x length | supervised | attention, remat, chunks | ms | tokens/s | TFLOP/s | of the "
-          "product | planned memory | peak so far |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
-    for case, batch, length, supervised, attention, remat, loss_chunk, attention_chunk in itertools.product(
-        arguments.case, arguments.batch, arguments.length, arguments.supervised, arguments.attention, arguments.remat,
-        arguments.loss_chunk, arguments.attention_chunk,
+    print("| case | batch x length / documents | supervised | attention, remat, chunks | ms | tokens/s | TFLOP/s | "
+          "of the product | planned memory | peak so far |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    for case, batch, length, supervised, documents, attention, remat, loss_chunk, attention_chunk in itertools.product(
+        arguments.case, arguments.batch, arguments.length, arguments.supervised, arguments.documents,
+        arguments.attention, arguments.remat, arguments.loss_chunk, arguments.attention_chunk,
     ):  # fmt: skip
         algorithm = Algorithm(
             arguments.ttt_length, attention=attention, remat=remat, loss_chunk=loss_chunk,
             attention_chunk=attention_chunk,
         )  # fmt: skip
-        line = measure(case, arguments.compute, batch, length, supervised, algorithm, arguments.repeats, top)
+        line = measure(case, arguments.compute, batch, length, supervised, documents, algorithm, arguments.repeats, top)
         print(line, flush=True)
 
 

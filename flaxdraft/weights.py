@@ -79,7 +79,7 @@ def load_state(
     Args:
         abstract: shapes and dtypes (nnx.eval_shape); every leaf must be covered by the table.
         groups: the layers' numbers in the file for each group; a group is the first component of a JAX path.
-        places: where each leaf lives; one device where None.
+        places: where each leaf lives; where None, on the default device, free to be moved by what uses it.
         ignored: names that the source may hold and nobody needs.
 
     Raises:
@@ -90,8 +90,8 @@ def load_state(
     _check(leaves, source, ignored)
     filled = {}
     for leaf in leaves:
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if places is None else places[leaf.path]
-        filled[leaf.path] = slots[leaf.path].replace(_fill(leaf, source, place))
+        array = _whole(leaf, source) if places is None else _fill(leaf, source, places[leaf.path])
+        filled[leaf.path] = slots[leaf.path].replace(array)
     return nnx.from_flat_state([(path, filled[path]) for path in slots])
 
 
@@ -142,6 +142,11 @@ def _check(leaves: Sequence[_Leaf], source: TensorSource, ignored: Callable[[str
 def _few(items: Sequence[str], between: str) -> str:
     more = f" and {len(items) - 8} more" if len(items) > 8 else ""
     return between.join(items[:8]) + more
+
+
+def _whole(leaf: _Leaf, source: TensorSource) -> jax.Array:
+    array = jax.device_put(_read_part(leaf, source, tuple((0, size) for size in leaf.shape)))
+    return jax.block_until_ready(array)  # see below
 
 
 def _fill(leaf: _Leaf, source: TensorSource, place: jax.sharding.Sharding) -> jax.Array:

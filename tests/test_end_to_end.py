@@ -230,7 +230,7 @@ def test_wrong_input_claims_nothing(tmp_path):
         ("train.num_steps=many", r"train.num_steps: found 'many'"),
         ("data.prompts=/nowhere.jsonl", r"data.prompts: cannot read /nowhere.jsonl"),
         ("data.num_prompts=11", r"data.num_prompts: found 11, .* has 10"),
-        ("target.path=/nowhere.gguf", r"target.path: no file /nowhere.gguf"),
+        ("target.path=/nowhere.gguf", r"target.path: no file or directory /nowhere.gguf"),
         ("target.sha256='00'", r"sha256 is .* target.sha256 says 00"),
         ("output_dir=/proc/flaxdraft", r"output_dir: cannot write to /proc/flaxdraft"),
         ("target.tap_layers=[0,4,7]", r"target.tap_layers: .* holds the last layer, which SGLang cannot capture"),

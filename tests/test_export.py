@@ -108,7 +108,7 @@ def test_exported_weights_are_read_back_bitwise(tmp_path, name, fields):
     tensors, _ = write(tmp_path, name, draft, params=params)
     weights = {key: array for key, array in tensors.items() if key not in ("d2t", "t2d")}
     table = DRAFTS[name].name_table(draft.config)
-    back = state_from_torch(params, table, weights, weights.__getitem__, 1, "export")
+    back = state_from_torch(params, table, weights, "export")
     for (path, want), (_, got) in zip(nnx.to_flat_state(params), nnx.to_flat_state(back), strict=True):
         np.testing.assert_array_equal(got[...], want[...], err_msg="/".join(map(str, path)))
 

@@ -135,7 +135,7 @@ def remover(name):
         (setter("t2d", np.ones(V, bool)), r"t2d is not the membership mask of d2t"),
         (remover("fc.weight"), r"missing: fc.weight"),
         (setter("midlayer.self_attn.q_norm.weight", np.ones(8, np.float32)), r"unexpected: midlayer.self_attn.q_norm"),
-        (setter("fc.weight", np.ones((32, 64), np.float32)), r"wrong shape: fc.weight: found \(64, 32\), expected"),
+        (setter("fc.weight", np.ones((32, 64), np.float32)), r"wrong shape: fc.weight: found \(32, 64\), expected"),
         (setter("intermediate_size", 52), r"wrong shape: midlayer.mlp.gate_proj.weight: found"),
         (setter("num_hidden_layers", 2), r"num_hidden_layers is 2, expected 1"),
         (setter("tie_word_embeddings", True), r"tie_word_embeddings is true, expected false"),

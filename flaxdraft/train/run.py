@@ -231,13 +231,12 @@ class Run:
             num_buckets=config.length_buckets,
         )  # fmt: skip
         # Loaded before the mesh is set: target and vocabulary stay on one device, where decoding uses them.
-        target, _ = self.target, self.vocab
+        target, _, head_WE = self.target, self.vocab, self.teacher_head(config.compute_dtype)
         _say("train", f"{config.num_steps} steps of {config.batch_size} answers to {target.path.name}")
         with jax.set_mesh(self.mesh):
             everywhere = jax.NamedSharding(self.mesh, jax.P())
             graphdef, params, frozen = split_draft(self.make_draft(Sharding.data_parallel(), config.compute_dtype))
             params, frozen = jax.device_put((params, frozen), everywhere)
-            head_WE = self.teacher_head(config.compute_dtype)
             CONSOLE.print(
                 f"  {sum(math.prod(p.shape) for p in jax.tree.leaves(params)) / 1e6:.1f} M trained parameters, "
                 f"{pipeline.steps_per_epoch} steps an epoch"
