@@ -102,8 +102,18 @@ def test_a_jax_without_the_names_falls_back_with_a_warning(monkeypatch):
     monkeypatch.setattr(cudnn_attention, "moved", lambda: "jax 99 has no such thing")
     monkeypatch.setattr(cudnn_attention, "unavailable", lambda q, v: cudnn_attention.moved())
     arrays, _, _ = make([0])
-    with pytest.warns(UserWarning, match="attention in chunks instead of cuDNN.*jax 99 has no such thing"):
-        assert choose("cudnn", *arrays[:3]) == "chunked"
+    long = [jax.ShapeDtypeStruct((1, 4096, *x.shape[2:]), x.dtype) for x in arrays[:3]]
+    for backend, given in (("cudnn", arrays), ("auto", long)):
+        with pytest.warns(UserWarning, match="attention in chunks instead of cuDNN.*jax 99 has no such thing"):
+            assert choose(backend, *given[:3]) == "chunked"
+
+
+def test_auto_takes_whole_scores_where_few_then_cudnn_where_it_runs(monkeypatch):
+    short = [jax.ShapeDtypeStruct((1, 64, 4, 128), jnp.bfloat16)] * 3
+    long = [jax.ShapeDtypeStruct((1, 4096, 4, 128), jnp.bfloat16)] * 3
+    assert [choose("auto", *x) for x in (short, long)] == ["dense", "chunked"]
+    monkeypatch.setattr(cudnn_attention, "unavailable", lambda q, v: None)
+    assert [choose("auto", *x) for x in (short, long)] == ["dense", "cudnn"]
 
 
 def test_asked_for_by_name_where_it_cannot_run():

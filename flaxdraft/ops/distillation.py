@@ -110,35 +110,33 @@ def _walk_shard(plan, want_gradients, states, teacher, supervised_BRJ, head_DW, 
             full_SV = jnp.einsum("se,ve->sv", last_SE, teacher_head.full_VE, preferred_element_type=wide)
             logsumexp_S = jax.nn.logsumexp(full_SV, axis=-1)
             argmax_S = teacher_head.draft_ids_V[jnp.argmax(full_SV, axis=-1)]
-        prefix_C, columns, gradients = jnp.ones(size, bool), [], list(gradients)
-        for j in range(num_steps):
-            rows = TeacherRows(teacher_SW[j : j + size], logsumexp_S[j : j + size], argmax_S[j : j + size])
-            supervised_C = take(supervised_MJ[:, j], at_C)
-            in_draft_C = supervised_C & (rows.draft_argmax_C >= 0)
-            state_CD = take(states[j], at_C)
-            logits_CW = jnp.einsum("cd,dw->cw", state_CD, head, preferred_element_type=wide)
-            loss_of = lambda logits, rows=rows, j=j: objective(logits, rows, accepted_J[j])  # noqa: E731
-            if want_gradients:
-                loss_C, pull = jax.vjp(loss_of, logits_CW)
-                (slope_CW,) = pull(jnp.where(in_draft_C, plan.step_weights[j], 0.0).astype(loss_C.dtype))
-                # An unsupervised row may hold anything: nothing of it may reach the head.
-                slope_CW = jnp.where(in_draft_C[:, None], slope_CW, 0.0).astype(state_CD.dtype)
-                state_CD = jnp.where(in_draft_C[:, None], state_CD, 0)
-                back_CD = jnp.einsum("cw,dw->cd", slope_CW, head, preferred_element_type=wide)
-                gradients[j] = gradients[j].at[at_C].set(back_CD.astype(state_CD.dtype), mode="drop")
-                head_gradient += jnp.einsum("cd,cw->dw", state_CD, slope_CW, preferred_element_type=wide)
-            else:
-                loss_C = loss_of(logits_CW)
-            hit_C = in_draft_C & (jnp.argmax(logits_CW, axis=-1) == rows.draft_argmax_C)
-            prefix_C = prefix_C & hit_C
-            columns.append((
-                jnp.sum(jnp.where(in_draft_C, loss_C, 0.0)), in_draft_C, supervised_C, hit_C, prefix_C,
-                jnp.sum(jnp.where(supervised_C, acceptance(logits_CW, rows), 0.0)),
-            ))  # fmt: skip
-        loss_J, *counted, accept_J = (jnp.stack(column) for column in zip(*columns, strict=True))
-        counts = (jnp.sum(mask_JC, axis=1, dtype=jnp.int32) for mask_JC in counted)
-        hit_MJ = hit_MJ.at[at_C].set(counted[2].T, mode="drop")
-        return sums + LossSums(loss_J, *counts, accept_J), hit_MJ, tuple(gradients), head_gradient
+        by_step = lambda x_S: jnp.stack([x_S[j : j + size] for j in range(num_steps)])  # noqa: E731
+        rows = TeacherRows(by_step(teacher_SW), by_step(logsumexp_S), by_step(argmax_S))
+        supervised_JC = take(supervised_MJ, at_C).T
+        in_draft_JC = supervised_JC & (rows.draft_argmax_C >= 0)
+        # All steps in one product: its gradient to the head is then one product too, not J to be added up.
+        states_JCD = jnp.stack([take(x, at_C) for x in states])
+        logits_JCW = jnp.einsum("jcd,dw->jcw", states_JCD, head, preferred_element_type=wide)
+        losses = lambda logits_JCW: jax.vmap(objective)(logits_JCW, rows, accepted_J)  # noqa: E731
+        if want_gradients:
+            loss_JC, pull = jax.vjp(losses, logits_JCW)
+            weight_J1 = jnp.asarray(plan.step_weights, loss_JC.dtype)[:, None]
+            (slope_JCW,) = pull(jnp.where(in_draft_JC, weight_J1, 0.0))
+            # An unsupervised row may hold anything: nothing of it may reach the head.
+            slope_JCW = jnp.where(in_draft_JC[..., None], slope_JCW, 0.0).astype(head.dtype)
+            states_JCD = jnp.where(in_draft_JC[..., None], states_JCD, 0)
+            back_JCD = jnp.einsum("jcw,dw->jcd", slope_JCW, head, preferred_element_type=wide).astype(head.dtype)
+            gradients = tuple(x.at[at_C].set(back_JCD[j], mode="drop") for j, x in enumerate(gradients))
+            head_gradient += jnp.einsum("jcd,jcw->dw", states_JCD, slope_JCW, preferred_element_type=wide)
+        else:
+            loss_JC = losses(logits_JCW)
+        hit_JC = in_draft_JC & (jnp.argmax(logits_JCW, axis=-1) == rows.draft_argmax_C)
+        prefix_JC = jnp.cumprod(hit_JC, axis=0, dtype=jnp.int32)
+        counts = (jnp.sum(x, axis=1, dtype=jnp.int32) for x in (in_draft_JC, supervised_JC, hit_JC, prefix_JC))
+        loss_J = jnp.sum(jnp.where(in_draft_JC, loss_JC, 0.0), axis=1)
+        accept_J = jnp.sum(jnp.where(supervised_JC, jax.vmap(acceptance)(logits_JCW, rows), 0.0), axis=1)
+        hit_MJ = hit_MJ.at[at_C].set(hit_JC.T, mode="drop")
+        return sums + LossSums(loss_J, *counts, accept_J), hit_MJ, gradients, head_gradient
 
     zeros = jnp.zeros(num_steps, wide)
     none = jnp.zeros(num_steps, jnp.int32)

@@ -34,22 +34,25 @@ DENSE_SCORES = 2**22
 def choose(backend: Backend, q_BRNH: jax.Array, k0_BTKH: jax.Array, v0_BTKC: jax.Array) -> Backend:
     """What `backend` means for these arrays (their shapes and types suffice) on this machine.
 
-    "auto" takes whole scores where they are few, else chunks; cuDNN is taken where it is asked for by name, until its
-    tests have passed on a GPU for every shape that a draft may have. A JAX whose private names have moved warns and
-    works in chunks.
+    "auto" takes whole scores where they are few, else cuDNN where it can run, else chunks. A JAX whose private names
+    have moved warns and works in chunks.
 
     Raises:
         InputError: cuDNN was asked for and cannot run.
     """
-    if backend == "cudnn" and (why := cudnn_attention.unavailable(q_BRNH, v0_BTKC)):
-        if why != cudnn_attention.moved():
-            raise InputError(f"algorithm.attention: cudnn cannot run here: {why}; use auto, or chunked")
+    if backend in ("dense", "chunked"):
+        return backend
+    num_scores = q_BRNH.shape[0] * q_BRNH.shape[1] * q_BRNH.shape[2] * k0_BTKH.shape[1]
+    if backend == "auto" and num_scores <= DENSE_SCORES:
+        return "dense"
+    why = cudnn_attention.unavailable(q_BRNH, v0_BTKC)
+    if why is None:
+        return "cudnn"
+    if why == cudnn_attention.moved():
         warnings.warn(f"attention in chunks instead of cuDNN, which is several times faster: {why}", stacklevel=2)
-        return "chunked"
-    if backend == "auto":
-        num_scores = q_BRNH.shape[0] * q_BRNH.shape[1] * q_BRNH.shape[2] * k0_BTKH.shape[1]
-        return "dense" if num_scores <= DENSE_SCORES else "chunked"
-    return backend
+    elif backend == "cudnn":
+        raise InputError(f"algorithm.attention: cudnn cannot run here: {why}; use auto, or chunked")
+    return "chunked"
 
 
 def suffix_attention(

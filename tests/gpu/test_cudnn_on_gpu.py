@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxdraft.mesh import make_mesh
 from flaxdraft.ops.suffix_attention import dense, suffix_attention
 
 pytestmark = pytest.mark.gpu
@@ -69,3 +70,18 @@ def test_value_and_gradients_are_the_dense_ones(shape, documents):
         a, b = (np.asarray(x, np.float32) for x in (a, b))
         assert np.isfinite(a).all()
         assert np.linalg.norm(a - b) < 6e-3 * np.linalg.norm(b)  # bfloat16 keeps 8 bits
+
+
+def test_arrays_split_over_a_mesh():
+    """As the trainer has them; one device is enough for the types."""
+    arrays, first, last = make(SHAPES["gqa"], DOCUMENTS["packed"])
+    fast = lambda *x: suffix_attention(*x, backend="cudnn")  # noqa: E731
+    like = jax.random.normal(jax.random.key(0), (*arrays[0].shape[:3], arrays[2].shape[-1]))
+    grad = jax.jit(jax.grad(lambda a, *x: loss(fast, a, *x)[0]))
+    want = grad(arrays, first, last, like)
+    mesh = make_mesh(1)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((arrays, first, last, like), jax.NamedSharding(mesh, jax.P("data")))
+        got = grad(*placed)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
