@@ -6,7 +6,8 @@ rows. The gradient is made in the same walk, with one float32 accumulator for th
 
 Shape letters: B batch, R rows, M = B R, J unroll steps, D draft width, E target width, V target vocabulary, W draft
 vocabulary, C rows of a chunk, S = C + J - 1 rows with their teachers: the teacher of row r at step j is the teacher of
-row r + j at step 0, since supervision asks rows r..r+j to be consecutive and each supervised by some step.
+row r + j at step 0, since supervision asks rows r..r+j to be consecutive and each supervised by some step. Q = J C
+rows of all steps of a chunk, step by step.
 """
 
 from __future__ import annotations
@@ -110,31 +111,34 @@ def _walk_shard(plan, want_gradients, states, teacher, supervised_BRJ, head_DW, 
             full_SV = jnp.einsum("se,ve->sv", last_SE, teacher_head.full_VE, preferred_element_type=wide)
             logsumexp_S = jax.nn.logsumexp(full_SV, axis=-1)
             argmax_S = teacher_head.draft_ids_V[jnp.argmax(full_SV, axis=-1)]
-        by_step = lambda x_S: jnp.stack([x_S[j : j + size] for j in range(num_steps)])  # noqa: E731
-        rows = TeacherRows(by_step(teacher_SW), by_step(logsumexp_S), by_step(argmax_S))
-        supervised_JC = take(supervised_MJ, at_C).T
-        in_draft_JC = supervised_JC & (rows.draft_argmax_C >= 0)
+        by_step = lambda x_S: jnp.concatenate([x_S[j : j + size] for j in range(num_steps)])  # noqa: E731
+        draft_logsumexp_S = jax.nn.logsumexp(teacher_SW, axis=-1)
+        rows = TeacherRows(*map(by_step, (teacher_SW, draft_logsumexp_S, logsumexp_S, argmax_S)))
+        supervised_Q = take(supervised_MJ, at_C).T.ravel()
+        in_draft_Q = supervised_Q & (rows.draft_argmax_C >= 0)
         # All steps in one product: its gradient to the head is then one product too, not J to be added up.
-        states_JCD = jnp.stack([take(x, at_C) for x in states])
-        logits_JCW = jnp.einsum("jcd,dw->jcw", states_JCD, head, preferred_element_type=wide)
-        losses = lambda logits_JCW: jax.vmap(objective)(logits_JCW, rows, accepted_J)  # noqa: E731
+        state_QD = jnp.concatenate([take(x, at_C) for x in states])
+        logits_QW = jnp.einsum("qd,dw->qw", state_QD, head, preferred_element_type=wide)
+        losses = lambda logits_QW: objective(logits_QW, rows, jnp.repeat(accepted_J, size))  # noqa: E731
         if want_gradients:
-            loss_JC, pull = jax.vjp(losses, logits_JCW)
-            weight_J1 = jnp.asarray(plan.step_weights, loss_JC.dtype)[:, None]
-            (slope_JCW,) = pull(jnp.where(in_draft_JC, weight_J1, 0.0))
+            loss_Q, pull = jax.vjp(losses, logits_QW)
+            weight_Q = jnp.repeat(jnp.asarray(plan.step_weights, loss_Q.dtype), size)
+            (slope_QW,) = pull(jnp.where(in_draft_Q, weight_Q, 0.0))
             # An unsupervised row may hold anything: nothing of it may reach the head.
-            slope_JCW = jnp.where(in_draft_JC[..., None], slope_JCW, 0.0).astype(head.dtype)
-            states_JCD = jnp.where(in_draft_JC[..., None], states_JCD, 0)
-            back_JCD = jnp.einsum("jcw,dw->jcd", slope_JCW, head, preferred_element_type=wide).astype(head.dtype)
-            gradients = tuple(x.at[at_C].set(back_JCD[j], mode="drop") for j, x in enumerate(gradients))
-            head_gradient += jnp.einsum("jcd,jcw->dw", states_JCD, slope_JCW, preferred_element_type=wide)
+            slope_QW = jnp.where(in_draft_Q[:, None], slope_QW, 0.0).astype(head.dtype)
+            state_QD = jnp.where(in_draft_Q[:, None], state_QD, 0)
+            back_QD = jnp.einsum("qw,dw->qd", slope_QW, head, preferred_element_type=wide).astype(head.dtype)
+            backs = jnp.split(back_QD, num_steps)
+            gradients = tuple(x.at[at_C].set(y, mode="drop") for x, y in zip(gradients, backs, strict=True))
+            head_gradient += jnp.einsum("qd,qw->dw", state_QD, slope_QW, preferred_element_type=wide)
         else:
-            loss_JC = losses(logits_JCW)
-        hit_JC = in_draft_JC & (jnp.argmax(logits_JCW, axis=-1) == rows.draft_argmax_C)
-        prefix_JC = jnp.cumprod(hit_JC, axis=0, dtype=jnp.int32)
-        counts = (jnp.sum(x, axis=1, dtype=jnp.int32) for x in (in_draft_JC, supervised_JC, hit_JC, prefix_JC))
-        loss_J = jnp.sum(jnp.where(in_draft_JC, loss_JC, 0.0), axis=1)
-        accept_J = jnp.sum(jnp.where(supervised_JC, jax.vmap(acceptance)(logits_JCW, rows), 0.0), axis=1)
+            loss_Q = losses(logits_QW)
+        apart = lambda x_Q: x_Q.reshape(num_steps, size)  # noqa: E731
+        hit_JC = apart(in_draft_Q & (jnp.argmax(logits_QW, axis=-1) == rows.draft_argmax_C))
+        masks = apart(in_draft_Q), apart(supervised_Q), hit_JC, jnp.cumprod(hit_JC, axis=0, dtype=jnp.int32)
+        counts = (jnp.sum(x, axis=1, dtype=jnp.int32) for x in masks)
+        loss_J = jnp.sum(apart(jnp.where(in_draft_Q, loss_Q, 0.0)), axis=1)
+        accept_J = jnp.sum(apart(jnp.where(supervised_Q, acceptance(logits_QW, rows), 0.0)), axis=1)
         hit_MJ = hit_MJ.at[at_C].set(hit_JC.T, mode="drop")
         return sums + LossSums(loss_J, *counts, accept_J), hit_MJ, gradients, head_gradient
 
@@ -144,8 +148,8 @@ def _walk_shard(plan, want_gradients, states, teacher, supervised_BRJ, head_DW, 
     slots = jax.tree.map(jnp.zeros_like, states), jnp.zeros(head_DW.shape, wide)
     slots = slots if want_gradients else ((), ())
     sums, hit_MJ, gradients, head_gradient = lax.fori_loop(0, -(-count // size), chunk, (*empty, *slots))
-    apart = lambda x: x.reshape(num_batch, num_rows, *x.shape[1:])  # noqa: E731
-    return jax.tree.map(apart, (hit_MJ, gradients)), (sums, head_gradient)
+    by_row = lambda x: x.reshape(num_batch, num_rows, *x.shape[1:])  # noqa: E731
+    return jax.tree.map(by_row, (hit_MJ, gradients)), (sums, head_gradient)
 
 
 def _forward(plan, states, head_DW, teacher, teacher_head, supervised_JBR, accepted_J):

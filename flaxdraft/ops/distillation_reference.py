@@ -49,8 +49,9 @@ def step_signals(
     accepted: float | Float[Array, ""] = 0.0,
 ) -> StepSignals:
     """Loss, top-1 hit and expected acceptance of step j, for every row, supervised or not; see ops/objectives.py."""
+    logits_BRW = shift_rows(teacher.logits_BRW, j, 0.0)
     rows = TeacherRows(
-        shift_rows(teacher.logits_BRW, j, 0.0), shift_rows(teacher.logsumexp_BR, j, 0.0),
+        logits_BRW, jax.nn.logsumexp(logits_BRW, axis=-1), shift_rows(teacher.logsumexp_BR, j, 0.0),
         shift_rows(teacher.draft_argmax_BR, j, -1),
     )  # fmt: skip
     loss_BR = jax.vmap(lambda logits, rows: OBJECTIVES[objective](logits, rows, accepted))(draft_logits_BRW, rows)

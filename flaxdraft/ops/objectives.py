@@ -23,8 +23,13 @@ class TeacherRows(NamedTuple):
     """What the target says about some rows at one step."""
 
     logits_CW: Float[Array, "C W"]  # of the draft vocabulary
+    draft_logsumexp_C: Float[Array, " C"]  # over the draft vocabulary
     logsumexp_C: Float[Array, " C"]  # over the full vocabulary
     draft_argmax_C: Int[Array, " C"]  # draft id of the full-vocabulary argmax, -1 outside the draft vocabulary
+
+    def draft_probabilities(self) -> Float[Array, "C W"]:
+        """p of each row."""
+        return jnp.exp(self.logits_CW - self.draft_logsumexp_C[:, None])
 
 
 def acceptance(logits_CW: Float[Array, "C W"], teacher: TeacherRows) -> Float[Array, " C"]:
@@ -35,7 +40,7 @@ def acceptance(logits_CW: Float[Array, "C W"], teacher: TeacherRows) -> Float[Ar
 
 def soft_cross_entropy(logits_CW: Float[Array, "C W"], teacher: TeacherRows, accepted) -> Float[Array, " C"]:
     """-sum_w p[w] log q[w]: the forward divergence but for the teacher's entropy, which has no gradient."""
-    p_CW = jax.nn.softmax(teacher.logits_CW, axis=-1)
+    p_CW = teacher.draft_probabilities()
     return jax.nn.logsumexp(logits_CW, axis=-1) - jnp.sum(p_CW * logits_CW, axis=-1)
 
 
@@ -58,9 +63,9 @@ def lk_lambda(logits_CW: Float[Array, "C W"], teacher: TeacherRows, accepted) ->
     core/lk_loss.py, with kl_scale 1 and kl_decay 3).
 
     Args:
-        accepted: the mean acceptance of this step over the whole previous global batch.
+        accepted: the mean acceptance of each row's step over the whole previous global batch.
     """
-    p_CW = jax.nn.softmax(teacher.logits_CW, axis=-1)
+    p_CW = teacher.draft_probabilities()
     entropy_C = -jnp.sum(jnp.where(p_CW > 0, p_CW * jnp.log(jnp.where(p_CW > 0, p_CW, 1.0)), 0.0), axis=-1)
     divergence_C = soft_cross_entropy(logits_CW, teacher, accepted) - entropy_C
     share = jnp.exp(-LK_ETA * accepted)
