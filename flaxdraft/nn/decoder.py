@@ -33,7 +33,7 @@ from flaxdraft.ops import range_attention
 from flaxdraft.ops.attention import attend, attend_cache, causal_visibility, document_ranges
 from flaxdraft.precision import Precision
 
-DENSE_SCORES = 2**27  # of one device, up to which a forward without a cache builds them whole
+DENSE_SCORES = 2**24  # of one device, up to which a forward without a cache builds them whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,7 +227,7 @@ def _uncached(q_BTNH, k_BTKH, v_BTKC, segments_BT, scale: float):
     num_batch, num_rows, num_heads, _ = q_BTNH.shape
     if num_batch * num_heads * num_rows**2 <= DENSE_SCORES:
         return attend(q_BTNH, k_BTKH, v_BTKC, causal_visibility(segments_BT), scale)
-    chunks = range_attention.Chunks(512, 512)
+    chunks = range_attention.Chunks(256, 256)
     out, _ = range_attention.forward(q_BTNH, k_BTKH, v_BTKC, *document_ranges(segments_BT), scale, chunks)
     return out.astype(v_BTKC.dtype)
 
