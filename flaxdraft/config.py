@@ -44,7 +44,7 @@ class _Section(BaseModel):
 
 
 class TargetConfig(_Section):
-    path: Text  # a .gguf file, or wheel:NAME==VERSION/FILE
+    path: Text  # a model directory, a .gguf file, wheel:NAME==VERSION/FILE, or ORG/NAME on the hub
     sha256: str | None = None
     tap_layers: list[int] | None = Field(default=None, min_length=3, max_length=3)  # outputs of these layers
 

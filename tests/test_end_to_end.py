@@ -11,10 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import load_file
-from tiny import write_prompts
+from safetensors.numpy import load_file, save_file
+from test_contracts import DEEPSEEK_FIELDS, TARGET_HF
+from tiny import random_weights, write_prompts
 
 from flaxdraft.errors import InputError
+from flaxdraft.gguf_file import GGUFCheckpoint
+from flaxdraft.mesh import Sharding
+from flaxdraft.precision import Precision
+from flaxdraft.targets import deepseek
 from flaxdraft.train import run as run_module
 from flaxdraft.train.__main__ import main
 from flaxdraft.train.stages import claim
@@ -258,3 +263,43 @@ def test_the_command_itself_reports_without_a_traceback(workspace):
     assert done.returncode == 2
     assert "nothing.yaml: cannot be read" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def deepseek_directory(tmp_path_factory, tiny_gguf):
+    """A DeepSeek-V3 model directory with the tiny target's tokenizer."""
+    directory = tmp_path_factory.mktemp("deepseek")
+    tokenizer = GGUFCheckpoint(tiny_gguf).tokenizer()
+    tokenizer.save_pretrained(directory)
+    hf = TARGET_HF | DEEPSEEK_FIELDS | {
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": len(tokenizer),
+        "max_position_embeddings": 128, "tie_word_embeddings": False, "eos_token_id": tokenizer.eos_token_id,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(hf))
+    config = deepseek.Config.from_hf(hf)
+    weights = random_weights(deepseek, config, deepseek.groups(config, Precision(), Sharding.none()))
+    save_file(weights, directory / "model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize("architecture", ["mla", pytest.param("llama", marks=pytest.mark.slow)])
+def test_a_model_directory_of_another_family(workspace, deepseek_directory, tmp_path, architecture):
+    few = ("train.num_steps=2", "train.eval_every=2", f"output_dir={tmp_path}", f"draft.architecture={architecture}")
+    assert call(workspace, f"target.path={deepseek_directory}", *few) == 0
+    evaluation = json.loads((tmp_path / architecture / "evaluation.json").read_text())["result"]
+    assert evaluation["decoded"]["identical_answers"] == evaluation["answers"] == 4
+    config = json.loads((tmp_path / architecture / "export" / "config.json").read_text())
+    if architecture == "mla":  # its ranks are the target's
+        names = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        assert {name: config[name] for name in names} == {name: DEEPSEEK_FIELDS[name] for name in names}
+    else:
+        assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (5, 5, 6)
+
+
+def test_a_directory_without_a_tokenizer_is_refused(workspace, deepseek_directory, tmp_path, capfd):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(deepseek_directory / name, bare / name)
+    assert call(workspace, f"target.path={bare}", f"output_dir={tmp_path / 'out'}") == 2
+    assert "has no tokenizer, which it takes to ask the target" in capfd.readouterr().err.replace("\n", " ")

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import save_file
 from test_contracts import TARGET_HF
+from tiny import random_weights
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -18,7 +18,6 @@ from flaxdraft.errors import InputError
 from flaxdraft.hf_directory import HFDirectory
 from flaxdraft.interfaces import Batch
 from flaxdraft.mesh import Sharding
-from flaxdraft.nn import decoder
 from flaxdraft.precision import Precision
 from flaxdraft.safetensors_file import SafetensorsFile
 from flaxdraft.targets import from_pretrained, llama
@@ -29,15 +28,7 @@ CONFIG = TARGET_HF | {"num_hidden_layers": 8}
 def weights():
     """Random weights of a tiny Llama in the file's names."""
     config = llama.Config.from_hf(CONFIG)
-    _, abstract = decoder.abstract_state(config, llama.groups(config, Precision(), Sharding.none()), Precision())
-    shapes = {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(abstract)}
-    rng, out = np.random.default_rng(0), {}
-    for path, template, how in llama.name_table(config):
-        for i in range(8 if "{i}" in template else 1):
-            shape = shapes[path][1:] if "{i}" in template else shapes[path]
-            noise = rng.normal(size=shape[::-1] if how == "transpose" else shape) / np.sqrt(shape[-1])
-            out[template.replace("{i}", str(i))] = noise.astype(np.float32)
-    return out
+    return random_weights(llama, config, llama.groups(config, Precision(), Sharding.none()))
 
 
 WEIGHTS = weights()

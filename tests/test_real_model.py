@@ -13,6 +13,7 @@ from flaxdraft import targets
 from flaxdraft.config import load_config
 from flaxdraft.data.generation import answer_greedily
 from flaxdraft.data.prompts import Prompt, render
+from flaxdraft.generate import generate
 from flaxdraft.interfaces import Batch
 from flaxdraft.train.__main__ import main
 
@@ -49,6 +50,24 @@ def test_capital_of_france(loaded):
     answer = loaded.tokenizer.decode(row.tokens[row.num_prompt :], skip_special_tokens=True)
     assert answer.strip().rstrip(".").endswith("Paris")
     assert row.tokens[-1] == loaded.tokenizer.eos_token_id
+
+
+def test_greedy_text_is_the_text_decoded_without_a_cache(loaded):
+    question = Prompt("x", "question", "train", "Name three primary colours and say why they are called so.")
+    prompt = render(loaded.tokenizer, question, 64)
+    end = loaded.tokenizer.eos_token_id
+    cached = generate(loaded.model, [prompt], max_new_tokens=32, stop_tokens=[end])[0]
+    tokens, length = np.zeros((1, len(prompt) + 32), np.int32), len(prompt)
+    tokens[0, :length] = prompt
+    positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
+    while length < tokens.shape[1] and tokens[0, length - 1] != end:
+        inside = (positions < length).astype(np.int32)
+        features = loaded.model.features(Batch(tokens, inside > 0, inside, positions))
+        tokens[0, length] = features.argmax_BT[0, length - 1]
+        length += 1
+    assert len(cached) > 20
+    answer = loaded.tokenizer.decode(tokens[0, len(prompt) : length], skip_special_tokens=True)
+    assert loaded.tokenizer.decode(cached, skip_special_tokens=True) == answer
 
 
 def test_the_command_on_a_few_prompts(tmp_path):

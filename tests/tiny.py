@@ -5,7 +5,11 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from flax import nnx
 from tokenizers import pre_tokenizers
+
+from flaxdraft.nn import decoder
+from flaxdraft.precision import Precision
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["t h", "th e", "a n", "an d", "Ġ a", "i n", "Ġ the"]
@@ -71,6 +75,24 @@ def write_tiny_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def random_weights(family, config, groups) -> dict[str, np.ndarray]:
+    """Of a target, in the file's names, of a scale that makes every part count."""
+    _, abstract = decoder.abstract_state(config, groups, Precision())
+    shapes = {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(abstract)}
+    spans = {group.name: group.layers for group in groups}
+    rng, out = np.random.default_rng(0), {}
+    for path, template, how in family.name_table(config):
+        shape = shapes[path][("{i}" in template) + ("{e}" in template) :]
+        for i in spans[path.split("/")[0]] if "{i}" in template else [0]:
+            for e in range(family.num_experts(config)) if "{e}" in template else [0]:
+                noise = rng.normal(size=shape[::-1] if how == "transpose" else shape).astype(np.float32)
+                scaled = (
+                    1 + 0.2 * noise if path.endswith("scale") else (noise / np.sqrt(noise.shape[-1])).astype(np.float32)
+                )
+                out[template.replace("{i}", str(i)).replace("{e}", str(e))] = scaled
+    return out
 
 
 def write_prompts(path: Path, num_train: int = 10, num_held_out: int = 4) -> Path:

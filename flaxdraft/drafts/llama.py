@@ -69,14 +69,20 @@ class Config(Eagle3Sizes):
 
     @classmethod
     def for_target(cls, target: Any, draft_vocab_size: int) -> dict[str, Any]:
-        """Defaults next to a target: its widths, heads and rotary embedding."""
-        return {
-            **cls.sizes_for_target(target, draft_vocab_size),
-            "num_attention_heads": target.num_attention_heads,
-            "num_key_value_heads": target.num_key_value_heads,
-            "head_dim": target.head_dim,
-            "rope": target.rope,
-        }
+        """Defaults next to a target: its widths, heads and rotary embedding. Next to latent attention, whose heads
+        are too many and too wide for grouped queries, heads of its value width that fill the hidden size."""
+        sizes = cls.sizes_for_target(target, draft_vocab_size)
+        heads, kv_heads, width, rope = (
+            target.num_attention_heads, target.num_key_value_heads, target.head_dim, target.rope
+        )  # fmt: skip
+        if hasattr(target, "kv_lora_rank"):
+            width = target.v_head_dim
+            heads = max(target.hidden_size // width, 1)
+            kv_heads = next(count for count in range(8, 0, -1) if heads % count == 0)
+            rope = RopeConfig(rope_theta=rope.rope_theta, max_position_embeddings=rope.max_position_embeddings)
+        return sizes | {
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": width, "rope": rope,
+        }  # fmt: skip
 
     def to_hf(self) -> dict[str, Any]:
         """config.json fields, without the target's layer ids."""

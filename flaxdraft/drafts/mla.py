@@ -87,16 +87,21 @@ class Config(Eagle3Sizes):
 
     @classmethod
     def for_target(cls, target: Any, draft_vocab_size: int) -> dict[str, Any]:
-        """Defaults next to a target: its width and heads, DeepSeek's proportions between the ranks."""
-        half = target.head_dim // 2
-        return {
-            **cls.sizes_for_target(target, draft_vocab_size),
-            "num_attention_heads": target.num_attention_heads,
+        """Defaults next to a target: its width and heads, DeepSeek's proportions between the ranks; the ranks and
+        widths of a target that has latent attention itself."""
+        ranks = {
             "q_lora_rank": max(target.hidden_size // 3 // 64 * 64, 64),
             "kv_lora_rank": max(target.hidden_size // 4 // 64 * 64, 64),
             "qk_nope_head_dim": target.head_dim,
-            "qk_rope_head_dim": half,
+            "qk_rope_head_dim": target.head_dim // 2,
             "v_head_dim": target.head_dim,
+        }
+        # A target without a query rank keeps the default: no server loads a draft without one.
+        own = {name: getattr(target, name, None) for name in ranks}
+        return {
+            **cls.sizes_for_target(target, draft_vocab_size),
+            "num_attention_heads": target.num_attention_heads,
+            **{name: own[name] or default for name, default in ranks.items()},
             "latent_norm_eps": target.rms_norm_eps,
             "rope": target.rope,
         }

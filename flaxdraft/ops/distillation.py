@@ -111,7 +111,7 @@ def _walk_shard(plan, want_gradients, states, teacher, supervised_BRJ, head_DW, 
             full_SV = jnp.einsum("se,ve->sv", last_SE, teacher_head.full_VE, preferred_element_type=wide)
             logsumexp_S = jax.nn.logsumexp(full_SV, axis=-1)
             argmax_S = teacher_head.draft_ids_V[jnp.argmax(full_SV, axis=-1)]
-        at_Q = (jnp.arange(num_steps)[:, None] + jnp.arange(size)).ravel()
+        at_Q = (jnp.arange(num_steps)[:, None] + jnp.arange(size)[None]).ravel()
         by_step = lambda x_S: x_S.at[at_Q].get(mode="promise_in_bounds")  # noqa: E731
         draft_logsumexp_S = jax.nn.logsumexp(teacher_SW, axis=-1)
         rows = TeacherRows(*map(by_step, (teacher_SW, draft_logsumexp_S, logsumexp_S, argmax_S)))

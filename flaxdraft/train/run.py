@@ -100,6 +100,11 @@ class Run:
         address, sha256 = self.config.target.path, self.config.target.sha256
         loaded = targets.from_pretrained(address, sha256=sha256, tap_layers=taps)
         c = loaded.model.config
+        if loaded.tokenizer is None or not loaded.tokenizer.chat_template:
+            raise InputError(
+                f"target.path: {loaded.path} has no {'tokenizer' if loaded.tokenizer is None else 'chat template'}, "
+                "which it takes to ask the target; put the model's tokenizer.json and tokenizer_config.json there"
+            )
         if c.tap_layers[2] == c.num_hidden_layers - 1:
             raise InputError(
                 f"target.tap_layers: {list(c.tap_layers)} holds the last layer, which SGLang cannot capture; "

@@ -1,5 +1,6 @@
 """Targets over eight devices: the same numbers as on one, and no weight is put together under tensor parallelism."""
 
+import functools
 import re
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_contracts import DEEPSEEK_FIELDS, TARGET_HF, TARGETS
+from tiny import random_weights
 
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch
@@ -25,22 +27,6 @@ MESHES = {
     "data": (8, 1, 1, 1), "fsdp": (1, 8, 1, 1), "tensor": (1, 1, 8, 1), "expert": (1, 1, 1, 8), "all": (1, 2, 2, 2),
 }  # fmt: skip
 T = 16
-
-
-def random_weights(family, config, groups) -> dict[str, np.ndarray]:
-    """In the file's names, of a scale that makes every part count."""
-    _, abstract = decoder.abstract_state(config, groups, Precision())
-    shapes = {"/".join(map(str, path)): variable.shape for path, variable in decoder.nnx.to_flat_state(abstract)}
-    spans = {group.name: group.layers for group in groups}
-    rng, out = np.random.default_rng(0), {}
-    for path, template, how in family.name_table(config):
-        shape = shapes[path][("{i}" in template) + ("{e}" in template) :]
-        for i in spans[path.split("/")[0]] if "{i}" in template else [0]:
-            for e in range(family.num_experts(config)) if "{e}" in template else [0]:
-                noise = rng.normal(size=shape[::-1] if how == "transpose" else shape).astype(np.float32)
-                scaled = 1 + 0.2 * noise if path.endswith("scale") else noise / np.sqrt(noise.shape[-1])
-                out[template.replace("{i}", str(i)).replace("{e}", str(e))] = scaled
-    return out
 
 
 def make(name: str, mesh_shape=None, **fields):
@@ -71,15 +57,23 @@ def run(target):
     return jax.device_get((whole, first, second)), cache
 
 
-@pytest.fixture(scope="module", params=FIELDS)
-def single(request):
-    target = make(request.param)
-    return request.param, run(target)[0]
+@pytest.fixture(scope="module")
+def single():
+    """What each family gives on one device."""
+    return functools.cache(lambda name: run(make(name))[0])
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_one_and_eight_devices_agree(single, mesh):
-    name, want = single
+# The mesh of all axes by default, and what the family with experts does along each of its own.
+QUICK = {("qwen2", "all"), ("qwen3", "all"), ("deepseek v3", "all"), ("deepseek v3", "tensor")}
+PAIRS = [
+    pytest.param(name, mesh, marks=[] if (name, mesh) in QUICK else pytest.mark.slow)
+    for name in FIELDS for mesh in MESHES
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "mesh"), PAIRS)
+def test_one_and_eight_devices_agree(single, name, mesh):
+    want = single(name)
     target = make(name, MESHES[mesh])
     got, cache = run(target)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
