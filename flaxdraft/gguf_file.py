@@ -10,15 +10,17 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from flaxdraft.errors import InputError
 from flaxdraft.nn.rope import RopeConfig, inverse_frequencies
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -191,6 +193,8 @@ class GGUFCheckpoint:
             return self._build_tokenizer()
 
     def _build_tokenizer(self) -> PreTrainedTokenizerFast:
+        from transformers import PreTrainedTokenizerFast  # the import takes seconds
+
         tokens = self._field("tokenizer.ggml.tokens")
         merges = [tuple(merge.split(" ", 1)) for merge in self._field("tokenizer.ggml.merges")]
         try:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from flaxdraft.errors import InputError
 from flaxdraft.safetensors_file import SafetensorsFile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _SCALES = "_scale_inv"
@@ -113,6 +115,8 @@ class HFDirectory:
         """
         if not (self.path / "tokenizer.json").exists():
             return None
+        from transformers import PreTrainedTokenizerFast  # the import takes seconds
+
         try:
             return PreTrainedTokenizerFast.from_pretrained(str(self.path), local_files_only=True)
         except Exception as error:  # the tokenizers library raises nothing narrower

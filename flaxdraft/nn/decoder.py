@@ -172,19 +172,27 @@ def weight_shardings(
     """Where each weight lives, by its JAX path.
 
     Raises:
+        InputError: see `_checked_specs`.
+    """
+    specs = _checked_specs(config, abstract, groups, mesh.shape, sharding)
+    return {path: jax.NamedSharding(mesh, spec) for path, _, spec in specs}
+
+
+def _checked_specs(config, abstract, groups, mesh_shape: Mapping[str, int], sharding: Sharding) -> list:
+    """(path, shape, spec) of every weight.
+
+    Raises:
         InputError: the mesh does not divide a weight, or the heads; the message names it and the axis.
     """
     for name in ("num_attention_heads", "num_key_value_heads"):
-        _check_divides(name, (getattr(config, name),), sharding.weight_f, mesh)
-    places = {}
-    for path, shape, spec in _weight_specs(abstract, groups, sharding):
-        _check_divides("/".join(map(str, path)), shape, spec, mesh)
-        places[path] = jax.NamedSharding(mesh, spec)
-    return places
+        _check_divides(name, (getattr(config, name),), sharding.weight_f, mesh_shape)
+    specs = list(_weight_specs(abstract, groups, sharding))
+    for path, shape, spec in specs:
+        _check_divides("/".join(map(str, path)), shape, spec, mesh_shape)
+    return specs
 
 
 def _weight_specs(abstract: nnx.State, groups: Sequence[Group], sharding: Sharding):
-    """(path, shape, spec) of every weight."""
     stacked = {group.name for group in groups}
     for path, variable in nnx.to_flat_state(abstract):
         name = "/".join(map(str, path))
@@ -195,20 +203,24 @@ def _weight_specs(abstract: nnx.State, groups: Sequence[Group], sharding: Shardi
 def bytes_per_device(
     config: DecoderConfig, abstract: nnx.State, groups: Sequence[Group], mesh_shape: Mapping[str, int]
 ) -> int:
-    """Of weights alone, on a mesh of that shape, which need not be there."""
+    """Of weights alone, on a mesh of that shape, which need not be there.
+
+    Raises:
+        InputError: see `_checked_specs`.
+    """
     total = 0
     sizes = {path: variable.dtype.itemsize for path, variable in nnx.to_flat_state(abstract)}
-    for path, shape, spec in _weight_specs(abstract, groups, Sharding.parallel()):
+    for path, shape, spec in _checked_specs(config, abstract, groups, mesh_shape, Sharding.parallel()):
         parts = math.prod(mesh_shape[axis] for axis in spec if axis is not None)
         total += math.prod(shape) * sizes[path] // parts
     return total
 
 
-def _check_divides(name: str, shape: Sequence[int], spec: P, mesh: jax.sharding.Mesh) -> None:
+def _check_divides(name: str, shape: Sequence[int], spec: P, mesh_shape: Mapping[str, int]) -> None:
     for size, axis in zip(shape, spec, strict=False):
-        if axis is not None and size % mesh.shape[axis]:
+        if axis is not None and size % mesh_shape[axis]:
             raise InputError(
-                f"mesh.{axis}: {mesh.shape[axis]} devices do not divide {name} {tuple(shape)}; expected a divisor of "
+                f"mesh.{axis}: {mesh_shape[axis]} devices do not divide {name} {tuple(shape)}; expected a divisor of "
                 f"{size}"
             )
 

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import jax
-from transformers import PreTrainedTokenizerFast
 
 from flaxdraft.errors import InputError
 from flaxdraft.fetch import fetch
@@ -19,6 +19,9 @@ from flaxdraft.mesh import Sharding
 from flaxdraft.nn import decoder
 from flaxdraft.precision import Precision
 from flaxdraft.weights import load_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from rich.text import Text
 
+from flaxdraft import targets
 from flaxdraft.config import RunConfig, nearest
 from flaxdraft.data.capture import capture, is_captured, load_split, supervised_token_counts, write_texts
 from flaxdraft.data.generation import Row
@@ -93,8 +94,6 @@ class Run:
     @functools.cached_property
     def target(self):
         """The loaded target with its tokenizer; only stages that need it load it."""
-        from flaxdraft import targets  # imports transformers, which takes seconds
-
         _say("target", self.config.target.path)
         taps = self.config.target.tap_layers
         address, sha256 = self.config.target.path, self.config.target.sha256
