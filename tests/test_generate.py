@@ -78,10 +78,12 @@ def test_the_card(tiny_gguf, capsys):
 
 def test_the_card_of_a_mesh_that_is_not_there(tiny_gguf, capsys):
     """Memory for a mesh needs no devices; a sample does."""
-    assert main([str(tiny_gguf), "--new-tokens", "0", "--fsdp", "64", "--tensor", "2"]) == 0
-    assert "(fsdp 64 x tensor 2)" in " ".join(capsys.readouterr().out.split())
-    assert main([str(tiny_gguf), "--fsdp", "64"]) == 2
-    assert "mesh.fsdp: 64 devices were asked for, 8 are visible" in capsys.readouterr().err
+    assert main([str(tiny_gguf), "--new-tokens", "0", "--fsdp", "16", "--tensor", "2"]) == 0
+    assert "(fsdp 16 x tensor 2)" in " ".join(capsys.readouterr().out.split())
+    assert main([str(tiny_gguf), "--new-tokens", "0", "--fsdp", "64"]) == 2
+    assert "mesh.fsdp: 64 devices do not divide" in capsys.readouterr().err
+    assert main([str(tiny_gguf), "--fsdp", "16"]) == 2
+    assert "mesh.fsdp: 16 devices were asked for, 8 are visible" in capsys.readouterr().err
 
 
 def test_the_card_of_nothing(tmp_path, capsys):
