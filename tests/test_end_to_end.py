@@ -19,10 +19,10 @@ from flaxdraft.errors import InputError
 from flaxdraft.gguf_file import GGUFCheckpoint
 from flaxdraft.mesh import Sharding
 from flaxdraft.precision import Precision
+from flaxdraft.stages import claim
 from flaxdraft.targets import deepseek
 from flaxdraft.train import run as run_module
 from flaxdraft.train.__main__ import main
-from flaxdraft.train.stages import claim
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ LAYERS = (
     ("interfaces", "config", "mesh", "precision", "progress"),
     ("ops",),
     ("nn", "weights", "fetch", "safetensors_file"),
-    ("gguf_file", "hf_directory"),
+    ("gguf_file", "hf_directory", "stages"),
     ("targets", "drafts", "generate"),
     ("algorithms",),
     ("data", "checkpoint"),

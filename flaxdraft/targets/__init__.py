@@ -33,6 +33,15 @@ class LoadedTarget:
     hf_config: dict
     path: Path
 
+    @property
+    def stop_tokens(self) -> list[int]:
+        """What ends an answer: the configuration's end tokens, of which there may be several, and the tokenizer's."""
+        named = self.hf_config.get("eos_token_id")
+        ends = {*named} if isinstance(named, list) else {named}
+        if self.tokenizer is not None:
+            ends.add(self.tokenizer.eos_token_id)
+        return sorted(end for end in ends if end is not None)
+
 
 @dataclasses.dataclass(frozen=True)
 class OpenedTarget:

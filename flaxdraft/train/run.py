@@ -33,8 +33,8 @@ from flaxdraft.mesh import Sharding, make_mesh
 from flaxdraft.precision import DTYPES, Precision
 from flaxdraft.progress import CONSOLE
 from flaxdraft.report import print_headline, write_report
+from flaxdraft.stages import Stage, claim
 from flaxdraft.train.loop import Trainer, read_metrics
-from flaxdraft.train.stages import Stage, claim
 from flaxdraft.train.start import check_target, load_start
 from flaxdraft.train.state import split_draft, warm_start
 

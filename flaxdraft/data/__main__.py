@@ -1,0 +1,132 @@
+"""python -m flaxdraft.data: show conversations as the target reads them; regenerate, let the target answer them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from itertools import islice, pairwise
+from pathlib import Path
+
+from flaxdraft.errors import InputError
+
+ADDRESS = "a model directory, a .gguf file, wheel:NAME==VERSION/FILE, or ORG/NAME"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when done; 2 with one message for wrong input."""
+    arguments = _parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        arguments.command(arguments)
+    except InputError as error:
+        print(f"flaxdraft: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from flaxdraft.data.regenerate import Answering
+
+    parser = argparse.ArgumentParser(prog="python -m flaxdraft.data", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="show | regenerate")
+    look = commands.add_parser("show", help="print rows with what is supervised in colour")
+    look.set_defaults(command=show)
+    look.add_argument("--rows", type=int, default=3, help="from the beginning of the file")
+    look.add_argument("--max-length", type=int, default=4096, help="tokens, where rows are cut")
+    look.add_argument("--last-turn-only", action="store_true", help="supervise the last assistant turn alone")
+    look.add_argument("--mask-reasoning", action="store_true", help="leave out what stands in <think> tags")
+    answer = commands.add_parser("regenerate", help="replace every assistant turn by the target's own")
+    answer.set_defaults(command=answer_all)
+    answer.add_argument("--rows", type=int, default=32, help="conversations answered together")
+    answer.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of weights and products")
+    for field in dataclasses.fields(Answering):
+        answer.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    for each in (look, answer):
+        each.add_argument("file", type=Path, help="conversations, .jsonl or .parquet")
+        each.add_argument("--target", required=True, help=ADDRESS)
+    answer.add_argument("output_dir", type=Path, help="a folder for the answers; the same one goes on")
+    return parser
+
+
+def show(arguments: argparse.Namespace) -> None:
+    from rich.text import Text
+
+    from flaxdraft import targets
+    from flaxdraft.data.chat import ChatOptions, render
+    from flaxdraft.data.conversations import read_conversations
+    from flaxdraft.progress import CONSOLE
+
+    tokenizer = targets.open_target(arguments.target).source.tokenizer()
+    if tokenizer is None:
+        raise InputError(f"{arguments.target}: has no tokenizer")
+    options = ChatOptions(arguments.max_length, arguments.last_turn_only, arguments.mask_reasoning)
+    shown = total = supervised = silent = 0
+    for conversation in islice(read_conversations(arguments.file), arguments.rows):
+        rendered = render(tokenizer, conversation, options)
+        share = int(rendered.assistant.sum())
+        CONSOLE.rule(f"{conversation.where}, {len(rendered.tokens)} tokens, {share} supervised")
+        text = Text()
+        for begin, end, on in runs(rendered.assistant):
+            piece = tokenizer.decode(rendered.tokens[begin:end])
+            # Colours are lost in a file; there the supervised text stands in marks.
+            marked = piece if CONSOLE.is_terminal or not on else f"«{piece}»"
+            text.append(marked, "bold green" if on else "dim")
+        CONSOLE.print(text)
+        shown, total = shown + 1, total + len(rendered.tokens)
+        supervised, silent = supervised + share, silent + (share == 0)
+    CONSOLE.rule()
+    CONSOLE.print(
+        f"{shown} rows, {total} tokens, {supervised} supervised"
+        + (f"; {silent} rows supervise nothing" if silent else "")
+    )
+
+
+def runs(mask):
+    """(begin, end, value) of each run of equal values."""
+    import numpy as np
+
+    edges = [0, *(np.flatnonzero(np.diff(mask)) + 1), len(mask)]
+    return [(begin, end, bool(mask[begin])) for begin, end in pairwise(edges)]
+
+
+def answer_all(arguments: argparse.Namespace) -> None:
+    from flaxdraft import targets
+    from flaxdraft.data.conversations import read_conversations
+    from flaxdraft.data.regenerate import FILE, Answering, regenerate
+    from flaxdraft.fetch import content_of, sha256_of
+    from flaxdraft.precision import DTYPES, Precision
+    from flaxdraft.progress import CONSOLE
+    from flaxdraft.stages import claim
+
+    options = Answering(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Answering)})
+    if not arguments.file.is_file():
+        raise InputError(f"{arguments.file}: no such file")
+    inputs = {
+        "target": arguments.target, "content": content_of(arguments.target, None), "dtype": arguments.dtype,
+        "conversations": sha256_of(arguments.file), **dataclasses.asdict(options),
+    }  # fmt: skip
+    claim(arguments.output_dir, inputs, "Give another folder, or remove it to start anew.")
+    precision = Precision(compute=DTYPES[arguments.dtype], param=DTYPES[arguments.dtype])
+    loaded = targets.from_pretrained(arguments.target, precision=precision)
+    tokenizer, context = loaded.tokenizer, loaded.model.config.max_position_embeddings
+    if tokenizer is None or not tokenizer.chat_template:
+        raise InputError(f"{arguments.target}: has no {'tokenizer' if tokenizer is None else 'chat template'}")
+    longest = options.max_prompt_tokens + options.max_new_tokens
+    if longest > context:
+        raise InputError(
+            f"--max-prompt-tokens and --max-new-tokens: found {longest} together, more than the target's context of "
+            f"{context}"
+        )
+    counts = regenerate(
+        arguments.output_dir, read_conversations(arguments.file), loaded.model, tokenizer, loaded.stop_tokens,
+        options, arguments.rows,
+    )  # fmt: skip
+    CONSOLE.print(f"{counts.pop('answered')} conversations answered: {arguments.output_dir / FILE}")
+    for reason, count in sorted(counts.items()):
+        CONSOLE.print(f"  {count} {reason}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

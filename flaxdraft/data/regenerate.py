@@ -1,0 +1,202 @@
+"""The target answers conversations itself: every assistant turn of a file is replaced by the target's own.
+
+A draft agrees with its target most where it has learned from what the target says, so this is what to train on. Each
+conversation becomes one line of `conversations.jsonl`: its messages, for people, and `input_ids` with `loss_mask`, the
+very tokens that the target read and produced, for training. A line stands once it is complete: a stopped run goes on
+behind the last one, and half a line is cut off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flaxdraft.data.chat import ChatOptions, render
+from flaxdraft.data.conversations import Conversation
+from flaxdraft.errors import InputError
+from flaxdraft.generate import generate
+from flaxdraft.interfaces import Target
+from flaxdraft.progress import bar
+
+FILE = "conversations.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """How the target answers; part of what a file of answers was made from."""
+
+    max_prompt_tokens: int = 4096  # a turn whose prompt is longer ends its conversation before it
+    max_new_tokens: int = 1024  # an answer that is not done by then ends its conversation
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class _Talk:
+    """A conversation on its way."""
+
+    number: int  # in the file, from 0
+    source: Conversation
+    asked: list[list[dict[str, Any]]]  # what stands before each answer
+    messages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    prompt: list[int] = dataclasses.field(default_factory=list)  # of the last turn
+    answers: list[list[int]] = dataclasses.field(default_factory=list)
+    ended: str = ""  # why nothing follows, where turns are left out
+
+
+def regenerate(
+    directory: Path,
+    conversations: Iterable[Conversation],
+    target: Target,
+    tokenizer: Any,
+    stop_tokens: Sequence[int],
+    options: Answering,
+    num_rows: int,
+) -> Counter[str]:
+    """Answers what the file does not hold yet; returns how many conversations were `answered`, and of those that were
+    not, or not to their end, how many for each reason.
+
+    Each answer depends on its conversation and the seed alone, not on those beside it or on where a run was stopped.
+
+    Args:
+        num_rows: conversations answered together.
+
+    Raises:
+        InputError: a conversation is tokenised already, or the chat template refuses it; two have one id.
+    """
+    path, counts = directory / FILE, Counter()
+    done = _finished(path)
+    talks, seen = [], {}
+    for number, conversation in enumerate(conversations):
+        if conversation.tokens is not None:
+            raise InputError(f"{conversation.where}: is tokenised already; the target can only answer messages")
+        if conversation.id in seen:
+            raise InputError(f"{conversation.where}: id {conversation.id!r} stands in {seen[conversation.id]} already")
+        seen[conversation.id] = conversation.where
+        if any(message["role"] == "tool" or message.get("tool_calls") for message in conversation.messages):
+            counts["with tool calls, left out"] += 1  # the tools' results would not be those of the target's calls
+        elif asked := _questions(conversation):
+            talks.append(_Talk(number, conversation, asked))
+        else:
+            counts["without a question, left out"] += 1
+    counts["answered"] = len(done)
+    left = [talk for talk in talks if talk.source.id not in done]
+    # By length, so that rows decoded together are padded little.
+    left.sort(key=lambda talk: (sum(len(message["content"]) for message in talk.asked[0]), talk.number))
+    with bar("conversations", len(talks), len(talks) - len(left)) as progress, path.open("ab") as file:
+        made, start = 0, time.monotonic()
+        for at in range(0, len(left), num_rows):
+            batch = left[at : at + num_rows]
+            _answer(batch, target, tokenizer, stop_tokens, options)
+            for talk in batch:
+                if talk.answers:
+                    counts["answered"] += 1
+                    row = _row(talk, tokenizer)
+                    made += sum(map(len, talk.answers))
+                    file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
+                if talk.ended:
+                    counts[talk.ended] += 1
+            file.flush()
+            os.fsync(file.fileno())
+            progress.advance(len(batch), f"{made / (time.monotonic() - start):.0f} tokens/s")
+    return counts
+
+
+def _finished(path: Path) -> set[str]:
+    """Ids of the complete lines; what follows the last of them is cut off."""
+    if not path.exists():
+        return set()
+    with path.open("rb+") as file:
+        text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        file.truncate(len(whole))
+    return {json.loads(line)["id"] for line in whole.splitlines()}
+
+
+def _questions(conversation: Conversation) -> list[list[dict[str, Any]]]:
+    """The messages between the assistant's turns; each run of them gets an answer."""
+    runs: list[list[dict[str, Any]]] = [[]]
+    for message in conversation.messages:
+        if message["role"] == "assistant":
+            runs.append([])
+        else:
+            runs[-1].append(message)
+    return [run for run in runs if run]
+
+
+def _answer(batch: list[_Talk], target: Target, tokenizer: Any, stop_tokens, options: Answering) -> None:
+    """All turns of some conversations, those at the same turn together."""
+    for turn in range(max(len(talk.asked) for talk in batch)):
+        here = []
+        for talk in batch:
+            if talk.ended or turn >= len(talk.asked):
+                continue
+            messages = [*talk.messages, *talk.asked[turn]]
+            prompt = _prompt(tokenizer, talk.source, messages)
+            if len(prompt) > options.max_prompt_tokens:
+                talk.ended = f"longer than {options.max_prompt_tokens} tokens, ended before the turn that was"
+                continue
+            talk.messages, talk.prompt = messages, prompt
+            here.append(talk)
+        if not here:
+            return
+        seeds = [_seed(options.seed, talk.number, turn) for talk in here]
+        answers = generate(
+            target, [talk.prompt for talk in here], max_new_tokens=options.max_new_tokens, stop_tokens=stop_tokens,
+            temperature=options.temperature, top_p=options.top_p, seeds=seeds,
+        )  # fmt: skip
+        for talk, answer in zip(here, answers, strict=True):
+            talk.answers.append(answer)
+            text = tokenizer.decode(answer, skip_special_tokens=True)
+            talk.messages = [*talk.messages, {"role": "assistant", "content": text}]
+            if answer[-1] not in stop_tokens:
+                talk.ended = f"not done after {options.max_new_tokens} tokens, ended there"
+
+
+def _prompt(tokenizer: Any, source: Conversation, messages: list[dict[str, Any]]) -> list[int]:
+    tools = None if source.tools is None else list(source.tools)
+    try:
+        return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # templates raise whatever their author thought of
+        raise InputError(f"{source.where}: the chat template refuses this conversation: {error}") from error
+
+
+def _seed(seed: int, number: int, turn: int) -> int:
+    return int(np.random.SeedSequence((seed, number, turn)).generate_state(1)[0])
+
+
+def _row(talk: _Talk, tokenizer: Any) -> dict[str, Any]:
+    tokens = [*talk.prompt, *talk.answers[-1]]
+    mask = _earlier(talk, tokenizer) + [1] * len(talk.answers[-1])
+    return {
+        "id": talk.source.id, "category": talk.source.category, "split": talk.source.split, "messages": talk.messages,
+        "input_ids": [int(token) for token in tokens], "loss_mask": mask,
+    }  # fmt: skip
+
+
+def _earlier(talk: _Talk, tokenizer: Any) -> list[int]:
+    """The mask of the last prompt: 1 where an earlier answer stands there just as the target produced it. Templates
+    that rewrite earlier turns (thinking models drop their reasoning), and texts that are tokenised otherwise when they
+    are read again, leave nothing of such a turn to learn from."""
+    mask = np.zeros(len(talk.prompt), np.int64)
+    if len(talk.answers) > 1:
+        context = dataclasses.replace(talk.source, messages=tuple(talk.messages[:-1]))
+        try:
+            rendered = render(tokenizer, context, ChatOptions(len(mask)))
+        except InputError:
+            return mask.tolist()
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], rendered.assistant, [0]])))
+        spans = edges.reshape(-1, 2)
+        for (start, stop), answer in zip(spans, talk.answers[:-1], strict=False):
+            if talk.prompt[start:stop] == answer:
+                mask[start:stop] = 1
+    return mask.tolist()
