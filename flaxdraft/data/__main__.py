@@ -1,4 +1,9 @@
-"""python -m flaxdraft.data: show conversations as the target reads them; regenerate, let the target answer them."""
+"""python -m flaxdraft.data: what comes before training.
+
+show         print conversations as the target reads them, with what is supervised in colour
+regenerate   let the target answer them itself
+capture      run the target over them and keep its features in a store
+"""
 
 from __future__ import annotations
 
@@ -29,25 +34,45 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from flaxdraft.data.regenerate import Answering
 
-    parser = argparse.ArgumentParser(prog="python -m flaxdraft.data", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="show | regenerate")
+    parser = argparse.ArgumentParser(prog="python -m flaxdraft.data", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    commands = parser.add_subparsers(required=True, metavar="show | regenerate | capture")
     look = commands.add_parser("show", help="print rows with what is supervised in colour")
     look.set_defaults(command=show)
     look.add_argument("--rows", type=int, default=3, help="from the beginning of the file")
-    look.add_argument("--max-length", type=int, default=4096, help="tokens, where rows are cut")
-    look.add_argument("--last-turn-only", action="store_true", help="supervise the last assistant turn alone")
-    look.add_argument("--mask-reasoning", action="store_true", help="leave out what stands in <think> tags")
     answer = commands.add_parser("regenerate", help="replace every assistant turn by the target's own")
     answer.set_defaults(command=answer_all)
     answer.add_argument("--rows", type=int, default=32, help="conversations answered together")
     answer.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of weights and products")
     for field in dataclasses.fields(Answering):
         answer.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
-    for each in (look, answer):
+    keep = commands.add_parser("capture", help="run the target over conversations and keep its features")
+    keep.set_defaults(command=capture_all)
+    keep.add_argument("--taps-dtype", choices=("bfloat16", "float32", "fp8"), default="bfloat16", help="on disk")
+    keep.add_argument("--last-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="on disk")
+    keep.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of weights and products")
+    keep.add_argument("--max-silent", type=float, default=0.5, help="largest share of rows that supervise nothing")
+    keep.add_argument("--shard-tokens", type=int, default=16384, help="of one file, about")
+    keep.add_argument("--batch-tokens", type=int, default=8192, help="of one forward pass")
+    keep.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="this host's share: 0/4, 1/4, ...")
+    keep.add_argument("--plan", action="store_true", help="say what the store will take, and stop")
+    for each in (look, keep):
+        each.add_argument("--max-length", type=int, default=4096, help="tokens, where rows are cut")
+        each.add_argument("--last-turn-only", action="store_true", help="supervise the last assistant turn alone")
+        each.add_argument("--mask-reasoning", action="store_true", help="leave out what stands in <think> tags")
+    for each in (look, answer, keep):
         each.add_argument("file", type=Path, help="conversations, .jsonl or .parquet")
         each.add_argument("--target", required=True, help=ADDRESS)
     answer.add_argument("output_dir", type=Path, help="a folder for the answers; the same one goes on")
+    keep.add_argument("output_dir", type=Path, help="the store; the same one goes on")
     return parser
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected I/N with I from 0 to N - 1")
+    return int(part), int(parts)
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -126,6 +151,50 @@ def answer_all(arguments: argparse.Namespace) -> None:
     CONSOLE.print(f"{counts.pop('answered')} conversations answered: {arguments.output_dir / FILE}")
     for reason, count in sorted(counts.items()):
         CONSOLE.print(f"  {count} {reason}")
+
+
+def capture_all(arguments: argparse.Namespace) -> None:
+    from flaxdraft import targets
+    from flaxdraft.data import store_capture
+    from flaxdraft.data.chat import ChatOptions
+    from flaxdraft.data.conversations import read_conversations
+    from flaxdraft.data.store import Source
+    from flaxdraft.fetch import content_of
+    from flaxdraft.precision import DTYPES, Precision
+    from flaxdraft.progress import CONSOLE
+
+    opened = targets.open_target(arguments.target)
+    tokenizer, config = opened.source.tokenizer(), opened.config(None)
+    if tokenizer is None:
+        raise InputError(f"{arguments.target}: has no tokenizer")
+    options = ChatOptions(arguments.max_length, arguments.last_turn_only, arguments.mask_reasoning)
+    documents = store_capture.render_all(
+        read_conversations(arguments.file), tokenizer, options, arguments.max_silent
+    )  # fmt: skip
+    source = Source(
+        target=f"{content_of(arguments.target, None) or arguments.target}, {arguments.dtype}",
+        tokenizer=store_capture.tokenizer_digest(tokenizer), data=documents.digest, tap_layers=config.tap_layers,
+        hidden_size=config.hidden_size, vocab_size=config.vocab_size, taps_dtype=arguments.taps_dtype,
+        last_dtype=arguments.last_dtype,
+    )  # fmt: skip
+    plan = store_capture.make_plan(source, documents.rows, arguments.shard_tokens, config.tie_word_embeddings)
+    supervised = sum(int(row.assistant.sum()) for row in documents.rows)
+    CONSOLE.print(
+        f"{len(documents.rows)} rows, {plan.num_tokens} tokens, {supervised} supervised, {documents.silent} rows left "
+        f"out that supervise nothing; {len(plan.first_rows) - 1} shards, {plan.num_bytes / 1e9:.2f} GB"
+    )
+    if arguments.plan:
+        return
+    missing = store_capture.start(arguments.output_dir, plan)
+    if missing:
+        CONSOLE.print(f"{len(missing)} shards to do")
+    precision = Precision(compute=DTYPES[arguments.dtype], param=DTYPES[arguments.dtype])
+    target = targets.from_pretrained(arguments.target, precision=precision).model
+    complete = store_capture.capture(
+        arguments.output_dir, plan, documents.rows, target, batch_tokens=arguments.batch_tokens, part=arguments.part
+    )  # fmt: skip
+    done = "complete" if complete else "this part is done; when all are, run part 0 again, which finishes the store"
+    CONSOLE.print(f"{arguments.output_dir}: {done}")
 
 
 if __name__ == "__main__":

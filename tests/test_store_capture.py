@@ -1,0 +1,154 @@
+"""Conversations into a feature store: the target's own numbers, whoever was stopped or helped."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxdraft.data import store_capture
+from flaxdraft.data.__main__ import main
+from flaxdraft.data.chat import ChatOptions, render
+from flaxdraft.data.conversations import read_conversations
+from flaxdraft.data.store import MANIFEST, TARGET, FeatureStore, shard_name
+from flaxdraft.errors import InputError
+from flaxdraft.interfaces import Batch
+from flaxdraft.targets import from_pretrained
+
+
+def chat(number: int) -> dict:
+    turns = [{"role": "user", "content": f"and {number}"}, {"role": "assistant", "content": "the inn " * (number % 5)}]
+    return {"id": str(number), "messages": turns * (1 + number % 2)}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Ten conversations, two of which supervise nothing."""
+    path = tmp_path_factory.mktemp("chat") / "chat.jsonl"
+    silent = {"messages": [{"role": "user", "content": "hello?"}]}
+    rows = [*map(chat, range(8)), silent | {"id": "s"}, silent | {"id": "t"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def call(file, out, target, *more):
+    exact = ("--dtype", "float32", "--taps-dtype", "float32", "--last-dtype", "float32")
+    small = ("--shard-tokens", "100", "--batch-tokens", "160")
+    return main(["capture", str(file), str(out), "--target", str(target), *exact, *small, *more])
+
+
+@pytest.fixture(scope="module")
+def store(file, tiny_gguf, tmp_path_factory):
+    out = tmp_path_factory.mktemp("store") / "out"
+    assert call(file, out, tiny_gguf) == 0
+    return out
+
+
+def contents(directory) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def test_rows_hold_what_the_target_says(store, file, tiny_gguf):
+    loaded, opened = from_pretrained(str(tiny_gguf)), FeatureStore(store)
+    opened.verify()
+    rows = [render(loaded.tokenizer, row, ChatOptions(4096)) for row in read_conversations(file)]
+    rows = [row for row in rows if row.assistant.any()]
+    assert len(opened) == len(rows) == 8
+    assert len(opened.manifest["shards"]) > 2
+    for number, want in enumerate(rows):
+        got, num = opened.row(number), len(want.tokens)
+        np.testing.assert_array_equal(got.tokens, want.tokens)
+        np.testing.assert_array_equal(got.assistant, want.assistant)
+        tokens, ones = jnp.asarray(want.tokens[None]), jnp.ones((1, num), jnp.int32)
+        alone = loaded.model.features(Batch(tokens, ones > 0, ones, jnp.arange(num)[None]))
+        for a, b in zip(jax.tree.leaves(got.features), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(a, b[0], atol=1e-5, rtol=1e-5)
+    weights = opened.target()
+    np.testing.assert_array_equal(weights["embedding"], loaded.model.embedding())
+    assert set(weights) == {"embedding", "final_norm"}  # the tiny target's head is tied
+    counts = np.bincount(np.concatenate([row.tokens[row.assistant] for row in rows]), minlength=266)
+    np.testing.assert_array_equal(opened.token_counts, counts)
+
+
+def test_a_stopped_capture_ends_with_the_same_store(store, file, tiny_gguf, tmp_path, monkeypatch):
+    out, written = tmp_path / "out", []
+    write = store_capture.write_shard
+
+    def stop_at_the_second(directory, index, *rest):
+        if written:
+            (directory / f"{shard_name(index)}.tmp").write_bytes(b"half")
+            raise KeyboardInterrupt
+        written.append(index)
+        write(directory, index, *rest)
+
+    monkeypatch.setattr(store_capture, "write_shard", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        call(file, out, tiny_gguf)
+    with pytest.raises(InputError, match="a capture that has not finished; run it again"):
+        FeatureStore(out)
+    before = (out / shard_name(0)).stat().st_mtime_ns
+    monkeypatch.setattr(store_capture, "write_shard", write)
+    assert call(file, out, tiny_gguf) == 0
+    assert (out / shard_name(0)).stat().st_mtime_ns == before
+    assert contents(out) == contents(store)
+
+
+def test_parts_make_the_same_store(store, file, tiny_gguf, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call(file, out, tiny_gguf, "--part", "0/2") == 0
+    assert "run part 0 again" in capsys.readouterr().out
+    assert (out / TARGET).exists()
+    assert not (out / MANIFEST).exists()
+    assert call(file, out, tiny_gguf, "--part", "1/2") == 0
+    assert call(file, out, tiny_gguf, "--part", "0/2") == 0
+    assert f"{out}: complete" in capsys.readouterr().out
+    assert contents(out) == contents(store)
+
+
+def test_the_plan_says_what_the_store_takes(store, file, tiny_gguf, tmp_path, capsys):
+    assert call(file, tmp_path / "none", tiny_gguf, "--plan") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    opened = FeatureStore(store)
+    assert f"8 rows, {opened.lengths.sum()} tokens, {opened.supervised.sum()} supervised, 2 rows left out" in text
+    assert not (tmp_path / "none").exists()
+    config = from_pretrained(str(tiny_gguf)).model.config
+    documents = store_capture.render_all(
+        read_conversations(file), from_pretrained(str(tiny_gguf)).tokenizer, ChatOptions(4096), 0.5
+    )
+    manifest = opened.manifest
+    fields = ("target", "tokenizer", "data", "hidden_size", "vocab_size", "taps_dtype", "last_dtype")
+    source = store_capture.Source(**{name: manifest[name] for name in fields}, tap_layers=config.tap_layers)
+    plan = store_capture.make_plan(source, documents.rows, 100, tied=True)
+    real = sum(path.stat().st_size for path in store.iterdir())
+    assert abs(plan.num_bytes - real) < 0.1 * real
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--max-length", "30"), "holds a capture of something else (data: there"),
+        (("--taps-dtype", "fp8"), "taps_dtype: there 'float32', here 'fp8'"),
+        (("--max-silent", "0.1"), "2 of 10 conversations supervise nothing, more than a share of 0.1"),
+    ],
+)
+def test_another_capture_is_refused(store, file, tiny_gguf, capsys, more, message):
+    assert call(file, store, tiny_gguf, *more) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_full_disk_and_features_that_are_not_finite(file, tiny_gguf, tmp_path, capsys, monkeypatch):
+    usage = store_capture.shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(store_capture.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        assert call(file, tmp_path / "full", tiny_gguf) == 2
+    assert "are still to be written, 0.0 GB are free" in capsys.readouterr().err
+    get = jax.device_get
+    broken = lambda x: jax.tree.map(lambda leaf: leaf * np.nan if leaf.dtype == np.float32 else leaf, get(x))  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(store_capture.jax, "device_get", broken)
+        assert call(file, tmp_path / "nan", tiny_gguf) == 2
+    assert "the target's features are not finite" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        call(file, tmp_path / "part", tiny_gguf, "--part", "2/2")
+    assert "expected I/N with I from 0 to N - 1" in capsys.readouterr().err
