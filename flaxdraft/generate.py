@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flaxdraft.errors import InputError
@@ -29,21 +28,24 @@ def prefill(target: Target, cache, prompts: Sequence[Sequence[int]], num_slots: 
     for i, prompt in enumerate(prompts):
         tokens[i, : len(prompt)] = prompt
         positions[i, : len(prompt)] = np.arange(len(prompt))
-    last, argmax = None, np.zeros(len(prompts), np.int32)
+    rows, argmax = np.arange(len(prompts)), np.zeros(len(prompts), np.int32)
+    last = None
     for start in range(0, padded, chunk):
         span = slice(start, start + chunk)
         cache, out = target.extend(cache, tokens[:, span], positions[:, span], "end")
         ends = (lengths - 1) // chunk * chunk == start
+        if not ends.any():
+            continue
         inside = np.where(ends, lengths - 1 - start, 0)
-        here = np.asarray(out.last_BTE[np.arange(len(prompts)), inside])
+        # On the host: the rows may be split over devices.
+        here = np.asarray(out.last_BTE)[rows, inside]
         last = here if last is None else np.where(ends[:, None], here, last)
-        argmax = np.where(ends, np.asarray(out.argmax_BT[np.arange(len(prompts)), inside]), argmax)
+        argmax = np.where(ends, np.asarray(out.argmax_BT)[rows, inside], argmax)
     return cache, last, argmax
 
 
 @partial(jax.jit, static_argnames=("temperature", "top_p"))
-def _draw(last_BE, head_VE, seeds_B, step, temperature: float, top_p: float):
-    logits_BV = jnp.einsum("be,ve->bv", last_BE, head_VE, preferred_element_type=jnp.float32)
+def _draw(logits_BV, seeds_B, step, temperature: float, top_p: float):
     keys_B = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(seeds_B)
     return sample(logits_BV, keys_B, temperature, top_p)
 
@@ -73,19 +75,22 @@ def generate(
         raise InputError("prompts: found an empty one, expected at least one token each")
     if temperature < 0 or not 0 < top_p <= 1:
         raise InputError(f"sampling: found temperature {temperature} and top_p {top_p}, expected >= 0 and in (0, 1]")
-    num, lengths = len(prompts), np.array([len(prompt) for prompt in prompts])
+    num = len(prompts)
+    prompts = [*prompts, *([prompts[0]] * (-num % target.row_multiple))]
+    lengths = np.array([len(prompt) for prompt in prompts])
     num_slots = -(-(int(lengths.max()) + max_new_tokens) // 64) * 64
-    seeds_B = jnp.asarray(range(num) if seeds is None else seeds, jnp.uint32)
+    seeds_B = np.zeros(len(prompts), np.uint32)
+    seeds_B[:num] = range(num) if seeds is None else seeds
 
-    def choose(out_last, out_argmax, step):
+    def choose(last_BE, argmax_B, step):
         if temperature == 0:
-            return np.asarray(out_argmax)
-        return np.asarray(_draw(out_last, target.head(), seeds_B, step, temperature, top_p))
+            return np.asarray(argmax_B)
+        return np.asarray(_draw(np.asarray(target.logits(last_BE)), seeds_B, step, temperature, top_p))
 
     chunk = min(prefill_chunk, -(-int(lengths.max()) // 32) * 32)
-    cache, *found = prefill(target, target.new_cache(num, num_slots), prompts, num_slots, chunk)
+    cache, *found = prefill(target, target.new_cache(len(prompts), num_slots), prompts, num_slots, chunk)
     stops, answers = np.asarray(stop_tokens, np.int64), []
-    running = np.ones(num, bool)
+    running = np.arange(len(prompts)) < num
     for step in range(max_new_tokens):
         token = choose(*found, step)
         answers.append(np.where(running, token, -1))
@@ -96,5 +101,5 @@ def generate(
         at = np.where(running, lengths + step, num_slots).astype(np.int32)
         out: Features
         cache, out = target.extend(cache, token[:, None].astype(np.int32), at[:, None], "all")
-        found = out.last_BTE[:, 0], out.argmax_BT[:, 0]
-    return [[int(token) for token in row if token >= 0] for row in np.stack(answers, axis=1)]
+        found = np.asarray(out.last_BTE)[:, 0], np.asarray(out.argmax_BT)[:, 0]
+    return [[int(token) for token in row if token >= 0] for row in np.stack(answers, axis=1)[:num]]

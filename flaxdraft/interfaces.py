@@ -137,6 +137,11 @@ class Target(Protocol):
 
     config: Any
 
+    @property
+    def row_multiple(self) -> int:
+        """The rows of every batch are a multiple of this: of the devices that share them out."""
+        ...
+
     def features(self, batch: Batch) -> Features:
         """Taps, last hidden state and full-vocabulary statistics of every row of the batch."""
         ...
@@ -154,6 +159,10 @@ class Target(Protocol):
     ) -> tuple[Any, Features]:
         """Run new tokens against the cache (which is consumed) and return it with their features; head is "all" or
         "end": statistics of every position, or of each row's last one."""
+        ...
+
+    def logits(self, last_BE: Float[Array, "B E"]) -> Float[Array, "B V"]:
+        """float32 logits of post-norm last hidden states."""
         ...
 
     def embedding(self) -> Float[Array, "V E"]: ...

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Features
-from flaxdraft.mesh import Sharding, on_shards
+from flaxdraft.mesh import Sharding, gathered, on_shards
 from flaxdraft.nn import vocabulary
 from flaxdraft.nn.layers import RMSNorm
 from flaxdraft.nn.rope import RopeConfig
@@ -319,6 +319,15 @@ def _forward(
     return cache, Features(taps, last, *(jnp.where(is_end_BT, x_B1, 0) for x_B1 in found))
 
 
+@partial(jax.jit, static_argnames=("sharding",))
+def _logits(last_BE, head_VE, sharding: Sharding):
+    if sharding.weight_ve is None:
+        return jnp.einsum("be,ve->bv", last_BE, head_VE, preferred_element_type=jnp.float32)
+    head_VE, split = gathered(head_VE, sharding.weight_ve), P(None, sharding.weight_ve[0])
+    logits = jnp.einsum("be,ve->bv", last_BE, head_VE, preferred_element_type=jnp.float32, out_sharding=split)
+    return jax.reshard(logits, P(None, None))
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderTarget:
     """A loaded model; see the Protocol `Target`."""
@@ -331,9 +340,17 @@ class DecoderTarget:
     mesh: jax.sharding.Mesh | None = None
     sharding: Sharding = Sharding.none()  # noqa: RUF009 (immutable)
 
+    @property
+    def row_multiple(self) -> int:
+        if self.mesh is None:
+            return 1
+        return math.prod(self.mesh.shape[axis] for axis in self.sharding.act_b[0])
+
+    def _on_mesh(self):
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
     def _run(self, tokens_BT, positions_BT, segments_BT, cache, head):
-        context = contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-        with context:
+        with self._on_mesh():
             return _forward(self.graphdef, self.state, self.spans, self.config, self.sharding, tokens_BT,
                             positions_BT, segments_BT, cache, head)  # fmt: skip
 
@@ -362,6 +379,11 @@ class DecoderTarget:
             zeros before it (prefill: the head is the dearest part and nobody asks what follows a prompt's middle).
         """
         return self._run(tokens_BT, positions_BT, None, cache, head)
+
+    def logits(self, last_BE: Float[Array, "B E"]) -> Float[Array, "B V"]:
+        """float32 logits of post-norm last hidden states, whole on every device."""
+        with self._on_mesh():
+            return _logits(last_BE, self.head(), self.sharding)
 
     def embedding(self) -> Float[Array, "V E"]:
         return self.state["embed"][...]

@@ -52,7 +52,14 @@ class OpenedTarget:
     family: ModuleType  # of flaxdraft/targets
 
     def config(self, tap_layers: Sequence[int] | None) -> decoder.DecoderConfig:
-        return self.family.Config.from_hf(self.source.config, tap_layers)
+        """
+        Raises:
+            InputError: see the family's `Config.from_hf`; the message begins with the path.
+        """
+        try:
+            return self.family.Config.from_hf(self.source.config, tap_layers)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from error
 
 
 def open_target(address: str, sha256: str | None = None) -> OpenedTarget:

@@ -72,11 +72,9 @@ def show(arguments: argparse.Namespace) -> None:
 
     mesh = make_mesh(**shape) if math.prod(shape.values()) > 1 else None
     loaded = targets.from_pretrained(arguments.address, precision=precision, mesh=mesh)
-    rows = max(arguments.data * arguments.fsdp, 1)
     chat = [{"role": "user", "content": arguments.prompt}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    stop = [tokenizer.eos_token_id]
-    answer = generate(loaded.model, [prompt] * rows, max_new_tokens=arguments.new_tokens, stop_tokens=stop)[0]
+    answer = generate(loaded.model, [prompt], max_new_tokens=arguments.new_tokens, stop_tokens=loaded.stop_tokens)[0]
     CONSOLE.print(f"{'prompt':>11}  {arguments.prompt}")
     CONSOLE.print(f"{'answer':>11}  {tokenizer.decode(answer, skip_special_tokens=True)}")
 

@@ -11,6 +11,7 @@ from test_contracts import DEEPSEEK_FIELDS, TARGET_HF, TARGETS
 from tiny import random_weights
 
 from flaxdraft.errors import InputError
+from flaxdraft.generate import generate
 from flaxdraft.interfaces import Batch
 from flaxdraft.mesh import Sharding, make_mesh
 from flaxdraft.nn import decoder
@@ -87,6 +88,15 @@ def test_one_and_eight_devices_agree(single, name, mesh):
     for end, parts in split.items():
         for leaf in (leaf for path, leaf in names.items() if path.endswith(end)):
             assert leaf.addressable_shards[0].data.size * parts == leaf.size
+
+
+@pytest.mark.parametrize("sampled", [{}, {"temperature": 1.5, "top_p": 0.9, "seeds": [7, 8, 9]}])
+@pytest.mark.parametrize("mesh", ["all", pytest.param("tensor", marks=pytest.mark.slow)])
+def test_answers_are_those_of_one_device(mesh, sampled):
+    """Three prompts, which four shares of rows do not divide."""
+    prompts = [[5, 9, 30, 7], [8] * 11, [40, 41, 6, 50, 51, 52, 53]]
+    settings = {"max_new_tokens": 6, "stop_tokens": (), "prefill_chunk": 8} | sampled
+    assert generate(make("qwen3", MESHES[mesh]), prompts, **settings) == generate(make("qwen3"), prompts, **settings)
 
 
 @pytest.mark.parametrize("name", FIELDS)
