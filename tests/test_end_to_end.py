@@ -303,3 +303,13 @@ def test_a_directory_without_a_tokenizer_is_refused(workspace, deepseek_director
         shutil.copy(deepseek_directory / name, bare / name)
     assert call(workspace, f"target.path={bare}", f"output_dir={tmp_path / 'out'}") == 2
     assert "has no tokenizer, which it takes to ask the target" in capfd.readouterr().err.replace("\n", " ")
+
+
+def test_packed_rows_train(finished, workspace, monkeypatch, capfd):
+    monkeypatch.setattr(run_module, "capture", None)
+    assert call(workspace, "name=packed", "train.pack_length=128", "train.num_steps=4") == 0
+    text = " ".join(capfd.readouterr().out.split())
+    assert re.search(r"10 documents packed into \d+ rows of 128 tokens, \d+% full", text), text
+    losses = [json.loads(line) for line in (finished / "packed" / "metrics.jsonl").read_text().splitlines()]
+    held_out = [line["loss"] for line in losses if line["kind"] == "held_out"]
+    assert held_out[-1] < held_out[0]

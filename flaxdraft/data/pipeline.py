@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -47,6 +48,29 @@ def collate(rows: Sequence[Row], batch_size: int, length: int, num_supervised: i
     return HostBatch(Batch(tokens, assistant, segments, positions), Features(**features), rows_BR)
 
 
+def check_supervision(num_answer: Sequence[int], algorithm: Algorithm) -> None:
+    """
+    Raises:
+        InputError: no row supervises anything, or no answer is long enough for every unroll step.
+    """
+    if not len(num_answer):
+        raise InputError("data: no answer has two tokens or more, so nothing is supervised")
+    longest = max(num_answer)
+    if algorithm.num_steps > longest - 1:
+        raise InputError(
+            f"algorithm.ttt_length: found {algorithm.num_steps}, but the longest answer has {longest} tokens, so "
+            f"that step {algorithm.num_steps} would supervise nothing; expected at most {longest - 1}"
+        )
+
+
+class Batches(Protocol):
+    """What a run is trained on: a batch for every step, whatever was asked for before."""
+
+    steps_per_epoch: int
+
+    def batch(self, step: int) -> HostBatch: ...
+
+
 class Pipeline:
     """Random access to the batches of a run."""
 
@@ -55,17 +79,10 @@ class Pipeline:
     ):  # fmt: skip
         """
         Raises:
-            InputError: no row supervises anything, or no answer is long enough for every unroll step.
+            InputError: see `check_supervision`.
         """
         self._rows = [row for row in rows if row.num_answer >= 2]
-        if not self._rows:
-            raise InputError("data: no answer has two tokens or more, so nothing is supervised")
-        longest = max(row.num_answer for row in self._rows)
-        if algorithm.num_steps > longest - 1:
-            raise InputError(
-                f"algorithm.ttt_length: found {algorithm.num_steps}, but the longest answer has {longest} tokens, so "
-                f"that step {algorithm.num_steps} would supervise nothing; expected at most {longest - 1}"
-            )
+        check_supervision([row.num_answer for row in self._rows], algorithm)
         self._algorithm, self._batch_size, self._seed = algorithm, batch_size, seed
         lengths = np.array([len(row.tokens) for row in self._rows])
         edges = [int(np.quantile(lengths, (i + 1) / num_buckets, method="higher")) for i in range(num_buckets)]

@@ -16,7 +16,7 @@ from flax import nnx
 from flaxdraft.checkpoint import Checkpoints, abstract_like
 from flaxdraft.config import TrainConfig
 from flaxdraft.data.generation import Row, round_up
-from flaxdraft.data.pipeline import Pipeline
+from flaxdraft.data.pipeline import Batches
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, TeacherForced, evaluate_teacher_forced, make_accepted
 from flaxdraft.interfaces import Algorithm, Example, VocabMap
@@ -45,7 +45,7 @@ class Trainer:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(spec, np.asarray(x)), tree)
 
     def train(
-        self, graphdef: nnx.GraphDef, params: nnx.State, frozen: nnx.State, pipeline: Pipeline, held_out: list[Row]
+        self, graphdef: nnx.GraphDef, params: nnx.State, frozen: nnx.State, pipeline: Batches, held_out: list[Row]
     ) -> nnx.State:
         """Trains to config.num_steps, from the newest checkpoint if there is one; returns the trained parameters."""
         tx = optimizer(self.config)

@@ -19,7 +19,8 @@ from flaxdraft import targets
 from flaxdraft.config import RunConfig, nearest
 from flaxdraft.data.capture import capture, is_captured, load_split, supervised_token_counts, write_texts
 from flaxdraft.data.generation import Row
-from flaxdraft.data.pipeline import Pipeline
+from flaxdraft.data.packing import MemoryDocuments, PackedPipeline
+from flaxdraft.data.pipeline import Batches, Pipeline
 from flaxdraft.data.prompts import Prompt, read_prompts, render
 from flaxdraft.data.vocab import choose_vocab, coverage
 from flaxdraft.drafts import serving_files
@@ -230,10 +231,7 @@ class Run:
         """The trained parameters, on one device; where training is done they come from its last checkpoint."""
         config = self.config.train
         self.draft_config().to_hf()  # refuses what no server loads before any time is spent on it
-        pipeline = Pipeline(
-            self.data_rows["train"], self.algorithm, batch_size=config.batch_size, seed=self.config.seed,
-            num_buckets=config.length_buckets,
-        )  # fmt: skip
+        pipeline = self.batches()
         # Loaded before the mesh is set: target and vocabulary stay on one device, where decoding uses them.
         target, _, head_WE = self.target, self.vocab, self.teacher_head(config.compute_dtype)
         _say("train", f"{config.num_steps} steps of {config.batch_size} answers to {target.path.name}")
@@ -251,6 +249,25 @@ class Run:
             )  # fmt: skip
             params = trainer.train(graphdef, params, frozen, pipeline, self.data_rows["held_out"])
         return jax.device_put(jax.device_get(params), jax.devices()[0])
+
+    def batches(self) -> Batches:
+        """The training rows, packed or in buckets by length."""
+        config, rows = self.config.train, self.data_rows["train"]
+        if config.pack_length is None:
+            return Pipeline(
+                rows, self.algorithm, batch_size=config.batch_size, seed=self.config.seed,
+                num_buckets=config.length_buckets,
+            )  # fmt: skip
+        packed = PackedPipeline(
+            MemoryDocuments(rows), self.algorithm, length=config.pack_length, batch_size=config.batch_size,
+            seed=self.config.seed,
+        )  # fmt: skip
+        facts = packed.facts
+        CONSOLE.print(
+            f"  {facts.documents} documents packed into {facts.rows} rows of {facts.length} tokens, {facts.fill:.0%} full"
+            + (f"; {facts.cut} tokens behind {facts.length} left out" if facts.cut else "")
+        )
+        return packed
 
     def teacher_head(self, dtype: str) -> jax.Array:
         """[W, E]: the target's head rows of the draft vocabulary."""
