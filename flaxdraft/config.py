@@ -87,9 +87,7 @@ class TrainConfig(_Section):
     weight_decay: Number = Field(default=0.0, ge=0)
     clip_norm: Number = Field(default=0.5, gt=0)
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    pack_length: int | None = Field(
-        default=None, ge=32
-    )  # documents packed into rows of so many tokens; null: one a row
+    pack_length: int | None = Field(default=None, ge=32)  # documents share rows of so many tokens; null: one a row
     length_buckets: int = Field(default=2, ge=1)  # padded lengths, each of which compiles once
     log_every: int = Field(default=10, ge=1)
     eval_every: int = Field(default=100, ge=1)

@@ -113,7 +113,7 @@ def test_parts_are_slices_of_the_global_batch(hosts):
         joined = jax.tree.map(lambda *x: np.concatenate(x), *(dataclasses.astuple(part.batch(step)) for part in parts))
         for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(dataclasses.astuple(whole.batch(step))), strict=True):
             np.testing.assert_array_equal(a, b)
-    with pytest.raises(InputError, match="train.batch_size: 4 rows cannot be split over 3 hosts"):
+    with pytest.raises(InputError, match=r"train.batch_size: 4 rows cannot be split over 3 hosts"):
         make_packed(rows, part=(0, 3))
 
 

@@ -264,8 +264,8 @@ class Run:
         )  # fmt: skip
         facts = packed.facts
         CONSOLE.print(
-            f"  {facts.documents} documents packed into {facts.rows} rows of {facts.length} tokens, {facts.fill:.0%} full"
-            + (f"; {facts.cut} tokens behind {facts.length} left out" if facts.cut else "")
+            f"  {facts.documents} documents packed into {facts.rows} rows of {facts.length} tokens, {facts.fill:.0%} "
+            "full" + (f"; {facts.cut} tokens behind {facts.length} left out" if facts.cut else "")
         )
         return packed
 
