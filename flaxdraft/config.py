@@ -51,6 +51,7 @@ class TargetConfig(_Section):
 
 class DataConfig(_Section):
     prompts: Text  # JSONL of {id, category, split, prompt}
+    store: Text | None = None  # a feature store to train on; of the prompts the held-out ones alone are then used
     num_prompts: int | None = Field(default=None, ge=1)  # of the training prompts; null takes all
     max_prompt_tokens: int = Field(default=192, ge=8)
     max_answer_tokens: int = Field(default=96, ge=4)

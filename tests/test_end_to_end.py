@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from test_contracts import DEEPSEEK_FIELDS, TARGET_HF
 from tiny import random_weights, write_prompts
 
+from flaxdraft.data.__main__ import main as data_main
 from flaxdraft.errors import InputError
 from flaxdraft.gguf_file import GGUFCheckpoint
 from flaxdraft.mesh import Sharding
@@ -313,3 +314,43 @@ def test_packed_rows_train(finished, workspace, monkeypatch, capfd):
     losses = [json.loads(line) for line in (finished / "packed" / "metrics.jsonl").read_text().splitlines()]
     held_out = [line["loss"] for line in losses if line["kind"] == "held_out"]
     assert held_out[-1] < held_out[0]
+
+
+@pytest.fixture(scope="module")
+def store(workspace, tiny_gguf):
+    """A store of conversations that the tiny target answered."""
+    rows = [json.loads(line) for line in (workspace / "prompts.jsonl").read_text().splitlines()]
+    chats = [{"id": row["id"], "messages": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    (workspace / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    target = ("--target", str(tiny_gguf), "--dtype", "float32")
+    limits = ("--max-new-tokens", "20", "--max-prompt-tokens", "100")
+    answers, out = workspace / "answers", workspace / "store"
+    assert data_main(["regenerate", str(workspace / "chats.jsonl"), str(answers), *target, *limits]) == 0
+    assert data_main(["capture", str(answers / "conversations.jsonl"), str(out), *target]) == 0
+    return out
+
+
+def test_a_store_trains(workspace, store, tmp_path, capfd):
+    more = (f"data.store={store}", "train.pack_length=128", "train.num_steps=6", f"output_dir={tmp_path}")
+    assert call(workspace, *more) == 0
+    text = " ".join(capfd.readouterr().out.split())
+    assert re.search(r"14 documents packed into \d+ rows of 128 tokens", text), text
+    assert "answers (train)" not in text  # nothing but the held-out prompts was answered
+    lines = [json.loads(line) for line in (tmp_path / "llama" / "metrics.jsonl").read_text().splitlines()]
+    held_out = [line["loss"] for line in lines if line["kind"] == "held_out"]
+    assert held_out[-1] < held_out[0]
+    evaluation = json.loads((tmp_path / "llama" / "evaluation.json").read_text())["result"]
+    assert evaluation["decoded"]["identical_answers"] == evaluation["answers"] == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("train.pack_length=null",), "train.pack_length: null; rows of a store .* are packed"),
+        (("train.pack_length=128", "target.tap_layers=[0,2,4]"), r"tap_layers is \[1, 3, 4\], expected \[0, 2, 4\]"),
+        (("train.pack_length=128", "data.store=/nowhere"), "/nowhere: no feature store"),
+    ],
+)
+def test_a_store_that_does_not_fit_is_refused(workspace, store, tmp_path, capfd, more, message):
+    assert call(workspace, f"data.store={store}", f"output_dir={tmp_path}", "train.num_steps=6", *more) == 2
+    assert re.search(message, " ".join(capfd.readouterr().err.split()))

@@ -22,7 +22,7 @@ LENGTH = 96
 
 def make_packed(rows, **fields):
     settings = {"length": LENGTH, "batch_size": 4, "seed": 3} | fields
-    return PackedPipeline(MemoryDocuments(rows), ALGORITHM, **settings)
+    return PackedPipeline(MemoryDocuments(rows, 2000), ALGORITHM, **settings)
 
 
 def documents(host):
@@ -159,7 +159,7 @@ def test_packed_rows_give_the_sums_of_separate_ones():
         return algorithm.loss_sums(draft, Example(batch, features, rows_BR, head))
 
     loss_sums = lambda host: sums(*jax.tree.map(jnp.asarray, (host.batch, host.features, host.rows_BR)))  # noqa: E731
-    packed = PackedPipeline(MemoryDocuments(rows), algorithm, length=LENGTH, batch_size=2, seed=0)
+    packed = PackedPipeline(MemoryDocuments(rows, V), algorithm, length=LENGTH, batch_size=2, seed=0)
     apart = Pipeline(rows, algorithm, batch_size=4, seed=0, num_buckets=1)
     got, want = epoch_sums(packed, loss_sums), epoch_sums(apart, loss_sums)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

@@ -18,7 +18,7 @@ from flaxdraft.interfaces import Features
 from flaxdraft.weights import save_safetensors
 
 E, V = 8, 50
-SOURCE = Source("t" * 8, "k" * 8, "d" * 8, (1, 3, 5), E, V, "bfloat16", "bfloat16")
+SOURCE = Source("t" * 8, "k" * 8, "d" * 8, "bfloat16", (1, 3, 5), E, V, "bfloat16", "bfloat16")
 LENGTHS = [[3, 9], [5], [2, 4, 6]]
 
 

@@ -117,7 +117,7 @@ def test_the_plan_says_what_the_store_takes(store, file, tiny_gguf, tmp_path, ca
         read_conversations(file), from_pretrained(str(tiny_gguf)).tokenizer, ChatOptions(4096), 0.5
     )
     manifest = opened.manifest
-    fields = ("target", "tokenizer", "data", "hidden_size", "vocab_size", "taps_dtype", "last_dtype")
+    fields = ("target", "tokenizer", "data", "compute_dtype", "hidden_size", "vocab_size", "taps_dtype", "last_dtype")
     source = store_capture.Source(**{name: manifest[name] for name in fields}, tap_layers=config.tap_layers)
     plan = store_capture.make_plan(source, documents.rows, 100, tied=True)
     real = sum(path.stat().st_size for path in store.iterdir())

@@ -172,8 +172,8 @@ def capture_all(arguments: argparse.Namespace) -> None:
         read_conversations(arguments.file), tokenizer, options, arguments.max_silent
     )  # fmt: skip
     source = Source(
-        target=f"{content_of(arguments.target, None) or arguments.target}, {arguments.dtype}",
-        tokenizer=store_capture.tokenizer_digest(tokenizer), data=documents.digest, tap_layers=config.tap_layers,
+        target=content_of(str(opened.path), None), tokenizer=store_capture.tokenizer_digest(tokenizer),
+        data=documents.digest, compute_dtype=arguments.dtype, tap_layers=config.tap_layers,
         hidden_size=config.hidden_size, vocab_size=config.vocab_size, taps_dtype=arguments.taps_dtype,
         last_dtype=arguments.last_dtype,
     )  # fmt: skip

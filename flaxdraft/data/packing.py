@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from flaxdraft.data.capture import supervised_token_counts
 from flaxdraft.data.generation import Row, round_up
 from flaxdraft.data.pipeline import HostBatch, check_supervision
 from flaxdraft.data.store import StoredRow
@@ -25,6 +26,7 @@ class Documents(Protocol):
 
     lengths: np.ndarray  # tokens of each
     supervised: np.ndarray  # tokens of each that the assistant produced
+    token_counts: np.ndarray  # [V], how often the assistant produced each token
 
     def row(self, index: int) -> StoredRow: ...
 
@@ -32,8 +34,9 @@ class Documents(Protocol):
 class MemoryDocuments:
     """Answered prompts that are in memory."""
 
-    def __init__(self, rows: Sequence[Row]):
+    def __init__(self, rows: Sequence[Row], vocab_size: int):
         self._rows = rows
+        self.token_counts = supervised_token_counts(rows, vocab_size)
         self.lengths = np.array([len(row.tokens) for row in rows])
         self.supervised = np.array([row.num_answer for row in rows])
 

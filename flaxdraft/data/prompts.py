@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ class Prompt:
     prompt: str
 
 
-def read_prompts(path: str) -> list[Prompt]:
-    """Every line of a prompts file.
+def read_prompts(path: str, needed: Sequence[str] = SPLITS) -> list[Prompt]:
+    """Every line of a prompts file, which has prompts of all splits that are needed.
 
     Raises:
         InputError: the file is missing or has no prompts; a line is broken (its number is given); an id repeats.
@@ -41,9 +42,9 @@ def read_prompts(path: str) -> list[Prompt]:
             raise InputError(f"{path} line {number}: id {prompt.id!r} stands in line {seen[prompt.id]} already")
         seen[prompt.id] = number
         prompts.append(prompt)
-    for split in SPLITS:
+    for split in needed:
         if not any(prompt.split == split for prompt in prompts):
-            raise InputError(f"{path}: no prompt of split {split!r}; both {' and '.join(SPLITS)} are needed")
+            raise InputError(f"{path}: no prompt of split {split!r}; {' and '.join(needed)} are needed")
     return prompts
 
 

@@ -47,6 +47,7 @@ class Source:
     target: str  # digest of the target's weights and configuration
     tokenizer: str  # digest of the tokenizer and its chat template
     data: str  # digest of the conversations and how they were rendered
+    compute_dtype: str  # of the target's products
     tap_layers: tuple[int, int, int]
     hidden_size: int
     vocab_size: int

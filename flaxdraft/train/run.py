@@ -17,11 +17,13 @@ from rich.text import Text
 
 from flaxdraft import targets
 from flaxdraft.config import RunConfig, nearest
-from flaxdraft.data.capture import capture, is_captured, load_split, supervised_token_counts, write_texts
+from flaxdraft.data.capture import capture, is_captured, load_split, write_texts
 from flaxdraft.data.generation import Row
-from flaxdraft.data.packing import MemoryDocuments, PackedPipeline
+from flaxdraft.data.packing import Documents, MemoryDocuments, PackedPipeline
 from flaxdraft.data.pipeline import Batches, Pipeline
-from flaxdraft.data.prompts import Prompt, read_prompts, render
+from flaxdraft.data.prompts import SPLITS, Prompt, read_prompts, render
+from flaxdraft.data.store import MANIFEST, FeatureStore
+from flaxdraft.data.store_capture import tokenizer_digest
 from flaxdraft.data.vocab import choose_vocab, coverage
 from flaxdraft.drafts import serving_files
 from flaxdraft.errors import InputError
@@ -67,7 +69,11 @@ class Run:
         settings = config.algorithm.model_dump(exclude={"name", "ttt_length"})
         self.algorithm = algorithm(config.algorithm.ttt_length, **settings)
         self.evaluation = algorithm(config.evaluate.chain_length, **settings)
-        self.prompts = read_prompts(config.data.prompts)
+        # Training rows come from prompts that the target answers, or from a store.
+        self.splits = SPLITS if config.data.store is None else ("held_out",)
+        self.prompts = read_prompts(config.data.prompts, self.splits)
+        if config.data.store is not None and config.train.pack_length is None:
+            raise InputError("train.pack_length: null; rows of a store (data.store) are packed, give their length")
         if config.train.batch_size % config.mesh.data:
             raise InputError(
                 f"train.batch_size: {config.train.batch_size} rows cannot be split over mesh.data={config.mesh.data}"
@@ -76,6 +82,8 @@ class Run:
         self.data_dir = Path(config.output_dir) / "data"
         self.draft_dir = config.draft_dir
         data = config.data.model_dump() | {"prompts": sha256_of(Path(config.data.prompts))}
+        if config.data.store is not None:
+            data["store"] = sha256_of(FeatureStore(config.data.store).directory / MANIFEST)
         self.data_inputs = {
             "target": config.target.model_dump() | {"content": content_of(config.target.path, config.target.sha256)},
             "data": data, "evaluate": {"max_new_tokens": config.evaluate.max_new_tokens},
@@ -142,10 +150,9 @@ class Run:
             _say("data", "the target answers the prompts")
             self._check_context()
             result = {"order": {}, "eos": target.tokenizer.eos_token_id, "special": target.tokenizer.all_special_ids}
-            for split, dtype, limit in (
-                ("train", data.feature_dtype, data.max_answer_tokens),
-                ("held_out", "float32", self.config.evaluate.max_new_tokens),
-            ):
+            for split in self.splits:
+                dtype = data.feature_dtype if split == "train" else "float32"
+                _, limit = self._answer_limit(split)
                 prompts = self._split(split)
                 result["order"][split] = order = capture(
                     self.data_dir, split, target.model, target.tokenizer, prompts,
@@ -158,16 +165,20 @@ class Run:
             _say("data", f"done before: {self.data_dir}")
         return result
 
+    def _answer_limit(self, split: str) -> tuple[str, int]:
+        """The field and its value."""
+        if split == "train":
+            return "data.max_answer_tokens", self.config.data.max_answer_tokens
+        return "evaluate.max_new_tokens", self.config.evaluate.max_new_tokens
+
     def _check_context(self) -> None:
         """
         Raises:
             InputError: a prompt with its longest answer would leave the target's context.
         """
         data, context = self.config.data, self.target.model.config.max_position_embeddings
-        for split, field, limit in (
-            ("train", "data.max_answer_tokens", data.max_answer_tokens),
-            ("held_out", "evaluate.max_new_tokens", self.config.evaluate.max_new_tokens),
-        ):
+        for split in self.splits:
+            field, limit = self._answer_limit(split)
             rendered = [render(self.target.tokenizer, p, data.max_prompt_tokens) for p in self._split(split)]
             longest = max(map(len, rendered))
             if longest + limit > context:
@@ -207,22 +218,37 @@ class Run:
 
     @functools.cached_property
     def data_rows(self) -> dict[str, list[Row]]:
-        """Both splits in memory, loaded once and only where a stage needs them."""
+        """The answered splits in memory, loaded once and only where a stage needs them."""
         order, num_rows = self.data()["order"], self.config.data.rows
         return {split: load_split(self.data_dir, split, len(ids), num_rows) for split, ids in order.items()}
 
     @functools.cached_property
+    def documents(self) -> Documents:
+        """What is trained on.
+
+        Raises:
+            InputError: the store is of another target or tokenizer.
+        """
+        target = self.target
+        if self.config.data.store is None:
+            return MemoryDocuments(self.data_rows["train"], target.model.config.vocab_size)
+        expected = {
+            "target": content_of(str(target.path), self.config.target.sha256),
+            "tokenizer": tokenizer_digest(target.tokenizer), "tap_layers": [*target.model.config.tap_layers],
+        }  # fmt: skip
+        return FeatureStore(self.config.data.store, expected)
+
+    @functools.cached_property
     def vocab(self) -> VocabMap:
         """The draft vocabulary: that of draft.init_from, or chosen from the training answers."""
-        rows = self.data_rows["train"]
-        counts = supervised_token_counts(rows, self.target.model.config.vocab_size)
+        counts = self.documents.token_counts
         if self.start is not None:
             vocab = self.start.vocab
         else:
             vocab = choose_vocab(counts, self.data()["special"], self.config.draft.draft_vocab_size)
         CONSOLE.print(
-            f"  {len(rows)} answers, {counts.sum()} tokens, {np.count_nonzero(counts)} distinct; the draft vocabulary "
-            f"of {vocab.draft_vocab_size} holds {coverage(counts, vocab):.1%} of them"
+            f"  {len(self.documents.lengths)} answers, {counts.sum()} tokens, {np.count_nonzero(counts)} distinct; the "
+            f"draft vocabulary of {vocab.draft_vocab_size} holds {coverage(counts, vocab):.1%} of them"
         )
         return vocab
 
@@ -252,14 +278,14 @@ class Run:
 
     def batches(self) -> Batches:
         """The training rows, packed or in buckets by length."""
-        config, rows = self.config.train, self.data_rows["train"]
+        config = self.config.train
         if config.pack_length is None:
             return Pipeline(
-                rows, self.algorithm, batch_size=config.batch_size, seed=self.config.seed,
+                self.data_rows["train"], self.algorithm, batch_size=config.batch_size, seed=self.config.seed,
                 num_buckets=config.length_buckets,
             )  # fmt: skip
         packed = PackedPipeline(
-            MemoryDocuments(rows), self.algorithm, length=config.pack_length, batch_size=config.batch_size,
+            self.documents, self.algorithm, length=config.pack_length, batch_size=config.batch_size,
             seed=self.config.seed,
         )  # fmt: skip
         facts = packed.facts
