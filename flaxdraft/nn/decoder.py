@@ -234,14 +234,19 @@ class Cache:
     v_LBKSC: Float[Array, "L B K S C"]
 
 
+def _in_chunks(q_BTNH, k_BTKH, v_BTKC, first_BT, last_BT, scale: float):
+    out, _ = range_attention.forward(
+        q_BTNH, k_BTKH, v_BTKC, first_BT, last_BT, scale, range_attention.Chunks(256, 256)
+    )  # fmt: skip
+    return out.astype(v_BTKC.dtype)
+
+
 def _uncached(q_BTNH, k_BTKH, v_BTKC, segments_BT, scale: float):
     """Causal attention inside each document; in chunks where whole scores would be many."""
     num_batch, num_rows, num_heads, _ = q_BTNH.shape
     if num_batch * num_heads * num_rows**2 <= DENSE_SCORES:
         return attend(q_BTNH, k_BTKH, v_BTKC, causal_visibility(segments_BT), scale)
-    chunks = range_attention.Chunks(256, 256)
-    out, _ = range_attention.forward(q_BTNH, k_BTKH, v_BTKC, *document_ranges(segments_BT), scale, chunks)
-    return out.astype(v_BTKC.dtype)
+    return _in_chunks(q_BTNH, k_BTKH, v_BTKC, *document_ranges(segments_BT), scale)
 
 
 def _cached(cache: Cache, layer, q_BTNH, k_BTKH, v_BTKC, positions_BT, scale: float):
@@ -252,7 +257,12 @@ def _cached(cache: Cache, layer, q_BTNH, k_BTKH, v_BTKC, positions_BT, scale: fl
         cache.k_LBKHS.at[layer, rows_B1, :, :, positions_BT].set(k_BTKH, mode="drop"),
         cache.v_LBKSC.at[layer, rows_B1, :, positions_BT].set(v_BTKC, mode="drop"),
     )
-    visible = jnp.arange(cache.k_LBKHS.shape[-1])[None, None, :] <= positions_BT[:, :, None]
+    num_slots, (num_batch, num_rows, num_heads, _) = cache.k_LBKHS.shape[-1], q_BTNH.shape
+    if num_rows > 1 and num_batch * num_heads * num_rows * num_slots > DENSE_SCORES:
+        k_BSKH, v_BSKC = jnp.moveaxis(cache.k_LBKHS[layer], 3, 1), jnp.moveaxis(cache.v_LBKSC[layer], 2, 1)
+        last_BT = jnp.where(positions_BT < num_slots, positions_BT, -1)  # padding sees nothing
+        return _in_chunks(q_BTNH, k_BSKH, v_BSKC, jnp.zeros_like(last_BT), last_BT, scale), cache
+    visible = jnp.arange(num_slots)[None, None, :] <= positions_BT[:, :, None]
     return attend_cache(q_BTNH, cache.k_LBKHS[layer], cache.v_LBKSC[layer], visible, scale), cache
 
 

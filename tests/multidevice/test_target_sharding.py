@@ -144,11 +144,15 @@ def test_long_rows_attend_in_chunks(monkeypatch):
     segments = np.repeat([1, 2, 0], [15, 20, 5])[None].astype(np.int32)
     positions = np.concatenate([np.arange(15), np.arange(20), np.arange(5)])[None].astype(np.int32)
     batch = Batch(jnp.asarray(tokens), jnp.asarray(tokens > 0), jnp.asarray(segments), jnp.asarray(positions))
-    want = target.features(batch)
+    slots = np.where(np.arange(40) < 33, np.arange(40), 48)[None].astype(np.int32)  # the end is padding
+    prefill = lambda: target.extend(target.new_cache(1, 48), tokens, slots, "all")[1]  # noqa: E731
+    want, cached = target.features(batch), prefill()
     monkeypatch.setattr(decoder, "DENSE_SCORES", 0)
     monkeypatch.setattr(decoder.vocabulary, "LOGITS_AT_ONCE", 64 * 7)  # seven rows at a time
     decoder._forward.clear_cache()
-    got = target.features(batch)
+    got, chunked = target.features(batch), prefill()
     decoder._forward.clear_cache()
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(np.asarray(a)[:, :35], np.asarray(b)[:, :35], atol=2e-5)
+    for a, b in zip(jax.tree.leaves(chunked), jax.tree.leaves(cached), strict=True):
+        np.testing.assert_allclose(np.asarray(a)[:, :33], np.asarray(b)[:, :33], atol=2e-5)
