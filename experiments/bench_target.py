@@ -119,11 +119,8 @@ def main() -> None:
           f"decoding step, {arguments.decode_rows} rows | tokens/s |\n|---|---|---|---|---|---|---|")  # fmt: skip
     for side, name in enumerate(names):
         medians = np.median(times[:, :, side], axis=1)
-        print(
-            f"| {name} | "
-            + " | ".join(f"{m * 1e3:.0f} ms | {n / m:,.0f}" for m, n in zip(medians, work, strict=True))
-            + " |"
-        )
+        cells = (f"{m * 1e3:.0f} ms | {n / m:,.0f}" for m, n in zip(medians, work, strict=True))
+        print(f"| {name} | {' | '.join(cells)} |")
     if len(names) == 2:
         ratios = np.median(times[:, :, 1] / times[:, :, 0], axis=1)
         print("| speed beside PyTorch's, median of the pairs | " + " | ".join(f"{r:.2f} x | " for r in ratios) + " |")
