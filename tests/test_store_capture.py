@@ -9,7 +9,7 @@ import pytest
 
 from flaxdraft.data import store_capture
 from flaxdraft.data.__main__ import main
-from flaxdraft.data.chat import ChatOptions, render
+from flaxdraft.data.chat import ChatOptions, render, render_all
 from flaxdraft.data.conversations import read_conversations
 from flaxdraft.data.store import MANIFEST, TARGET, FeatureStore, shard_name
 from flaxdraft.errors import InputError
@@ -113,9 +113,7 @@ def test_the_plan_says_what_the_store_takes(store, file, tiny_gguf, tmp_path, ca
     assert f"8 rows, {opened.lengths.sum()} tokens, {opened.supervised.sum()} supervised, 2 rows left out" in text
     assert not (tmp_path / "none").exists()
     config = from_pretrained(str(tiny_gguf)).model.config
-    documents = store_capture.render_all(
-        read_conversations(file), from_pretrained(str(tiny_gguf)).tokenizer, ChatOptions(4096), 0.5
-    )
+    documents = render_all(read_conversations(file), from_pretrained(str(tiny_gguf)).tokenizer, ChatOptions(4096), 0.5)
     manifest = opened.manifest
     fields = ("target", "tokenizer", "data", "compute_dtype", "hidden_size", "vocab_size", "taps_dtype", "last_dtype")
     source = store_capture.Source(**{name: manifest[name] for name in fields}, tap_layers=config.tap_layers)

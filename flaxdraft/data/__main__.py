@@ -156,7 +156,7 @@ def answer_all(arguments: argparse.Namespace) -> None:
 def capture_all(arguments: argparse.Namespace) -> None:
     from flaxdraft import targets
     from flaxdraft.data import store_capture
-    from flaxdraft.data.chat import ChatOptions
+    from flaxdraft.data.chat import ChatOptions, render_all, tokenizer_digest
     from flaxdraft.data.conversations import read_conversations
     from flaxdraft.data.store import Source
     from flaxdraft.fetch import content_of
@@ -168,11 +168,11 @@ def capture_all(arguments: argparse.Namespace) -> None:
     if tokenizer is None:
         raise InputError(f"{arguments.target}: has no tokenizer")
     options = ChatOptions(arguments.max_length, arguments.last_turn_only, arguments.mask_reasoning)
-    documents = store_capture.render_all(
+    documents = render_all(
         read_conversations(arguments.file), tokenizer, options, arguments.max_silent
     )  # fmt: skip
     source = Source(
-        target=content_of(str(opened.path), None), tokenizer=store_capture.tokenizer_digest(tokenizer),
+        target=content_of(str(opened.path), None), tokenizer=tokenizer_digest(tokenizer),
         data=documents.digest, compute_dtype=arguments.dtype, tap_layers=config.tap_layers,
         hidden_size=config.hidden_size, vocab_size=config.vocab_size, taps_dtype=arguments.taps_dtype,
         last_dtype=arguments.last_dtype,

@@ -7,20 +7,19 @@ however many hosts share it; a shard that is there is whole. Rows of a shard run
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from flaxdraft.data.chat import ChatOptions, Rendered, render
-from flaxdraft.data.conversations import Conversation
-from flaxdraft.data.store import DTYPES, MANIFEST, PLAN, TARGET, Source, StoredRow, finish, shard_name, write_shard
+from flaxdraft.data.chat import Rendered
+from flaxdraft.data.documents import Document
+from flaxdraft.data.store import DTYPES, MANIFEST, PLAN, TARGET, Source, finish, shard_name, write_shard
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Target
 from flaxdraft.progress import bar
@@ -28,47 +27,6 @@ from flaxdraft.stages import flatten
 from flaxdraft.weights import save_safetensors, write_json
 
 _EXTRA_BYTES = 4 + 1 + 4 + 4  # token, mask, argmax, logsumexp
-
-
-@dataclasses.dataclass(frozen=True)
-class Documents:
-    """What is to be read, rendered."""
-
-    rows: list[Rendered]
-    silent: int  # rows that supervise nothing, left out
-    digest: str  # of the tokens and masks
-
-
-def render_all(
-    conversations: Iterable[Conversation], tokenizer: Any, options: ChatOptions, max_silent: float
-) -> Documents:
-    """Every conversation that supervises something.
-
-    Raises:
-        InputError: see `chat.render`; more than a share of `max_silent` rows supervise nothing, or there are no rows.
-    """
-    rows, silent, digest = [], 0, hashlib.sha256()
-    for conversation in conversations:
-        rendered = render(tokenizer, conversation, options)
-        if not rendered.assistant.any():
-            silent += 1
-            continue
-        digest.update(rendered.tokens.tobytes() + rendered.assistant.tobytes() + b"|")
-        rows.append(rendered)
-    total = len(rows) + silent
-    if silent > max_silent * total or not rows:
-        raise InputError(
-            f"{silent} of {total} conversations supervise nothing, more than a share of {max_silent} (--max-silent): "
-            "the assistant says nothing in them, or what it says lies behind --max-length; look with: python -m "
-            "flaxdraft.data show"
-        )
-    return Documents(rows, silent, digest.hexdigest())
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Of what decides how text becomes tokens: the tokenizer itself and its chat template."""
-    text = tokenizer.backend_tokenizer.to_str() + "\n" + (tokenizer.chat_template or "")
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +160,7 @@ def _batches(sizes: list[tuple[int, int]], batch_tokens: int) -> list[list[int]]
     return batches
 
 
-def _read(target: Target, rows: Sequence[Rendered], members: list[int]) -> dict[int, StoredRow]:
+def _read(target: Target, rows: Sequence[Rendered], members: list[int]) -> dict[int, Document]:
     """One forward pass; the batch is filled up to a power of two rows."""
     length = max(_padded(len(rows[i].tokens)) for i in members)
     shape = (1 << (len(members) - 1).bit_length(), length)
@@ -220,5 +178,5 @@ def _read(target: Target, rows: Sequence[Rendered], members: list[int]) -> dict[
             raise InputError(
                 f"row {i}: the target's features are not finite; its weights or its dtype do not hold them"
             )
-        out[i] = StoredRow(rows[i].tokens, rows[i].assistant, cut)
+        out[i] = Document(rows[i].tokens, rows[i].assistant, cut)
     return out
