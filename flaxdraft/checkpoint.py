@@ -49,14 +49,15 @@ class Checkpoints:
             return
         items = {"state": state, "vocab": {"target_ids": vocab.target_ids_W.astype(np.int64)}}
         self._inner.save_checkpointables_async(
-            step, items, force=force, custom_metadata={"vocab_size": vocab.vocab_size}
+            step, items, force=force, custom_metadata={"vocab_size": vocab.vocab_size, "vocab_source": vocab.source}
         )
 
     def restore(self, abstract_state: Any, vocab: VocabMap) -> Any:
         """The newest state, placed where the abstract one says.
 
         Raises:
-            InputError: the checkpoint is damaged, or belongs to another vocabulary map.
+            InputError: the checkpoint is damaged, belongs to another vocabulary map, or its map was chosen from
+                other data or with another tokenizer.
         """
         step = self.latest_step()
         saved = self._load(step, "vocab", None)["target_ids"]
@@ -64,6 +65,12 @@ class Checkpoints:
             raise InputError(
                 f"{self._directory}: the checkpoint of step {step} has another vocabulary map "
                 f"({len(saved)} tokens) than this run ({vocab.draft_vocab_size}); use another output_dir"
+            )
+        source = (self._inner.checkpointables_metadata(step).custom_metadata or {}).get("vocab_source")
+        if source != vocab.source:
+            raise InputError(
+                f"{self._directory}: the vocabulary map of step {step} was chosen from other data, or with another "
+                f"tokenizer ({source!r}, this run {vocab.source!r}); use another output_dir"
             )
         return self._load(step, "state", abstract_state)
 

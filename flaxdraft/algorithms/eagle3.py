@@ -84,6 +84,7 @@ def unroll(
     attention: Backend = "auto",
     remat: Remat = "none",
     attention_chunk: int = DEFAULT_CHUNK,
+    packed: bool = True,
 ) -> list[Float[Array, "B R D"]]:
     """The draft layer's output of each step at the given rows, before the final norm.
 
@@ -92,6 +93,7 @@ def unroll(
     Args:
         remat: what the backward pass computes anew: nothing, all but the outputs of projections and attention, or the
             whole step.
+        packed: whether a row may hold several documents; see `suffix_attention`.
     """
     # Past the end the reader finds token 0, like an engine's empty slot; no supervised row ever sees it.
     embeds_BTD = draft.embed(jnp.pad(batch.tokens_BT, ((0, 0), (0, num_steps))))
@@ -110,7 +112,7 @@ def unroll(
             suffix_k, suffix_v = (*suffix_k, k), (*suffix_v, v)
         heads = suffix_attention(
             draft.query(x_BRX, positions), k0, v0, suffix_k, suffix_v, first_BR, last_BR, draft.softmax_scale,
-            backend=attention, chunks=Chunks(attention_chunk, attention_chunk),
+            backend=attention, chunks=Chunks(attention_chunk, attention_chunk), packed=packed,
         )  # fmt: skip
         return draft.finish(hidden, heads), suffix_k, suffix_v
 
@@ -134,6 +136,7 @@ class Algorithm:
     remat: Remat = "none"
     loss_chunk: int = distillation.DEFAULT_CHUNK  # rows whose logits exist at a time
     attention_chunk: int = DEFAULT_CHUNK  # queries and keys whose scores exist at a time, where attention is chunked
+    packed: bool = True  # whether a row may hold several documents; False is a little faster with cuDNN
 
     def __post_init__(self):
         if self.num_steps < 1:
@@ -141,6 +144,7 @@ class Algorithm:
 
     def rows(self, assistant_BT: np.ndarray, segments_BT: np.ndarray) -> np.ndarray:
         """The rows that must be computed for this batch; see `Example.rows_BR`."""
+        assert self.packed or np.max(segments_BT, initial=0) <= 1, "several documents in a row, without `packed`"
         return supervised_rows(assistant_BT, segments_BT)
 
     def step_weights(self) -> tuple[float, ...]:
@@ -153,7 +157,9 @@ class Algorithm:
         batch, rows = example.batch, example.rows_BR
         compute = example.teacher_head_WE.dtype
         taps = example.features.taps_BT3E.astype(compute)
-        outputs = unroll(draft, batch, taps, rows, self.num_steps, self.attention, self.remat, self.attention_chunk)
+        outputs = unroll(
+            draft, batch, taps, rows, self.num_steps, self.attention, self.remat, self.attention_chunk, self.packed
+        )
         # The teacher of row p at step 0 is the target's distribution at p + 1.
         ahead = lambda x: None if x is None else take_rows(x, rows + 1)  # noqa: E731
         argmax_BR, logsumexp_BR = ahead(example.features.argmax_BT), ahead(example.features.logsumexp_BT)

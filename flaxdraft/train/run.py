@@ -25,7 +25,7 @@ from flaxdraft.data.online import digest_of, open_conversations
 from flaxdraft.data.pipeline import make_pipeline
 from flaxdraft.data.prompts import SPLITS, Prompt, read_prompts, render
 from flaxdraft.data.store import MANIFEST, FeatureStore
-from flaxdraft.data.vocab import choose_vocab, coverage
+from flaxdraft.data.vocab import choose_vocab, coverage, describe_sizes, source_of
 from flaxdraft.drafts import serving_files
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
@@ -68,8 +68,9 @@ class Run:
         self.draft_module = find_by_name("flaxdraft.drafts", config.draft.architecture, "draft.architecture")
         algorithm = find_by_name("flaxdraft.algorithms", config.algorithm.name, "algorithm.name").Algorithm
         settings = config.algorithm.model_dump(exclude={"name", "ttt_length"})
-        self.algorithm = algorithm(config.algorithm.ttt_length, **settings)
-        self.evaluation = algorithm(config.evaluate.chain_length, **settings)
+        packed = config.train.pack_length is not None
+        self.algorithm = algorithm(config.algorithm.ttt_length, **settings, packed=packed)
+        self.evaluation = algorithm(config.evaluate.chain_length, **settings, packed=False)
         # Training rows come from prompts that the target answers, from a store, or from conversations.
         given = [name for name in ("store", "conversations") if getattr(config.data, name) is not None]
         if len(given) == 2:
@@ -153,7 +154,8 @@ class Run:
             target = self.target
             _say("data", "the target answers the prompts")
             self._check_context()
-            result = {"order": {}, "eos": target.tokenizer.eos_token_id, "special": target.tokenizer.all_special_ids}
+            special = sorted({*target.tokenizer.all_special_ids, *target.stop_tokens})
+            result = {"order": {}, "eos": target.tokenizer.eos_token_id, "special": special}
             for split in self.splits:
                 dtype = data.feature_dtype if split == "train" else "float32"
                 _, limit = self._answer_limit(split)
@@ -251,11 +253,13 @@ class Run:
         if self.start is not None:
             vocab = self.start.vocab
         else:
-            vocab = choose_vocab(counts, self.data()["special"], self.config.draft.draft_vocab_size)
+            source = source_of(tokenizer_digest(self.target.tokenizer), self.documents.digest)
+            vocab = choose_vocab(counts, self.data()["special"], self.config.draft.draft_vocab_size, source)
         CONSOLE.print(
             f"  {len(self.documents.lengths)} answers, {counts.sum()} tokens, {np.count_nonzero(counts)} distinct; the "
             f"draft vocabulary of {vocab.draft_vocab_size} holds {coverage(counts, vocab):.1%} of them"
         )
+        CONSOLE.print(f"  {describe_sizes(counts, self.data()['special'])}")
         return vocab
 
     @functools.cached_property
