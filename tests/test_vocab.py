@@ -1,8 +1,10 @@
 """Draft vocabularies: the map, its three tables, and how it is chosen."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxdraft.checkpoint import Checkpoints, abstract_like
 from flaxdraft.data.vocab import choose_vocab, coverage, coverage_by_size, describe_sizes, source_of
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
@@ -121,3 +123,16 @@ def test_a_map_knows_what_it_was_chosen_from():
     assert len(sources) == 4
     assert choose_vocab(counts, [], 3, "from here").source == "from here"
     assert choose_vocab(counts, [], 3).source == ""
+
+
+def test_a_checkpoint_keeps_where_its_map_is_from(tmp_path):
+    """The same ids, chosen from other data: refused."""
+    state = {"x": jnp.arange(3.0)}
+    ids = np.array([1, 4, 9])
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(2, state, VocabMap(ids, V, "these answers"), force=True)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        restored = checkpoints.restore(abstract_like(state), VocabMap(ids, V, "these answers"))
+        np.testing.assert_array_equal(restored["x"], state["x"])
+        with pytest.raises(InputError, match=r"chosen from other data, or with another tokenizer \('these answers'"):
+            checkpoints.restore(abstract_like(state), VocabMap(ids, V, "others"))
