@@ -20,10 +20,11 @@ import numpy as np
 from bench_cases import CASES, count_flops, make_draft, make_example
 from flax import nnx
 
-from flaxdraft.algorithms.eagle3 import Algorithm, supervision, take_rows, unroll
+from flaxdraft.algorithms.eagle3 import Algorithm, supervision, unroll
 from flaxdraft.config import TrainConfig
 from flaxdraft.interfaces import Example
 from flaxdraft.ops import distillation_reference
+from flaxdraft.ops.rows import take_rows
 from flaxdraft.train.optimizer import optimizer
 from flaxdraft.train.state import init_state, split_draft
 from flaxdraft.train.step import make_train_step
