@@ -85,6 +85,11 @@ def test_tokens(tmp_path):
         ({"messages": [{"role": "user"}]}, r"messages\[0\]: content: expected text .*, found None"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"content: expected text"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, r"conversations\[0\]: from: found 'alien'"),
+        (
+            {"messages": [{**ANSWER, "tool_calls": 5}]},
+            r"messages\[0\]: tool_calls: expected a list of objects, found 5",
+        ),
+        ({"messages": [{**ANSWER, "tool_calls": ["f"]}]}, r"tool_calls: expected a list of objects"),
         ({"messages": [USER], "id": ["x"]}, r"row 1: id: expected text, found \['x'\]"),
         ({"messages": [USER], "tools": "{"}, r"tools: not valid JSON"),
         ({"messages": [USER], "tools": [1]}, r"tools: expected a list of objects"),

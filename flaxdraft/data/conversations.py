@@ -147,7 +147,10 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise InputError(f"{where}: role: found {_brief(role)}, expected one of {', '.join(ROLES)}")
-    if content is None and role == "assistant" and message.get("tool_calls"):
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise InputError(f"{where}: tool_calls: expected a list of objects, found {_brief(calls)}")
+    if content is None and role == "assistant" and calls:
         return {**message, "content": ""}
     parts_are_text = isinstance(content, list) and all(
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
