@@ -129,7 +129,8 @@ def _walk_shard(plan, want_gradients, states, teacher, supervised_BRJ, head_DW, 
             state_QD = jnp.where(in_draft_Q[:, None], state_QD, 0)
             back_QD = jnp.einsum("qw,dw->qd", slope_QW, head, preferred_element_type=wide).astype(head.dtype)
             backs = jnp.split(back_QD, num_steps)
-            gradients = tuple(x.at[at_C].set(y, mode="drop") for x, y in zip(gradients, backs, strict=True))
+            place = partial(lax.dynamic_update_slice_in_dim, start_index=i * size, axis=0)
+            gradients = tuple(place(x, y) for x, y in zip(gradients, backs, strict=True))
             head_gradient += jnp.einsum("qd,qw->dw", state_QD, slope_QW, preferred_element_type=wide)
         apart = lambda x_Q: x_Q.reshape(num_steps, size)  # noqa: E731
         hit_JC = apart(in_draft_Q & signals.hit_Q)
@@ -143,9 +144,12 @@ def _walk_shard(plan, want_gradients, states, teacher, supervised_BRJ, head_DW, 
     zeros = jnp.zeros(num_steps, wide)
     none = jnp.zeros(num_steps, jnp.int32)
     empty = LossSums(zeros, none, none, none, none, zeros), jnp.zeros((total, num_steps), bool)
-    slots = jax.tree.map(jnp.zeros_like, states), jnp.zeros(head_DW.shape, wide)
-    slots = slots if want_gradients else ((), ())
+    # Gradients of states in the order of the walk, with room for the last chunk to be whole.
+    walked = tuple(jnp.zeros((total + size, x.shape[1]), x.dtype) for x in states)
+    slots = (walked, jnp.zeros(head_DW.shape, wide)) if want_gradients else ((), ())
     sums, hit_MJ, gradients, head_gradient = lax.fori_loop(0, -(-count // size), chunk, (*empty, *slots))
+    place_M = jnp.where(active_M, jnp.cumsum(active_M) - 1, total + size)
+    gradients = tuple(take(x, place_M) for x in gradients)
     by_row = lambda x: x.reshape(num_batch, num_rows, *x.shape[1:])  # noqa: E731
     return jax.tree.map(by_row, (hit_MJ, gradients)), (sums, head_gradient)
 

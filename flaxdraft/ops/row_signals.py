@@ -1,7 +1,7 @@
 """What the walk needs of a chunk's draft logits: loss, its slope, top-1 hit, acceptance.
 
 The logits of all unroll steps of a chunk are hundreds of megabytes, so what counts is how often they are read. Three
-passes do: the maximum; the sums of exponentials, of teacher times logit, and of better tokens; acceptance and slope.
+passes do: the maximum; the sum of exponentials and the place of the maximum; what is made of probabilities.
 The slope of the soft cross-entropy is written down (q - p) instead of found by differentiation, which would read more.
 
 Shape letters: Q rows of all steps of a chunk, W draft vocabulary.
@@ -40,10 +40,10 @@ def row_signals(
         accepted_Q: see `objectives.lk_lambda`.
         weight_Q: of each row's loss in what is differentiated; None leaves the slope out.
     """
-    hit_Q = _is_first_highest(logits_QW, teacher)
+    top_Q1 = jnp.max(logits_QW, axis=-1, keepdims=True)
+    hit_Q = _hits(logits_QW, top_Q1, teacher)
     if objective != "soft_cross_entropy":
         return _differentiated(objective, logits_QW, teacher, accepted_Q, weight_Q, hit_Q)
-    top_Q1 = jnp.max(logits_QW, axis=-1, keepdims=True)
     total_Q = jnp.sum(jnp.exp(logits_QW - top_Q1), axis=-1)
     p_QW = teacher.draft_probabilities()
     expected_Q = jnp.sum(p_QW * logits_QW, axis=-1)
@@ -56,14 +56,12 @@ def row_signals(
     return RowSignals(logsumexp_Q - expected_Q, hit_Q, accept_Q, slope_QW)
 
 
-def _is_first_highest(logits_QW, teacher: TeacherRows) -> Bool[Array, " Q"]:
-    """Whether argmax (the first of the highest) is the teacher's token: no better one is counted. A count is an
-    ordinary sum, made in the same pass as others; an argmax is not."""
-    token_Q1 = teacher.draft_argmax_C[:, None]
-    there_Q1 = jnp.take_along_axis(logits_QW, jnp.maximum(token_Q1, 0), axis=-1)
-    earlier_QW = jnp.arange(logits_QW.shape[-1])[None] < token_Q1
-    better_QW = jnp.where(earlier_QW, logits_QW >= there_Q1, logits_QW > there_Q1)
-    return (token_Q1[:, 0] >= 0) & (jnp.sum(better_QW, axis=-1, dtype=jnp.float32) == 0)
+def _hits(logits_QW, top_Q1, teacher: TeacherRows) -> Bool[Array, " Q"]:
+    """Whether argmax is the teacher's token. The first place of the maximum is an ordinary minimum, made in the same
+    pass as the sums; a reduction that carries an index along is not."""
+    vocab_size = logits_QW.shape[-1]
+    at_QW = jnp.where(logits_QW == top_Q1, jnp.arange(vocab_size, dtype=jnp.int32)[None], vocab_size)
+    return jnp.min(at_QW, axis=-1) == teacher.draft_argmax_C
 
 
 def _differentiated(objective, logits_QW, teacher, accepted_Q, weight_Q, hit_Q) -> RowSignals:
