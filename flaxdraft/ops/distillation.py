@@ -109,8 +109,9 @@ def _walk(plan, want_gradients, states, head_DW, teacher, teacher_head, supervis
 def _walk_shard(plan, want_gradients, axis, states, teacher, supervised_BRJ, head_DW, teacher_head, accepted_J):
     num_steps, (num_batch, num_rows) = len(states), states[0].shape[:2]
     total, size = num_batch * num_rows, plan.chunk
-    # A row that some step of a row before it takes its teacher from is walked, supervised here or not.
-    active_BR = jnp.any(jnp.stack([_later(supervised_BRJ[..., j], j) for j in range(num_steps)]), axis=0)
+    # Supervised rows, and the rows behind them that bring the teachers of their later steps, supervised here or not.
+    later = [_later(jnp.any(supervised_BRJ[..., j:], axis=-1), j) for j in range(num_steps)]
+    active_BR = jnp.any(jnp.stack(later), axis=0)
     flat = lambda x: x.reshape(total, *x.shape[2:])  # noqa: E731
     states, teacher, supervised_MJ = jax.tree.map(flat, (states, teacher, supervised_BRJ))
     head = head_DW.astype(states[0].dtype)  # the master weights are wider
