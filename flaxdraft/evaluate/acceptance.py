@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -75,12 +74,12 @@ def make_accepted(
     algorithm: Algorithm,
     frozen: nnx.State,
     teacher_head_WE: jax.Array,
-    place: Callable[[Any], Any] = lambda tree: tree,
+    place: Callable[[HostBatch], tuple] = lambda host: (host.batch, host.features, host.rows_BR),
 ):
     """accepted(params) gives the per-batch call that `evaluate_teacher_forced` makes, compiled once.
 
     Args:
-        place: puts the arrays of a host batch on their devices.
+        place: batch, features and rows of a host batch on their devices.
     """
 
     @jax.jit
@@ -89,8 +88,7 @@ def make_accepted(
 
     def accepted(params: nnx.State):
         def call(host: HostBatch):
-            batch, features, rows = place((host.batch, host.features, host.rows_BR))
-            return compiled(params, frozen, Example(batch, features, rows, teacher_head_WE))
+            return compiled(params, frozen, Example(*place(host), teacher_head_WE))
 
         return call
 

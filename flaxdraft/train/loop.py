@@ -19,11 +19,11 @@ from flaxdraft.data.generation import Row, round_up
 from flaxdraft.data.pipeline import Batches
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, TeacherForced, evaluate_teacher_forced, make_accepted
-from flaxdraft.interfaces import Algorithm, Example, VocabMap
-from flaxdraft.mesh import BATCH_AXIS
+from flaxdraft.interfaces import Algorithm, VocabMap
 from flaxdraft.progress import CONSOLE, bar
 from flaxdraft.train.optimizer import optimizer
-from flaxdraft.train.state import TrainState, init_state
+from flaxdraft.train.place import evaluation_batch, rows_multiple, training_example
+from flaxdraft.train.state import TrainState, evaluation_params, init_state
 from flaxdraft.train.step import StepMetrics, make_train_step
 
 
@@ -39,33 +39,31 @@ class Trainer:
     vocab: VocabMap
     teacher_head_WE: jax.Array
 
-    def place(self, tree: Any) -> Any:
-        """Host arrays on their devices, rows split over the data axis."""
-        spec = jax.NamedSharding(self.mesh, jax.P(BATCH_AXIS))
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(spec, np.asarray(x)), tree)
-
     def train(
         self, graphdef: nnx.GraphDef, params: nnx.State, frozen: nnx.State, pipeline: Batches, held_out: list[Row]
     ) -> nnx.State:
-        """Trains to config.num_steps, from the newest checkpoint if there is one; returns the trained parameters."""
-        tx = optimizer(self.config)
-        state = jax.jit(lambda params: init_state(params, tx, self.algorithm.num_steps))(params)
-        accepted = make_accepted(graphdef, self.evaluation, frozen, self.teacher_head_WE, self.place)
-        num_rows = round_up(EVALUATION_ROWS, self.mesh.size)
+        """Trains to config.num_steps, from the newest checkpoint if there is one; returns `evaluation_params`."""
+        config, num_unroll = self.config, self.algorithm.num_steps
+        tx = optimizer(config)
+        state = jax.jit(lambda params: init_state(params, tx, num_unroll, ema=config.ema_decay is not None))(params)
+        train_step = make_train_step(graphdef, self.algorithm, tx, config.accumulate, config.ema_decay)
+        accepted = make_accepted(
+            graphdef, self.evaluation, frozen, self.teacher_head_WE, lambda host: evaluation_batch(host, self.mesh)
+        )
+        num_rows = round_up(EVALUATION_ROWS, rows_multiple(self.mesh))
         evaluate = lambda params: evaluate_teacher_forced(  # noqa: E731
             accepted(params), held_out, self.evaluation, num_rows
         )
-        with Checkpoints(self.directory / "checkpoints", every=self.config.checkpoint_every) as checkpoints:
+        with Checkpoints(self.directory / "checkpoints", every=config.checkpoint_every) as checkpoints:
             if checkpoints.latest_step() is not None:
                 state = checkpoints.restore(abstract_like(state), self.vocab)
                 CONSOLE.print(f"  resuming at step {int(state.step)}")
             with MetricsLog(self.directory / "metrics.jsonl", int(state.step)) as log:
                 if int(state.step) == 0:
-                    log.evaluation(0, evaluate(state.params))
-                state = self._steps(graphdef, state, frozen, make_train_step(graphdef, self.algorithm, tx), pipeline,
-                                    evaluate, checkpoints, log)  # fmt: skip
-            checkpoints.save(self.config.num_steps, state, self.vocab, force=True)
-        return state.params
+                    log.evaluation(0, evaluate(evaluation_params(state)))
+                state = self._steps(graphdef, state, frozen, train_step, pipeline, evaluate, checkpoints, log)
+            checkpoints.save(config.num_steps, state, self.vocab, force=True)
+        return evaluation_params(state)
 
     def _steps(self, graphdef, state, frozen, train_step, pipeline, evaluate, checkpoints, log) -> TrainState:
         config, start = self.config, int(state.step)
@@ -73,7 +71,7 @@ class Trainer:
         with bar("train", config.num_steps, start) as progress:
             for step in range(start, config.num_steps):
                 host = pipeline.batch(step)
-                example = Example(*self.place((host.batch, host.features, host.rows_BR)), self.teacher_head_WE)
+                example = training_example(host, self.mesh, self.algorithm.num_steps, self.teacher_head_WE)
                 if step == start:
                     draft = nnx.merge(graphdef, state.params, frozen)
                     CONSOLE.print(f"  {self.algorithm.describe(draft, example)}")
@@ -85,7 +83,7 @@ class Trainer:
                     rate = rows_done / (time.monotonic() - clock)
                     progress.advance(done - progress.done, log.training(done, metrics, rate))
                 if done % config.eval_every == 0 or done == config.num_steps:
-                    log.evaluation(done, evaluate(state.params))
+                    log.evaluation(done, evaluate(evaluation_params(state)))
                 if done < config.num_steps:
                     checkpoints.save(done, state, self.vocab)
         return state

@@ -33,11 +33,13 @@ from flaxdraft.export import export
 from flaxdraft.fetch import content_of, sha256_of
 from flaxdraft.interfaces import VocabMap, find_by_name
 from flaxdraft.mesh import Sharding, make_mesh
+from flaxdraft.nn.places import check_heads, on_mesh, weight_on_mesh
 from flaxdraft.precision import DTYPES, Precision
 from flaxdraft.progress import CONSOLE
 from flaxdraft.report import print_headline, write_report
 from flaxdraft.stages import Stage, claim
 from flaxdraft.train.loop import Trainer, read_metrics
+from flaxdraft.train.place import SHARDING, check_batch
 from flaxdraft.train.start import check_target, load_start
 from flaxdraft.train.state import split_draft, warm_start
 
@@ -75,11 +77,8 @@ class Run:
         self.prompts = read_prompts(config.data.prompts, self.splits)
         if config.data.store is not None and config.train.pack_length is None:
             raise InputError("train.pack_length: null; rows of a store (data.store) are packed, give their length")
-        if config.train.batch_size % config.mesh.data:
-            raise InputError(
-                f"train.batch_size: {config.train.batch_size} rows cannot be split over mesh.data={config.mesh.data}"
-            )
-        self.mesh = make_mesh(config.mesh.data)
+        check_batch(config)
+        self.mesh = make_mesh(**config.mesh.model_dump())
         self.data_dir = Path(config.output_dir) / "data"
         self.draft_dir = config.draft_dir
         data = config.data.model_dump() | {"prompts": sha256_of(Path(config.data.prompts))}
@@ -262,17 +261,17 @@ class Run:
         # Loaded before the mesh is set: target and vocabulary stay on one device, where decoding uses them.
         target, _, head_WE = self.target, self.vocab, self.teacher_head(config.compute_dtype)
         _say("train", f"{config.num_steps} steps of {config.batch_size} answers to {target.path.name}")
+        graphdef, params, frozen = split_draft(self.make_draft(SHARDING, config.compute_dtype))
+        check_heads(self.draft_config(), SHARDING, self.mesh.shape)
         with jax.set_mesh(self.mesh):
-            everywhere = jax.NamedSharding(self.mesh, jax.P())
-            graphdef, params, frozen = split_draft(self.make_draft(Sharding.data_parallel(), config.compute_dtype))
-            params, frozen = jax.device_put((params, frozen), everywhere)
+            params, frozen = (on_mesh(state, self.mesh, SHARDING) for state in (params, frozen))
             CONSOLE.print(
                 f"  {sum(math.prod(p.shape) for p in jax.tree.leaves(params)) / 1e6:.1f} M trained parameters, "
                 f"{pipeline.steps_per_epoch} steps an epoch"
             )
             trainer = Trainer(
                 self.draft_dir, config, self.algorithm, self.evaluation, self.mesh, self.vocab,
-                jax.device_put(head_WE, everywhere),
+                weight_on_mesh("teacher head", head_WE, self.mesh, SHARDING.weight_ve),
             )  # fmt: skip
             params = trainer.train(graphdef, params, frozen, pipeline, self.data_rows["held_out"])
         return jax.device_put(jax.device_get(params), jax.devices()[0])
