@@ -108,6 +108,15 @@ class MeshConfig(_Section):
     data: int = Field(default=1, ge=1)  # devices over which training batches are split
 
 
+class HostsConfig(_Section):
+    """Which processes make up the run; left out, the launcher's environment says (see hosts.py)."""
+
+    coordinator: Text | None = None  # host:port of process 0; `auto` leaves all to JAX
+    num_processes: int | None = Field(default=None, ge=1)
+    process_id: int | None = Field(default=None, ge=0)
+    heartbeat_seconds: int = Field(default=30, ge=3)  # the runtime's; a silent peer is given up after a third of it
+
+
 class RunConfig(_Section):
     """Everything a run depends on."""
 
@@ -122,6 +131,7 @@ class RunConfig(_Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
 
     @property
     def draft_dir(self) -> Path:
