@@ -51,7 +51,15 @@ class TargetConfig(_Section):
 
 class DataConfig(_Section):
     prompts: Text  # JSONL of {id, category, split, prompt}
-    store: Text | None = None  # a feature store to train on; of the prompts the held-out ones alone are then used
+    # What to train on in place of the training prompts' answers; of the prompts the held-out ones alone are then used.
+    store: Text | None = None  # a feature store
+    conversations: Text | None = None  # a .jsonl or .parquet file that the target reads while the draft trains
+    max_length: int = Field(default=4096, ge=8)  # tokens, where conversations are cut
+    last_turn_only: bool = False  # supervise the last assistant turn of a conversation alone
+    mask_reasoning: bool = False  # do not supervise what stands between <think> and </think>
+    max_silent: Number = Field(default=0.5, ge=0, le=1)  # largest share of conversations that supervise nothing
+    last_batch: Literal["fill", "drop"] = "fill"  # rows that fill no batch: fill it with empty ones, or leave them out
+    prefetch: int = Field(default=4, ge=0)  # batches that are read ahead; bounds the pipeline's memory
     num_prompts: int | None = Field(default=None, ge=1)  # of the training prompts; null takes all
     max_prompt_tokens: int = Field(default=192, ge=8)
     max_answer_tokens: int = Field(default=96, ge=4)

@@ -16,10 +16,11 @@ from flax import nnx
 from flaxdraft.checkpoint import Checkpoints, abstract_like
 from flaxdraft.config import TrainConfig
 from flaxdraft.data.generation import Row, round_up
-from flaxdraft.data.pipeline import Batches
+from flaxdraft.data.online import one_ahead
+from flaxdraft.data.pipeline import Batches, HostBatch, batches_from
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, TeacherForced, evaluate_teacher_forced, make_accepted
-from flaxdraft.interfaces import Algorithm, Example, VocabMap
+from flaxdraft.interfaces import Algorithm, Example, Target, VocabMap
 from flaxdraft.mesh import BATCH_AXIS
 from flaxdraft.progress import CONSOLE, bar
 from flaxdraft.train.optimizer import optimizer
@@ -38,11 +39,24 @@ class Trainer:
     mesh: jax.sharding.Mesh
     vocab: VocabMap
     teacher_head_WE: jax.Array
+    prefetch: int  # batches that are read ahead
+    target: Target | None = None  # reads batches that come without features; on the training mesh
+
+    @property
+    def rows(self) -> jax.NamedSharding:
+        """Rows split over the data axis."""
+        return jax.NamedSharding(self.mesh, jax.P(BATCH_AXIS))
 
     def place(self, tree: Any) -> Any:
-        """Host arrays on their devices, rows split over the data axis."""
-        spec = jax.NamedSharding(self.mesh, jax.P(BATCH_AXIS))
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(spec, np.asarray(x)), tree)
+        """Host arrays on their devices."""
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.rows, np.asarray(x)), tree)
+
+    def example(self, host: HostBatch) -> Example:
+        """A batch on the devices, with the features that it brings or those that the target is asked for here."""
+        batch, features, rows_BR = self.place((host.batch, host.features, host.rows_BR))
+        if features is None:
+            features = jax.device_put(self.target.features(batch), self.rows)
+        return Example(batch, features, rows_BR, self.teacher_head_WE)
 
     def train(
         self, graphdef: nnx.GraphDef, params: nnx.State, frozen: nnx.State, pipeline: Batches, held_out: list[Row]
@@ -69,11 +83,13 @@ class Trainer:
 
     def _steps(self, graphdef, state, frozen, train_step, pipeline, evaluate, checkpoints, log) -> TrainState:
         config, start = self.config, int(state.step)
-        clock, rows_done = time.monotonic(), 0
+        clock, rows_done, waited = time.monotonic(), 0, 0.0
+        examples = one_ahead(batches_from(pipeline, start, config.num_steps, self.prefetch), self.example)
         with bar("train", config.num_steps, start) as progress:
             for step in range(start, config.num_steps):
-                host = pipeline.batch(step)
-                example = Example(*self.place((host.batch, host.features, host.rows_BR)), self.teacher_head_WE)
+                asked = time.monotonic()
+                host, example = next(examples)
+                waited += time.monotonic() - asked
                 if step == start:
                     draft = nnx.merge(graphdef, state.params, frozen)
                     CONSOLE.print(f"  {self.algorithm.describe(draft, example)}")
@@ -82,8 +98,9 @@ class Trainer:
                 done = step + 1
                 if done % config.log_every == 0 or done == config.num_steps:
                     metrics = jax.device_get(metrics)  # waits for the steps whose rate is taken
-                    rate = rows_done / (time.monotonic() - clock)
-                    progress.advance(done - progress.done, log.training(done, metrics, rate))
+                    seconds = time.monotonic() - clock
+                    text = log.training(done, metrics, rows_done / seconds, waited / seconds)
+                    progress.advance(done - progress.done, text)
                 if done % config.eval_every == 0 or done == config.num_steps:
                     log.evaluation(done, evaluate(state.params))
                 if done < config.num_steps:
@@ -111,8 +128,11 @@ class MetricsLog:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
-    def training(self, step: int, metrics: StepMetrics, rows_per_second: float) -> str:
+    def training(self, step: int, metrics: StepMetrics, rows_per_second: float, data_wait: float) -> str:
         """Logs one step and returns the text of the progress line.
+
+        Args:
+            data_wait: share of the time so far in which training waited for its data.
 
         Raises:
             InputError: the loss is not finite.
@@ -126,11 +146,11 @@ class MetricsLog:
         self._write({
             "step": step, "kind": "train", "loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm),
             "accuracy": accuracy.tolist(), "mean_over_rows": float(1 + prefix.sum()),
-            "rows_per_second": rows_per_second,
+            "rows_per_second": rows_per_second, "data_wait": data_wait,
         })  # fmt: skip
         return (
             f"loss {metrics.loss:.3f}  accuracy {accuracy[0]:.2f}  accept length {1 + prefix.sum():.2f}  "
-            f"{rows_per_second:.0f} rows/s"
+            f"{rows_per_second:.0f} rows/s  {data_wait:.0%} waiting for data"
         )
 
     def evaluation(self, step: int, result: TeacherForced) -> None:

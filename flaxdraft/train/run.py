@@ -18,20 +18,21 @@ from rich.text import Text
 from flaxdraft import targets
 from flaxdraft.config import RunConfig, nearest
 from flaxdraft.data.capture import capture, is_captured, load_split, write_texts
+from flaxdraft.data.chat import tokenizer_digest
+from flaxdraft.data.documents import AnsweredPrompts, Documents
 from flaxdraft.data.generation import Row
-from flaxdraft.data.packing import Documents, MemoryDocuments, PackedPipeline
-from flaxdraft.data.pipeline import Batches, Pipeline
+from flaxdraft.data.online import digest_of, open_conversations
+from flaxdraft.data.pipeline import make_pipeline
 from flaxdraft.data.prompts import SPLITS, Prompt, read_prompts, render
 from flaxdraft.data.store import MANIFEST, FeatureStore
-from flaxdraft.data.store_capture import tokenizer_digest
-from flaxdraft.data.vocab import choose_vocab, coverage
+from flaxdraft.data.vocab import choose_vocab, coverage, describe_sizes, source_of
 from flaxdraft.drafts import serving_files
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
 from flaxdraft.evaluate.held_out import decode_held_out, summary
 from flaxdraft.export import export
 from flaxdraft.fetch import content_of, sha256_of
-from flaxdraft.interfaces import VocabMap, find_by_name
+from flaxdraft.interfaces import Target, VocabMap, find_by_name
 from flaxdraft.mesh import Sharding, make_mesh
 from flaxdraft.precision import DTYPES, Precision
 from flaxdraft.progress import CONSOLE
@@ -70,11 +71,12 @@ class Run:
         packed = config.train.pack_length is not None
         self.algorithm = algorithm(config.algorithm.ttt_length, **settings, packed=packed)
         self.evaluation = algorithm(config.evaluate.chain_length, **settings, packed=False)
-        # Training rows come from prompts that the target answers, or from a store.
-        self.splits = SPLITS if config.data.store is None else ("held_out",)
+        # Training rows come from prompts that the target answers, from a store, or from conversations.
+        given = [name for name in ("store", "conversations") if getattr(config.data, name) is not None]
+        if len(given) == 2:
+            raise InputError("data.store, data.conversations: both are given; training reads one of them")
+        self.splits = ("held_out",) if given else SPLITS
         self.prompts = read_prompts(config.data.prompts, self.splits)
-        if config.data.store is not None and config.train.pack_length is None:
-            raise InputError("train.pack_length: null; rows of a store (data.store) are packed, give their length")
         if config.train.batch_size % config.mesh.data:
             raise InputError(
                 f"train.batch_size: {config.train.batch_size} rows cannot be split over mesh.data={config.mesh.data}"
@@ -82,7 +84,9 @@ class Run:
         self.mesh = make_mesh(config.mesh.data)
         self.data_dir = Path(config.output_dir) / "data"
         self.draft_dir = config.draft_dir
-        data = config.data.model_dump() | {"prompts": sha256_of(Path(config.data.prompts))}
+        data = config.data.model_dump(exclude={"prefetch"}) | {"prompts": sha256_of(Path(config.data.prompts))}
+        if config.data.conversations is not None:
+            data["conversations"] = digest_of(config.data.conversations)
         if config.data.store is not None:
             data["store"] = sha256_of(FeatureStore(config.data.store).directory / MANIFEST)
         self.data_inputs = {
@@ -150,7 +154,8 @@ class Run:
             target = self.target
             _say("data", "the target answers the prompts")
             self._check_context()
-            result = {"order": {}, "eos": target.tokenizer.eos_token_id, "special": target.tokenizer.all_special_ids}
+            special = sorted({*target.tokenizer.all_special_ids, *target.stop_tokens})
+            result = {"order": {}, "eos": target.tokenizer.eos_token_id, "special": special}
             for split in self.splits:
                 dtype = data.feature_dtype if split == "train" else "float32"
                 _, limit = self._answer_limit(split)
@@ -228,11 +233,13 @@ class Run:
         """What is trained on.
 
         Raises:
-            InputError: the store is of another target or tokenizer.
+            InputError: the store is of another target or tokenizer; conversations cannot be read or rendered.
         """
         target = self.target
+        if self.config.data.conversations is not None:
+            return open_conversations(self.config.data, target.tokenizer, target.model.config.vocab_size)
         if self.config.data.store is None:
-            return MemoryDocuments(self.data_rows["train"], target.model.config.vocab_size)
+            return AnsweredPrompts(self.data_rows["train"], target.model.config.vocab_size)
         expected = {
             "target": content_of(str(target.path), self.config.target.sha256),
             "tokenizer": tokenizer_digest(target.tokenizer), "tap_layers": [*target.model.config.tap_layers],
@@ -246,11 +253,13 @@ class Run:
         if self.start is not None:
             vocab = self.start.vocab
         else:
-            vocab = choose_vocab(counts, self.data()["special"], self.config.draft.draft_vocab_size)
+            source = source_of(tokenizer_digest(self.target.tokenizer), self.documents.digest)
+            vocab = choose_vocab(counts, self.data()["special"], self.config.draft.draft_vocab_size, source)
         CONSOLE.print(
             f"  {len(self.documents.lengths)} answers, {counts.sum()} tokens, {np.count_nonzero(counts)} distinct; the "
             f"draft vocabulary of {vocab.draft_vocab_size} holds {coverage(counts, vocab):.1%} of them"
         )
+        CONSOLE.print(f"  {describe_sizes(counts, self.data()['special'])}")
         return vocab
 
     @functools.cached_property
@@ -258,7 +267,8 @@ class Run:
         """The trained parameters, on one device; where training is done they come from its last checkpoint."""
         config = self.config.train
         self.draft_config().to_hf()  # refuses what no server loads before any time is spent on it
-        pipeline = self.batches()
+        pipeline = make_pipeline(self.documents, self.algorithm, config, self.config.data, self.config.seed)
+        CONSOLE.print(f"  {pipeline.layout.describe()}")
         # Loaded before the mesh is set: target and vocabulary stay on one device, where decoding uses them.
         target, _, head_WE = self.target, self.vocab, self.teacher_head(config.compute_dtype)
         _say("train", f"{config.num_steps} steps of {config.batch_size} answers to {target.path.name}")
@@ -267,34 +277,25 @@ class Run:
             graphdef, params, frozen = split_draft(self.make_draft(Sharding.data_parallel(), config.compute_dtype))
             params, frozen = jax.device_put((params, frozen), everywhere)
             CONSOLE.print(
-                f"  {sum(math.prod(p.shape) for p in jax.tree.leaves(params)) / 1e6:.1f} M trained parameters, "
-                f"{pipeline.steps_per_epoch} steps an epoch"
+                f"  {sum(math.prod(p.shape) for p in jax.tree.leaves(params)) / 1e6:.1f} M trained parameters"
             )
             trainer = Trainer(
                 self.draft_dir, config, self.algorithm, self.evaluation, self.mesh, self.vocab,
-                jax.device_put(head_WE, everywhere),
+                jax.device_put(head_WE, everywhere), self.config.data.prefetch, self.reader,
             )  # fmt: skip
             params = trainer.train(graphdef, params, frozen, pipeline, self.data_rows["held_out"])
         return jax.device_put(jax.device_get(params), jax.devices()[0])
 
-    def batches(self) -> Batches:
-        """The training rows, packed or in buckets by length."""
-        config = self.config.train
-        if config.pack_length is None:
-            return Pipeline(
-                self.data_rows["train"], self.algorithm, batch_size=config.batch_size, seed=self.config.seed,
-                num_buckets=config.length_buckets,
-            )  # fmt: skip
-        packed = PackedPipeline(
-            self.documents, self.algorithm, length=config.pack_length, batch_size=config.batch_size,
-            seed=self.config.seed,
-        )  # fmt: skip
-        facts = packed.facts
-        CONSOLE.print(
-            f"  {facts.documents} documents packed into {facts.rows} rows of {facts.length} tokens, {facts.fill:.0%} "
-            "full" + (f"; {facts.cut} tokens behind {facts.length} left out" if facts.cut else "")
-        )
-        return packed
+    @functools.cached_property
+    def reader(self) -> Target | None:
+        """The target on the training mesh, where it reads conversations while the draft trains."""
+        if self.config.data.conversations is None:
+            return None
+        target, dtype = self.config.target, DTYPES[self.config.train.compute_dtype]
+        return targets.from_pretrained(
+            target.path, sha256=target.sha256, tap_layers=target.tap_layers, precision=Precision(dtype, dtype),
+            mesh=self.mesh,
+        ).model  # fmt: skip
 
     def teacher_head(self, dtype: str) -> jax.Array:
         """[W, E]: the target's head rows of the draft vocabulary."""
