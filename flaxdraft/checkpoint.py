@@ -16,6 +16,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import warnings
@@ -133,23 +134,35 @@ def load(directory: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         DamagedError: in some process it cannot be read, or is not what was written.
     """
-    marked = [name for name in _ARRAYS if name in abstract]
+    labels = {name: _labels(abstract[name]) for name in _ARRAYS if name in abstract}
     problem = ""
     try:
         with _alone(), _quiet():
-            loaded = ocp.load_checkpointables(directory.resolve(), dict(abstract) | {"fingerprint": None})
+            loaded = ocp.load_checkpointables(directory.resolve(), dict(abstract))
+            marks = _read_marks(directory, labels) if labels else {}
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
         problem = _cause(error)
     if not hosts.all_agree(not problem):
         raise DamagedError(problem or "another process cannot read it")
-    written = loaded.pop("fingerprint")
-    for name in marked:
-        found = jax.device_get(fingerprint(loaded[name]))
-        for path, value in jax.tree_util.tree_leaves_with_path(found):
-            label = name + jax.tree_util.keystr(path)
-            if label not in written or int(written[label]) != int(value):
-                raise DamagedError(f"{label} is not what was written")
+    for name, found in labels.items():
+        for label, value in zip(found, jax.tree.leaves(jax.device_get(fingerprint(loaded[name]))), strict=True):
+            if int(marks[f"{name}{label}"]) != int(value):
+                raise DamagedError(f"{name}{label} is not what was written")
     return loaded
+
+
+def _labels(tree: Any) -> list[str]:
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _read_marks(directory: Path, labels: Mapping[str, list[str]]) -> dict[str, np.ndarray]:
+    """Onto the host: the devices that wrote them need not exist any more."""
+    number = np.zeros((), np.uint32)
+    abstract = {f"{name}{label}": number for name, found in labels.items() for label in found}
+    context = _alone()
+    context.pytree.loading.partial_load = True
+    with context:
+        return ocp.load_checkpointables(directory.resolve(), {"fingerprint": abstract})["fingerprint"]
 
 
 def _cause(error: BaseException) -> str:
@@ -178,26 +191,26 @@ class Checkpoints:
         self.directory = directory
         self._keep_latest, self._keep_every = keep_latest, keep_every
         self._saving: tuple[Saved, Any] | None = None
-        self.damaged: dict[int, str] = {}  # why a step is not among the saved ones
         found = None
         if hosts.is_main():
             directory.mkdir(parents=True, exist_ok=True)
             for left in directory.glob(f"*{_TEMPORARY}*"):  # of a save that was killed
                 shutil.rmtree(left, ignore_errors=True)
             found = self._scan()
-        found = hosts.agree(found)
-        self._saved = {int(step): Saved(int(step), record) for step, record in found.items()}
+        records, damaged = hosts.agree(found)
+        self._saved = {int(step): Saved(int(step), record) for step, record in records.items()}
+        self.damaged = {int(step): why for step, why in damaged.items()}  # why a step is not among the saved ones
         self._link()
 
-    def _scan(self) -> dict[int, Any]:
-        found = {}
+    def _scan(self) -> tuple[dict[int, Any], dict[int, str]]:
+        records, damaged = {}, {}
         for path in self.directory.iterdir():
             if path.name.isdigit():
                 try:
-                    found[int(path.name)] = read_record(path)
+                    records[int(path.name)] = read_record(path)
                 except DamagedError as error:
-                    self.damaged[int(path.name)] = str(error)
-        return found
+                    damaged[int(path.name)] = str(error)
+        return records, damaged
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -222,6 +235,12 @@ class Checkpoints:
         step = retention.best({step: saved.score for step, saved in self._saved.items()})
         return None if step is None else self._saved[step]
 
+    @property
+    def best_score(self) -> float:
+        """Of all checkpoints, the one under way included."""
+        under_way = [self._saving[0]] if self._saving else []
+        return max((one.score for one in [*self.saved(), *under_way] if one.score is not None), default=-math.inf)
+
     def save(self, step: int, arrays: Mapping[str, Any], vocab: VocabMap, record: Mapping[str, Any]) -> None:
         """Starts an asynchronous save; waits for the one before it.
 
@@ -237,9 +256,9 @@ class Checkpoints:
             return
         saved = Saved(step, {**record, "step": step})
         marks = {
-            name + jax.tree_util.keystr(path): value
+            f"{name}{label}": mark
             for name in _ARRAYS
-            for path, value in jax.tree_util.tree_leaves_with_path(fingerprint(arrays[name]))
+            for label, mark in zip(_labels(arrays[name]), jax.tree.leaves(fingerprint(arrays[name])), strict=True)
         }
         items = {**arrays, "fingerprint": marks, "vocab": {"target_ids": vocab.target_ids_W.astype(np.int64)}}
         try:

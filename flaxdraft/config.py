@@ -101,6 +101,12 @@ class TrainConfig(_Section):
     log_every: int = Field(default=10, ge=1)
     eval_every: int = Field(default=100, ge=1)
     checkpoint_every: int = Field(default=50, ge=1)
+    keep_latest: int = Field(default=2, ge=1)  # checkpoints; the best one stays besides
+    keep_every: int | None = Field(default=None, ge=1)  # steps that it divides keep their checkpoint
+    resume: Text = "auto"  # latest, best, none, `step N`, or a checkpoint's directory (see train/resume.py)
+    max_skipped: int = Field(default=5, ge=1)  # steps in a row without a finite loss and gradient that end the run
+    profile: list[int] | None = Field(default=None, min_length=2, max_length=2)  # first and last step to trace
+    wandb: Text | None = None  # a project of Weights & Biases (its package must be installed)
 
 
 class EvaluateConfig(_Section):

@@ -10,6 +10,7 @@ is through with NAME) and `lost CODE WHY` from it; `failed CODE WHY` and `bye` b
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import socket
@@ -42,10 +43,8 @@ class _Line:
         self._rest = b""
 
     def send(self, line: str) -> None:
-        try:
+        with contextlib.suppress(OSError):  # gone or deaf: reading will tell, or its silence
             self.socket.sendall(line.encode() + b"\n")
-        except OSError:  # gone or deaf: reading will tell, or its silence
-            pass
 
     def receive(self) -> list[str] | None:
         """The lines that have come since; None once the other end is closed."""
@@ -198,10 +197,8 @@ def _own_addresses() -> list[str]:
     """Every name and number under which other hosts may reach this one, likely ones first."""
     name = socket.gethostname()
     found = [name]
-    try:
+    with contextlib.suppress(OSError):  # a host whose own name does not resolve
         found += [info[4][0] for info in socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)]
-    except OSError:
-        pass  # a host whose own name does not resolve
     return list(dict.fromkeys([*found, "127.0.0.1"]))
 
 

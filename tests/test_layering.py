@@ -7,8 +7,9 @@ PACKAGE = Path(__file__).parents[1] / "flaxdraft"
 
 # Lower layers first; a module may import its own layer's earlier names only where the table says so.
 LAYERS = (
-    ("errors",),
-    ("interfaces", "config", "mesh", "precision", "progress"),
+    ("errors", "peers", "retention", "continuing", "provenance", "reads"),
+    ("interfaces", "config", "mesh", "precision", "progress", "lock"),
+    ("hosts",),
     ("ops",),
     ("nn", "weights", "fetch", "safetensors_file"),
     ("gguf_file", "hf_directory", "stages"),

@@ -101,7 +101,7 @@ class Pipeline:
         if batch_size % part[1]:
             raise InputError(f"train.batch_size: {batch_size} rows cannot be split over {part[1]} hosts")
         self._documents, self._algorithm, self.layout = documents, algorithm, layout
-        self._num_rows, self._part = batch_size // part[1], part
+        self._num_rows, self.part = batch_size // part[1], part
         self.steps_per_epoch = layout.steps_per_epoch
 
     def batch(self, step: int) -> HostBatch:
@@ -111,7 +111,7 @@ class Pipeline:
             InputError: a document cannot be read.
         """
         rows = self.layout.rows(step)
-        first = self._part[0] * self._num_rows
+        first = self.part[0] * self._num_rows
         mine = rows.documents[first : first + self._num_rows]
         read = [[self._documents.row(int(index)) for index in row] for row in mine]
         if not read:  # the rest of a partial batch is empty: shapes of the features are all that is taken from this

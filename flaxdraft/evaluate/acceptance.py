@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from flaxdraft import reads
 from flaxdraft.data.documents import as_document
 from flaxdraft.data.generation import Row, round_up
 from flaxdraft.data.pipeline import HostBatch, collate
@@ -112,7 +113,7 @@ def evaluate_teacher_forced(
     for at in range(0, len(rows), batch):
         chunk = rows[at : at + batch]
         host = collate([[as_document(row)] for row in chunk], batch, length, supervised, algorithm)
-        sums, accepted_BT = jax.device_get(accepted(host))
+        sums, accepted_BT = reads.read(accepted(host))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
         yields += [walk(accepted_BT[i], row.num_prompt, row.num_answer) for i, row in enumerate(chunk)]
     return TeacherForced(total, float(algorithm.mean_loss(total)), yields)
