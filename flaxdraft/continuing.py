@@ -7,6 +7,7 @@ work is laid out over devices, how often something is written, and where inputs 
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -46,7 +47,7 @@ def differing(
 
     A longer or shorter run is the same run as long as the learning rate does not depend on its length.
     """
-    old, new = binding(there), binding(here)
+    old, new = (binding(json.loads(json.dumps(inputs))) for inputs in (there, here))  # as they are stored
     fields = {field for field in {*old, *new} if old.get(field) != new.get(field)} - set(allowed)
     if old.get("train.schedule") == new.get("train.schedule") == "constant":
         fields.discard("train.num_steps")

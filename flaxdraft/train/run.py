@@ -112,15 +112,15 @@ class Run:
             "train": config.train.model_dump(),
         }  # fmt: skip
         self.allowed = allowed
-        if unknown := [field for field in allowed if field not in flatten(self.draft_inputs)]:
-            raise InputError(
-                f"--allow-change: no field {unknown[0]!r}; {nearest(unknown[0], [*flatten(self.draft_inputs)])}"
-            )
+        known = [*flatten(self.draft_inputs)]
+        for field in allowed:
+            if field not in known:
+                raise InputError(f"--allow-change: no field {field!r}; {nearest(field, known)}")
         check_wandb(config.train.wandb)
         if jax.process_count() > 1 and self.mesh.size != jax.device_count():
             raise InputError(
-                f"mesh: {self.mesh.size} devices of {jax.device_count()}; a run of {jax.process_count()} processes uses "
-                "all of them"
+                f"mesh: {self.mesh.size} devices of {jax.device_count()}; a run of {jax.process_count()} processes "
+                "uses all of them"
             )
         with hosts.main_first("claim"):
             claim(self.data_dir, self.data_inputs, "Give another output_dir, or remove it to start anew.")
@@ -304,10 +304,10 @@ class Run:
             CONSOLE.print(
                 f"  {sum(math.prod(p.shape) for p in jax.tree.leaves(params)) / 1e6:.1f} M trained parameters"
             )
+            resume = Resume(config.resume, self.draft_inputs, self.vocab, self.allowed)
             trainer = Trainer(
                 self.draft_dir, config, self.algorithm, self.evaluation, self.mesh, self.vocab,
-                hosts.everywhere(head_WE, self.mesh), Resume(config.resume, self.draft_inputs, self.vocab, self.allowed),
-                self.config.data.prefetch, self.reader,
+                hosts.everywhere(head_WE, self.mesh), resume, self.config.data.prefetch, self.reader,
             )  # fmt: skip
             params = trainer.train(graphdef, params, frozen, pipeline, self.data_rows["held_out"])
         return jax.device_put(reads.read(params), jax.local_devices()[0])

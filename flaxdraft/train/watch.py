@@ -44,7 +44,8 @@ class Watch:
         done = self._pending[-1][0] + 1
         seconds, tokens = time.monotonic() - self._clock, counting.tokens(counted)
         figures = training_figures(metrics[-1]) | {
-            "tokens": tokens, "tokens_per_second": (tokens - self._tokens) / seconds, "data_wait": self.waited / seconds,
+            "tokens": tokens, "tokens_per_second": (tokens - self._tokens) / seconds,
+            "data_wait": self.waited / seconds,
         }  # fmt: skip
         self._log.write(done, "train", figures)
         self._progress.advance(done - self._progress.done, _line(figures))
