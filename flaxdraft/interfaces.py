@@ -83,6 +83,7 @@ class VocabMap:
 
     target_ids_W: np.ndarray
     vocab_size: int
+    source: str = ""  # digest of the tokenizer and the data it was chosen from; empty where it came with a draft
 
     def __post_init__(self):
         ids = self.target_ids_W

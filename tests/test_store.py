@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flaxdraft.data import store as module
-from flaxdraft.data.store import FeatureStore, Source, StoredRow, finish, shard_name, write_shard
+from flaxdraft.data.documents import Document
+from flaxdraft.data.store import FeatureStore, Source, finish, shard_name, write_shard
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Features
 from flaxdraft.weights import save_safetensors
@@ -27,7 +28,7 @@ def make_row(length, seed):
     taps, last = (rng.normal(size=(length, *tail)).astype(ml_dtypes.bfloat16) for tail in ((3, E), (E,)))
     argmax, logsumexp = rng.integers(0, V, length).astype(np.int32), rng.normal(size=length).astype(np.float32)
     features = Features(taps, last, argmax, logsumexp)
-    return StoredRow(rng.integers(0, V, length).astype(np.int32), rng.random(length) < 0.6, features)
+    return Document(rng.integers(0, V, length).astype(np.int32), rng.random(length) < 0.6, features)
 
 
 ROWS = [[make_row(n, 10 * i + j) for j, n in enumerate(lengths)] for i, lengths in enumerate(LENGTHS)]
@@ -54,7 +55,7 @@ def copy(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "copy")
 
 
-def same(got: StoredRow, want: StoredRow) -> None:
+def same(got: Document, want: Document) -> None:
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_array_equal(got.assistant, want.assistant)
     for field in dataclasses.fields(Features):

@@ -10,7 +10,9 @@ A turn's end-of-turn token belongs to it; what the template writes after that do
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -134,3 +136,48 @@ def _turn_end(tokenizer: Any, text: str, begin: int, end: int) -> int:
     kept = region.rstrip()
     ends_by_token = any(kept.endswith(token) for token in tokenizer.all_special_tokens if token)
     return begin + len(kept) if ends_by_token else end
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderedFile:
+    """The rows of a file, as the target reads them."""
+
+    rows: list[Rendered]
+    silent: int  # rows that supervise nothing, left out
+    digest: str  # of the tokens and masks
+
+
+def render_all(
+    conversations: Iterable[Conversation], tokenizer: Any, options: ChatOptions, max_silent: float,
+    field: str = "--max-silent",
+) -> RenderedFile:  # fmt: skip
+    """Every conversation that supervises something.
+
+    Args:
+        field: where the user set `max_silent`, for the message.
+
+    Raises:
+        InputError: see `render`; more than a share of `max_silent` rows supervise nothing, or there are no rows.
+    """
+    rows, silent, digest = [], 0, hashlib.sha256()
+    for conversation in conversations:
+        rendered = render(tokenizer, conversation, options)
+        if not rendered.assistant.any():
+            silent += 1
+            continue
+        digest.update(rendered.tokens.tobytes() + rendered.assistant.tobytes() + b"|")
+        rows.append(rendered)
+    total = len(rows) + silent
+    if silent > max_silent * total or not rows:
+        raise InputError(
+            f"{silent} of {total} conversations supervise nothing, more than a share of {max_silent} ({field}): the "
+            "assistant says nothing in them, or what it says lies behind the length where rows are cut; look with: "
+            "python -m flaxdraft.data show"
+        )
+    return RenderedFile(rows, silent, digest.hexdigest())
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Of what decides how text becomes tokens: the tokenizer itself and its chat template."""
+    text = tokenizer.backend_tokenizer.to_str() + "\n" + (tokenizer.chat_template or "")
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

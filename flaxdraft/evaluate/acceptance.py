@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from flaxdraft import reads
+from flaxdraft.data.documents import as_document
 from flaxdraft.data.generation import Row, round_up
 from flaxdraft.data.pipeline import HostBatch, collate
 from flaxdraft.interfaces import Algorithm, Example, LossSums
@@ -108,7 +110,8 @@ def evaluate_teacher_forced(
     total, yields = None, []
     for at in range(0, len(rows), batch):
         chunk = rows[at : at + batch]
-        sums, accepted_BT = jax.device_get(accepted(collate(chunk, batch, length, supervised, algorithm)))
+        host = collate([[as_document(row)] for row in chunk], batch, length, supervised, algorithm)
+        sums, accepted_BT = reads.read(accepted(host))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
         yields += [walk(accepted_BT[i], row.num_prompt, row.num_answer) for i, row in enumerate(chunk)]
     return TeacherForced(total, float(algorithm.mean_loss(total)), yields)
