@@ -70,6 +70,7 @@ class DataConfig(_Section):
 class DraftConfig(_Section):
     architecture: Text = "llama"  # a module of flaxdraft/drafts
     draft_vocab_size: int = Field(default=8192, ge=1)
+    vocab_map: Text | None = None  # a d2t.npy (offsets) to take instead of choosing from the data
     fields: dict[str, Any] = {}  # overrides of the architecture's Config, which follows the target by default
     warm_start: bool = True  # lm_head, norm and fc from the target's weights, in a draft that begins from nothing
     init_from: Text | None = None  # a draft's directory: its config, weights and vocabulary map instead of new ones

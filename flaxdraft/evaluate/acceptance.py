@@ -110,7 +110,8 @@ def evaluate_teacher_forced(
     total, yields = None, []
     for at in range(0, len(rows), batch):
         chunk = rows[at : at + batch]
-        host = collate([[as_document(row)] for row in chunk], batch, length, supervised, algorithm)
+        one_a_row = ([as_document(row)] for row in chunk)
+        host = collate(one_a_row, rows[0].features, batch, length, supervised, algorithm)
         sums, accepted_BT = reads.read(accepted(host))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
         yields += [walk(accepted_BT[i], row.num_prompt, row.num_answer) for i, row in enumerate(chunk)]

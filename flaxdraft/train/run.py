@@ -24,17 +24,17 @@ from flaxdraft.data.capture import capture, is_captured, load_split, write_texts
 from flaxdraft.data.chat import tokenizer_digest
 from flaxdraft.data.documents import AnsweredPrompts, Documents
 from flaxdraft.data.generation import Row
-from flaxdraft.data.online import digest_of, open_conversations
+from flaxdraft.data.online import open_conversations
 from flaxdraft.data.pipeline import make_pipeline
 from flaxdraft.data.prompts import SPLITS, Prompt, read_prompts, render
 from flaxdraft.data.store import MANIFEST, FeatureStore
-from flaxdraft.data.vocab import choose_vocab, coverage, describe_sizes, source_of
+from flaxdraft.data.vocab import choose_vocab, coverage, describe_sizes, read_map, source_of
 from flaxdraft.drafts import serving_files
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
 from flaxdraft.evaluate.held_out import decode_held_out, summary
 from flaxdraft.export import export
-from flaxdraft.fetch import content_of, sha256_of
+from flaxdraft.fetch import content_of, digest_of, sha256_of
 from flaxdraft.interfaces import Target, VocabMap, find_by_name
 from flaxdraft.lock import DirectoryLock
 from flaxdraft.mesh import Sharding, make_mesh
@@ -94,7 +94,7 @@ class Run:
         self.draft_dir = config.draft_dir
         data = config.data.model_dump(exclude={"prefetch"}) | {"prompts": sha256_of(Path(config.data.prompts))}
         if config.data.conversations is not None:
-            data["conversations"] = digest_of(config.data.conversations)
+            data["conversations"] = digest_of(config.data.conversations, "data.conversations")
         if config.data.store is not None:
             data["store"] = sha256_of(FeatureStore(config.data.store).directory / MANIFEST)
         self.data_inputs = {
@@ -102,6 +102,8 @@ class Run:
             "data": data, "evaluate": {"max_new_tokens": config.evaluate.max_new_tokens},
         }  # fmt: skip
         draft = config.draft.model_dump()
+        if config.draft.vocab_map is not None:
+            draft["vocab_map"] = digest_of(config.draft.vocab_map, "draft.vocab_map")
         self.start = None  # the draft that training begins from, if not from nothing
         if config.draft.init_from is not None:
             self.start = load_start(config.draft, self.draft_module)
@@ -271,10 +273,12 @@ class Run:
 
     @functools.cached_property
     def vocab(self) -> VocabMap:
-        """The draft vocabulary: that of draft.init_from, or chosen from the training answers."""
+        """The draft vocabulary: that of draft.init_from or draft.vocab_map, or chosen from the training answers."""
         counts = self.documents.token_counts
         if self.start is not None:
             vocab = self.start.vocab
+        elif self.config.draft.vocab_map is not None:
+            vocab = read_map(self.config.draft.vocab_map, len(counts), self.config.draft.draft_vocab_size)
         else:
             source = source_of(tokenizer_digest(self.target.tokenizer), self.documents.digest)
             vocab = choose_vocab(counts, self.data()["special"], self.config.draft.draft_vocab_size, source)
