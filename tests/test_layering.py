@@ -12,6 +12,7 @@ LAYERS = (
     ("ops",),
     ("nn", "weights", "fetch", "safetensors_file"),
     ("gguf_file", "hf_directory", "stages"),
+    ("serving",),
     ("targets", "drafts", "generate"),
     ("algorithms",),
     ("data", "checkpoint"),

@@ -29,13 +29,14 @@ from flaxdraft.drafts import serving_files
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
 from flaxdraft.evaluate.held_out import decode_held_out, summary
-from flaxdraft.export import export
+from flaxdraft.export import check_servable, export
 from flaxdraft.fetch import content_of, sha256_of
 from flaxdraft.interfaces import VocabMap, find_by_name
 from flaxdraft.mesh import Sharding, make_mesh
 from flaxdraft.precision import DTYPES, Precision
 from flaxdraft.progress import CONSOLE
 from flaxdraft.report import print_headline, write_report
+from flaxdraft.serving.record import DraftRecord
 from flaxdraft.stages import Stage, claim
 from flaxdraft.train.loop import Trainer, read_metrics
 from flaxdraft.train.start import check_target, load_start
@@ -256,7 +257,7 @@ class Run:
     def params(self) -> nnx.State:
         """The trained parameters, on one device; where training is done they come from its last checkpoint."""
         config = self.config.train
-        self.draft_config().to_hf()  # refuses what no server loads before any time is spent on it
+        self.record()
         pipeline = self.batches()
         # Loaded before the mesh is set: target and vocabulary stay on one device, where decoding uses them.
         target, _, head_WE = self.target, self.vocab, self.teacher_head(config.compute_dtype)
@@ -275,6 +276,12 @@ class Run:
             )  # fmt: skip
             params = trainer.train(graphdef, params, frozen, pipeline, self.data_rows["held_out"])
         return jax.device_put(jax.device_get(params), jax.devices()[0])
+
+    def record(self) -> None:
+        """Refuses what no server loads before any time is spent on it, and keeps what a later export asks for."""
+        taps, target = self.target.model.config.tap_layers, self.target.hf_config
+        check_servable(self.draft_config(), taps, target)
+        DraftRecord(self.draft_config().to_hf(), taps, target, self.config.target.path).write(self.draft_dir)
 
     def batches(self) -> Batches:
         """The training rows, packed or in buckets by length."""
@@ -346,6 +353,7 @@ class Run:
         export(
             directory, self.draft_module, self.draft_config(), params, self.vocab,
             tap_layers=target.model.config.tap_layers, target_config=target.hf_config, dtype=self.config.export.dtype,
+            target_path=self.config.target.path, run=self.draft_dir,
         )  # fmt: skip
         stage.store(_digests(directory))
         return directory
