@@ -16,7 +16,7 @@ LAYERS = (
     ("targets", "drafts", "generate"),
     ("algorithms",),
     ("data", "checkpoint"),
-    ("evaluate", "export", "report"),
+    ("evaluate", "export", "report", "foreign"),
     ("train",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
