@@ -78,10 +78,7 @@ def read_tensors(source: Path) -> tuple[dict[str, np.ndarray], bool]:
     folder = source if source.is_dir() else source.parent
     tensors, has_training_state = {}, (folder / "training_state.pt").exists()
     for path in weight_files(source):
-        if path.suffix == ".safetensors":
-            found = load_safetensors(path)
-        else:
-            found = read_torch(path)
+        found = load_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
         for key, array in found.items():
             if key in tensors:
                 raise InputError(f"{path}: {key} is in another file too; remove one of them")
