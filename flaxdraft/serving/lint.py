@@ -96,8 +96,8 @@ def as_table(verdicts: Sequence[Verdict]) -> Table:
     table = Table(box=box.SIMPLE, show_lines=True, pad_edge=False)
     table.add_column("engine", no_wrap=True)
     table.add_column("loads", no_wrap=True)
-    table.add_column("what it would do", ratio=3)
-    table.add_column("how to mend it", ratio=2)
+    table.add_column("what it would do", ratio=3, overflow="fold")
+    table.add_column("how to mend it", ratio=2, overflow="fold")
     for verdict in verdicts:
         loads = "" if verdict.name == DIRECTORY else "yes" if verdict.loads else "no"
         name = verdict.name if not verdict.title else f"{verdict.name}\n({verdict.title})"
