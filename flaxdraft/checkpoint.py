@@ -83,33 +83,27 @@ def abstract_like(state: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
-def load_params(directory: Path, abstract: nnx.State, step: int | None = None) -> tuple[nnx.State, VocabMap]:
-    """The parameters and the vocabulary map of one checkpoint, on the first local device; nothing else is read.
+def load_params(directory: Path, abstract: nnx.State) -> tuple[nnx.State, np.ndarray]:
+    """The parameters of one checkpoint, on the first local device, and the target ids of its vocabulary map; optimizer
+    and the rest are not read.
 
     Args:
+        directory: of one step.
         abstract: shapes and dtypes of the parameters.
-        step: which; None is the newest.
 
     Raises:
-        InputError: no such checkpoint, or it is damaged or of another draft.
+        InputError: it is damaged or of another draft.
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
     part = ocp.Context()
     part.pytree.loading.partial_load = True
-    with ocp.training.Checkpointer(directory.resolve()) as inner:
-        steps = [one.step for one in inner.checkpoints]
-        if not steps or (step is not None and step not in steps):
-            raise InputError(f"{directory}: no checkpoint of step {step or 'any'}; there are {steps or 'none'}")
-        step = max(steps) if step is None else step
-        try:
-            with part:
-                params = inner.load_checkpointables(step, {"state": {"params": placed}})["state"]["params"]
-            ids = np.asarray(inner.load_checkpointables(step, {"vocab": None})["vocab"]["target_ids"])
-            vocab_size = inner.checkpointables_metadata(step).custom_metadata["vocab_size"]
-        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
-            raise InputError(
-                f"{directory / str(step)}: its parameters cannot be read ({str(error).splitlines()[0][:200]}); take "
-                "another step"
-            ) from error
-    return params, VocabMap(ids, vocab_size)
+    try:
+        with part:
+            params = ocp.load_checkpointables(directory.resolve(), {"state": {"params": placed}})["state"]["params"]
+        vocab = ocp.load_checkpointables(directory.resolve(), {"vocab": None})["vocab"]
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
+        raise InputError(
+            f"{directory}: its parameters cannot be read ({str(error).splitlines()[0][:200]}); take another checkpoint"
+        ) from error
+    return params, np.asarray(vocab["target_ids"])

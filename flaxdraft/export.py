@@ -101,12 +101,12 @@ def export(
 
 
 def export_again(
-    source: Path, directory: Path, *, engine: str, dtype: str, step: int | None = None, target: Mapping | None = None
+    source: Path, directory: Path, *, engine: str, dtype: str, step: str = "latest", target: Mapping | None = None
 ) -> None:
     """A run's folder (its checkpoint) or an exported directory, as a directory for another engine.
 
     Args:
-        step: of the checkpoint; None is the newest.
+        step: of the checkpoint, a number, "latest" or "best" (where the run keeps a link of that name).
         target: the target's config.json, which an exported directory does not hold.
 
     Raises:
@@ -120,7 +120,8 @@ def export_again(
         record = DraftRecord.read(source)
         module = find_by_architecture("flaxdraft.drafts", dict(record.draft), str(source))
         config = module.Config.from_hf(record.draft)
-        params, vocab = load_params(source / "checkpoints", abstract_params(module, config), step)
+        params, ids = load_params(_checkpoint(source / "checkpoints", step), abstract_params(module, config))
+        vocab = VocabMap(ids, config.vocab_size)
         outputs, run = record.tap_layers, source
         target_config, target_path = record.target, record.target_path
     else:
@@ -140,3 +141,11 @@ def export_again(
         directory, module, config, params, vocab, tap_layers=outputs, target_config=target_config, dtype=dtype,
         engine=engine, target_path=target_path, run=run,
     )  # fmt: skip
+
+
+def _checkpoint(directory: Path, step: str) -> Path:
+    steps = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    chosen = directory / (str(steps[-1]) if step == "latest" and steps else step)
+    if not chosen.is_dir():
+        raise InputError(f"{directory}: no checkpoint {step!r}; there are {', '.join(map(str, steps)) or 'none'}")
+    return chosen

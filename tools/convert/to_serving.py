@@ -1,7 +1,7 @@
 """Writes a draft as the directory that a serving engine loads.
 
-CHECKPOINT is a run's draft folder (runs/NAME/llama: its newest checkpoint, or --step), or a directory that was exported
-before. The target is not loaded: a run's folder says what has to be known of it.
+CHECKPOINT is a run's draft folder (runs/NAME/llama: its newest checkpoint, or --step best), or a directory that was
+exported before. The target is not loaded: a run's folder says what has to be known of it.
 
     python tools/convert/to_serving.py runs/quickstart/llama served/ --engine sglang
     python tools/convert/to_serving.py runs/quickstart/llama/export tpu/ --engine tpu-inference --target TARGET
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="the directory to write")
     parser.add_argument("--engine", default="sglang", help="sglang, vllm, sglang-jax, tpu-inference or hf")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights")
-    parser.add_argument("--step", type=int, help="of the checkpoint; the newest if not given")
+    parser.add_argument("--step", default="latest", help="of the checkpoint: a number, latest or best")
     parser.add_argument(
         "--target", type=Path, help="the target's directory or .gguf file, next to an exported directory"
     )
