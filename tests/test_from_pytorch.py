@@ -30,18 +30,29 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 
 class Source:
-    """A draft of this project with random weights, to be written as another trainer would."""
+    """A draft of this project, to be written as another trainer would."""
 
     def __init__(self, kind="llama", **fields):
+        """With random weights."""
         draft = make_draft(DRAFTS[kind], **fields)
         rng = np.random.default_rng(1)
-        self.module, self.config = DRAFTS[kind], draft.config
-        flat = [(path, v.replace(rng.normal(size=v.shape).astype(np.float32))) for path, v in
-                nnx.to_flat_state(params_of(draft))]  # fmt: skip
-        self.params = nnx.from_flat_state(flat)
-        self.tensors = state_to_torch(self.params, self.module.name_table(draft.config), np.float32)
-        self.hf = draft.config.to_hf()
-        self.vocab = VocabMap(IDS, V)
+        random = [
+            (path, v.replace(rng.normal(size=v.shape).astype(np.float32)))
+            for path, v in nnx.to_flat_state(params_of(draft))
+        ]
+        self._set(DRAFTS[kind], draft.config, nnx.from_flat_state(random), VocabMap(IDS, V))
+
+    @classmethod
+    def of(cls, draft, module, vocab):
+        """With the weights of a draft."""
+        source = cls.__new__(cls)
+        source._set(module, draft.config, params_of(draft), vocab)
+        return source
+
+    def _set(self, module, config, params, vocab):
+        self.module, self.config, self.params, self.vocab = module, config, params, vocab
+        self.tensors = state_to_torch(params, module.name_table(config), np.float32)
+        self.hf = config.to_hf()
 
     def tables(self):
         return {"d2t": self.vocab.d2t(), "t2d": self.vocab.t2d()}
