@@ -5,14 +5,13 @@ The expectations are spelled out here, not taken from the tables that the export
 
 import json
 
-import numpy as np
 import pytest
-from test_contracts import DEEPSEEK_FIELDS, DRAFTS, TARGET_HF, V, W, make_draft
-from test_export import E, common, llama_attention, mla_attention, params_of
+from small_drafts import config_of, random_params, vocab_of
+from test_contracts import DEEPSEEK_FIELDS, DRAFTS, TARGET_HF, V, W
+from test_export import E, common, llama_attention, mla_attention
 
 from flaxdraft.errors import InputError
 from flaxdraft.export import check_servable, export
-from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.rope import RopeConfig
 from flaxdraft.serving import lint, taps
 from flaxdraft.serving.contract import engines, find_engine
@@ -60,10 +59,9 @@ CASES = [(engine, kind, *case) for (engine, kind), cases in EXPECTED.items() for
 
 
 def write(directory, engine, kind, fields, vocab_size=W, *, tap_layers=DEFAULT_TAPS, target=TARGET_HF, dtype="float32"):
-    draft = make_draft(DRAFTS[kind], vocab_size, **fields)
-    ids = np.arange(vocab_size) * (2 if vocab_size < V else 1)
+    config = config_of(kind, vocab_size, **fields)
     export(
-        directory, DRAFTS[kind], draft.config, params_of(draft), VocabMap(ids, V), tap_layers=tap_layers,
+        directory, DRAFTS[kind], config, random_params(kind, config), vocab_of(vocab_size), tap_layers=tap_layers,
         target_config=target, dtype=dtype, engine=engine,
     )  # fmt: skip
     return directory
@@ -178,10 +176,9 @@ def test_what_an_engine_cannot_serve_is_refused_with_the_reason(tmp_path, engine
     with pytest.raises(InputError, match=reason):
         write(tmp_path / "o", engine, kind, fields, **changes)
     assert not list(tmp_path.iterdir())
-    config = make_draft(DRAFTS[kind], **fields).config
     asked = changes.get("tap_layers", DEFAULT_TAPS), changes.get("target", TARGET_HF)
     with pytest.raises(InputError, match=reason):  # already before training
-        check_servable(config, *asked, engine)
+        check_servable(config_of(kind, **fields), *asked, engine)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from commands import tool
 from flax import nnx
-from test_contracts import DRAFTS, V, W, make_draft
+from small_drafts import config_of, random_params
+from test_contracts import DRAFTS, V, W
 from test_export import params_of
 
 from flaxdraft.drafts import from_pretrained
@@ -34,13 +35,8 @@ class Source:
 
     def __init__(self, kind="llama", **fields):
         """With random weights."""
-        draft = make_draft(DRAFTS[kind], **fields)
-        rng = np.random.default_rng(1)
-        random = [
-            (path, v.replace(rng.normal(size=v.shape).astype(np.float32)))
-            for path, v in nnx.to_flat_state(params_of(draft))
-        ]
-        self._set(DRAFTS[kind], draft.config, nnx.from_flat_state(random), VocabMap(IDS, V))
+        config = config_of(kind, **fields)
+        self._set(DRAFTS[kind], config, random_params(kind, config), VocabMap(IDS, V))
 
     @classmethod
     def of(cls, draft, module, vocab):
@@ -230,7 +226,7 @@ def test_d2t_is_understood_or_asked_about(tmp_path, llama, d2t, t2d, meaning, ex
 
 
 def test_a_whole_vocabulary_loses_its_tables(tmp_path):
-    source = Source(vocab_size=V)
+    source = Source(size=V)
     tables = {"d2t": np.zeros(V, np.int64), "t2d": np.ones(V, bool)}
     convert(source.tensors | tables, source.hf, tmp_path / "out", "there")
     assert_same(tmp_path / "out", source, VocabMap(np.arange(V), V))

@@ -4,20 +4,18 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
 import pytest
 from commands import tool
 from flax import nnx
-from test_contracts import DRAFTS, TARGET_HF, V, W, make_draft
+from small_drafts import config_of, random_params, vocab_of
+from test_contracts import DRAFTS, TARGET_HF, V, W
 from test_engine_contracts import DEFAULT_TAPS, SWITCHES
-from test_export import params_of
 
 from flaxdraft.checkpoint import Checkpoints
 from flaxdraft.drafts import from_pretrained
-from flaxdraft.interfaces import VocabMap
 from flaxdraft.serving import lint
 from flaxdraft.serving.record import DraftRecord
 from flaxdraft.serving.view import view_of_directory
@@ -39,28 +37,18 @@ INPUTS = {
 }  # fmt: skip
 
 
-def random_params(draft, seed):
-    """No two values alike, most of them not representable in bfloat16."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params_of(draft))
-
-
-def vocab_of(size):
-    return VocabMap(np.arange(size) * (2 if size < V else 1), V)
-
-
 def make_run(directory, kind, fields, size=W, steps=(4,)):
     """A run's folder as training leaves it, its checkpoints spread over eight devices."""
-    draft = make_draft(DRAFTS[kind], size, **fields)
+    config = config_of(kind, size, **fields)
     mesh = jax.make_mesh((8,), ("data",))
     params = {}
     with Checkpoints(directory / "checkpoints") as checkpoints:
         for step in steps:
-            params[step] = random_params(draft, step)
+            params[step] = random_params(kind, config, step)
             state = init_state(jax.device_put(params[step], jax.NamedSharding(mesh, jax.P())), optax.sgd(1.0), 2)
             checkpoints.save(step, state, vocab_of(size), force=True)
-    DraftRecord(draft.config.to_hf(), DEFAULT_TAPS, TARGET_HF, "ORG/target").write(directory)
-    return draft.config, params
+    DraftRecord(config.to_hf(), DEFAULT_TAPS, TARGET_HF, "ORG/target").write(directory)
+    return config, params
 
 
 def assert_equal(loaded, config, params, dtype=np.float32):
