@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # raised inside orbax while it is imported
@@ -349,3 +350,30 @@ class Checkpoints:
             f"{self.path(step)}: the checkpoint could not be written ({cause}); {stands}. Make room, then run the "
             "same command again: it goes on from there"
         )
+
+
+def load_params(directory: Path, abstract: nnx.State) -> tuple[nnx.State, np.ndarray]:
+    """The parameters of one checkpoint (their running mean where the run kept one), on the first local device, and the
+    target ids of its vocabulary map; optimizer and the rest are not read.
+
+    Args:
+        directory: of one step.
+        abstract: shapes and dtypes of the parameters.
+
+    Raises:
+        InputError: it is damaged or of another draft.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
+    part = ocp.Context()
+    part.pytree.loading.partial_load = True
+    try:
+        name = "ema" if read_record(directory)["inputs"]["train"]["ema_decay"] is not None else "params"
+        with part:
+            params = ocp.load_checkpointables(directory.resolve(), {"state": {name: placed}})["state"][name]
+        vocab = ocp.load_checkpointables(directory.resolve(), {"vocab": None})["vocab"]
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
+        raise InputError(
+            f"{directory}: its parameters cannot be read ({str(error).splitlines()[0][:200]}); take another checkpoint"
+        ) from error
+    return params, np.asarray(vocab["target_ids"])

@@ -33,7 +33,7 @@ from flaxdraft.drafts import serving_files
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
 from flaxdraft.evaluate.held_out import decode_held_out, summary
-from flaxdraft.export import export
+from flaxdraft.export import check_servable, export
 from flaxdraft.fetch import content_of, digest_of, sha256_of
 from flaxdraft.interfaces import Target, VocabMap, find_by_name
 from flaxdraft.lock import DirectoryLock
@@ -42,6 +42,7 @@ from flaxdraft.nn.places import check_heads, on_mesh, weight_on_mesh
 from flaxdraft.precision import DTYPES, Precision
 from flaxdraft.progress import CONSOLE, process_log
 from flaxdraft.report import print_headline, write_report
+from flaxdraft.serving.record import DraftRecord
 from flaxdraft.stages import Stage, claim
 from flaxdraft.train.loop import Trainer
 from flaxdraft.train.metrics_log import check_wandb, read_metrics
@@ -293,7 +294,7 @@ class Run:
     def params(self) -> nnx.State:
         """The trained parameters, on one device; where training is done they come from its last checkpoint."""
         config = self.config.train
-        self.draft_config().to_hf()  # refuses what no server loads before any time is spent on it
+        self.record()
         rows = jax.NamedSharding(self.mesh, SHARDING.act_b)
         part = hosts.local_part(rows, config.batch_size)
         pipeline = make_pipeline(self.documents, self.algorithm, config, self.config.data, self.config.seed, part)
@@ -327,6 +328,13 @@ class Run:
             target.path, sha256=target.sha256, tap_layers=target.tap_layers, precision=Precision(dtype, dtype),
             mesh=self.mesh,
         ).model  # fmt: skip
+
+    def record(self) -> None:
+        """Refuses what no server loads before any time is spent on it, and keeps what a later export asks for."""
+        taps, target = self.target.model.config.tap_layers, self.target.hf_config
+        check_servable(self.draft_config(), taps, target)
+        if hosts.is_main():
+            DraftRecord(self.draft_config().to_hf(), taps, target, self.config.target.path).write(self.draft_dir)
 
     def teacher_head(self, dtype: str) -> jax.Array:
         """[W, E]: the target's head rows of the draft vocabulary."""
@@ -394,6 +402,7 @@ class Run:
         export(
             directory, self.draft_module, self.draft_config(), params, self.vocab,
             tap_layers=target.model.config.tap_layers, target_config=target.hf_config, dtype=self.config.export.dtype,
+            target_path=self.config.target.path, run=self.draft_dir,
         )  # fmt: skip
         stage.store(_digests(directory))
         return directory
