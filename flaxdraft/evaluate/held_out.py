@@ -10,7 +10,7 @@ from flax import nnx
 
 from flaxdraft.data.generation import Row
 from flaxdraft.evaluate.acceptance import TeacherForced, accept_length, histogram
-from flaxdraft.evaluate.speculative import Decoded, decode
+from flaxdraft.evaluate.decoding import Decoded, Settings, decode
 from flaxdraft.interfaces import Target
 from flaxdraft.progress import bar
 
@@ -28,21 +28,19 @@ def decode_held_out(
 ) -> list[Decoded]:
     """Speculative decoding of the rows' prompts, `num_rows` at a time."""
     prompts = [row.tokens[: row.num_prompt].tolist() for row in rows]
+    settings = Settings(max_new_tokens, chain_length, (end_token,))
     expected = sum(row.num_answer - 1 for row in rows)
     decoded, passes = [], 0
     with bar("decode", expected) as progress:
 
-        def on_pass(num_rows, num_tokens):
+        def on_passes(num_passes, num_tokens):
             nonlocal passes
-            passes += num_rows
+            passes += num_passes
             progress.advance(num_tokens, f"tokens in {passes} target passes")
 
         for at in range(0, len(prompts), num_rows):
             chunk = prompts[at : at + num_rows]
-            decoded += decode(
-                target, graphdef, state, chunk, max_new_tokens=max_new_tokens, chain_length=chain_length,
-                end_token=end_token, on_pass=on_pass,
-            )  # fmt: skip
+            decoded += decode(target, (graphdef, state), chunk, settings, on_passes=on_passes)
     return decoded
 
 

@@ -233,6 +233,10 @@ class Cache:
     k_LBKHS: Float[Array, "L B K H S"]
     v_LBKSC: Float[Array, "L B K S C"]
 
+    @property
+    def num_slots(self) -> int:
+        return self.k_LBKHS.shape[-1]
+
 
 def _in_chunks(q_BTNH, k_BTKH, v_BTKC, first_BT, last_BT, scale: float):
     out, _ = range_attention.forward(
@@ -331,24 +335,30 @@ def _forward(
 
 @partial(jax.jit, static_argnames=("sharding",))
 def _logits(last_BE, head_VE, sharding: Sharding):
+    wide = jnp.promote_types(last_BE.dtype, jnp.float32)
     if sharding.weight_ve is None:
-        return jnp.einsum("be,ve->bv", last_BE, head_VE, preferred_element_type=jnp.float32)
+        return jnp.einsum("be,ve->bv", last_BE, head_VE, preferred_element_type=wide)
     head_VE, split = gathered(head_VE, sharding.weight_ve), P(None, sharding.weight_ve[0])
-    logits = jnp.einsum("be,ve->bv", last_BE, head_VE, preferred_element_type=jnp.float32, out_sharding=split)
+    logits = jnp.einsum("be,ve->bv", last_BE, head_VE, preferred_element_type=wide, out_sharding=split)
     return jax.reshard(logits, P(None, None))
 
 
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderTarget:
-    """A loaded model; see the Protocol `Target`."""
+    """A loaded model; see the Protocol `Target`. A pytree whose leaves are the weights: a program takes it as an
+    argument."""
 
-    config: DecoderConfig
-    spans: tuple[tuple[str, range], ...]  # groups of layers, in their order
-    graphdef: nnx.GraphDef
+    config: DecoderConfig = dataclasses.field(metadata=_STATIC)
+    spans: tuple[tuple[str, range], ...] = dataclasses.field(metadata=_STATIC)  # groups of layers, in their order
+    graphdef: nnx.GraphDef = dataclasses.field(metadata=_STATIC)
     state: nnx.State
-    precision: Precision
-    mesh: jax.sharding.Mesh | None = None
-    sharding: Sharding = Sharding.none()  # noqa: RUF009 (immutable)
+    precision: Precision = dataclasses.field(metadata=_STATIC)
+    mesh: jax.sharding.Mesh | None = dataclasses.field(default=None, metadata=_STATIC)
+    sharding: Sharding = dataclasses.field(default=Sharding.none(), metadata=_STATIC)  # noqa: RUF009 (immutable)
 
     @property
     def row_multiple(self) -> int:
@@ -391,7 +401,7 @@ class DecoderTarget:
         return self._run(tokens_BT, positions_BT, None, cache, head)
 
     def logits(self, last_BE: Float[Array, "B E"]) -> Float[Array, "B V"]:
-        """float32 logits of post-norm last hidden states, whole on every device."""
+        """Logits of post-norm last hidden states, at least float32, whole on every device."""
         with self._on_mesh():
             return _logits(last_BE, self.head(), self.sharding)
 
