@@ -52,7 +52,7 @@ def models():
         llama.Config(**llama.Config.for_target(config, VOCAB.draft_vocab_size)), VOCAB, target.embedding(),
         precision=Precision(), sharding=Sharding.none(), rngs=nnx.Rngs(0),
     )  # fmt: skip
-    nnx.update(draft, fill(nnx.state(draft, nnx.Param), 1, 1.0))
+    nnx.update(draft, fill(nnx.state(draft, nnx.Param), 1, 0.5))
     return target, nnx.split(draft)
 
 
@@ -117,7 +117,7 @@ def test_the_target_alone_samples_what_generate_does(models):
     assert answers[:64] == some
 
 
-@pytest.mark.parametrize("broken", ["residual is p", "everything is accepted"])
+@pytest.mark.parametrize("broken", ["residual is p", pytest.param("too much is accepted", marks=pytest.mark.slow)])
 def test_a_broken_scheme_is_seen(models, monkeypatch, broken):
     if broken == "residual is p":
         monkeypatch.setattr(rejection, "residual", lambda p_BV, q_BV: p_BV)
@@ -141,7 +141,7 @@ def test_verify_one_step():
             jnp.stack([tile(p), tile([1.0, 0.0, 0.0])], 1), tile(q)[:, None], jnp.full((num, 1), draft),
             jnp.array([0, 1]), keys,
         )  # fmt: skip
-        assert abs(float(jnp.mean(accepted)) - rate) < 4 * np.sqrt(rate * (1 - rate) / num)
+        assert abs(float(jnp.mean(accepted)) - rate) <= 4 * np.sqrt(rate * (1 - rate) / num)
         assert not following[accepted == 1].any()  # after a whole chain comes the target's next distribution
         if residual is not None:
             refused = np.asarray(following)[np.asarray(accepted) == 0]

@@ -51,7 +51,7 @@ class Settings:
 
 def padded_length(longest: int) -> int:
     """Of prompts that are decoded together: few different lengths, each of which compiles once."""
-    return max(64, 1 << (longest - 1).bit_length()) if longest <= PREFILL_CHUNK else round_up(longest, PREFILL_CHUNK)
+    return max(8, 1 << (longest - 1).bit_length()) if longest <= PREFILL_CHUNK else round_up(longest, PREFILL_CHUNK)
 
 
 class Decoding:
@@ -105,7 +105,7 @@ class Decoding:
             tokens_BP, rows = jax.device_put((tokens_BP, rows), jax.NamedSharding(mesh, jax.P("data")))
         graphdef, state = (None, None) if settings.chain_length == 0 else draft
         stops_N = np.asarray(settings.stop_tokens, np.int32)
-        num_slots = padded + round_up(settings.max_new_tokens + settings.chain_length, 32)
+        num_slots = padded + round_up(settings.max_new_tokens + settings.chain_length, 8)
         plan = settings.plan(mesh)
         prefill = dataclasses.replace(plan, chain_length=min(plan.chain_length, 1))  # the same for all chains
         self._num = num

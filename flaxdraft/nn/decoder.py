@@ -358,7 +358,7 @@ class DecoderTarget:
     state: nnx.State
     precision: Precision = dataclasses.field(metadata=_STATIC)
     mesh: jax.sharding.Mesh | None = dataclasses.field(default=None, metadata=_STATIC)
-    sharding: Sharding = dataclasses.field(default=Sharding.none(), metadata=_STATIC)  # noqa: RUF009 (immutable)
+    sharding: Sharding = dataclasses.field(default=Sharding.none(), metadata=_STATIC)
 
     @property
     def row_multiple(self) -> int:

@@ -21,7 +21,7 @@ def nucleus(logits_BV: Float[Array, "*lead V"], top_p: float) -> Bool[Array, "*l
 
 
 def sharpened(
-    logits_BV: Float[Array, "*lead V"], temperature: float | Float[Array, "..."], top_p: float = 1.0
+    logits_BV: Float[Array, "*lead V"], temperature: float | Float[Array, "*broadcast"], top_p: float = 1.0
 ) -> Float[Array, "*lead V"]:
     """The logits, at least float32, of the distribution that is sampled.
 
