@@ -111,18 +111,20 @@ def count_flops(case: str, example: Example, num_steps: int) -> Flops:
     # Step-0 keys that one step's queries see, all rows together.
     seen = float((np.asarray(example.batch.positions_BT) + 1)[np.nonzero(rows < length)[0], rows[rows < length]].sum())
     width, heads = c.hidden_size, c.num_attention_heads
+    # Of the first projections, one half of the input (the token's) is projected once, the other at every step.
     if module is llama:
-        query = 2 * width * heads * c.head_dim
-        key_value = 2 * width * c.num_key_value_heads * 2 * c.head_dim
+        query, query_up = width * heads * c.head_dim, 0
+        key_value, key_value_up = width * c.num_key_value_heads * 2 * c.head_dim, 0
         out, per_key = heads * c.head_dim * width, heads * 2 * c.head_dim
     else:
         qk = c.qk_nope_head_dim + c.qk_rope_head_dim
-        query = 2 * width * c.q_lora_rank + c.q_lora_rank * heads * qk
-        key_value = 2 * width * (c.kv_lora_rank + c.qk_rope_head_dim)
-        key_value += c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
+        query, query_up = width * c.q_lora_rank, c.q_lora_rank * heads * qk
+        key_value = width * (c.kv_lora_rank + c.qk_rope_head_dim)
+        key_value_up = c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
         out, per_key = heads * c.v_head_dim * width, heads * (qk + c.v_head_dim)
-    at_rows = num_rows * num_steps
-    projections = at_rows * (query + out) + (batch * length + num_rows * (num_steps - 1)) * key_value
+    at_rows, keys_at = num_rows * num_steps, batch * length + num_rows * (num_steps - 1)
+    projections = batch * (length + num_steps) * (query + key_value)
+    projections += at_rows * (query + query_up + out) + keys_at * (key_value + key_value_up)
     return Flops(
         fc=2 * 2 * batch * length * 3 * c.target_hidden_size * width,
         attention_projections=3 * 2 * projections,

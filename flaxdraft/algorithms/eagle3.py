@@ -22,6 +22,7 @@ from flaxdraft.interfaces import Batch, Draft, Example, LossSums
 from flaxdraft.ops import distillation
 from flaxdraft.ops.attention import document_ranges
 from flaxdraft.ops.range_attention import DEFAULT_CHUNK, Chunks
+from flaxdraft.ops.rows import take_rows
 from flaxdraft.ops.suffix_attention import ATTENTION_OUTPUT, Backend, choose, suffix_attention
 
 Remat = Literal["none", "projections", "full"]
@@ -62,11 +63,6 @@ def supervised_rows(assistant_BT: np.ndarray, segments_BT: np.ndarray) -> np.nda
     return rows_BT[:, :width].astype(np.int32)
 
 
-def take_rows(x: Float[Array, "B T *tail"], rows_BR: Int[Array, "B R"]):
-    """x at the rows of each batch entry; rows past the end read 0."""
-    return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(x, rows_BR)
-
-
 def visible_range(
     segments_BT: Int[Array, "B T"], rows_BR: Int[Array, "B R"]
 ) -> tuple[Int[Array, "B R"], Int[Array, "B R"]]:
@@ -84,6 +80,7 @@ def unroll(
     attention: Backend = "auto",
     remat: Remat = "none",
     attention_chunk: int = DEFAULT_CHUNK,
+    packed: bool = True,
 ) -> list[Float[Array, "B R D"]]:
     """The draft layer's output of each step at the given rows, before the final norm.
 
@@ -92,25 +89,26 @@ def unroll(
     Args:
         remat: what the backward pass computes anew: nothing, all but the outputs of projections and attention, or the
             whole step.
+        packed: whether a row may hold several documents; see `suffix_attention`.
     """
     # Past the end the reader finds token 0, like an engine's empty slot; no supervised row ever sees it.
-    embeds_BTD = draft.embed(jnp.pad(batch.tokens_BT, ((0, 0), (0, num_steps))))
+    tokens = draft.token_projections(draft.embed(jnp.pad(batch.tokens_BT, ((0, 0), (0, num_steps)))))
     num_rows = batch.tokens_BT.shape[1]
     hidden_BTD = draft.project(taps_BT3E)
-    x_BTX = draft.attention_input(embeds_BTD[:, 1 : num_rows + 1], hidden_BTD)
-    k0, v0 = draft.key_value(x_BTX, batch.positions_BT)
+    after = jax.tree.map(lambda x: x[:, 1 : num_rows + 1], tokens)
+    k0, v0 = draft.key_value(draft.projections(after, hidden_BTD), batch.positions_BT)
     first_BR, last_BR = visible_range(batch.segments_BT, rows_BR)
     positions_BR = take_rows(batch.positions_BT, rows_BR)
 
-    def step(hidden, embeds, suffix_k, suffix_v, j):
+    def step(hidden, tokens, suffix_k, suffix_v, j):
         """One pass of the layer; from step 1 on it brings a key of its own."""
-        x_BRX, positions = draft.attention_input(embeds, hidden), positions_BR + j
+        projections, positions = draft.projections(tokens, hidden), positions_BR + j
         if j > 0:
-            k, v = draft.key_value(x_BRX, positions)
+            k, v = draft.key_value(projections, positions)
             suffix_k, suffix_v = (*suffix_k, k), (*suffix_v, v)
         heads = suffix_attention(
-            draft.query(x_BRX, positions), k0, v0, suffix_k, suffix_v, first_BR, last_BR, draft.softmax_scale,
-            backend=attention, chunks=Chunks(attention_chunk, attention_chunk),
+            draft.query(projections, positions), k0, v0, suffix_k, suffix_v, first_BR, last_BR, draft.softmax_scale,
+            backend=attention, chunks=Chunks(attention_chunk, attention_chunk), packed=packed,
         )  # fmt: skip
         return draft.finish(hidden, heads), suffix_k, suffix_v
 
@@ -118,7 +116,8 @@ def unroll(
         step = jax.checkpoint(step, policy=REMAT[remat], static_argnums=4)
     hidden, suffix_k, suffix_v, outputs = take_rows(hidden_BTD, rows_BR), (), (), []
     for j in range(num_steps):
-        hidden, suffix_k, suffix_v = step(hidden, take_rows(embeds_BTD, rows_BR + 1 + j), suffix_k, suffix_v, j)
+        read = jax.tree.map(lambda x, j=j: take_rows(x, rows_BR + 1 + j), tokens)
+        hidden, suffix_k, suffix_v = step(hidden, read, suffix_k, suffix_v, j)
         outputs.append(hidden)
     return outputs
 
@@ -134,6 +133,7 @@ class Algorithm:
     remat: Remat = "none"
     loss_chunk: int = distillation.DEFAULT_CHUNK  # rows whose logits exist at a time
     attention_chunk: int = DEFAULT_CHUNK  # queries and keys whose scores exist at a time, where attention is chunked
+    packed: bool = True  # whether a row may hold several documents; False is a little faster with cuDNN
 
     def __post_init__(self):
         if self.num_steps < 1:
@@ -141,6 +141,7 @@ class Algorithm:
 
     def rows(self, assistant_BT: np.ndarray, segments_BT: np.ndarray) -> np.ndarray:
         """The rows that must be computed for this batch; see `Example.rows_BR`."""
+        assert self.packed or np.max(segments_BT, initial=0) <= 1, "several documents in a row, without `packed`"
         return supervised_rows(assistant_BT, segments_BT)
 
     def step_weights(self) -> tuple[float, ...]:
@@ -153,7 +154,9 @@ class Algorithm:
         batch, rows = example.batch, example.rows_BR
         compute = example.teacher_head_WE.dtype
         taps = example.features.taps_BT3E.astype(compute)
-        outputs = unroll(draft, batch, taps, rows, self.num_steps, self.attention, self.remat, self.attention_chunk)
+        outputs = unroll(
+            draft, batch, taps, rows, self.num_steps, self.attention, self.remat, self.attention_chunk, self.packed
+        )
         # The teacher of row p at step 0 is the target's distribution at p + 1.
         ahead = lambda x: None if x is None else take_rows(x, rows + 1)  # noqa: E731
         argmax_BR, logsumexp_BR = ahead(example.features.argmax_BT), ahead(example.features.logsumexp_BT)
@@ -186,8 +189,9 @@ class Algorithm:
         """
 
         def heads(batch, taps_BT3E):
-            x_BTX = draft.attention_input(draft.embed(batch.tokens_BT), draft.project(taps_BT3E))
-            return draft.query(x_BTX, batch.positions_BT), *draft.key_value(x_BTX, batch.positions_BT)
+            tokens = draft.token_projections(draft.embed(batch.tokens_BT))
+            projections = draft.projections(tokens, draft.project(taps_BT3E))
+            return draft.query(projections, batch.positions_BT), *draft.key_value(projections, batch.positions_BT)
 
         compute = example.teacher_head_WE.dtype
         q, k, v = jax.eval_shape(heads, example.batch, example.features.taps_BT3E.astype(compute))

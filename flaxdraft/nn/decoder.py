@@ -280,9 +280,9 @@ def _run_layers(model, spans, config: DecoderConfig, x_BTE, positions_BT, segmen
             x, cache = carry
             at_layer = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, i - first, keepdims=False), layers)
             layer = nnx.merge(graphdef, at_layer)
-            normed = layer.input_layernorm(x)
-            q, scale = layer.self_attn.query(normed, positions_BT), layer.self_attn.softmax_scale
-            k, v = layer.self_attn.key_value(normed, positions_BT)
+            projected = layer.self_attn.project(layer.input_layernorm(x))
+            q, scale = layer.self_attn.query(projected, positions_BT), layer.self_attn.softmax_scale
+            k, v = layer.self_attn.key_value(projected, positions_BT)
             if cache is None:
                 attention, specs = partial(_uncached, scale=scale), (heads_spec,) * 3 + (rows_spec,)
                 heads = on_shards(sharding, attention, specs, heads_spec)(q, k, v, segments_BT)

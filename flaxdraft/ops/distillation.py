@@ -23,7 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flaxdraft.interfaces import LossSums
 from flaxdraft.mesh import gradient_spec, per_shard, scaled
-from flaxdraft.ops.objectives import OBJECTIVES, TeacherRows, acceptance
+from flaxdraft.ops.objectives import TeacherRows
+from flaxdraft.ops.row_signals import row_signals
 
 # In all of a run's shapes the products are as fast as with longer chunks; see experiments/bench_step.py.
 DEFAULT_CHUNK = 512
@@ -99,7 +100,6 @@ def _walk_shard(plan, want_gradients, states, teacher, supervised_BRJ, head_DW, 
     order = jnp.where(jnp.arange(total) < count, order, total)
     order = jnp.pad(order, (0, size + num_steps - 1), constant_values=total)
     take = lambda x, at: x.at[at].get(mode="fill", fill_value=0)  # noqa: E731
-    objective = OBJECTIVES[plan.objective]
 
     def chunk(i, carry):
         sums, hit_MJ, gradients, head_gradient = carry
@@ -120,26 +120,23 @@ def _walk_shard(plan, want_gradients, states, teacher, supervised_BRJ, head_DW, 
         # All steps in one product: its gradient to the head is then one product too, not J to be added up.
         state_QD = jnp.concatenate([take(x, at_C) for x in states])
         logits_QW = jnp.einsum("qd,dw->qw", state_QD, head, preferred_element_type=wide)
-        losses = lambda logits_QW: objective(logits_QW, rows, jnp.repeat(accepted_J, size))  # noqa: E731
+        weight_Q = jnp.repeat(jnp.asarray(plan.step_weights, wide), size)
+        weight_Q = jnp.where(in_draft_Q, weight_Q, 0.0) if want_gradients else None
+        signals = row_signals(plan.objective, logits_QW, rows, jnp.repeat(accepted_J, size), weight_Q)
         if want_gradients:
-            loss_Q, pull = jax.vjp(losses, logits_QW)
-            weight_Q = jnp.repeat(jnp.asarray(plan.step_weights, loss_Q.dtype), size)
-            (slope_QW,) = pull(jnp.where(in_draft_Q, weight_Q, 0.0))
             # An unsupervised row may hold anything: nothing of it may reach the head.
-            slope_QW = jnp.where(in_draft_Q[:, None], slope_QW, 0.0).astype(head.dtype)
+            slope_QW = jnp.where(in_draft_Q[:, None], signals.slope_QW, 0.0).astype(head.dtype)
             state_QD = jnp.where(in_draft_Q[:, None], state_QD, 0)
             back_QD = jnp.einsum("qw,dw->qd", slope_QW, head, preferred_element_type=wide).astype(head.dtype)
             backs = jnp.split(back_QD, num_steps)
             gradients = tuple(x.at[at_C].set(y, mode="drop") for x, y in zip(gradients, backs, strict=True))
             head_gradient += jnp.einsum("qd,qw->dw", state_QD, slope_QW, preferred_element_type=wide)
-        else:
-            loss_Q = losses(logits_QW)
         apart = lambda x_Q: x_Q.reshape(num_steps, size)  # noqa: E731
-        hit_JC = apart(in_draft_Q & (jnp.argmax(logits_QW, axis=-1) == rows.draft_argmax_C))
+        hit_JC = apart(in_draft_Q & signals.hit_Q)
         masks = apart(in_draft_Q), apart(supervised_Q), hit_JC, jnp.cumprod(hit_JC, axis=0, dtype=jnp.int32)
         counts = (jnp.sum(x, axis=1, dtype=jnp.int32) for x in masks)
-        loss_J = jnp.sum(apart(jnp.where(in_draft_Q, loss_Q, 0.0)), axis=1)
-        accept_J = jnp.sum(apart(jnp.where(supervised_Q, acceptance(logits_QW, rows), 0.0)), axis=1)
+        loss_J = jnp.sum(apart(jnp.where(in_draft_Q, signals.loss_Q, 0.0)), axis=1)
+        accept_J = jnp.sum(apart(jnp.where(supervised_Q, signals.accept_Q, 0.0)), axis=1)
         hit_MJ = hit_MJ.at[at_C].set(hit_JC.T, mode="drop")
         return sums + LossSums(loss_J, *counts, accept_J), hit_MJ, gradients, head_gradient
 

@@ -67,8 +67,9 @@ class Run:
         self.draft_module = find_by_name("flaxdraft.drafts", config.draft.architecture, "draft.architecture")
         algorithm = find_by_name("flaxdraft.algorithms", config.algorithm.name, "algorithm.name").Algorithm
         settings = config.algorithm.model_dump(exclude={"name", "ttt_length"})
-        self.algorithm = algorithm(config.algorithm.ttt_length, **settings)
-        self.evaluation = algorithm(config.evaluate.chain_length, **settings)
+        packed = config.train.pack_length is not None
+        self.algorithm = algorithm(config.algorithm.ttt_length, **settings, packed=packed)
+        self.evaluation = algorithm(config.evaluate.chain_length, **settings, packed=False)
         # Training rows come from prompts that the target answers, or from a store.
         self.splits = SPLITS if config.data.store is None else ("held_out",)
         self.prompts = read_prompts(config.data.prompts, self.splits)
