@@ -75,11 +75,12 @@ def summary(
         },
         "teacher_forced": {
             "accept_length": teacher_forced.accept_length,
-            "target_passes": int(sum(map(len, teacher_forced.yields))),
+            "target_passes": int(teacher_forced.total.passes),
             "answers_with_the_decoded_passes": int(
                 sum(one == two for one, two in zip(teacher_forced.yields, yields, strict=True))
             ),
             "mean_over_rows": teacher_forced.mean_over_rows(),
+            "product_of_marginals": teacher_forced.product_of_marginals(),
             "loss": teacher_forced.mean_loss,
             "accuracy": np.asarray(teacher_forced.accuracy()).tolist(),
             "expected_accept": np.asarray(teacher_forced.expected_accept()).tolist(),
