@@ -299,8 +299,8 @@ def print_evaluation(results: Sequence[dict[str, Any]], directory: Path) -> None
         CONSOLE.print(Text.assemble((f"accept length {decoded['accept_length']:.3f}", "bold"), f"  {_verdict(result)}"))
         if result.get("teacher_forced") and decoded["identical_answers"] < result["answers"]:
             CONSOLE.print(
-                f"  {decoded['identical_answers']} of {result['answers']} answers are the target's own token for token; "
-                "where two tokens are nearly equal, rounding may choose either"
+                f"  {decoded['identical_answers']} of {result['answers']} answers are the target's own, token for "
+                "token; where two tokens are nearly equal, rounding may choose either"
             )
     CONSOLE.print(f"report  {directory / 'report.md'}")
 

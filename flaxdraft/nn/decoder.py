@@ -271,14 +271,21 @@ def _cached(cache: Cache, layer, q_BTNH, k_BTKH, v_BTKC, positions_BT, scale: fl
 
 
 def _run_layers(model, spans, config: DecoderConfig, x_BTE, positions_BT, segments_BT, cache, sharding: Sharding):
-    """The residual stream through all layers; stops at each tap without keeping the other layers' outputs."""
+    """The residual stream through all layers, and the tapped ones' outputs [B, T, 3, E].
+
+    One loop for each group: a tap writes its output to a place of its own, every other layer to one that nobody reads.
+    """
     heads_spec, rows_spec = sharding.act_btnh, sharding.act_btd and P(*sharding.act_btd[:2])
     cache_spec = Cache(sharding.cache_lbn, sharding.cache_lbn)
+    num_taps = len(config.tap_layers)
+    places = [
+        config.tap_layers.index(i) if i in config.tap_layers else num_taps for i in range(config.num_hidden_layers)
+    ]
 
-    def run(graphdef, layers, first: int, start: int, stop: int, carry):
+    def run(graphdef, layers, span: range, carry):
         def body(i, carry):
-            x, cache = carry
-            at_layer = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, i - first, keepdims=False), layers)
+            x, taps_KBTE, cache = carry
+            at_layer = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, i - span.start, keepdims=False), layers)
             layer = nnx.merge(graphdef, at_layer)
             projected = layer.self_attn.project(layer.input_layernorm(x))
             q, scale = layer.self_attn.query(projected, positions_BT), layer.self_attn.softmax_scale
@@ -292,21 +299,16 @@ def _run_layers(model, spans, config: DecoderConfig, x_BTE, positions_BT, segmen
                 on_device = on_shards(sharding, attention, specs, (heads_spec, cache_spec))
                 heads, cache = on_device(cache, i, q, k, v, positions_BT)
             x = x + layer.self_attn.output(heads)
-            return x + layer.mlp(layer.post_attention_layernorm(x)), cache
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            return x, lax.dynamic_update_index_in_dim(taps_KBTE, x, jnp.asarray(places)[i], 0), cache
 
-        return lax.fori_loop(start, stop, body, carry)
+        return lax.fori_loop(span.start, span.stop, body, carry)
 
-    taps, carry = [], (x_BTE, cache)
+    carry = x_BTE, jnp.stack([x_BTE] * (num_taps + 1)), cache
     for name, span in spans:
-        graphdef, layers = nnx.split(getattr(model, name))
-        start = span.start
-        for tap in config.tap_layers:
-            if tap in span:
-                carry = run(graphdef, layers, span.start, start, tap + 1, carry)
-                taps.append(carry[0])
-                start = tap + 1
-        carry = run(graphdef, layers, span.start, start, span.stop, carry)
-    return jnp.stack(taps, axis=2), *carry
+        carry = run(*nnx.split(getattr(model, name)), span, carry)
+    x_BTE, taps_KBTE, cache = carry
+    return jnp.moveaxis(taps_KBTE[:num_taps], 0, 2), x_BTE, cache
 
 
 @partial(
