@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import grain
+import jax
 import numpy as np
 
 from flaxdraft.config import DataConfig, TrainConfig
@@ -21,6 +22,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Algorithm, Batch, Features
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
     """Numpy arrays of one padded batch, ready to be put on devices."""
@@ -105,7 +107,7 @@ class Pipeline:
         if batch_size % part[1]:
             raise InputError(f"train.batch_size: {batch_size} rows cannot be split over {part[1]} hosts")
         self._documents, self._algorithm, self.layout = documents, algorithm, layout
-        self._num_rows, self._part = batch_size // part[1], part
+        self._num_rows, self.part = batch_size // part[1], part
         self._like = documents.row(int(layout.kept[0])).features
         self.steps_per_epoch = layout.steps_per_epoch
 
@@ -116,7 +118,7 @@ class Pipeline:
             InputError: a document cannot be read.
         """
         rows = self.layout.rows(step)
-        first = self._part[0] * self._num_rows
+        first = self.part[0] * self._num_rows
         mine = rows.documents[first : first + self._num_rows]
         read = ((self._documents.row(int(index)) for index in row) for row in mine)
         return collate(read, self._like, self._num_rows, rows.length, rows.num_supervised, self._algorithm)

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from flaxdraft.continuing import flatten
 from flaxdraft.data.documents import Document
 from flaxdraft.data.store import DTYPES, MANIFEST, PLAN, TARGET, Source, finish, shard_name, write_shard
 from flaxdraft.errors import InputError
 from flaxdraft.progress import bar
-from flaxdraft.stages import flatten
 from flaxdraft.weights import save_safetensors, write_json
 
 _EXTRA_BYTES = 4 + 1 + 4 + 4  # token, mask, argmax, logsumexp

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,9 +24,10 @@ from jaxtyping import Array, Float, Int
 
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Features
-from flaxdraft.mesh import Sharding, gathered, on_shards
+from flaxdraft.mesh import Sharding, check_divides, gathered, on_shards
 from flaxdraft.nn import vocabulary
 from flaxdraft.nn.layers import RMSNorm
+from flaxdraft.nn.places import check_heads, place_of
 from flaxdraft.nn.rope import RopeConfig
 from flaxdraft.ops import range_attention
 from flaxdraft.ops.attention import attend, attend_cache, causal_visibility, document_ranges
@@ -153,19 +153,6 @@ def abstract_state(
     return nnx.split(nnx.eval_shape(lambda: DecoderWeights(config, groups, precision, nnx.Rngs(0))))
 
 
-# Which field of `Sharding` says where a weight lives, by the end of its JAX path.
-_PLACES = (
-    (r"(^|/)(embed|head)$", "weight_ve"),
-    (r"(q_proj|k_proj|v_proj|q_b_proj|kv_b_proj|gate_proj|up_proj)/kernel$", "weight_df"),
-    (r"(q_proj|k_proj|v_proj|gate_proj|up_proj)/bias$", "weight_f"),
-    (r"(o_proj|down_proj)/kernel$", "weight_fd"),
-    (r"(q_a_proj|kv_a_proj_with_mqa)/kernel$", "weight_dd"),
-    (r"experts/(gate_proj|up_proj)$", "weight_xdf"),
-    (r"experts/down_proj$", "weight_xfd"),
-    (r"(scale|(o_proj|down_proj|q_a_proj|kv_a_proj_with_mqa)/bias|gate/kernel|gate/bias)$", "whole"),
-)
-
-
 def weight_shardings(
     config: DecoderConfig, abstract: nnx.State, groups: Sequence[Group], mesh: jax.sharding.Mesh, sharding: Sharding
 ) -> dict[tuple[str, ...], jax.NamedSharding]:
@@ -184,19 +171,17 @@ def _checked_specs(config, abstract, groups, mesh_shape: Mapping[str, int], shar
     Raises:
         InputError: the mesh does not divide a weight, or the heads; the message names it and the axis.
     """
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        _check_divides(name, (getattr(config, name),), sharding.weight_f, mesh_shape)
+    check_heads(config, sharding, mesh_shape)
     specs = list(_weight_specs(abstract, groups, sharding))
     for path, shape, spec in specs:
-        _check_divides("/".join(map(str, path)), shape, spec, mesh_shape)
+        check_divides("/".join(map(str, path)), shape, spec, mesh_shape)
     return specs
 
 
 def _weight_specs(abstract: nnx.State, groups: Sequence[Group], sharding: Sharding):
     stacked = {group.name for group in groups}
     for path, variable in nnx.to_flat_state(abstract):
-        name = "/".join(map(str, path))
-        spec = getattr(sharding, next(field for pattern, field in _PLACES if re.search(pattern, name)))
+        spec = place_of(path, sharding)
         yield path, variable.shape, P(None, *spec) if path[0] in stacked else spec
 
 
@@ -216,15 +201,6 @@ def bytes_per_device(
     return total
 
 
-def _check_divides(name: str, shape: Sequence[int], spec: P, mesh_shape: Mapping[str, int]) -> None:
-    for size, axis in zip(shape, spec, strict=False):
-        if axis is not None and size % mesh_shape[axis]:
-            raise InputError(
-                f"mesh.{axis}: {mesh_shape[axis]} devices do not divide {name} {tuple(shape)}; expected a divisor of "
-                f"{size}"
-            )
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -232,6 +208,10 @@ class Cache:
 
     k_LBKHS: Float[Array, "L B K H S"]
     v_LBKSC: Float[Array, "L B K S C"]
+
+    @property
+    def num_slots(self) -> int:
+        return self.k_LBKHS.shape[-1]
 
 
 def _in_chunks(q_BTNH, k_BTKH, v_BTKC, first_BT, last_BT, scale: float):
@@ -267,14 +247,21 @@ def _cached(cache: Cache, layer, q_BTNH, k_BTKH, v_BTKC, positions_BT, scale: fl
 
 
 def _run_layers(model, spans, config: DecoderConfig, x_BTE, positions_BT, segments_BT, cache, sharding: Sharding):
-    """The residual stream through all layers; stops at each tap without keeping the other layers' outputs."""
+    """The residual stream through all layers, and the tapped ones' outputs [B, T, 3, E].
+
+    One loop for each group: a tap writes its output to a place of its own, every other layer to one that nobody reads.
+    """
     heads_spec, rows_spec = sharding.act_btnh, sharding.act_btd and P(*sharding.act_btd[:2])
     cache_spec = Cache(sharding.cache_lbn, sharding.cache_lbn)
+    num_taps = len(config.tap_layers)
+    places = [
+        config.tap_layers.index(i) if i in config.tap_layers else num_taps for i in range(config.num_hidden_layers)
+    ]
 
-    def run(graphdef, layers, first: int, start: int, stop: int, carry):
+    def run(graphdef, layers, span: range, carry):
         def body(i, carry):
-            x, cache = carry
-            at_layer = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, i - first, keepdims=False), layers)
+            x, taps_KBTE, cache = carry
+            at_layer = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, i - span.start, keepdims=False), layers)
             layer = nnx.merge(graphdef, at_layer)
             projected = layer.self_attn.project(layer.input_layernorm(x))
             q, scale = layer.self_attn.query(projected, positions_BT), layer.self_attn.softmax_scale
@@ -288,21 +275,16 @@ def _run_layers(model, spans, config: DecoderConfig, x_BTE, positions_BT, segmen
                 on_device = on_shards(sharding, attention, specs, (heads_spec, cache_spec))
                 heads, cache = on_device(cache, i, q, k, v, positions_BT)
             x = x + layer.self_attn.output(heads)
-            return x + layer.mlp(layer.post_attention_layernorm(x)), cache
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            return x, lax.dynamic_update_index_in_dim(taps_KBTE, x, jnp.asarray(places)[i], 0), cache
 
-        return lax.fori_loop(start, stop, body, carry)
+        return lax.fori_loop(span.start, span.stop, body, carry)
 
-    taps, carry = [], (x_BTE, cache)
+    carry = x_BTE, jnp.stack([x_BTE] * (num_taps + 1)), cache
     for name, span in spans:
-        graphdef, layers = nnx.split(getattr(model, name))
-        start = span.start
-        for tap in config.tap_layers:
-            if tap in span:
-                carry = run(graphdef, layers, span.start, start, tap + 1, carry)
-                taps.append(carry[0])
-                start = tap + 1
-        carry = run(graphdef, layers, span.start, start, span.stop, carry)
-    return jnp.stack(taps, axis=2), *carry
+        carry = run(*nnx.split(getattr(model, name)), span, carry)
+    x_BTE, taps_KBTE, cache = carry
+    return jnp.moveaxis(taps_KBTE[:num_taps], 0, 2), x_BTE, cache
 
 
 @partial(
@@ -331,24 +313,30 @@ def _forward(
 
 @partial(jax.jit, static_argnames=("sharding",))
 def _logits(last_BE, head_VE, sharding: Sharding):
+    wide = jnp.promote_types(last_BE.dtype, jnp.float32)
     if sharding.weight_ve is None:
-        return jnp.einsum("be,ve->bv", last_BE, head_VE, preferred_element_type=jnp.float32)
+        return jnp.einsum("be,ve->bv", last_BE, head_VE, preferred_element_type=wide)
     head_VE, split = gathered(head_VE, sharding.weight_ve), P(None, sharding.weight_ve[0])
-    logits = jnp.einsum("be,ve->bv", last_BE, head_VE, preferred_element_type=jnp.float32, out_sharding=split)
+    logits = jnp.einsum("be,ve->bv", last_BE, head_VE, preferred_element_type=wide, out_sharding=split)
     return jax.reshard(logits, P(None, None))
 
 
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderTarget:
-    """A loaded model; see the Protocol `Target`."""
+    """A loaded model; see the Protocol `Target`. A pytree whose leaves are the weights: a program takes it as an
+    argument."""
 
-    config: DecoderConfig
-    spans: tuple[tuple[str, range], ...]  # groups of layers, in their order
-    graphdef: nnx.GraphDef
+    config: DecoderConfig = dataclasses.field(metadata=_STATIC)
+    spans: tuple[tuple[str, range], ...] = dataclasses.field(metadata=_STATIC)  # groups of layers, in their order
+    graphdef: nnx.GraphDef = dataclasses.field(metadata=_STATIC)
     state: nnx.State
-    precision: Precision
-    mesh: jax.sharding.Mesh | None = None
-    sharding: Sharding = Sharding.none()  # noqa: RUF009 (immutable)
+    precision: Precision = dataclasses.field(metadata=_STATIC)
+    mesh: jax.sharding.Mesh | None = dataclasses.field(default=None, metadata=_STATIC)
+    sharding: Sharding = dataclasses.field(default=Sharding.none(), metadata=_STATIC)
 
     @property
     def row_multiple(self) -> int:
@@ -391,7 +379,7 @@ class DecoderTarget:
         return self._run(tokens_BT, positions_BT, None, cache, head)
 
     def logits(self, last_BE: Float[Array, "B E"]) -> Float[Array, "B V"]:
-        """float32 logits of post-norm last hidden states, whole on every device."""
+        """Logits of post-norm last hidden states, at least float32, whole on every device."""
         with self._on_mesh():
             return _logits(last_BE, self.head(), self.sharding)
 

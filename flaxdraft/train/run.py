@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ import numpy as np
 from flax import nnx
 from rich.text import Text
 
-from flaxdraft import targets
+from flaxdraft import hosts, reads, targets
 from flaxdraft.config import RunConfig, nearest
+from flaxdraft.continuing import flatten
 from flaxdraft.data.capture import capture, is_captured, load_split, write_texts
 from flaxdraft.data.chat import tokenizer_digest
 from flaxdraft.data.documents import AnsweredPrompts, Documents
@@ -30,15 +33,21 @@ from flaxdraft.drafts import serving_files
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
 from flaxdraft.evaluate.held_out import decode_held_out, summary
-from flaxdraft.export import export
+from flaxdraft.export import check_servable, export
 from flaxdraft.fetch import content_of, digest_of, sha256_of
 from flaxdraft.interfaces import Target, VocabMap, find_by_name
+from flaxdraft.lock import DirectoryLock
 from flaxdraft.mesh import Sharding, make_mesh
+from flaxdraft.nn.places import check_heads, on_mesh, weight_on_mesh
 from flaxdraft.precision import DTYPES, Precision
-from flaxdraft.progress import CONSOLE
+from flaxdraft.progress import CONSOLE, process_log
 from flaxdraft.report import print_headline, write_report
+from flaxdraft.serving.record import DraftRecord
 from flaxdraft.stages import Stage, claim
-from flaxdraft.train.loop import Trainer, read_metrics
+from flaxdraft.train.loop import Trainer
+from flaxdraft.train.metrics_log import check_wandb, read_metrics
+from flaxdraft.train.place import SHARDING, check_batch
+from flaxdraft.train.resume import Resume
 from flaxdraft.train.start import check_target, load_start
 from flaxdraft.train.state import split_draft, warm_start
 
@@ -58,8 +67,11 @@ def _digests(directory: Path) -> dict[str, str]:
 class Run:
     """The stages of one configuration."""
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, allowed: Sequence[str] = ()):
         """
+        Args:
+            allowed: fields of the configuration that may differ from what the output directory was made with.
+
         Raises:
             InputError: the configuration names something that does not exist, or its output directory holds the
                 result of another one.
@@ -77,11 +89,8 @@ class Run:
             raise InputError("data.store, data.conversations: both are given; training reads one of them")
         self.splits = ("held_out",) if given else SPLITS
         self.prompts = read_prompts(config.data.prompts, self.splits)
-        if config.train.batch_size % config.mesh.data:
-            raise InputError(
-                f"train.batch_size: {config.train.batch_size} rows cannot be split over mesh.data={config.mesh.data}"
-            )
-        self.mesh = make_mesh(config.mesh.data)
+        check_batch(config)
+        self.mesh = make_mesh(**config.mesh.model_dump())
         self.data_dir = Path(config.output_dir) / "data"
         self.draft_dir = config.draft_dir
         data = config.data.model_dump(exclude={"prefetch"}) | {"prompts": sha256_of(Path(config.data.prompts))}
@@ -104,8 +113,23 @@ class Run:
             "seed": config.seed, "draft": draft, "algorithm": config.algorithm.model_dump(),
             "train": config.train.model_dump(),
         }  # fmt: skip
-        claim(self.data_dir, self.data_inputs, "Give another output_dir, or remove it to start anew.")
-        claim(self.draft_dir, self.draft_inputs, "Give another name= or output_dir=, or remove it to start anew.")
+        self.allowed = allowed
+        known = [*flatten(self.draft_inputs)]
+        for field in allowed:
+            if field not in known:
+                raise InputError(f"--allow-change: no field {field!r}; {nearest(field, known)}")
+        check_wandb(config.train.wandb)
+        if jax.process_count() > 1 and self.mesh.size != jax.device_count():
+            raise InputError(
+                f"mesh: {self.mesh.size} devices of {jax.device_count()}; a run of {jax.process_count()} processes "
+                "uses all of them"
+            )
+        with hosts.main_first("claim"):
+            claim(self.data_dir, self.data_inputs, "Give another output_dir, or remove it to start anew.")
+            claim(
+                self.draft_dir, self.draft_inputs, "Give another name= or output_dir=, or remove it to start anew.",
+                allowed,
+            )  # fmt: skip
 
     @functools.cached_property
     def target(self):
@@ -270,25 +294,29 @@ class Run:
     def params(self) -> nnx.State:
         """The trained parameters, on one device; where training is done they come from its last checkpoint."""
         config = self.config.train
-        self.draft_config().to_hf()  # refuses what no server loads before any time is spent on it
-        pipeline = make_pipeline(self.documents, self.algorithm, config, self.config.data, self.config.seed)
+        self.record()
+        rows = jax.NamedSharding(self.mesh, SHARDING.act_b)
+        part = hosts.local_part(rows, config.batch_size)
+        pipeline = make_pipeline(self.documents, self.algorithm, config, self.config.data, self.config.seed, part)
         CONSOLE.print(f"  {pipeline.layout.describe()}")
         # Loaded before the mesh is set: target and vocabulary stay on one device, where decoding uses them.
         target, _, head_WE = self.target, self.vocab, self.teacher_head(config.compute_dtype)
         _say("train", f"{config.num_steps} steps of {config.batch_size} answers to {target.path.name}")
+        graphdef, params, frozen = split_draft(self.make_draft(SHARDING, config.compute_dtype))
+        check_heads(self.draft_config(), SHARDING, self.mesh.shape)
         with jax.set_mesh(self.mesh):
-            everywhere = jax.NamedSharding(self.mesh, jax.P())
-            graphdef, params, frozen = split_draft(self.make_draft(Sharding.data_parallel(), config.compute_dtype))
-            params, frozen = jax.device_put((params, frozen), everywhere)
+            params, frozen = (on_mesh(state, self.mesh, SHARDING) for state in (params, frozen))
             CONSOLE.print(
                 f"  {sum(math.prod(p.shape) for p in jax.tree.leaves(params)) / 1e6:.1f} M trained parameters"
             )
+            resume = Resume(config.resume, self.draft_inputs, self.vocab, self.allowed)
             trainer = Trainer(
                 self.draft_dir, config, self.algorithm, self.evaluation, self.mesh, self.vocab,
-                jax.device_put(head_WE, everywhere), self.config.data.prefetch, self.reader,
+                weight_on_mesh("teacher head", head_WE, self.mesh, SHARDING.weight_ve), resume,
+                self.config.data.prefetch, self.reader,
             )  # fmt: skip
             params = trainer.train(graphdef, params, frozen, pipeline, self.data_rows["held_out"])
-        return jax.device_put(jax.device_get(params), jax.devices()[0])
+        return jax.device_put(reads.read(params), jax.local_devices()[0])
 
     @functools.cached_property
     def reader(self) -> Target | None:
@@ -301,14 +329,28 @@ class Run:
             mesh=self.mesh,
         ).model  # fmt: skip
 
+    def record(self) -> None:
+        """Refuses what no server loads before any time is spent on it, and keeps what a later export asks for."""
+        taps, target = self.target.model.config.tap_layers, self.target.hf_config
+        check_servable(self.draft_config(), taps, target)
+        if hosts.is_main():
+            DraftRecord(self.draft_config().to_hf(), taps, target, self.config.target.path).write(self.draft_dir)
+
     def teacher_head(self, dtype: str) -> jax.Array:
         """[W, E]: the target's head rows of the draft vocabulary."""
         return self.target.model.head()[self.vocab.target_ids_W].astype(DTYPES[dtype])
 
+    @property
+    def _evaluate_stage(self) -> Stage:
+        inputs = self.draft_inputs | {"evaluate": self.config.evaluate.model_dump()}
+        return Stage(self.draft_dir / "evaluation.json", inputs)
+
+    def evaluated(self) -> bool:
+        return self._evaluate_stage.load() is not None
+
     def evaluate(self) -> dict[str, Any]:
         """The held-out result: walked, and decoded for real, both in float32."""
-        config = self.config.evaluate
-        stage = Stage(self.draft_dir / "evaluation.json", self.draft_inputs | {"evaluate": config.model_dump()})
+        config, stage = self.config.evaluate, self._evaluate_stage
         result = stage.load()
         if result is not None:
             _say("evaluate", f"done before: {stage.path}")
@@ -338,12 +380,20 @@ class Run:
         stage.store(result)
         return result
 
+    @property
+    def _export_stage(self) -> Stage:
+        inputs = self.draft_inputs | {"export": self.config.export.model_dump()}
+        return Stage(self.draft_dir / "export.json", inputs)
+
+    def exported(self) -> bool:
+        """Whether the serving directory is there, as it was written."""
+        stored = self._export_stage.load()
+        return stored is not None and stored == _digests(self.draft_dir / "export")
+
     def export(self) -> Path:
         """The serving directory."""
-        directory = self.draft_dir / "export"
-        stage = Stage(self.draft_dir / "export.json", self.draft_inputs | {"export": self.config.export.model_dump()})
-        stored = stage.load()
-        if stored is not None and stored == _digests(directory):
+        directory, stage = self.draft_dir / "export", self._export_stage
+        if self.exported():
             _say("export", f"done before: {directory}")
             return directory
         params, target = self.params, self.target
@@ -352,6 +402,7 @@ class Run:
         export(
             directory, self.draft_module, self.draft_config(), params, self.vocab,
             tap_layers=target.model.config.tap_layers, target_config=target.hf_config, dtype=self.config.export.dtype,
+            target_path=self.config.target.path, run=self.draft_dir,
         )  # fmt: skip
         stage.store(_digests(directory))
         return directory
@@ -380,11 +431,24 @@ class Run:
         return directory
 
 
-def run(config: RunConfig) -> None:
-    """All stages, then the headline."""
-    stages = Run(config)
-    stages.data()
-    evaluation = stages.evaluate()
-    export_dir = stages.export()
-    report_dir = stages.report(evaluation)
-    print_headline(evaluation, export_dir, report_dir, config.target.path)
+def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
+    """All stages, then the headline. Of many processes all train; the first one alone asks the target, evaluates,
+    exports and reports, while the others wait.
+
+    Args:
+        allowed: see `Run`.
+    """
+    stages = Run(config, allowed)
+    log = process_log(stages.draft_dir / "logs" / f"process-{jax.process_index()}.log", speaks=hosts.is_main())
+    lock = DirectoryLock(stages.draft_dir) if hosts.is_main() else nullcontext()
+    with log, lock:
+        with hosts.main_first("data"):
+            stages.data()
+        if hosts.agree(not (stages.evaluated() and stages.exported())):
+            stages.params  # noqa: B018 (trains, in every process)
+        with hosts.main_first("results"):
+            if hosts.is_main():
+                evaluation = stages.evaluate()
+                export_dir = stages.export()
+                report_dir = stages.report(evaluation)
+                print_headline(evaluation, export_dir, report_dir, config.target.path)
