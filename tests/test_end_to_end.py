@@ -374,6 +374,10 @@ def test_a_store_trains_packed(workspace, store, tmp_path, capfd):
     [
         (("target.tap_layers=[0,2,4]",), r"tap_layers is \[1, 3, 4\], expected \[0, 2, 4\]"),
         (("data.store=/nowhere",), "/nowhere: no feature store"),
+        (
+            ("data.store=null", "data.conversations=/nowhere.jsonl", "mesh.sequence=2"),
+            "mesh.sequence: features that the target makes while the draft trains",
+        ),
         (("data.conversations=/nowhere.jsonl",), "data.store, data.conversations: both are given"),
         (("data.store=null", "data.conversations=/nowhere.jsonl"), "cannot read /nowhere.jsonl"),
     ],

@@ -87,6 +87,12 @@ class Run:
         given = [name for name in ("store", "conversations") if getattr(config.data, name) is not None]
         if len(given) == 2:
             raise InputError("data.store, data.conversations: both are given; training reads one of them")
+        if given == ["conversations"] and config.mesh.sequence > 1:
+            raise InputError(
+                "mesh.sequence: features that the target makes while the draft trains (data.conversations) are not "
+                "split along rows; capture a store (python -m flaxdraft.data capture) and give data.store, or leave "
+                "mesh.sequence at 1"
+            )
         self.splits = ("held_out",) if given else SPLITS
         self.prompts = read_prompts(config.data.prompts, self.splits)
         check_batch(config)
