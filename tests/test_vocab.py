@@ -116,6 +116,7 @@ def test_coverage_of_several_sizes():
     assert found[1024] == 1.0
     assert describe_sizes(counts, forced).endswith(f"256 {found[256]:.1%}, 512 {found[512]:.1%}, 1024 100.0%")
     assert list(coverage_by_size(counts, range(300))) == [512, 1024]  # a size must hold the forced ones
+    assert coverage_by_size(np.eye(1, 300, dtype=np.int64)[0], []) == {256: 1.0}
 
 
 def test_a_map_knows_what_it_was_chosen_from():
