@@ -53,6 +53,11 @@ def test_a_trained_embedding(shape):
     check(train("llama", shape, 2, **fields), train("llama", {}, 1, **fields))
 
 
+@pytest.mark.slow
+def test_muon():
+    check(train("llama", {"fsdp": 4, "tensor": 2}, 2, "muon"), train("llama", {}, 1, "muon"))
+
+
 def test_more_devices_than_there_are():
     with pytest.raises(InputError, match=r"mesh.data: 16, mesh.tensor: 4 devices were asked for, 8 are visible"):
         make_mesh(data=16, tensor=4)

@@ -87,18 +87,18 @@ class Trained:
     specs: dict[str, set]  # where parameters and moments live at the end
 
 
-def train(name: str, shape: dict[str, int], num_microbatches: int, **fields) -> Trained:
+def train(name: str, shape: dict[str, int], num_microbatches: int, optimizer: str = "adamw", **fields) -> Trained:
     """Twenty steps through three global batches in turn; done once for all tests of a session."""
-    return _train(name, tuple(shape.items()), num_microbatches, tuple(fields.items()))
+    return _train(name, tuple(shape.items()), num_microbatches, optimizer, tuple(fields.items()))
 
 
 @functools.cache
-def _train(name, shape, num_microbatches, fields) -> Trained:
+def _train(name, shape, num_microbatches, kind, fields) -> Trained:
     batches, head_WE = zip(*(host_batch(seed=i) for i in range(3)), strict=True)
     run = setup(name, dict(shape), head_WE[0], **dict(fields))
     width = max(host.rows_BR.shape[1] for host in batches)
     with jax.set_mesh(run.mesh):
-        tx = optimizer(CONFIG)
+        tx = optimizer(CONFIG.model_copy(update={"optimizer": kind}))
         state = jax.jit(lambda params: init_state(params, tx, J))(run.params)
         examples = [run.example(_widened(host, width)) for host in batches]
         step = make_train_step(run.graphdef, ALGORITHM, tx, num_microbatches)
