@@ -50,7 +50,7 @@ class Teaching:
         """((loss, sums), gradients) of every batch of the first epoch, on the host."""
         pipeline = self.pipeline(documents, **train)
         trainer = Trainer(
-            None, None, self.algorithm, self.algorithm, self.mesh, self.vocab, self.head_WE, 2, self.target
+            None, None, self.algorithm, self.algorithm, self.mesh, self.vocab, self.head_WE, None, 2, self.target
         )
         with jax.set_mesh(self.mesh):
             hosts = batches_from(pipeline, 0, pipeline.steps_per_epoch, 2)

@@ -103,7 +103,7 @@ def memory_advice(directory: Path) -> Iterator[None]:
         jax.profiler.save_device_memory_profile(profile)
         raise InputError(
             f"train: the device is out of memory ({str(error).splitlines()[0][:200]}). What helps, in this order: "
-            "raise train.accumulate, set algorithm.remat=full, lower algorithm.loss_chunk, split weights over more devices "
-            "(mesh.fsdp), lower train.batch_size or the length of rows. --plan prints what a configuration takes "
+            "raise train.accumulate, set algorithm.remat=full, lower algorithm.loss_chunk, split weights over more "
+            "devices (mesh.fsdp), lower train.batch_size or the length of rows. --plan prints what a configuration takes "
             f"without running it. What was held is in {profile} (pprof -top {profile})"
         ) from error
