@@ -323,6 +323,8 @@ class Checkpoints:
                 continue
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(str(saved.step))
+            if link.is_dir() and not link.is_symlink():  # a copy of the run that followed its links
+                shutil.rmtree(link)
             os.replace(temporary, link)
 
     def set_aside(self, step: int, why: str) -> Path:

@@ -70,6 +70,7 @@ class DataConfig(_Section):
 class DraftConfig(_Section):
     architecture: Text = "llama"  # a module of flaxdraft/drafts
     draft_vocab_size: int = Field(default=8192, ge=1)
+    vocab_map: Text | None = None  # a d2t.npy (offsets) to take instead of choosing from the data
     fields: dict[str, Any] = {}  # overrides of the architecture's Config, which follows the target by default
     warm_start: bool = True  # lm_head, norm and fc from the target's weights, in a draft that begins from nothing
     init_from: Text | None = None  # a draft's directory: its config, weights and vocabulary map instead of new ones
@@ -88,13 +89,19 @@ class AlgorithmConfig(_Section):
 
 class TrainConfig(_Section):
     num_steps: int = Field(ge=1, le=_INT32)
-    batch_size: int = Field(default=8, ge=1)  # conversations
+    batch_size: int = Field(default=8, ge=1)  # conversations (packed rows) of an optimizer step
+    accumulate: int = Field(default=1, ge=1)  # micro-batches in which a step goes through them, one after another
     learning_rate: Number = Field(default=1e-4, gt=0)
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # after the warmup; wsd: constant, then linearly down
     warmup_ratio: Number = Field(default=0.05, ge=0, lt=1)
-    final_lr_ratio: Number = Field(default=0.0, ge=0, le=1)  # of the cosine's end
+    decay_ratio: Number = Field(default=0.2, gt=0, le=1)  # of wsd: the share of all steps that go down
+    final_lr_ratio: Number = Field(default=0.0, ge=0, le=1)  # of the end of cosine and wsd
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices other than head and embedding
     betas: list[Beta] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    eps: Number = Field(default=1e-8, gt=0)
     weight_decay: Number = Field(default=0.0, ge=0)
     clip_norm: Number = Field(default=0.5, gt=0)
+    ema_decay: Number | None = Field(default=None, gt=0, lt=1)  # averaged weights, for evaluation and export
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     pack_length: int | None = Field(default=None, ge=32)  # documents share rows of so many tokens; null: one a row
     length_buckets: int = Field(default=2, ge=1)  # padded lengths, each of which compiles once
@@ -119,7 +126,12 @@ class ExportConfig(_Section):
 
 
 class MeshConfig(_Section):
-    data: int = Field(default=1, ge=1)  # devices over which training batches are split
+    """Devices along each axis; their product is the number of devices in use."""
+
+    data: int = Field(default=1, ge=1)  # batches are split
+    fsdp: int = Field(default=1, ge=1)  # batches are split, and weights and moments kept in pieces
+    tensor: int = Field(default=1, ge=1)  # heads, feed-forward and draft vocabulary are split
+    sequence: int = Field(default=1, ge=1)  # every batch row is split, for long rows
 
 
 class HostsConfig(_Section):

@@ -1,6 +1,11 @@
 """Conversations into a feature store: the target's own numbers, whoever was stopped or helped."""
 
+import contextlib
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +37,14 @@ def file(tmp_path_factory):
     return path
 
 
+EXACT = (
+    "--dtype", "float32", "--taps-dtype", "float32", "--last-dtype", "float32", "--shard-tokens", "100",
+    "--batch-tokens", "160",
+)  # fmt: skip
+
+
 def call(file, out, target, *more):
-    exact = ("--dtype", "float32", "--taps-dtype", "float32", "--last-dtype", "float32")
-    small = ("--shard-tokens", "100", "--batch-tokens", "160")
-    return main(["capture", str(file), str(out), "--target", str(target), *exact, *small, *more])
+    return main(["capture", str(file), str(out), "--target", str(target), *EXACT, *more])
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +55,8 @@ def store(file, tiny_gguf, tmp_path_factory):
 
 
 def contents(directory) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+    """Without what a kill left half-written, which nobody reads."""
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.suffix != ".tmp"}
 
 
 def test_rows_hold_what_the_target_says(store, file, tiny_gguf):
@@ -91,6 +101,31 @@ def test_a_stopped_capture_ends_with_the_same_store(store, file, tiny_gguf, tmp_
     monkeypatch.setattr(store_writer, "write_shard", write)
     assert call(file, out, tiny_gguf) == 0
     assert (out / shard_name(0)).stat().st_mtime_ns == before
+    assert contents(out) == contents(store)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_capture_killed_at_random_points_ends_with_the_same_store(tmp_path, kills):
+    command = [sys.executable, str(Path(__file__).with_name("kill_capture.py")), str(tmp_path), str(kills), "7"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    stopped = re.search(rf"(\d+) of {kills} were stopped before their end", done.stdout)
+    assert int(stopped[1]) > kills // 2
+
+
+@pytest.mark.slow
+def test_the_command_killed_at_random_points_ends_with_the_same_store(store, file, tiny_gguf, tmp_path):
+    """Twenty times, each going on behind the last; with the real target."""
+    out = tmp_path / "out"
+    arguments = [sys.executable, "-m", "flaxdraft.data", "capture", str(file), str(out), "--target", str(tiny_gguf)]
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        process = subprocess.Popen([*arguments, *EXACT], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(2, 12))
+        process.kill()
+        process.wait()
+    assert call(file, out, tiny_gguf) == 0
     assert contents(out) == contents(store)
 
 

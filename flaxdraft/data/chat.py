@@ -46,8 +46,8 @@ def render(tokenizer: Any, conversation: Conversation, options: ChatOptions) -> 
     """Tokens and mask, cut at `max_length`.
 
     Raises:
-        InputError: the template refuses the conversation, or is not prefix-stable (row and both renderings are shown);
-            a tokenised row has ids that the tokenizer has not.
+        InputError: the template refuses the conversation, leaves its tools out, or is not prefix-stable (row and both
+            renderings are shown); a tokenised row has ids that the tokenizer has not.
     """
     if conversation.tokens is not None:
         tokens, assistant = conversation.tokens, conversation.assistant
@@ -62,6 +62,7 @@ def render(tokenizer: Any, conversation: Conversation, options: ChatOptions) -> 
         if not getattr(tokenizer, "chat_template", None):
             raise InputError(f"{conversation.where}: the target's tokenizer has no chat template")
         text = _text(tokenizer, conversation, conversation.messages)
+        _check_tools(conversation, text)
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         tokens = np.asarray(encoded["input_ids"], np.int32)
         starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
@@ -104,6 +105,19 @@ def _text(tokenizer: Any, conversation: Conversation, messages: Any, tokenize: b
         return tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=tokenize, **options)
     except (TemplateError, SecurityError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise InputError(f"{conversation.where}: the chat template refuses this conversation: {error}") from error
+
+
+def _check_tools(conversation: Conversation, text: str) -> None:
+    calls = [call for message in conversation.messages for call in message.get("tool_calls") or ()]
+    for tool in (*calls, *(conversation.tools or ())):
+        function = tool.get("function", tool)
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or name not in text:
+            raise InputError(
+                f"{conversation.where}: the chat template writes nothing of the tool {name!r}; it knows no tools, or "
+                "not in this shape, and the target would not see what was called: leave the row out, or give a "
+                "template with tools"
+            )
 
 
 def _prefix_spans(tokenizer: Any, conversation: Conversation, text: str, options: ChatOptions) -> list[tuple[int, int]]:

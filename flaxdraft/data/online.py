@@ -7,15 +7,12 @@ one to the other without a pause; one prepared example is held, not more.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 from flaxdraft.config import DataConfig
 from flaxdraft.data.chat import ChatOptions, render_all
 from flaxdraft.data.conversations import read_conversations
 from flaxdraft.data.documents import Conversations
-from flaxdraft.errors import InputError
-from flaxdraft.fetch import sha256_of
 from flaxdraft.progress import CONSOLE
 
 In, Out = TypeVar("In"), TypeVar("Out")
@@ -34,18 +31,6 @@ def one_ahead(items: Iterable[In], prepare: Callable[[In], Out]) -> Iterator[tup
         ahead = prepared
     if ahead is not None:
         yield ahead
-
-
-def digest_of(path: str) -> str:
-    """sha256 of the file at data.conversations.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        return sha256_of(Path(path).expanduser())
-    except OSError as error:
-        raise InputError(f"data.conversations: cannot read {path} ({error.strerror})") from error
 
 
 def open_conversations(data: DataConfig, tokenizer: Any, vocab_size: int) -> Conversations:

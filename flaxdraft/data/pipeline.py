@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import grain
+import jax
 import numpy as np
 
 from flaxdraft.config import DataConfig, TrainConfig
@@ -21,6 +22,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Algorithm, Batch, Features
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
     """Numpy arrays of one padded batch, ready to be put on devices."""
@@ -31,18 +33,22 @@ class HostBatch:
 
 
 def collate(
-    rows: Sequence[Sequence[Document]], num_rows: int, length: int, num_supervised: int, algorithm: Algorithm
-) -> HostBatch:
+    rows: Iterable[Iterable[Document]], like: Features | None, num_rows: int, length: int, num_supervised: int,
+    algorithm: Algorithm,
+) -> HostBatch:  # fmt: skip
     """Documents end to end in their rows, cut at `length`; padded to `length`, to `num_rows` rows, and to
-    `num_supervised` supervised rows of each. `rows` holds one document at least."""
+    `num_supervised` supervised rows of each. One document is taken at a time.
+
+    Args:
+        like: features of any document, for their types; None where documents come without.
+    """
     shape = (num_rows, length)
     tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
     assistant = np.zeros(shape, bool)
-    sample = next(document for row in rows for document in row).features
     features: dict[str, np.ndarray] = {}
-    for field in dataclasses.fields(Features) if sample is not None else ():
-        like = getattr(sample, field.name)
-        features[field.name] = np.zeros((*shape, *like.shape[1:]), like.dtype)
+    for field in dataclasses.fields(Features) if like is not None else ():
+        sample = getattr(like, field.name)
+        features[field.name] = np.zeros((*shape, *sample.shape[1:]), sample.dtype)
     for at, row in enumerate(rows):
         start = 0
         for number, document in enumerate(row, 1):
@@ -57,7 +63,7 @@ def collate(
     rows_BR = np.full((num_rows, num_supervised), length, np.int32)
     rows_BR[:, : kept.shape[1]] = kept
     batch = Batch(tokens, assistant, segments, positions)
-    return HostBatch(batch, None if sample is None else Features(**features), rows_BR)
+    return HostBatch(batch, Features(**features) if features else None, rows_BR)
 
 
 def check_supervision(num_answer: Sequence[int], algorithm: Algorithm) -> None:
@@ -102,6 +108,7 @@ class Pipeline:
             raise InputError(f"train.batch_size: {batch_size} rows cannot be split over {part[1]} hosts")
         self._documents, self._algorithm, self.layout = documents, algorithm, layout
         self._num_rows, self.part = batch_size // part[1], part
+        self._like = documents.row(int(layout.kept[0])).features
         self.steps_per_epoch = layout.steps_per_epoch
 
     def batch(self, step: int) -> HostBatch:
@@ -113,17 +120,8 @@ class Pipeline:
         rows = self.layout.rows(step)
         first = self.part[0] * self._num_rows
         mine = rows.documents[first : first + self._num_rows]
-        read = [[self._documents.row(int(index)) for index in row] for row in mine]
-        if not read:  # the rest of a partial batch is empty: shapes of the features are all that is taken from this
-            read = [[_emptied(self._documents.row(int(rows.documents[0][0])))]]
-        return collate(read, self._num_rows, rows.length, rows.num_supervised, self._algorithm)
-
-
-def _emptied(document: Document) -> Document:
-    cut = {} if document.features is None else {
-        field.name: getattr(document.features, field.name)[:0] for field in dataclasses.fields(Features)
-    }  # fmt: skip
-    return Document(document.tokens[:0], document.assistant[:0], Features(**cut) if cut else None)
+        read = ((self._documents.row(int(index)) for index in row) for row in mine)
+        return collate(read, self._like, self._num_rows, rows.length, rows.num_supervised, self._algorithm)
 
 
 def make_pipeline(

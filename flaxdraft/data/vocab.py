@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -34,6 +35,29 @@ def choose_vocab(
             f"{vocab_size} (the target's vocabulary)"
         )
     return VocabMap(np.sort(_ranked(counts_V, forced_ids)[:draft_vocab_size]), vocab_size, source)
+
+
+def read_map(path: str, vocab_size: int, draft_vocab_size: int) -> VocabMap:
+    """The map in a file of offsets, as speculators writes it (d2t.npy).
+
+    Raises:
+        InputError: the file cannot be read or holds no offsets, or the map is of another size.
+    """
+    try:
+        d2t = np.load(Path(path).expanduser(), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"draft.vocab_map: cannot read {path} ({error}); expected a .npy file of offsets") from error
+    if not isinstance(d2t, np.ndarray) or d2t.ndim != 1 or not np.issubdtype(d2t.dtype, np.integer):
+        raise InputError(f"draft.vocab_map: {path} holds no vector of integers")
+    if len(d2t) != draft_vocab_size:
+        raise InputError(
+            f"draft.vocab_map: {path} holds {len(d2t)} tokens, draft.draft_vocab_size says {draft_vocab_size}; make "
+            "them agree"
+        )
+    try:
+        return VocabMap.from_d2t(d2t, vocab_size)
+    except InputError as error:
+        raise InputError(f"draft.vocab_map: {path} holds no offsets of this target ({error})") from error
 
 
 def _ranked(counts_V: np.ndarray, forced_ids: Sequence[int]) -> np.ndarray:

@@ -104,6 +104,6 @@ def memory_advice(directory: Path) -> Iterator[None]:
         raise InputError(
             f"train: the device is out of memory ({str(error).splitlines()[0][:200]}). What helps, in this order: "
             "raise train.accumulate, set algorithm.remat=full, lower algorithm.loss_chunk, split weights over more "
-            "devices (mesh.fsdp), lower train.batch_size or the length of rows. --plan prints what a configuration takes "
-            f"without running it. What was held is in {profile} (pprof -top {profile})"
+            "devices (mesh.fsdp), lower train.batch_size or the length of rows. --plan prints what a configuration "
+            f"takes without running it. What was held is in {profile} (pprof -top {profile})"
         ) from error

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
-from flaxdraft import hosts, provenance, reads
+from flaxdraft import provenance, reads
 from flaxdraft.checkpoint import Checkpoints, abstract_like
 from flaxdraft.config import TrainConfig
 from flaxdraft.data.generation import Row, round_up
@@ -20,15 +19,15 @@ from flaxdraft.data.online import one_ahead
 from flaxdraft.data.pipeline import HostBatch, Pipeline, batches_from
 from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, TeacherForced, evaluate_teacher_forced, make_accepted
 from flaxdraft.interfaces import Algorithm, Example, Target, VocabMap
-from flaxdraft.mesh import BATCH_AXIS
 from flaxdraft.progress import CONSOLE, bar
 from flaxdraft.train import counters as counting
 from flaxdraft.train.guards import BrokenSteps, PreemptedError, Preemption, memory_advice
 from flaxdraft.train.metrics_log import MetricsLog, held_out_figures
 from flaxdraft.train.optimizer import optimizer
+from flaxdraft.train.place import evaluation_batch, own_rows, placed_rows, rows_multiple, training_example
 from flaxdraft.train.profiling import Trace
 from flaxdraft.train.resume import Resume, begin
-from flaxdraft.train.state import TrainState, init_state
+from flaxdraft.train.state import TrainState, evaluation_params, init_state
 from flaxdraft.train.step import make_train_step
 from flaxdraft.train.watch import Watch
 
@@ -48,34 +47,23 @@ class Trainer:
     prefetch: int  # batches that are read ahead
     target: Target | None = None  # reads batches that come without features; on the training mesh
 
-    @property
-    def rows(self) -> jax.NamedSharding:
-        """Rows split over the data axis."""
-        return jax.NamedSharding(self.mesh, jax.P(BATCH_AXIS))
-
-    def place(self, tree: Any) -> Any:
-        """This process's rows of host arrays, on its devices."""
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.rows, np.asarray(x)), tree)
-
-    def place_own(self, tree: Any) -> Any:
-        """Of host arrays that every process holds whole: its own rows, on its devices."""
-        index, count = hosts.local_part(self.rows, len(jax.tree.leaves(tree)[0]))
-        own = lambda x: x[index * len(x) // count : (index + 1) * len(x) // count]  # noqa: E731
-        return self.place(jax.tree.map(own, tree))
-
     def example(self, host: HostBatch) -> Example:
         """A batch on the devices, with the features that it brings or those that the target is asked for here."""
-        batch, features, rows_BR = self.place((host.batch, host.features, host.rows_BR))
-        if features is None:
-            features = jax.device_put(self.target.features(batch), self.rows)
+        if host.features is not None:
+            return training_example(host, self.mesh, self.algorithm.num_steps, self.teacher_head_WE)
+        batch, rows_BR = placed_rows((host.batch, host.rows_BR), self.mesh)
+        features = jax.device_put(self.target.features(batch), rows_BR.sharding)
         return Example(batch, features, rows_BR, self.teacher_head_WE)
 
     def evaluator(
         self, graphdef: nnx.GraphDef, frozen: nnx.State, held_out: list[Row]
     ) -> Callable[[TrainState], TeacherForced]:
-        accepted = make_accepted(graphdef, self.evaluation, frozen, self.teacher_head_WE, self.place_own)
-        num_rows = round_up(EVALUATION_ROWS, self.mesh.size)
-        return lambda state: evaluate_teacher_forced(accepted(state.params), held_out, self.evaluation, num_rows)
+        place = lambda host: evaluation_batch(own_rows(host, self.mesh), self.mesh)  # noqa: E731
+        accepted = make_accepted(graphdef, self.evaluation, frozen, self.teacher_head_WE, place)
+        num_rows = round_up(EVALUATION_ROWS, rows_multiple(self.mesh))
+        return lambda state: evaluate_teacher_forced(
+            accepted(evaluation_params(state)), held_out, self.evaluation, num_rows
+        )
 
     def record(self, score: float | None) -> dict[str, Any]:
         """What a checkpoint says of itself."""
@@ -89,15 +77,15 @@ class Trainer:
     def train(
         self, graphdef: nnx.GraphDef, params: nnx.State, frozen: nnx.State, pipeline: Pipeline, held_out: list[Row]
     ) -> nnx.State:
-        """Trains to config.num_steps, from where `train.resume` says; returns the trained parameters.
+        """Trains to config.num_steps, from where `train.resume` says; returns `evaluation_params`.
 
         Raises:
             PreemptedError: the run was asked to stop; its state is saved.
             InputError: a checkpoint cannot be written or read, the data cannot be read, too many steps in a row were
                 not finite, or the device has too little memory.
         """
-        config, tx = self.config, optimizer(self.config)
-        state = jax.jit(lambda params: init_state(params, tx, self.algorithm.num_steps))(params)
+        config, tx, num_unroll = self.config, optimizer(self.config), self.algorithm.num_steps
+        state = jax.jit(lambda params: init_state(params, tx, num_unroll, ema=config.ema_decay is not None))(params)
         arrays, start = {"state": state, "counters": counting.zero(self.mesh)}, 0
         evaluate = self.evaluator(graphdef, frozen, held_out)
         with Checkpoints(
@@ -110,8 +98,9 @@ class Trainer:
             with MetricsLog(self.directory, start, config.wandb) as log, memory_advice(self.directory):
                 if start == 0:
                     _evaluated(log, 0, evaluate(arrays["state"]))
-                run = _Run(self, make_train_step(graphdef, self.algorithm, tx), evaluate, checkpoints, log, pipeline)
-                return run.steps(graphdef, frozen, arrays, start).params
+                train_step = make_train_step(graphdef, self.algorithm, tx, config.accumulate, config.ema_decay)
+                run = _Run(self, train_step, evaluate, checkpoints, log, pipeline)
+                return evaluation_params(run.steps(graphdef, frozen, arrays, start))
 
 
 def _evaluated(log: MetricsLog, step: int, result: TeacherForced) -> float:

@@ -24,26 +24,28 @@ from flaxdraft.data.capture import capture, is_captured, load_split, write_texts
 from flaxdraft.data.chat import tokenizer_digest
 from flaxdraft.data.documents import AnsweredPrompts, Documents
 from flaxdraft.data.generation import Row
-from flaxdraft.data.online import digest_of, open_conversations
+from flaxdraft.data.online import open_conversations
 from flaxdraft.data.pipeline import make_pipeline
 from flaxdraft.data.prompts import SPLITS, Prompt, read_prompts, render
 from flaxdraft.data.store import MANIFEST, FeatureStore
-from flaxdraft.data.vocab import choose_vocab, coverage, describe_sizes, source_of
+from flaxdraft.data.vocab import choose_vocab, coverage, describe_sizes, read_map, source_of
 from flaxdraft.drafts import serving_files
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
 from flaxdraft.evaluate.held_out import decode_held_out, summary
 from flaxdraft.export import export
-from flaxdraft.fetch import content_of, sha256_of
+from flaxdraft.fetch import content_of, digest_of, sha256_of
 from flaxdraft.interfaces import Target, VocabMap, find_by_name
 from flaxdraft.lock import DirectoryLock
 from flaxdraft.mesh import Sharding, make_mesh
+from flaxdraft.nn.places import check_heads, on_mesh, weight_on_mesh
 from flaxdraft.precision import DTYPES, Precision
 from flaxdraft.progress import CONSOLE, process_log
 from flaxdraft.report import print_headline, write_report
 from flaxdraft.stages import Stage, claim
 from flaxdraft.train.loop import Trainer
 from flaxdraft.train.metrics_log import check_wandb, read_metrics
+from flaxdraft.train.place import SHARDING, check_batch
 from flaxdraft.train.resume import Resume
 from flaxdraft.train.start import check_target, load_start
 from flaxdraft.train.state import split_draft, warm_start
@@ -86,16 +88,13 @@ class Run:
             raise InputError("data.store, data.conversations: both are given; training reads one of them")
         self.splits = ("held_out",) if given else SPLITS
         self.prompts = read_prompts(config.data.prompts, self.splits)
-        if config.train.batch_size % config.mesh.data:
-            raise InputError(
-                f"train.batch_size: {config.train.batch_size} rows cannot be split over mesh.data={config.mesh.data}"
-            )
-        self.mesh = make_mesh(config.mesh.data)
+        check_batch(config)
+        self.mesh = make_mesh(**config.mesh.model_dump())
         self.data_dir = Path(config.output_dir) / "data"
         self.draft_dir = config.draft_dir
         data = config.data.model_dump(exclude={"prefetch"}) | {"prompts": sha256_of(Path(config.data.prompts))}
         if config.data.conversations is not None:
-            data["conversations"] = digest_of(config.data.conversations)
+            data["conversations"] = digest_of(config.data.conversations, "data.conversations")
         if config.data.store is not None:
             data["store"] = sha256_of(FeatureStore(config.data.store).directory / MANIFEST)
         self.data_inputs = {
@@ -103,6 +102,8 @@ class Run:
             "data": data, "evaluate": {"max_new_tokens": config.evaluate.max_new_tokens},
         }  # fmt: skip
         draft = config.draft.model_dump()
+        if config.draft.vocab_map is not None:
+            draft["vocab_map"] = digest_of(config.draft.vocab_map, "draft.vocab_map")
         self.start = None  # the draft that training begins from, if not from nothing
         if config.draft.init_from is not None:
             self.start = load_start(config.draft, self.draft_module)
@@ -272,10 +273,12 @@ class Run:
 
     @functools.cached_property
     def vocab(self) -> VocabMap:
-        """The draft vocabulary: that of draft.init_from, or chosen from the training answers."""
+        """The draft vocabulary: that of draft.init_from or draft.vocab_map, or chosen from the training answers."""
         counts = self.documents.token_counts
         if self.start is not None:
             vocab = self.start.vocab
+        elif self.config.draft.vocab_map is not None:
+            vocab = read_map(self.config.draft.vocab_map, len(counts), self.config.draft.draft_vocab_size)
         else:
             source = source_of(tokenizer_digest(self.target.tokenizer), self.documents.digest)
             vocab = choose_vocab(counts, self.data()["special"], self.config.draft.draft_vocab_size, source)
@@ -291,23 +294,25 @@ class Run:
         """The trained parameters, on one device; where training is done they come from its last checkpoint."""
         config = self.config.train
         self.draft_config().to_hf()  # refuses what no server loads before any time is spent on it
-        rows = jax.NamedSharding(self.mesh, Sharding.data_parallel().act_b)
+        rows = jax.NamedSharding(self.mesh, SHARDING.act_b)
         part = hosts.local_part(rows, config.batch_size)
         pipeline = make_pipeline(self.documents, self.algorithm, config, self.config.data, self.config.seed, part)
         CONSOLE.print(f"  {pipeline.layout.describe()}")
         # Loaded before the mesh is set: target and vocabulary stay on one device, where decoding uses them.
         target, _, head_WE = self.target, self.vocab, self.teacher_head(config.compute_dtype)
         _say("train", f"{config.num_steps} steps of {config.batch_size} answers to {target.path.name}")
+        graphdef, params, frozen = split_draft(self.make_draft(SHARDING, config.compute_dtype))
+        check_heads(self.draft_config(), SHARDING, self.mesh.shape)
         with jax.set_mesh(self.mesh):
-            graphdef, params, frozen = split_draft(self.make_draft(Sharding.data_parallel(), config.compute_dtype))
-            params, frozen = hosts.everywhere((params, frozen), self.mesh)
+            params, frozen = (on_mesh(state, self.mesh, SHARDING) for state in (params, frozen))
             CONSOLE.print(
                 f"  {sum(math.prod(p.shape) for p in jax.tree.leaves(params)) / 1e6:.1f} M trained parameters"
             )
             resume = Resume(config.resume, self.draft_inputs, self.vocab, self.allowed)
             trainer = Trainer(
                 self.draft_dir, config, self.algorithm, self.evaluation, self.mesh, self.vocab,
-                hosts.everywhere(head_WE, self.mesh), resume, self.config.data.prefetch, self.reader,
+                weight_on_mesh("teacher head", head_WE, self.mesh, SHARDING.weight_ve), resume,
+                self.config.data.prefetch, self.reader,
             )  # fmt: skip
             params = trainer.train(graphdef, params, frozen, pipeline, self.data_rows["held_out"])
         return jax.device_put(reads.read(params), jax.local_devices()[0])
