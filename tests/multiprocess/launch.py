@@ -35,7 +35,7 @@ class SmallRuns:
         config = {
             "output_dir": str(root / "out"), "target": {"path": str(root / "target")},
             "data": {"prompts": str(root / "prompts.jsonl")}, "draft": {"draft_vocab_size": 24},
-            "algorithm": {"ttt_length": 3}, "train": TRAIN, "evaluate": {"chain_length": 2},
+            "algorithm": {"ttt_length": 2}, "train": TRAIN, "evaluate": {"chain_length": 1},
             "mesh": {"data": 4}, "hosts": {"heartbeat_seconds": 9},
         }  # fmt: skip
         (root / "run.yaml").write_text(yaml.safe_dump(config))
