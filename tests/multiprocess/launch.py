@@ -45,8 +45,8 @@ class SmallRuns:
         port, processes = free_port(), []
         for index in range(num_processes):
             own = os.environ | {
-                "JAX_NUM_CPU_DEVICES": str(devices // num_processes), "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore",
-                **environment,
+                "JAX_NUM_CPU_DEVICES": str(devices // num_processes), "JAX_PLATFORMS": "cpu",
+                "PYTHONWARNINGS": "ignore", **environment,
             }  # fmt: skip
             if num_processes > 1:
                 own |= {

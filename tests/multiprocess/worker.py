@@ -66,9 +66,14 @@ class SmallRun(Run):
     """A run whose target and answers are made up on the spot."""
 
     target = functools.cached_property(lambda self: target_stub())
-    broken = json.loads(os.environ.get("WORKER_BROKEN", "[]"))
-    data_rows = {"train": rows(24, 2, broken), "held_out": rows(3, 3, [])}
-    documents = AnsweredPrompts(data_rows["train"], V)
+
+    @functools.cached_property
+    def data_rows(self):
+        return {"train": rows(24, 2, json.loads(os.environ.get("WORKER_BROKEN", "[]"))), "held_out": rows(3, 3, [])}
+
+    @functools.cached_property
+    def documents(self):
+        return AnsweredPrompts(self.data_rows["train"], V)
 
     @property
     def vocab(self):
