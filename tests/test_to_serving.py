@@ -37,10 +37,10 @@ INPUTS = {
 }  # fmt: skip
 
 
-def make_run(directory, kind, fields, size=W, steps=(4,)):
-    """A run's folder as training leaves it, its checkpoints spread over eight devices."""
+def make_run(directory, kind, fields, size=W, steps=(4,), devices=1):
+    """A run's folder as training leaves it."""
     config = config_of(kind, size, **fields)
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
     params = {}
     with Checkpoints(directory / "checkpoints") as checkpoints:
         for step in steps:
@@ -77,6 +77,12 @@ def test_a_checkpoint_comes_back_bit_by_bit(tmp_path, kind, fields, size):
     assert first.keys() == again.keys()
     for name, array in first.items():
         np.testing.assert_array_equal(again[name], array)
+
+
+def test_a_checkpoint_of_eight_devices_is_read_on_one(tmp_path):
+    config, params = make_run(tmp_path / "run", "llama", {}, devices=8)
+    assert call(tmp_path / "run", tmp_path / "out", "--dtype", "fp32") == 0
+    assert_equal(from_pretrained(tmp_path / "out"), config, params[4])
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", ml_dtypes.bfloat16), ("fp16", np.float16)])
