@@ -1,5 +1,6 @@
 """Checkpoint -> export -> import, and a directory for one engine from that of another."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from flaxdraft.drafts import from_pretrained
 from flaxdraft.serving import lint
 from flaxdraft.serving.record import DraftRecord
 from flaxdraft.serving.view import view_of_directory
+from flaxdraft.train.counters import zero
 from flaxdraft.train.state import init_state
 from flaxdraft.weights import load_safetensors
 
@@ -37,7 +39,7 @@ INPUTS = {
 }  # fmt: skip
 
 
-def make_run(directory, kind, fields, size=W, steps=(4,), devices=1):
+def make_run(directory, kind, fields, size=W, steps=(4,), devices=1, ema=None):
     """A run's folder as training leaves it."""
     config = config_of(kind, size, **fields)
     mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
@@ -45,8 +47,12 @@ def make_run(directory, kind, fields, size=W, steps=(4,), devices=1):
     with Checkpoints(directory / "checkpoints") as checkpoints:
         for step in steps:
             params[step] = random_params(kind, config, step)
-            state = init_state(jax.device_put(params[step], jax.NamedSharding(mesh, jax.P())), optax.sgd(1.0), 2)
-            checkpoints.save(step, state, vocab_of(size), force=True)
+            placed = jax.device_put(params[step], jax.NamedSharding(mesh, jax.P()))
+            state = init_state(placed, optax.sgd(1.0), 2, ema=ema is not None)
+            if ema is not None:
+                state = dataclasses.replace(state, params=jax.tree.map(lambda x: x + 1, state.params))
+            record = {"score": -step, "inputs": {"train": {"ema_decay": ema}}, "origin": ""}
+            checkpoints.save(step, {"state": state, "counters": zero(mesh)}, vocab_of(size), record)
     DraftRecord(config.to_hf(), DEFAULT_TAPS, TARGET_HF, "ORG/target").write(directory)
     return config, params
 
@@ -95,7 +101,6 @@ def test_narrow_types_hold_the_rounded_values(tmp_path, name, dtype):
 
 def test_any_checkpoint_of_the_run_can_be_taken(tmp_path, capsys):
     config, params = make_run(tmp_path / "run", "llama", {}, steps=(4, 8))
-    (tmp_path / "run" / "checkpoints" / "best").symlink_to("4")
     for step, want in ((), 8), (("--step", "4"), 4), (("--step", "best"), 4):
         assert call(tmp_path / "run", tmp_path / "out", "--dtype", "fp32", *step) == 0
         assert_equal(from_pretrained(tmp_path / "out"), config, params[want])
@@ -136,10 +141,20 @@ def test_a_card_without_figures_claims_none(tmp_path):
     assert "DeepSeek-MLA" in card
 
 
+def test_the_running_mean_is_what_was_evaluated(tmp_path):
+    config, means = make_run(tmp_path / "run", "llama", {}, ema=0.99)
+    assert call(tmp_path / "run", tmp_path / "out", "--dtype", "fp32") == 0
+    assert_equal(from_pretrained(tmp_path / "out"), config, means[4])
+
+
 def damaged(run):
-    for path in (run / "checkpoints" / "4").rglob("*"):
-        if path.is_file() and path.stat().st_size > 200:
-            path.write_bytes(b"cut")
+    """One bit of the largest file."""
+    path = max(
+        (path for path in (run / "checkpoints" / "4").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+    )
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +162,7 @@ def damaged(run):
     [
         (lambda run: (run / "draft.json").unlink(), [], "no draft.json, which says what the draft and its target are"),
         (lambda run: (run / "draft.json").write_text('{"draft": {}}'), [], "tap_layers, target, target_path missing"),
-        (damaged, [], "its parameters cannot be read"),
+        (damaged, [], "checkpoints/4: cannot be read"),
         (lambda run: None, ["--engine", "tensorrt"], "engine: no 'tensorrt'; known are"),
         (lambda run: None, ["--target", "nowhere"], "nowhere/config.json: cannot be read"),
         (lambda run: (run.parent / "out").mkdir(), [], "exists and is no draft's directory"),

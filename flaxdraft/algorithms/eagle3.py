@@ -19,9 +19,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Draft, Example, LossSums
+from flaxdraft.mesh import spec_of, split_like, whole_in_time
 from flaxdraft.ops import distillation
 from flaxdraft.ops.attention import document_ranges
 from flaxdraft.ops.range_attention import DEFAULT_CHUNK, Chunks
+from flaxdraft.ops.rows import take_rows
 from flaxdraft.ops.suffix_attention import ATTENTION_OUTPUT, Backend, choose, suffix_attention
 
 Remat = Literal["none", "projections", "full"]
@@ -62,11 +64,6 @@ def supervised_rows(assistant_BT: np.ndarray, segments_BT: np.ndarray) -> np.nda
     return rows_BT[:, :width].astype(np.int32)
 
 
-def take_rows(x: Float[Array, "B T *tail"], rows_BR: Int[Array, "B R"]):
-    """x at the rows of each batch entry; rows past the end read 0."""
-    return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(x, rows_BR)
-
-
 def visible_range(
     segments_BT: Int[Array, "B T"], rows_BR: Int[Array, "B R"]
 ) -> tuple[Int[Array, "B R"], Int[Array, "B R"]]:
@@ -84,41 +81,49 @@ def unroll(
     attention: Backend = "auto",
     remat: Remat = "none",
     attention_chunk: int = DEFAULT_CHUNK,
+    packed: bool = True,
+    taps_BR3E: Float[Array, "B R 3 E"] | None = None,
 ) -> list[Float[Array, "B R D"]]:
     """The draft layer's output of each step at the given rows, before the final norm.
 
-    Step-0 keys are made for every row of the batch; all else is computed for `rows_BR` alone.
+    Step-0 keys are made for every row of the batch; all else is computed for `rows_BR` alone. Where devices share a
+    batch row, each makes the step-0 keys of its taps and then reads all of them; tokens and positions it holds whole.
 
     Args:
+        taps_BR3E: of `rows_BR`; None where `taps_BT3E` are whole along time, and rows take theirs from there.
         remat: what the backward pass computes anew: nothing, all but the outputs of projections and attention, or the
             whole step.
+        packed: whether a row may hold several documents; see `suffix_attention`.
     """
     # Past the end the reader finds token 0, like an engine's empty slot; no supervised row ever sees it.
-    embeds_BTD = draft.embed(jnp.pad(batch.tokens_BT, ((0, 0), (0, num_steps))))
+    tokens = draft.token_projections(draft.embed(jnp.pad(batch.tokens_BT, ((0, 0), (0, num_steps)))))
     num_rows = batch.tokens_BT.shape[1]
     hidden_BTD = draft.project(taps_BT3E)
-    x_BTX = draft.attention_input(embeds_BTD[:, 1 : num_rows + 1], hidden_BTD)
-    k0, v0 = draft.key_value(x_BTX, batch.positions_BT)
+    after = jax.tree.map(lambda x: split_like(taps_BT3E, x[:, 1 : num_rows + 1]), tokens)
+    positions_BT = split_like(taps_BT3E, batch.positions_BT)
+    k0, v0 = map(whole_in_time, draft.key_value(draft.projections(after, hidden_BTD), positions_BT))
     first_BR, last_BR = visible_range(batch.segments_BT, rows_BR)
     positions_BR = take_rows(batch.positions_BT, rows_BR)
 
-    def step(hidden, embeds, suffix_k, suffix_v, j):
+    def step(hidden, tokens, suffix_k, suffix_v, j):
         """One pass of the layer; from step 1 on it brings a key of its own."""
-        x_BRX, positions = draft.attention_input(embeds, hidden), positions_BR + j
+        projections, positions = draft.projections(tokens, hidden), positions_BR + j
         if j > 0:
-            k, v = draft.key_value(x_BRX, positions)
+            k, v = draft.key_value(projections, positions)
             suffix_k, suffix_v = (*suffix_k, k), (*suffix_v, v)
         heads = suffix_attention(
-            draft.query(x_BRX, positions), k0, v0, suffix_k, suffix_v, first_BR, last_BR, draft.softmax_scale,
-            backend=attention, chunks=Chunks(attention_chunk, attention_chunk),
+            draft.query(projections, positions), k0, v0, suffix_k, suffix_v, first_BR, last_BR, draft.softmax_scale,
+            backend=attention, chunks=Chunks(attention_chunk, attention_chunk), packed=packed,
         )  # fmt: skip
         return draft.finish(hidden, heads), suffix_k, suffix_v
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT[remat], static_argnums=4)
-    hidden, suffix_k, suffix_v, outputs = take_rows(hidden_BTD, rows_BR), (), (), []
+    hidden = take_rows(hidden_BTD, rows_BR) if taps_BR3E is None else draft.project(taps_BR3E)
+    suffix_k, suffix_v, outputs = (), (), []
     for j in range(num_steps):
-        hidden, suffix_k, suffix_v = step(hidden, take_rows(embeds_BTD, rows_BR + 1 + j), suffix_k, suffix_v, j)
+        read = jax.tree.map(lambda x, j=j: take_rows(x, rows_BR + 1 + j), tokens)
+        hidden, suffix_k, suffix_v = step(hidden, read, suffix_k, suffix_v, j)
         outputs.append(hidden)
     return outputs
 
@@ -134,6 +139,7 @@ class Algorithm:
     remat: Remat = "none"
     loss_chunk: int = distillation.DEFAULT_CHUNK  # rows whose logits exist at a time
     attention_chunk: int = DEFAULT_CHUNK  # queries and keys whose scores exist at a time, where attention is chunked
+    packed: bool = True  # whether a row may hold several documents; False is a little faster with cuDNN
 
     def __post_init__(self):
         if self.num_steps < 1:
@@ -141,21 +147,31 @@ class Algorithm:
 
     def rows(self, assistant_BT: np.ndarray, segments_BT: np.ndarray) -> np.ndarray:
         """The rows that must be computed for this batch; see `Example.rows_BR`."""
+        assert self.packed or np.max(segments_BT, initial=0) <= 1, "several documents in a row, without `packed`"
         return supervised_rows(assistant_BT, segments_BT)
 
     def step_weights(self) -> tuple[float, ...]:
         return tuple(self.step_decay**j for j in range(self.num_steps))
 
+    def loss_terms(self, sums: LossSums) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The loss as numerator and denominator; see `LossSums.terms`."""
+        return sums.terms(jnp.asarray(self.step_weights()))
+
     def mean_loss(self, sums: LossSums) -> Float[Array, ""]:
-        return sums.mean_loss(jnp.asarray(self.step_weights()))
+        numerator, denominator = self.loss_terms(sums)
+        return numerator / denominator
 
     def _distill(self, draft: Draft, example: Example) -> tuple[LossSums, Bool[Array, "B R J"]]:
         batch, rows = example.batch, example.rows_BR
         compute = example.teacher_head_WE.dtype
-        taps = example.features.taps_BT3E.astype(compute)
-        outputs = unroll(draft, batch, taps, rows, self.num_steps, self.attention, self.remat, self.attention_chunk)
+        taps, split = example.features.taps_BT3E.astype(compute), example.split
+        outputs = unroll(
+            draft, batch, taps, rows, self.num_steps, self.attention, self.remat, self.attention_chunk, self.packed,
+            None if split is None else split.taps_BR3E.astype(compute),
+        )  # fmt: skip
         # The teacher of row p at step 0 is the target's distribution at p + 1.
         ahead = lambda x: None if x is None else take_rows(x, rows + 1)  # noqa: E731
+        last_BRE = ahead(example.features.last_BTE) if split is None else split.last_BRE
         argmax_BR, logsumexp_BR = ahead(example.features.argmax_BT), ahead(example.features.logsumexp_BT)
         draft_ids_V, head = draft.draft_ids[...], distillation.TeacherHead(example.teacher_head_WE)
         if argmax_BR is None or logsumexp_BR is None:
@@ -167,10 +183,12 @@ class Algorithm:
             head = distillation.TeacherHead(example.teacher_head_WE, example.full_head_VE, draft_ids_V)
             argmax_BR = logsumexp_BR = None
         else:
-            argmax_BR = draft_ids_V.at[argmax_BR].get(out_sharding=draft.sharding.act_b)
-        teacher = distillation.TeacherStates(ahead(example.features.last_BTE).astype(compute), logsumexp_BR, argmax_BR)
+            argmax_BR = draft_ids_V.at[argmax_BR].get(out_sharding=draft.sharding.act_b and spec_of(argmax_BR))
+        teacher = distillation.TeacherStates(last_BRE.astype(compute), logsumexp_BR, argmax_BR)
         supervised_JBT = supervision(batch.assistant_BT, batch.segments_BT, self.num_steps)
         supervised_JBR = jnp.stack([take_rows(mask_BT, rows) for mask_BT in supervised_JBT])
+        if split is not None:
+            supervised_JBR = supervised_JBR & split.owned_BR[None]
         before_J = jnp.zeros(self.num_steps) if example.accepted_J is None else example.accepted_J
         return distillation.distill(
             distillation.Plan(self.step_weights(), self.objective, self.loss_chunk),
@@ -186,8 +204,10 @@ class Algorithm:
         """
 
         def heads(batch, taps_BT3E):
-            x_BTX = draft.attention_input(draft.embed(batch.tokens_BT), draft.project(taps_BT3E))
-            return draft.query(x_BTX, batch.positions_BT), *draft.key_value(x_BTX, batch.positions_BT)
+            tokens_BT, positions_BT = (split_like(taps_BT3E, x) for x in (batch.tokens_BT, batch.positions_BT))
+            tokens = draft.token_projections(draft.embed(tokens_BT))
+            projections = draft.projections(tokens, draft.project(taps_BT3E))
+            return draft.query(projections, positions_BT), *draft.key_value(projections, positions_BT)
 
         compute = example.teacher_head_WE.dtype
         q, k, v = jax.eval_shape(heads, example.batch, example.features.taps_BT3E.astype(compute))
@@ -206,7 +226,7 @@ class Algorithm:
         """The sums, and for each row of the batch how many draft tokens greedy verification would accept there.
 
         Exact where the row's tokens are the target's own greedy answer: then teacher forcing feeds the draft what
-        it would have proposed, up to its first miss.
+        it would have proposed, up to its first miss. The batch must be whole along time (no `Example.split`).
         """
         sums, hit_BRJ = self._distill(draft, example)
         count_BR = jnp.sum(jnp.cumprod(hit_BRJ.astype(jnp.int32), axis=-1), axis=-1)

@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 
 from flaxdraft.errors import InputError
+from flaxdraft.mesh import Sharding
 from flaxdraft.nn.eagle3 import COMMON_NAMES, Eagle3Draft, Eagle3Sizes, extra_names
 from flaxdraft.nn.mla import MLA, MLAConfig
 from flaxdraft.nn.rope import RopeConfig
@@ -131,13 +132,13 @@ def name_table(config: Config):
     return (*(NAME_TABLE_PLAIN_QUERY if config.q_lora_rank is None else NAME_TABLE), *extra_names(config))
 
 
-def attention(config: Config, precision: Precision, rngs: nnx.Rngs) -> MLA:
+def attention(config: Config, precision: Precision, rngs: nnx.Rngs, sharding: Sharding) -> MLA:
     names = [field.name for field in dataclasses.fields(MLAConfig) if hasattr(config, field.name)]  # no biases
     mla = MLAConfig(**{name: getattr(config, name) for name in names})
-    return MLA(mla, 2 * config.hidden_size, config.hidden_size, precision, rngs)
+    return MLA(mla, 2 * config.hidden_size, config.hidden_size, precision, rngs, sharding)
 
 
 def make(config: Config, vocab, embedding_VD, *, precision, sharding, rngs) -> Eagle3Draft:
     """A draft with fresh weights; see `Eagle3Draft`."""
-    heads = attention(config, precision, rngs)
+    heads = attention(config, precision, rngs, sharding)
     return Eagle3Draft(config, heads, vocab, embedding_VD, precision=precision, sharding=sharding, rngs=rngs)

@@ -32,25 +32,28 @@ class DraftCache:
 
 def _cached_layer(draft: Draft, cache: DraftCache, embeds_BTD, hidden_BTD, positions_BT):
     """The draft layer on new rows against its cache; positions beyond the last slot mark padding."""
-    x_BTX = draft.attention_input(embeds_BTD, hidden_BTD)
-    k, v = draft.key_value(x_BTX, positions_BT)
-    rows_B1 = jnp.arange(x_BTX.shape[0])[:, None]
+    projections = draft.projections(draft.token_projections(embeds_BTD), hidden_BTD)
+    k, v = draft.key_value(projections, positions_BT)
+    rows_B1 = jnp.arange(hidden_BTD.shape[0])[:, None]
     cache = DraftCache(
         cache.k_BKHS.at[rows_B1, :, :, positions_BT].set(k, mode="drop"),
         cache.v_BKSC.at[rows_B1, :, positions_BT].set(v, mode="drop"),
     )
     visible_BTS = jnp.arange(cache.k_BKHS.shape[-1])[None, None, :] <= positions_BT[:, :, None]
-    q = draft.query(x_BTX, positions_BT)
+    q = draft.query(projections, positions_BT)
     heads = attend_cache(q, cache.k_BKHS, cache.v_BKSC, visible_BTS, draft.softmax_scale)
     return cache, draft.finish(hidden_BTD, heads)
 
 
 def new_draft_cache(draft: Draft, num_rows: int, num_slots: int) -> DraftCache:
     """Empty; the shapes come from the draft's own projections."""
-    width = 2 * draft.config.hidden_size
-    probe = jax.ShapeDtypeStruct((num_rows, num_slots, width), draft.precision.compute)
+    probe = jax.ShapeDtypeStruct((num_rows, num_slots, draft.config.hidden_size), draft.precision.compute)
     positions = jax.ShapeDtypeStruct((num_rows, num_slots), jnp.int32)
-    k, v = jax.eval_shape(draft.key_value, probe, positions)
+
+    def keys(embeds_BTD, positions_BT):
+        return draft.key_value(draft.projections(draft.token_projections(embeds_BTD), embeds_BTD), positions_BT)
+
+    k, v = jax.eval_shape(keys, probe, positions)
     (B, S, K, H), C = k.shape, v.shape[-1]
     return DraftCache(jnp.zeros((B, K, H, S), k.dtype), jnp.zeros((B, K, S, C), v.dtype))
 
