@@ -149,9 +149,8 @@ def test_the_running_mean_is_what_was_evaluated(tmp_path):
 
 def damaged(run):
     """One bit of the largest file."""
-    path = max(
-        (path for path in (run / "checkpoints" / "4").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
-    )
+    files = [path for path in (run / "checkpoints" / "4").rglob("*") if path.is_file()]
+    path = max(files, key=lambda path: path.stat().st_size)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
