@@ -31,7 +31,9 @@ def layouts(devices: int) -> list[dict[str, int]]:
     """One axis alone, and with eight neighbours along the other."""
     found = [{"data": devices}, {"fsdp": devices}]
     found += [{"data": devices // 8, axis: 8} for axis in ("fsdp", "tensor", "sequence")]
-    found += [{"fsdp": devices // 8, axis: 8} for axis in ("tensor", "sequence")] + [{"fsdp": devices // 2, "tensor": 2}]
+    found += [{"fsdp": devices // 8, axis: 8} for axis in ("tensor", "sequence")] + [
+        {"fsdp": devices // 2, "tensor": 2}
+    ]
     kept = [{axis: size for axis, size in shape.items() if size > 1} for shape in found]
     return [shape for i, shape in enumerate(kept) if shape not in kept[:i]]
 
@@ -53,7 +55,9 @@ def measure(case: str, shape: dict[str, int]) -> dict:
         count, size = kinds.get(one.kind, (0, 0))
         kinds[one.kind] = (count + one.times, size + one.times * one.bytes)
     compute = flops / RATE
-    moving = {where: sum(one.seconds(nodes) for one in found) for where, nodes in (("nvlink", False), ("cluster", True))}
+    moving = {
+        where: sum(one.seconds(nodes) for one in found) for where, nodes in (("nvlink", False), ("cluster", True))
+    }
     return {
         "case": case, "devices": math.prod(shape.values()), "layout": shape, "kinds": kinds, "compute_s": compute,
         **{f"{where}_s": seconds for where, seconds in moving.items()},
@@ -105,7 +109,9 @@ def draw(rows: list[dict], path: Path) -> None:
         curves = {}
         for row in rows:
             if row["case"] == case:
-                sizes = {a: n for a, n in row["layout"].items() if (a, n) in (("tensor", 8), ("sequence", 8), ("tensor", 2))}
+                sizes = {
+                    a: n for a, n in row["layout"].items() if (a, n) in (("tensor", 8), ("sequence", 8), ("tensor", 2))
+                }
                 rest = [axis for axis in row["layout"] if axis not in sizes]
                 name = " x ".join(rest[:1] + [f"{axis} {size}" for axis, size in sizes.items()])
                 curves.setdefault(name, {})[row["devices"]] = row["cluster_efficiency"]
