@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from flaxdraft.algorithms.eagle3 import Algorithm
+from flaxdraft.data.generation import round_up
 from flaxdraft.drafts import llama, mla
 from flaxdraft.interfaces import Batch, Example, Features, VocabMap
 from flaxdraft.mesh import Sharding
@@ -72,7 +73,9 @@ def make_example(
     assistant = np.tile(np.arange(length) >= round(length * (1 - supervised)), (batch, 1))
     document, place = np.divmod(np.arange(length), -(-length // documents))
     segments, positions = (np.tile(x, (batch, 1)).astype(np.int32) for x in (document + 1, place))
-    rows = Algorithm(1).rows(assistant, segments)
+    kept = Algorithm(1).rows(assistant, segments)
+    rows = np.full((batch, min(round_up(kept.shape[1], 32), length)), length, np.int32)  # as the pipeline has them
+    rows[:, : kept.shape[1]] = kept
     taps = jax.random.normal(keys[1], (*shape, 3, width), compute)
     last = jax.random.normal(keys[2], (*shape, width), compute)
     head_WE = 0.05 * jax.random.normal(keys[3], (config.draft_vocab_size, width), compute)

@@ -38,10 +38,22 @@ class Features:
     """What the frozen target says about a batch; it knows no draft vocabulary."""
 
     taps_BT3E: Float[Array, "B T 3 E"]  # residual stream after three chosen layers, un-normed
-    last_BTE: Float[Array, "B T E"]  # after the target's final norm
+    # After the target's final norm; None where the rows of a split batch bring their own (SplitRows).
+    last_BTE: Float[Array, "B T E"] | None
     # Over the full vocabulary; both are None where whoever made the features did not keep them.
     argmax_BT: Int[Array, "B T"] | None
     logsumexp_BT: Float[Array, "B T"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SplitRows:
+    """What `rows_BR` of a batch read of its features, where devices share a batch row's rows (flaxdraft/data/split.py):
+    no device has to read another's."""
+
+    taps_BR3E: Float[Array, "B R 3 E"]  # of each row
+    last_BRE: Float[Array, "B R E"]  # of the row after it, its teacher at step 0
+    owned_BR: Bool[Array, "B R"]  # false: listed for its teacher alone, some other device trains it
 
 
 @jax.tree_util.register_dataclass
@@ -62,6 +74,7 @@ class Example:
     teacher_head_WE: Float[Array, "W E"]
     accepted_J: Float[Array, " J"] | None = None
     full_head_VE: Float[Array, "V E"] | None = None
+    split: SplitRows | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,6 +83,7 @@ class VocabMap:
 
     target_ids_W: np.ndarray
     vocab_size: int
+    source: str = ""  # digest of the tokenizer and the data it was chosen from; empty where it came with a draft
 
     def __post_init__(self):
         ids = self.target_ids_W
@@ -122,13 +136,19 @@ class LossSums:
     prefix_hit_J: Int[Array, " J"]  # hits at this step and all before
     expected_accept_J: Float[Array, " J"]  # sum over supervised rows of sum_w min(p_full[w], q[w])
 
+    @classmethod
+    def empty(cls, num_steps: int) -> LossSums:
+        """Of no rows."""
+        zero_J, none_J = jnp.zeros(num_steps), jnp.zeros(num_steps, jnp.int32)
+        return cls(zero_J, none_J, none_J, none_J, none_J, zero_J)
+
     def __add__(self, other: LossSums) -> LossSums:
         return jax.tree.map(jnp.add, self, other)
 
-    def mean_loss(self, step_weight_J: Float[Array, " J"]) -> Float[Array, ""]:
-        """sum_j w_j S_j / sum_j w_j N_j: the one division, over whatever has been summed."""
+    def terms(self, step_weight_J: Float[Array, " J"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """sum_j w_j S_j and sum_j w_j N_j; the loss is their quotient, the one division over whatever was summed."""
         count = jnp.sum(step_weight_J * self.loss_count_J)
-        return jnp.sum(step_weight_J * self.loss_J) / jnp.maximum(count, 1.0)
+        return jnp.sum(step_weight_J * self.loss_J), jnp.maximum(count, 1.0)
 
 
 @runtime_checkable
@@ -204,6 +224,7 @@ class Algorithm(Protocol):
     def describe(self, draft: Draft, example: Example) -> str: ...
     def loss_sums(self, draft: Draft, example: Example) -> LossSums: ...
     def accepted(self, draft: Draft, example: Example) -> tuple[LossSums, Int[Array, "B T"]]: ...
+    def loss_terms(self, sums: LossSums) -> tuple[Float[Array, ""], Float[Array, ""]]: ...
     def mean_loss(self, sums: LossSums) -> Float[Array, ""]: ...
 
 

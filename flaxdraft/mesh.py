@@ -1,29 +1,37 @@
-"""The device mesh and where each array lives on it."""
+"""The device mesh and where each array lives on it.
+
+Axes: data, fsdp (both split the batch; fsdp also keeps weights in pieces), sequence (splits the rows of a batch row),
+tensor (heads, feed-forward, vocabulary), expert (of targets). Neighbours along the last axes are neighbouring devices.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import P
 
 from flaxdraft.errors import InputError
 
-BATCH_AXIS, FSDP_AXIS, TENSOR_AXIS, EXPERT_AXIS = "data", "fsdp", "tensor", "expert"
-AXES = (BATCH_AXIS, FSDP_AXIS, TENSOR_AXIS, EXPERT_AXIS)
-REDUCED = P()
+BATCH_AXIS, FSDP_AXIS, SEQUENCE_AXIS, EXPERT_AXIS, TENSOR_AXIS = AXES = "data", "fsdp", "sequence", "expert", "tensor"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
     """Where each logical array lives; the field suffix names its dims: b batch, t time, d width, f what a projection
-    widens to (heads, feed-forward), n heads, h head width, v vocabulary, x experts, l layers. `None` leaves the choice
-    to JAX."""
+    widens to (heads, feed-forward, draft vocabulary), n heads, h head width, v vocabulary, x experts, l layers. `None`
+    leaves the choice to JAX.
+
+    Activations take batch and time from the arrays that they are made of (`along`), so that the same model runs on rows
+    that are whole and on rows that are split (`split_bt`)."""
 
     act_b: P | None = None
+    split_bt: P | None = None
     act_btd: P | None = None
     act_btf: P | None = None
     act_btnh: P | None = None
@@ -43,31 +51,27 @@ class Sharding:
         return cls()
 
     @classmethod
-    def data_parallel(cls, axis: str = BATCH_AXIS) -> Sharding:
-        """Weights replicated, rows of the batch split over one axis."""
-        return cls(act_b=P(axis), act_btd=P(axis, None, None))
-
-    @classmethod
     def parallel(cls) -> Sharding:
-        """Over all four axes: the batch over data and fsdp; weights over fsdp, gathered where they are used, and over
-        tensor; experts over expert."""
+        """Over all axes: the batch over data and fsdp, its rows over sequence; weights over fsdp, gathered where they
+        are used, and over tensor; experts over expert."""
         batch = (BATCH_AXIS, FSDP_AXIS)
         return cls(
-            act_b=P(batch), act_btd=P(batch, None, None), act_btf=P(batch, None, TENSOR_AXIS),
-            act_btnh=P(batch, None, TENSOR_AXIS, None), weight_ve=P(TENSOR_AXIS, FSDP_AXIS),
-            weight_df=P(FSDP_AXIS, TENSOR_AXIS), weight_fd=P(TENSOR_AXIS, FSDP_AXIS), weight_dd=P(FSDP_AXIS, None),
-            weight_f=P(TENSOR_AXIS), weight_xdf=P(EXPERT_AXIS, FSDP_AXIS, TENSOR_AXIS),
-            weight_xfd=P(EXPERT_AXIS, TENSOR_AXIS, FSDP_AXIS), whole=P(), cache_lbn=P(None, batch, TENSOR_AXIS),
+            act_b=P(batch), split_bt=P(batch, SEQUENCE_AXIS), act_btd=P(batch, None, None),
+            act_btf=P(batch, None, TENSOR_AXIS), act_btnh=P(batch, None, TENSOR_AXIS, None),
+            weight_ve=P(TENSOR_AXIS, FSDP_AXIS), weight_df=P(FSDP_AXIS, TENSOR_AXIS),
+            weight_fd=P(TENSOR_AXIS, FSDP_AXIS), weight_dd=P(FSDP_AXIS, None), weight_f=P(TENSOR_AXIS),
+            weight_xdf=P(EXPERT_AXIS, FSDP_AXIS, TENSOR_AXIS), weight_xfd=P(EXPERT_AXIS, TENSOR_AXIS, FSDP_AXIS),
+            whole=P(), cache_lbn=P(None, batch, TENSOR_AXIS),
         )  # fmt: skip
 
 
-def make_mesh(data: int, fsdp: int = 1, tensor: int = 1, expert: int = 1) -> jax.sharding.Mesh:
-    """A mesh of explicit axes over the first data x fsdp x tensor x expert devices.
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, sequence: int = 1) -> jax.sharding.Mesh:
+    """A mesh of explicit axes over the first data x fsdp x tensor x expert x sequence devices.
 
     Raises:
         InputError: fewer devices are visible.
     """
-    shape = (data, fsdp, tensor, expert)
+    shape = (data, fsdp, sequence, expert, tensor)
     wanted = math.prod(shape)
     if wanted > jax.device_count():
         sizes = ", ".join(f"mesh.{name}: {size}" for name, size in zip(AXES, shape, strict=True) if size > 1)
@@ -75,11 +79,53 @@ def make_mesh(data: int, fsdp: int = 1, tensor: int = 1, expert: int = 1) -> jax
     return jax.make_mesh(shape, AXES, devices=jax.devices()[:wanted])
 
 
+def check_divides(name: str, shape: Iterable[int], spec: P, mesh_shape: Any) -> None:
+    """
+    Raises:
+        InputError: an axis of the mesh does not divide its dimension of the named array.
+    """
+    for size, axis in zip(shape, spec, strict=False):
+        if axis is not None and size % mesh_shape[axis]:
+            raise InputError(
+                f"mesh.{axis}: {mesh_shape[axis]} devices do not divide {name} {tuple(shape)}; expected a divisor of "
+                f"{size}"
+            )
+
+
+def spec_of(x: jax.Array) -> P:
+    """Where an array lives, by its type: one entry a dimension, and the axes over which it is reduced or unreduced."""
+    return jax.typeof(x).sharding.spec
+
+
+def axes_of(partitions: Iterable) -> frozenset[str]:
+    """The mesh axes among some entries of a spec."""
+    flat = [(entry,) if isinstance(entry, str) else entry or () for entry in partitions]
+    return frozenset(axis for entry in flat for axis in entry)
+
+
+def along(x: jax.Array, spec: P | None) -> P | None:
+    """`spec` of something [batch, time, ...], with batch and time split as they are in x."""
+    return spec and P(*spec_of(x).partitions[:2], *spec.partitions[2:])
+
+
 def gathered(weight: jax.Array, spec: P | None) -> jax.Array:
     """A weight as a product wants it: whole along fsdp, for as long as it is used."""
-    if spec is None or FSDP_AXIS not in spec:
+    if spec is None or FSDP_AXIS not in axes_of(spec_of(weight).partitions):
         return weight
-    return jax.reshard(weight, P(*(None if axis == FSDP_AXIS else axis for axis in spec)))
+    return jax.reshard(weight, P(*(None if axis == FSDP_AXIS else axis for axis in spec_of(weight))))
+
+
+def whole_in_time(x: jax.Array) -> jax.Array:
+    """[B, T, ...] put together along time on every device. Its gradient stays unreduced: however often x is used, the
+    parts are added up and scattered once."""
+    batch, time, *rest = spec_of(x).partitions
+    return x if time is None else jax.reshard(x, P(batch, None, *rest, reduced={time}))
+
+
+def split_like(like: jax.Array, x: jax.Array) -> jax.Array:
+    """x [B, T, ...], which every device holds whole along time, cut along time as `like` is."""
+    batch, time, *_ = spec_of(like).partitions
+    return x if time is None else jax.reshard(x, P(batch, time, *spec_of(x).partitions[2:]))
 
 
 def on_shards(sharding: Sharding, local: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -89,41 +135,68 @@ def on_shards(sharding: Sharding, local: Callable, in_specs: Any, out_specs: Any
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def gradient_spec(weight: jax.Array) -> P:
-    """Where the gradient of a weight that every device holds whole lives: unreduced over the axes that the weight's
-    type calls reduced, so that whoever accumulates gradients adds them up over devices once; else reduced at once."""
-    reduced = jax.typeof(weight).sharding.spec.reduced
-    return P(unreduced=reduced) if reduced else P()
+def gradient_spec(x: jax.Array) -> P:
+    """Where the gradient of an array lives: as the array, and unreduced over the axes that its type calls reduced, so
+    that whoever accumulates gradients adds them up over devices once."""
+    return _dual(spec_of(x))
 
 
-def per_shard(
-    local: Callable[..., tuple[Any, Any]], split: tuple, whole: tuple = (), sums_spec: Any = REDUCED
-) -> tuple[Any, Any]:
-    """rows, sums = local(*split, *whole) on each device's own rows; sums are then added up over devices.
+def _dual(spec: P) -> P:
+    return P(*spec.partitions, unreduced=spec.reduced)
 
-    Loops whose length depends on the data, and compaction, stay inside a shard: nothing is gathered across devices.
 
-    Args:
-        split: arrays (or trees of them) whose first axis is the batch, like those of the returned rows.
-        whole: arrays (or trees of them) that every device holds whole.
-        sums_spec: a prefix of the tree of sums; P(unreduced=...) leaves those parts to be added up later.
+def added_up(gradient: jax.Array, x_spec: P, axes: frozenset[str]) -> jax.Array:
+    """Inside a device: its part of the gradient of x, where results that x went into are split over `axes`. Summed over
+    those axes along which x is whole, but for the ones over which its gradient stays unreduced."""
+    missing = tuple(sorted(axes - axes_of(x_spec.partitions) - x_spec.reduced))
+    return jax.lax.psum(gradient, missing) if missing else gradient
+
+
+def per_device(local: Callable, out_specs: Any, *args: Any) -> Any:
+    """local(*args) on each device's own part of the arguments, which are taken as they lie; out_specs say where the
+    results do. Differentiable, with `gradient_spec`; `local` may hold collectives that transpose to themselves.
+
+    Loops whose length depends on the data, gathers by index and compaction stay inside a device.
     """
-    spec = jax.typeof(jax.tree.leaves(split)[0]).sharding.spec
-    if not len(spec) or spec[0] is None:
-        return local(*split, *whole)
-    axis = spec[0]
+    if not any(axes_of(spec_of(x).partitions) for x in jax.tree.leaves(args)):
+        return local(*args)
+    return _mapped(local, out_specs, *args)
 
-    def add_up(spec, sums):
-        return sums if spec.unreduced else jax.tree.map(lambda x: jax.lax.psum(x, axis), sums)
 
-    def summed(*args):
-        rows, sums = local(*args)
-        return rows, jax.tree.map(add_up, sums_spec, sums, is_leaf=lambda x: isinstance(x, P))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _mapped(local, out_specs, *args):
+    in_specs = jax.tree.map(spec_of, args)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 
-    held = jax.tree.map(lambda x: P(reduced=jax.typeof(x).sharding.spec.reduced), whole)
-    in_specs = (P(axis),) * len(split) + held
-    mapped = jax.shard_map(summed, in_specs=in_specs, out_specs=(P(axis), sums_spec), check_vma=False)
-    return mapped(*split, *whole)
+
+def _mapped_forward(local, out_specs, *args):
+    return _mapped(local, out_specs, *args), args
+
+
+def _mapped_backward(local, out_specs, args, cotangents):
+    leaves, tree = jax.tree.flatten(args)
+    specs, moving = [spec_of(x) for x in leaves], [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
+    out_leaves = jax.tree.leaves(out_specs, is_leaf=lambda x: isinstance(x, P))
+    axes = frozenset().union(*(axes_of(spec.partitions) for spec in out_leaves))
+
+    def pull(leaves, cotangents):
+        def of_moving(some):
+            some = iter(some)
+            return local(*jax.tree.unflatten(tree, [next(some) if m else x for x, m in zip(leaves, moving)]))  # noqa: B905
+
+        _, back = jax.vjp(of_moving, [x for x, m in zip(leaves, moving, strict=True) if m])
+        (gradients,) = back(cotangents)
+        kept = [spec for spec, m in zip(specs, moving, strict=True) if m]
+        return [added_up(g, spec, axes) for g, spec in zip(gradients, kept, strict=True)]
+
+    duals = jax.tree.map(_dual, out_specs, is_leaf=lambda x: isinstance(x, P))
+    out = [_dual(spec) for spec, m in zip(specs, moving, strict=True) if m]
+    mapped = jax.shard_map(pull, in_specs=(specs, duals), out_specs=out, check_vma=False)
+    gradients = iter(mapped(leaves, cotangents))
+    return tuple(jax.tree.unflatten(tree, [next(gradients) if m else None for m in moving]))
+
+
+_mapped.defvjp(_mapped_forward, _mapped_backward)
 
 
 def scaled(x: jax.Array, factor: jax.Array, dtype: Any) -> jax.Array:
@@ -132,7 +205,7 @@ def scaled(x: jax.Array, factor: jax.Array, dtype: Any) -> jax.Array:
     def scale(x, factor):
         return (x * factor).astype(dtype)
 
-    spec = jax.typeof(x).sharding.spec
+    spec = spec_of(x)
     if not spec.unreduced:
         return scale(x, factor)
     return jax.shard_map(scale, in_specs=(spec, P()), out_specs=spec, check_vma=False)(x, factor)

@@ -330,15 +330,41 @@ def store(workspace, tiny_gguf):
     return out
 
 
-def test_a_store_trains(workspace, store, tmp_path, capfd):
+@pytest.fixture(scope="module")
+def trained_on_the_store(workspace, store):
+    """Metrics of a run on the store's rows, in buckets by length."""
+    out = workspace / "on-store"
+    assert call(workspace, f"data.store={store}", "train.num_steps=6", f"output_dir={out}") == 0
+    return out
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "llama" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_store_trains(trained_on_the_store):
+    held_out = [line["loss"] for line in metrics(trained_on_the_store) if line["kind"] == "held_out"]
+    assert held_out[-1] < held_out[0]
+    assert not list((trained_on_the_store / "data").glob("train-*"))  # the held-out prompts alone were answered
+
+
+def test_conversations_train_to_what_their_store_gives(workspace, trained_on_the_store, tmp_path, capfd):
+    """The target reads each batch on the training mesh. The store holds bfloat16, the target is asked in float32."""
+    chats = f"data.conversations={workspace / 'answers' / 'conversations.jsonl'}"
+    more = ("train.num_steps=6", f"output_dir={tmp_path}", "mesh.data=2")
+    assert call(workspace, chats, *more) == 0
+    assert "14 documents in rows of" in capfd.readouterr().out
+    for got, want in zip(metrics(tmp_path), metrics(trained_on_the_store), strict=True):
+        assert (got["kind"], got["step"]) == (want["kind"], want["step"])
+        assert got["loss"] == pytest.approx(want["loss"], rel=2e-3)
+        assert 0 <= got.get("data_wait", 0) <= 1
+
+
+def test_a_store_trains_packed(workspace, store, tmp_path, capfd):
     more = (f"data.store={store}", "train.pack_length=128", "train.num_steps=6", f"output_dir={tmp_path}")
     assert call(workspace, *more) == 0
     text = " ".join(capfd.readouterr().out.split())
     assert re.search(r"14 documents packed into \d+ rows of 128 tokens", text), text
-    assert "answers (train)" not in text  # nothing but the held-out prompts was answered
-    lines = [json.loads(line) for line in (tmp_path / "llama" / "metrics.jsonl").read_text().splitlines()]
-    held_out = [line["loss"] for line in lines if line["kind"] == "held_out"]
-    assert held_out[-1] < held_out[0]
     evaluation = json.loads((tmp_path / "llama" / "evaluation.json").read_text())["result"]
     assert evaluation["decoded"]["identical_answers"] == evaluation["answers"] == 4
 
@@ -346,9 +372,10 @@ def test_a_store_trains(workspace, store, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("train.pack_length=null",), "train.pack_length: null; rows of a store .* are packed"),
-        (("train.pack_length=128", "target.tap_layers=[0,2,4]"), r"tap_layers is \[1, 3, 4\], expected \[0, 2, 4\]"),
-        (("train.pack_length=128", "data.store=/nowhere"), "/nowhere: no feature store"),
+        (("target.tap_layers=[0,2,4]",), r"tap_layers is \[1, 3, 4\], expected \[0, 2, 4\]"),
+        (("data.store=/nowhere",), "/nowhere: no feature store"),
+        (("data.conversations=/nowhere.jsonl",), "data.store, data.conversations: both are given"),
+        (("data.store=null", "data.conversations=/nowhere.jsonl"), "cannot read /nowhere.jsonl"),
     ],
 )
 def test_a_store_that_does_not_fit_is_refused(workspace, store, tmp_path, capfd, more, message):

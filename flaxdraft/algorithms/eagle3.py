@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Draft, Example, LossSums
+from flaxdraft.mesh import spec_of, split_like, whole_in_time
 from flaxdraft.ops import distillation
 from flaxdraft.ops.attention import document_ranges
 from flaxdraft.ops.range_attention import DEFAULT_CHUNK, Chunks
@@ -81,12 +82,15 @@ def unroll(
     remat: Remat = "none",
     attention_chunk: int = DEFAULT_CHUNK,
     packed: bool = True,
+    taps_BR3E: Float[Array, "B R 3 E"] | None = None,
 ) -> list[Float[Array, "B R D"]]:
     """The draft layer's output of each step at the given rows, before the final norm.
 
-    Step-0 keys are made for every row of the batch; all else is computed for `rows_BR` alone.
+    Step-0 keys are made for every row of the batch; all else is computed for `rows_BR` alone. Where devices share a
+    batch row, each makes the step-0 keys of its taps and then reads all of them; tokens and positions it holds whole.
 
     Args:
+        taps_BR3E: of `rows_BR`; None where `taps_BT3E` are whole along time, and rows take theirs from there.
         remat: what the backward pass computes anew: nothing, all but the outputs of projections and attention, or the
             whole step.
         packed: whether a row may hold several documents; see `suffix_attention`.
@@ -95,8 +99,9 @@ def unroll(
     tokens = draft.token_projections(draft.embed(jnp.pad(batch.tokens_BT, ((0, 0), (0, num_steps)))))
     num_rows = batch.tokens_BT.shape[1]
     hidden_BTD = draft.project(taps_BT3E)
-    after = jax.tree.map(lambda x: x[:, 1 : num_rows + 1], tokens)
-    k0, v0 = draft.key_value(draft.projections(after, hidden_BTD), batch.positions_BT)
+    after = jax.tree.map(lambda x: split_like(taps_BT3E, x[:, 1 : num_rows + 1]), tokens)
+    positions_BT = split_like(taps_BT3E, batch.positions_BT)
+    k0, v0 = map(whole_in_time, draft.key_value(draft.projections(after, hidden_BTD), positions_BT))
     first_BR, last_BR = visible_range(batch.segments_BT, rows_BR)
     positions_BR = take_rows(batch.positions_BT, rows_BR)
 
@@ -114,7 +119,8 @@ def unroll(
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT[remat], static_argnums=4)
-    hidden, suffix_k, suffix_v, outputs = take_rows(hidden_BTD, rows_BR), (), (), []
+    hidden = take_rows(hidden_BTD, rows_BR) if taps_BR3E is None else draft.project(taps_BR3E)
+    suffix_k, suffix_v, outputs = (), (), []
     for j in range(num_steps):
         read = jax.tree.map(lambda x, j=j: take_rows(x, rows_BR + 1 + j), tokens)
         hidden, suffix_k, suffix_v = step(hidden, read, suffix_k, suffix_v, j)
@@ -147,18 +153,25 @@ class Algorithm:
     def step_weights(self) -> tuple[float, ...]:
         return tuple(self.step_decay**j for j in range(self.num_steps))
 
+    def loss_terms(self, sums: LossSums) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The loss as numerator and denominator; see `LossSums.terms`."""
+        return sums.terms(jnp.asarray(self.step_weights()))
+
     def mean_loss(self, sums: LossSums) -> Float[Array, ""]:
-        return sums.mean_loss(jnp.asarray(self.step_weights()))
+        numerator, denominator = self.loss_terms(sums)
+        return numerator / denominator
 
     def _distill(self, draft: Draft, example: Example) -> tuple[LossSums, Bool[Array, "B R J"]]:
         batch, rows = example.batch, example.rows_BR
         compute = example.teacher_head_WE.dtype
-        taps = example.features.taps_BT3E.astype(compute)
+        taps, split = example.features.taps_BT3E.astype(compute), example.split
         outputs = unroll(
-            draft, batch, taps, rows, self.num_steps, self.attention, self.remat, self.attention_chunk, self.packed
-        )
+            draft, batch, taps, rows, self.num_steps, self.attention, self.remat, self.attention_chunk, self.packed,
+            None if split is None else split.taps_BR3E.astype(compute),
+        )  # fmt: skip
         # The teacher of row p at step 0 is the target's distribution at p + 1.
         ahead = lambda x: None if x is None else take_rows(x, rows + 1)  # noqa: E731
+        last_BRE = ahead(example.features.last_BTE) if split is None else split.last_BRE
         argmax_BR, logsumexp_BR = ahead(example.features.argmax_BT), ahead(example.features.logsumexp_BT)
         draft_ids_V, head = draft.draft_ids[...], distillation.TeacherHead(example.teacher_head_WE)
         if argmax_BR is None or logsumexp_BR is None:
@@ -170,10 +183,12 @@ class Algorithm:
             head = distillation.TeacherHead(example.teacher_head_WE, example.full_head_VE, draft_ids_V)
             argmax_BR = logsumexp_BR = None
         else:
-            argmax_BR = draft_ids_V.at[argmax_BR].get(out_sharding=draft.sharding.act_b)
-        teacher = distillation.TeacherStates(ahead(example.features.last_BTE).astype(compute), logsumexp_BR, argmax_BR)
+            argmax_BR = draft_ids_V.at[argmax_BR].get(out_sharding=draft.sharding.act_b and spec_of(argmax_BR))
+        teacher = distillation.TeacherStates(last_BRE.astype(compute), logsumexp_BR, argmax_BR)
         supervised_JBT = supervision(batch.assistant_BT, batch.segments_BT, self.num_steps)
         supervised_JBR = jnp.stack([take_rows(mask_BT, rows) for mask_BT in supervised_JBT])
+        if split is not None:
+            supervised_JBR = supervised_JBR & split.owned_BR[None]
         before_J = jnp.zeros(self.num_steps) if example.accepted_J is None else example.accepted_J
         return distillation.distill(
             distillation.Plan(self.step_weights(), self.objective, self.loss_chunk),
@@ -189,9 +204,10 @@ class Algorithm:
         """
 
         def heads(batch, taps_BT3E):
-            tokens = draft.token_projections(draft.embed(batch.tokens_BT))
+            tokens_BT, positions_BT = (split_like(taps_BT3E, x) for x in (batch.tokens_BT, batch.positions_BT))
+            tokens = draft.token_projections(draft.embed(tokens_BT))
             projections = draft.projections(tokens, draft.project(taps_BT3E))
-            return draft.query(projections, batch.positions_BT), *draft.key_value(projections, batch.positions_BT)
+            return draft.query(projections, positions_BT), *draft.key_value(projections, positions_BT)
 
         compute = example.teacher_head_WE.dtype
         q, k, v = jax.eval_shape(heads, example.batch, example.features.taps_BT3E.astype(compute))
@@ -210,7 +226,7 @@ class Algorithm:
         """The sums, and for each row of the batch how many draft tokens greedy verification would accept there.
 
         Exact where the row's tokens are the target's own greedy answer: then teacher forcing feeds the draft what
-        it would have proposed, up to its first miss.
+        it would have proposed, up to its first miss. The batch must be whole along time (no `Example.split`).
         """
         sums, hit_BRJ = self._distill(draft, example)
         count_BR = jnp.sum(jnp.cumprod(hit_BRJ, axis=-1, dtype=jnp.int32), axis=-1, dtype=jnp.int32)

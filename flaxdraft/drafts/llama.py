@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 
 from flaxdraft.errors import InputError
+from flaxdraft.mesh import Sharding
 from flaxdraft.nn.eagle3 import COMMON_NAMES, Eagle3Draft, Eagle3Sizes, extra_names
 from flaxdraft.nn.gqa import GQA, GQAConfig
 from flaxdraft.nn.rope import RopeConfig
@@ -101,13 +102,13 @@ def name_table(config: Config):
     return (*NAME_TABLE, *extra_names(config))
 
 
-def attention(config: Config, precision: Precision, rngs: nnx.Rngs) -> GQA:
+def attention(config: Config, precision: Precision, rngs: nnx.Rngs, sharding: Sharding) -> GQA:
     c = config
     gqa = GQAConfig(c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rope)
-    return GQA(gqa, 2 * c.hidden_size, c.hidden_size, precision, rngs)
+    return GQA(gqa, 2 * c.hidden_size, c.hidden_size, precision, rngs, sharding)
 
 
 def make(config: Config, vocab, embedding_VD, *, precision, sharding, rngs) -> Eagle3Draft:
     """A draft with fresh weights; see `Eagle3Draft`."""
-    heads = attention(config, precision, rngs)
+    heads = attention(config, precision, rngs, sharding)
     return Eagle3Draft(config, heads, vocab, embedding_VD, precision=precision, sharding=sharding, rngs=rngs)

@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 
 from flaxdraft.errors import InputError
+from flaxdraft.mesh import Sharding
 from flaxdraft.nn.eagle3 import COMMON_NAMES, Eagle3Draft, Eagle3Sizes, extra_names
 from flaxdraft.nn.mla import MLA, MLAConfig
 from flaxdraft.nn.rope import RopeConfig
@@ -107,18 +108,8 @@ class Config(Eagle3Sizes):
         }
 
     def to_hf(self) -> dict[str, Any]:
-        """config.json fields, without the target's layer ids.
-
-        Raises:
-            InputError: a plain query projection, which no server can load.
-        """
-        if self.q_lora_rank is None:
-            raise InputError("export: an MLA draft without q_lora_rank cannot be served; SGLang and vLLM both need it")
-        if self.latent_norm_eps != self.rms_norm_eps:
-            raise InputError(
-                f"export: latent_norm_eps {self.latent_norm_eps} differs from rms_norm_eps {self.rms_norm_eps}; "
-                "servers use rms_norm_eps for both"
-            )
+        """config.json fields, without the target's layer ids; flaxdraft/serving knows which engine takes them."""
+        own_eps = self.latent_norm_eps != self.rms_norm_eps
         return {
             **self.to_hf_sizes(SERVING_ARCHITECTURE, "deepseek_v3"),
             "num_attention_heads": self.num_attention_heads,
@@ -132,6 +123,7 @@ class Config(Eagle3Sizes):
             "first_k_dense_replace": 1,  # the one layer is dense
             "max_position_embeddings": self.rope.max_position_embeddings,
             **self.rope.to_hf(),
+            **({"latent_norm_eps": self.latent_norm_eps} if own_eps else {}),
         }
 
 
@@ -140,13 +132,13 @@ def name_table(config: Config):
     return (*(NAME_TABLE_PLAIN_QUERY if config.q_lora_rank is None else NAME_TABLE), *extra_names(config))
 
 
-def attention(config: Config, precision: Precision, rngs: nnx.Rngs) -> MLA:
+def attention(config: Config, precision: Precision, rngs: nnx.Rngs, sharding: Sharding) -> MLA:
     names = [field.name for field in dataclasses.fields(MLAConfig) if hasattr(config, field.name)]  # no biases
     mla = MLAConfig(**{name: getattr(config, name) for name in names})
-    return MLA(mla, 2 * config.hidden_size, config.hidden_size, precision, rngs)
+    return MLA(mla, 2 * config.hidden_size, config.hidden_size, precision, rngs, sharding)
 
 
 def make(config: Config, vocab, embedding_VD, *, precision, sharding, rngs) -> Eagle3Draft:
     """A draft with fresh weights; see `Eagle3Draft`."""
-    heads = attention(config, precision, rngs)
+    heads = attention(config, precision, rngs, sharding)
     return Eagle3Draft(config, heads, vocab, embedding_VD, precision=precision, sharding=sharding, rngs=rngs)

@@ -12,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
+from flaxdraft import reads
+from flaxdraft.data.documents import as_document
 from flaxdraft.data.generation import Row, round_up
 from flaxdraft.data.pipeline import HostBatch, collate
 from flaxdraft.interfaces import Algorithm, Example, LossSums
@@ -107,12 +108,12 @@ def make_accepted(
     algorithm: Algorithm,
     frozen: nnx.State,
     teacher_head_WE: jax.Array,
-    place: Callable[[Any], Any] = lambda tree: tree,
+    place: Callable[[HostBatch], tuple] = lambda host: (host.batch, host.features, host.rows_BR),
 ):
     """accepted(params) gives the per-batch call that `evaluate_teacher_forced` makes, compiled once.
 
     Args:
-        place: puts the arrays of a host batch on their devices.
+        place: batch, features and rows of a host batch on their devices.
     """
 
     @jax.jit
@@ -121,8 +122,7 @@ def make_accepted(
 
     def accepted(params: nnx.State):
         def call(host: HostBatch):
-            batch, features, rows = place((host.batch, host.features, host.rows_BR))
-            return compiled(params, frozen, Example(batch, features, rows, teacher_head_WE))
+            return compiled(params, frozen, Example(*place(host), teacher_head_WE))
 
         return call
 
@@ -148,7 +148,9 @@ def evaluate_part(
     supervised = round_up(max(row.num_answer for row in rows), multiple)
     for at in range(0, len(rows), batch):
         chunk = rows[at : at + batch]
-        sums, accepted_BT = jax.device_get(accepted(collate(chunk, batch, length, supervised, algorithm)))
+        one_a_row = ([as_document(row)] for row in chunk)
+        host = collate(one_a_row, rows[0].features, batch, length, supervised, algorithm)
+        sums, accepted_BT = reads.read(accepted(host))
         walks = [walk(accepted_BT[i], row.num_prompt, row.num_answer) for i, row in enumerate(chunk)]
         wide = jax.tree.map(lambda x: x.astype(np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64), sums)
         passes, gained = np.int64(sum(map(len, walks))), np.int64(sum(map(sum, walks)))

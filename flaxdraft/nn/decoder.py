@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,9 +24,10 @@ from jaxtyping import Array, Float, Int
 
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Features
-from flaxdraft.mesh import Sharding, gathered, on_shards
+from flaxdraft.mesh import Sharding, check_divides, gathered, on_shards
 from flaxdraft.nn import vocabulary
 from flaxdraft.nn.layers import RMSNorm
+from flaxdraft.nn.places import check_heads, place_of
 from flaxdraft.nn.rope import RopeConfig
 from flaxdraft.ops import range_attention
 from flaxdraft.ops.attention import attend, attend_cache, causal_visibility, document_ranges
@@ -153,19 +153,6 @@ def abstract_state(
     return nnx.split(nnx.eval_shape(lambda: DecoderWeights(config, groups, precision, nnx.Rngs(0))))
 
 
-# Which field of `Sharding` says where a weight lives, by the end of its JAX path.
-_PLACES = (
-    (r"(^|/)(embed|head)$", "weight_ve"),
-    (r"(q_proj|k_proj|v_proj|q_b_proj|kv_b_proj|gate_proj|up_proj)/kernel$", "weight_df"),
-    (r"(q_proj|k_proj|v_proj|gate_proj|up_proj)/bias$", "weight_f"),
-    (r"(o_proj|down_proj)/kernel$", "weight_fd"),
-    (r"(q_a_proj|kv_a_proj_with_mqa)/kernel$", "weight_dd"),
-    (r"experts/(gate_proj|up_proj)$", "weight_xdf"),
-    (r"experts/down_proj$", "weight_xfd"),
-    (r"(scale|(o_proj|down_proj|q_a_proj|kv_a_proj_with_mqa)/bias|gate/kernel|gate/bias)$", "whole"),
-)
-
-
 def weight_shardings(
     config: DecoderConfig, abstract: nnx.State, groups: Sequence[Group], mesh: jax.sharding.Mesh, sharding: Sharding
 ) -> dict[tuple[str, ...], jax.NamedSharding]:
@@ -184,19 +171,17 @@ def _checked_specs(config, abstract, groups, mesh_shape: Mapping[str, int], shar
     Raises:
         InputError: the mesh does not divide a weight, or the heads; the message names it and the axis.
     """
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        _check_divides(name, (getattr(config, name),), sharding.weight_f, mesh_shape)
+    check_heads(config, sharding, mesh_shape)
     specs = list(_weight_specs(abstract, groups, sharding))
     for path, shape, spec in specs:
-        _check_divides("/".join(map(str, path)), shape, spec, mesh_shape)
+        check_divides("/".join(map(str, path)), shape, spec, mesh_shape)
     return specs
 
 
 def _weight_specs(abstract: nnx.State, groups: Sequence[Group], sharding: Sharding):
     stacked = {group.name for group in groups}
     for path, variable in nnx.to_flat_state(abstract):
-        name = "/".join(map(str, path))
-        spec = getattr(sharding, next(field for pattern, field in _PLACES if re.search(pattern, name)))
+        spec = place_of(path, sharding)
         yield path, variable.shape, P(None, *spec) if path[0] in stacked else spec
 
 
@@ -214,15 +199,6 @@ def bytes_per_device(
         parts = math.prod(mesh_shape[axis] for axis in spec if axis is not None)
         total += math.prod(shape) * sizes[path] // parts
     return total
-
-
-def _check_divides(name: str, shape: Sequence[int], spec: P, mesh_shape: Mapping[str, int]) -> None:
-    for size, axis in zip(shape, spec, strict=False):
-        if axis is not None and size % mesh_shape[axis]:
-            raise InputError(
-                f"mesh.{axis}: {mesh_shape[axis]} devices do not divide {name} {tuple(shape)}; expected a divisor of "
-                f"{size}"
-            )
 
 
 @jax.tree_util.register_dataclass

@@ -22,8 +22,9 @@ from jaxtyping import Array, Float, Int
 
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
-from flaxdraft.mesh import Sharding
-from flaxdraft.nn.layers import Frozen, GatedMLP, RMSNorm, linear
+from flaxdraft.mesh import Sharding, along, gathered
+from flaxdraft.nn.layers import Frozen, GatedMLP, RMSNorm, column
+from flaxdraft.nn.vocabulary import lookup
 from flaxdraft.precision import Precision
 
 # (JAX path, PyTorch key, transform) of the weights around the attention, in the servers' flat layout.
@@ -202,14 +203,14 @@ class Eagle3Draft(nnx.Module):
             self.fc_norm_low, self.fc_norm_mid, self.fc_norm_high = (
                 RMSNorm(c.target_hidden_size, c.rms_norm_eps, precision) for _ in range(3)
             )
-        self.fc = linear(3 * c.target_hidden_size, c.hidden_size, precision, rngs)
+        self.fc = column(3 * c.target_hidden_size, c.hidden_size, precision, rngs, sharding)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
         self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
         self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
-        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, precision, rngs)
+        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, precision, rngs, sharding)
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
-        self.lm_head = linear(c.hidden_size, c.draft_vocab_size, precision, rngs)
+        self.lm_head = column(c.hidden_size, c.draft_vocab_size, precision, rngs, sharding)
         self.target_ids = Frozen(jnp.asarray(vocab.target_ids_W, jnp.int32))
         self.draft_ids = Frozen(jnp.asarray(vocab.to_draft()))
 
@@ -219,8 +220,7 @@ class Eagle3Draft(nnx.Module):
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings in compute precision."""
-        table = self.embed_tokens[...]
-        return table.at[tokens_BT].get(out_sharding=self.sharding.act_btd).astype(self.precision.compute)
+        return lookup(self.embed_tokens[...], tokens_BT, self.sharding).astype(self.precision.compute)
 
     def project(self, taps_BT3E: Float[Array, "B T 3 E"]) -> Float[Array, "B T D"]:
         """fc over the three tapped states, low, mid, high, each normed by itself where `fc_norm` says so.
@@ -237,7 +237,10 @@ class Eagle3Draft(nnx.Module):
         if self.config.fc_norm:
             norms = self.fc_norm_low, self.fc_norm_mid, self.fc_norm_high
             taps_BT3E = jnp.stack([norm(taps_BT3E[:, :, i]) for i, norm in enumerate(norms)], axis=2)
-        return self.fc(taps_BT3E.reshape(*taps_BT3E.shape[:2], -1))
+        hidden_BTD = self.fc(taps_BT3E.reshape(*taps_BT3E.shape[:2], -1))
+        # Nobody sums over the taps' width, which every device holds: fc is split by its outputs, put together here.
+        spec = along(hidden_BTD, self.sharding.act_btd)
+        return hidden_BTD if spec is None else jax.reshard(hidden_BTD, spec)
 
     def token_projections(self, embeds_BTD: Float[Array, "B T D"]) -> Any:
         """What the attention's first projections make of the normed embedding, the first half of their input. It does
@@ -271,8 +274,8 @@ class Eagle3Draft(nnx.Module):
         return hidden_BTD if self.config.norm_output else self.norm(hidden_BTD)
 
     def head(self) -> Float[Array, "D W"]:
-        """lm_head's master weights."""
-        return self.lm_head.kernel[...]
+        """lm_head's master weights, whole along fsdp."""
+        return gathered(self.lm_head.kernel[...], self.lm_head.spec)
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
         """At least float32."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.mesh import Sharding
+from flaxdraft.mesh import Sharding, along
 from flaxdraft.nn.layers import WHOLE, RMSNorm, column, row
 from flaxdraft.nn.rope import RopeConfig, cos_sin, rotate_half
 from flaxdraft.precision import Precision
@@ -63,7 +63,7 @@ class GQA(nnx.Module):
 
     def _heads(self, flat_BTF, num: int):
         shape = (*flat_BTF.shape[:-1], num, self.config.head_dim)
-        return jnp.reshape(flat_BTF, shape, out_sharding=self.sharding.act_btnh)
+        return jnp.reshape(flat_BTF, shape, out_sharding=along(flat_BTF, self.sharding.act_btnh))
 
     def _rotated(self, x_BTNH, positions_BT):
         return rotate_half(x_BTNH, *cos_sin(self.config.rope, self.config.head_dim, positions_BT))
@@ -91,5 +91,5 @@ class GQA(nnx.Module):
         return self._rotated(k_BTKH, positions_BT), v_BTKH
 
     def output(self, heads_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        flat_BTF = heads_BTNH.reshape(*heads_BTNH.shape[:-2], -1, out_sharding=self.sharding.act_btf)
-        return self.o_proj(flat_BTF)
+        spec = along(heads_BTNH, self.sharding.act_btf)
+        return self.o_proj(heads_BTNH.reshape(*heads_BTNH.shape[:-2], -1, out_sharding=spec))

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import P
 from jaxtyping import Array, Float
 
-from flaxdraft.mesh import Sharding, gathered
+from flaxdraft.mesh import Sharding, along, gathered
 from flaxdraft.precision import Precision
 
 WHOLE = Sharding.none()
@@ -31,7 +31,7 @@ class Linear(nnx.Module):
         """
         Args:
             spec: where the kernel [in, out] lives.
-            out_spec: where the result [B, T, out] lives; needed where the contraction runs over a sharded axis.
+            out_spec: where the result [B, T, out] lives, batch and time as in the input (`along`).
         """
         init = nnx.initializers.normal(0.02)
         self.precision, self.spec, self.out_spec = precision, spec, out_spec
@@ -44,15 +44,10 @@ class Linear(nnx.Module):
             inputs: which of the kernel's inputs x holds; the parts of an input may so be projected one by one.
         """
         kernel = gathered(self.kernel[...], self.spec)[inputs].astype(self.precision.compute)
-        y = jnp.einsum("...i,io->...o", x.astype(self.precision.compute), kernel, out_sharding=self.out_spec)
+        y = jnp.einsum("...i,io->...o", x.astype(self.precision.compute), kernel, out_sharding=along(x, self.out_spec))
         if self.bias is None:
             return y
         return y + jnp.expand_dims(self.bias[...].astype(y.dtype), tuple(range(y.ndim - 1)))
-
-
-def linear(num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs, *, use_bias: bool = False) -> Linear:
-    """A projection that every device holds whole; the usual normal initialisation with deviation 0.02."""
-    return Linear(num_in, num_out, precision, rngs, use_bias=use_bias)
 
 
 def latent(num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs, s: Sharding, *, use_bias=False) -> Linear:

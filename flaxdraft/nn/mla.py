@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.mesh import Sharding
+from flaxdraft.mesh import Sharding, along
 from flaxdraft.nn.layers import WHOLE, RMSNorm, column, latent, row
 from flaxdraft.nn.rope import RopeConfig, cos_sin, rotate_interleaved
 from flaxdraft.precision import Precision
@@ -79,7 +79,8 @@ class MLA(nnx.Module):
         c, flat = self.config, projected.q_BTF
         if c.q_lora_rank is not None:
             flat = self.q_b_proj(self.q_a_layernorm(flat))
-        q_BTNH = flat.reshape(*flat.shape[:-1], c.num_attention_heads, -1, out_sharding=self.sharding.act_btnh)
+        spec = along(flat, self.sharding.act_btnh)
+        q_BTNH = flat.reshape(*flat.shape[:-1], c.num_attention_heads, -1, out_sharding=spec)
         nope, rope = q_BTNH[..., : c.qk_nope_head_dim], q_BTNH[..., c.qk_nope_head_dim :]
         rope = rotate_interleaved(rope, *cos_sin(c.rope, c.qk_rope_head_dim, positions_BT))
         return jnp.concatenate([nope, rope], axis=-1)
@@ -91,11 +92,13 @@ class MLA(nnx.Module):
         latent_BTL, rope_BTR = compressed[..., : c.kv_lora_rank], compressed[..., c.kv_lora_rank :]
         rope_BT1R = rotate_interleaved(rope_BTR[:, :, None, :], *cos_sin(c.rope, c.qk_rope_head_dim, positions_BT))
         flat = self.kv_b_proj(self.kv_a_layernorm(latent_BTL))
-        kv_BTNF = flat.reshape(*flat.shape[:-1], c.num_attention_heads, -1, out_sharding=self.sharding.act_btnh)
+        spec = along(flat, self.sharding.act_btnh)
+        kv_BTNF = flat.reshape(*flat.shape[:-1], c.num_attention_heads, -1, out_sharding=spec)
         nope, v_BTNC = kv_BTNF[..., : c.qk_nope_head_dim], kv_BTNF[..., c.qk_nope_head_dim :]
         shape = (*nope.shape[:-1], c.qk_rope_head_dim)
-        shared = jnp.broadcast_to(rope_BT1R, shape, out_sharding=self.sharding.act_btnh)
+        shared = jnp.broadcast_to(rope_BT1R, shape, out_sharding=spec)
         return jnp.concatenate([nope, shared], axis=-1), v_BTNC
 
     def output(self, heads_BTNC: Float[Array, "B T N C"]) -> Float[Array, "B T D"]:
-        return self.o_proj(heads_BTNC.reshape(*heads_BTNC.shape[:-2], -1, out_sharding=self.sharding.act_btf))
+        spec = along(heads_BTNC, self.sharding.act_btf)
+        return self.o_proj(heads_BTNC.reshape(*heads_BTNC.shape[:-2], -1, out_sharding=spec))

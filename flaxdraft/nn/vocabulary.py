@@ -12,24 +12,34 @@ import jax.numpy as jnp
 from jax import P, lax
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.mesh import TENSOR_AXIS, Sharding, gathered, on_shards
+from flaxdraft.mesh import TENSOR_AXIS, Sharding, axes_of, gathered, on_shards, per_device, spec_of
+from flaxdraft.ops.vocabulary_axis import total
 
 LOGITS_AT_ONCE = 2**26  # of one device; more are made in chunks of rows
 
 
 def lookup(table_VE: Float[Array, "V E"], tokens_BT: Int[Array, "B T"], sharding: Sharding) -> Float[Array, "B T E"]:
-    """Rows of the table. Each device looks up what it holds; one sum puts them together."""
-    if sharding.cache_lbn is None:
+    """Rows of the table, wherever its pieces are: no piece moves. Where the vocabulary is split, each device looks up
+    what it holds and one sum puts rows together; where the width is split over fsdp, each device looks its columns up
+    for the batches of the whole group, and gives everyone theirs."""
+    if sharding.act_btd is None:
         return table_VE[tokens_BT]
+    mesh, spec, tokens_spec = jax.sharding.get_abstract_mesh(), spec_of(table_VE), spec_of(tokens_BT).partitions
+    vocabulary, width = (axis if axis and mesh.shape[axis] > 1 else None for axis in spec.partitions)
 
     def local(table, tokens):
-        own = tokens - lax.axis_index(TENSOR_AXIS) * table.shape[0]
-        inside = (own >= 0) & (own < table.shape[0])
-        found = jnp.where(inside[..., None], table[jnp.where(inside, own, 0)], 0)
-        return lax.psum(found, TENSOR_AXIS)
+        if width is not None:
+            tokens = lax.all_gather(tokens, width, tiled=True)
+        if vocabulary is None:
+            found = table[tokens]
+        else:
+            own = tokens - lax.axis_index(vocabulary) * table.shape[0]
+            inside = (own >= 0) & (own < table.shape[0])
+            found = total(jnp.where(inside[..., None], table[jnp.where(inside, own, 0)], 0), vocabulary)
+        return found if width is None else lax.all_to_all(found, width, 0, 2, tiled=True)
 
-    in_specs = (P(TENSOR_AXIS, None), P(*sharding.act_btd[:2]))
-    return on_shards(sharding, local, in_specs, sharding.act_btd)(gathered(table_VE, sharding.weight_ve), tokens_BT)
+    out_spec = P(*tokens_spec, None, reduced=spec.reduced - axes_of(tokens_spec))
+    return per_device(local, out_spec, table_VE, tokens_BT)
 
 
 def first_highest(logits_CV: Float[Array, "C V"]) -> tuple[Int[Array, " C"], Float[Array, " C"]]:

@@ -2,7 +2,9 @@
 
 Logits never feed the recurrence, so the unroll runs first and the rows are walked afterwards. Supervised rows are
 compacted on each device and the loop runs ceil(n / chunk) times; neither [rows, V] nor [rows, W] is ever held for all
-rows. The gradient is made in the same walk, with one float32 accumulator for the head.
+rows. The gradient is made in the same walk, with one float32 accumulator for the head. Where the head is split by
+vocabulary, each device makes the logits of its part, and numbers that run over the vocabulary are put together
+(ops/vocabulary_axis.py).
 
 Shape letters: B batch, R rows, M = B R, J unroll steps, D draft width, E target width, V target vocabulary, W draft
 vocabulary, C rows of a chunk, S = C + J - 1 rows with their teachers: the teacher of row r at step j is the teacher of
@@ -22,9 +24,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from flaxdraft.interfaces import LossSums
-from flaxdraft.mesh import gradient_spec, per_shard, scaled
+from flaxdraft.mesh import added_up, axes_of, gradient_spec, per_device, scaled, spec_of
 from flaxdraft.ops.objectives import TeacherRows
 from flaxdraft.ops.row_signals import row_signals
+from flaxdraft.ops.vocabulary_axis import argmax, logsumexp
 
 # In all of a run's shapes the products are as fast as with longer chunks; see experiments/bench_step.py.
 DEFAULT_CHUNK = 512
@@ -80,22 +83,42 @@ def distill(
 
 
 def _walk(plan, want_gradients, states, head_DW, teacher, teacher_head, supervised_JBR, accepted_J):
-    local = partial(_walk_shard, plan, want_gradients)
-    split = states, teacher, jnp.moveaxis(supervised_JBR, 0, -1)
-    whole, sums_spec = (head_DW, teacher_head, accepted_J), (jax.P(), gradient_spec(head_DW))
-    (hit_BRJ, gradients), (sums, head_gradient) = per_shard(local, split, whole, sums_spec)
+    rows_spec, head_spec = spec_of(states[0]).partitions[:2], spec_of(head_DW)
+    rows_axes, vocabulary = axes_of(rows_spec), head_spec.partitions[1]
+    if vocabulary is not None:
+        place = lambda x: jax.reshard(x, jax.P(vocabulary, None))  # noqa: E731
+        full_VE = teacher_head.full_VE
+        teacher_head = teacher_head._replace(
+            draft_WE=place(teacher_head.draft_WE), full_VE=None if full_VE is None else place(full_VE)
+        )
+
+    def local(*args):
+        (hit_BRJ, gradients), (sums, head_gradient) = _walk_shard(plan, want_gradients, vocabulary, *args)
+        sums = jax.tree.map(lambda x: added_up(x, jax.P(), rows_axes), sums)
+        if want_gradients:
+            gradients = jax.tree.map(lambda x: x if vocabulary is None else lax.psum(x, vocabulary), gradients)
+            head_gradient = added_up(head_gradient, head_spec, rows_axes)
+        return (hit_BRJ, gradients), (sums, head_gradient)
+
+    out = (jax.P(*rows_spec), jax.tree.map(spec_of, states) if want_gradients else ())
+    out_specs = out, (jax.P(), gradient_spec(head_DW) if want_gradients else ())
+    args = states, teacher, jnp.moveaxis(supervised_JBR, 0, -1), head_DW, teacher_head, accepted_J
+    (hit_BRJ, gradients), (sums, head_gradient) = per_device(local, out_specs, *args)
     return (sums, hit_BRJ), (gradients, head_gradient)
 
 
-def _walk_shard(plan, want_gradients, states, teacher, supervised_BRJ, head_DW, teacher_head, accepted_J):
+def _walk_shard(plan, want_gradients, axis, states, teacher, supervised_BRJ, head_DW, teacher_head, accepted_J):
     num_steps, (num_batch, num_rows) = len(states), states[0].shape[:2]
     total, size = num_batch * num_rows, plan.chunk
+    # Supervised rows, and the rows behind them that bring the teachers of their later steps, supervised here or not.
+    later = [_later(jnp.any(supervised_BRJ[..., j:], axis=-1), j) for j in range(num_steps)]
+    active_BR = jnp.any(jnp.stack(later), axis=0)
     flat = lambda x: x.reshape(total, *x.shape[2:])  # noqa: E731
     states, teacher, supervised_MJ = jax.tree.map(flat, (states, teacher, supervised_BRJ))
     head = head_DW.astype(states[0].dtype)  # the master weights are wider
     wide = jnp.promote_types(states[0].dtype, jnp.float32)
-    # Supervised rows first, in their order; what fills the last chunk lies past the end, and reads 0.
-    active_M = jnp.any(supervised_MJ, axis=1)
+    # Active rows first, in their order; what fills the last chunk lies past the end, and reads 0.
+    active_M = active_BR.ravel()
     order, count = jnp.argsort(~active_M, stable=True), jnp.sum(active_M)
     order = jnp.where(jnp.arange(total) < count, order, total)
     order = jnp.pad(order, (0, size + num_steps - 1), constant_values=total)
@@ -109,12 +132,12 @@ def _walk_shard(plan, want_gradients, states, teacher, supervised_BRJ, head_DW, 
         teacher_SW = jnp.einsum("se,we->sw", last_SE, teacher_head.draft_WE, preferred_element_type=wide)
         if logsumexp_S is None:
             full_SV = jnp.einsum("se,ve->sv", last_SE, teacher_head.full_VE, preferred_element_type=wide)
-            logsumexp_S = jax.nn.logsumexp(full_SV, axis=-1)
-            argmax_S = teacher_head.draft_ids_V[jnp.argmax(full_SV, axis=-1)]
+            logsumexp_S = logsumexp(full_SV, axis)
+            argmax_S = teacher_head.draft_ids_V[argmax(full_SV, axis)]
         at_Q = (jnp.arange(num_steps)[:, None] + jnp.arange(size)[None]).ravel()
         by_step = lambda x_S: x_S.at[at_Q].get(mode="promise_in_bounds")  # noqa: E731
-        draft_logsumexp_S = jax.nn.logsumexp(teacher_SW, axis=-1)
-        rows = TeacherRows(*map(by_step, (teacher_SW, draft_logsumexp_S, logsumexp_S, argmax_S)))
+        statistics = logsumexp(teacher_SW, axis), logsumexp_S, argmax_S
+        rows = TeacherRows(*map(by_step, (teacher_SW, *statistics)), axis)
         supervised_Q = take(supervised_MJ, at_C).T.ravel()
         in_draft_Q = supervised_Q & (rows.draft_argmax_C >= 0)
         # All steps in one product: its gradient to the head is then one product too, not J to be added up.
@@ -129,7 +152,8 @@ def _walk_shard(plan, want_gradients, states, teacher, supervised_BRJ, head_DW, 
             state_QD = jnp.where(in_draft_Q[:, None], state_QD, 0)
             back_QD = jnp.einsum("qw,dw->qd", slope_QW, head, preferred_element_type=wide).astype(head.dtype)
             backs = jnp.split(back_QD, num_steps)
-            gradients = tuple(x.at[at_C].set(y, mode="drop") for x, y in zip(gradients, backs, strict=True))
+            place = partial(lax.dynamic_update_slice_in_dim, start_index=i * size, axis=0)
+            gradients = tuple(place(x, y) for x, y in zip(gradients, backs, strict=True))
             head_gradient += jnp.einsum("qd,qw->dw", state_QD, slope_QW, preferred_element_type=wide)
         apart = lambda x_Q: x_Q.reshape(num_steps, size)  # noqa: E731
         hit_JC = apart(in_draft_Q & signals.hit_Q)
@@ -143,11 +167,19 @@ def _walk_shard(plan, want_gradients, states, teacher, supervised_BRJ, head_DW, 
     zeros = jnp.zeros(num_steps, wide)
     none = jnp.zeros(num_steps, jnp.int32)
     empty = LossSums(zeros, none, none, none, none, zeros), jnp.zeros((total, num_steps), bool)
-    slots = jax.tree.map(jnp.zeros_like, states), jnp.zeros(head_DW.shape, wide)
-    slots = slots if want_gradients else ((), ())
+    # Gradients of states in the order of the walk, with room for the last chunk to be whole.
+    walked = tuple(jnp.zeros((total + size, x.shape[1]), x.dtype) for x in states)
+    slots = (walked, jnp.zeros(head_DW.shape, wide)) if want_gradients else ((), ())
     sums, hit_MJ, gradients, head_gradient = lax.fori_loop(0, -(-count // size), chunk, (*empty, *slots))
+    place_M = jnp.where(active_M, jnp.cumsum(active_M) - 1, total + size)
+    gradients = tuple(take(x, place_M) for x in gradients)
     by_row = lambda x: x.reshape(num_batch, num_rows, *x.shape[1:])  # noqa: E731
     return jax.tree.map(by_row, (hit_MJ, gradients)), (sums, head_gradient)
+
+
+def _later(x_BR: jax.Array, j: int) -> jax.Array:
+    """x of the row j places before."""
+    return jnp.pad(x_BR, ((0, 0), (j, 0)))[:, : x_BR.shape[1]]
 
 
 def _forward(plan, states, head_DW, teacher, teacher_head, supervised_JBR, accepted_J):

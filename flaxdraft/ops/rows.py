@@ -9,19 +9,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-
-def _take(x, rows_BR):
-    return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(x, rows_BR)
+from flaxdraft.mesh import per_device, spec_of
 
 
-@jax.custom_vjp
 def take_rows(x: Float[Array, "B T *tail"], rows_BR: Int[Array, "B R"]) -> Float[Array, "B R *tail"]:
     """x at the rows of each batch entry; rows past the end read 0.
 
     The rows that lie inside are distinct (those past the end need not be), so each row of x has one reader at most and
     its gradient is read from there: a gather, where differentiation would add into memory, row by row.
     """
-    return _take(x, rows_BR)
+    spec = jax.P(*spec_of(rows_BR).partitions, *spec_of(x).partitions[2:])
+    return per_device(_taken, spec, x, rows_BR)
+
+
+def _take(x, rows_BR):
+    return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(x, rows_BR)
+
+
+_taken = jax.custom_vjp(_take)
 
 
 def _forward(x, rows_BR):
@@ -38,4 +43,4 @@ def _backward(residuals, grad):
     return _take(grad, reader_BT), None
 
 
-take_rows.defvjp(_forward, _backward)
+_taken.defvjp(_forward, _backward)

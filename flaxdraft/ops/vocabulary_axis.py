@@ -1,0 +1,77 @@
+"""Reductions over a vocabulary that may be split over devices, for use inside a device (`mesh.per_device`).
+
+`axis` is the mesh axis that splits the vocabulary, None where it is whole. Every function gives the same number on all
+devices of the axis.
+
+Shape letters: C rows, W a device's part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+
+def total(x: Float[Array, "*shape"], axis: str | None) -> Float[Array, "*shape"]:
+    """The sum of the devices' parts. What follows is the same on every device, so that each part's gradient is that of
+    the sum, and nothing is added up on the way back."""
+    return x if axis is None else _total(x, axis)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _total(x, axis):
+    return lax.psum(x, axis)
+
+
+_total.defvjp(lambda x, axis: (_total(x, axis), None), lambda axis, _, cotangent: (cotangent,))
+
+
+def logsumexp(logits_CW: Float[Array, "C W"], axis: str | None) -> Float[Array, " C"]:
+    """Over the whole vocabulary."""
+    if axis is None:
+        return jax.nn.logsumexp(logits_CW, axis=-1)
+    peak_C = highest(lax.stop_gradient(logits_CW), axis)
+    return peak_C + jnp.log(total(jnp.sum(jnp.exp(logits_CW - peak_C[:, None]), axis=-1), axis))
+
+
+def softmax(logits_CW: Float[Array, "C W"], axis: str | None) -> Float[Array, "C W"]:
+    """This device's part of the probabilities."""
+    if axis is None:
+        return jax.nn.softmax(logits_CW, axis=-1)
+    return jnp.exp(logits_CW - logsumexp(logits_CW, axis)[:, None])
+
+
+def highest(logits_CW: Float[Array, "C W"], axis: str | None) -> Float[Array, " C"]:
+    """The highest logit of the whole vocabulary."""
+    top_C = jnp.max(logits_CW, axis=-1)
+    return top_C if axis is None else lax.pmax(top_C, axis)
+
+
+def first_at(logits_CW: Float[Array, "C W"], value_C: Float[Array, " C"], axis: str | None) -> Int[Array, " C"]:
+    """The lowest id whose logit is that value, which some id has: argmax, given the maximum. An ordinary minimum, which
+    compilers make in one pass with other sums; a reduction that carries an index along is not."""
+    own_W = jnp.arange(logits_CW.shape[-1], dtype=jnp.int32)
+    if axis is not None:
+        own_W = own_W + lax.axis_index(axis) * logits_CW.shape[-1]
+    there_CW = jnp.where(logits_CW == value_C[:, None], own_W[None], jnp.iinfo(jnp.int32).max)
+    first_C = jnp.min(there_CW, axis=-1)
+    return first_C if axis is None else lax.pmin(first_C, axis)
+
+
+def argmax(logits_CW: Float[Array, "C W"], axis: str | None) -> Int[Array, " C"]:
+    """The lowest id among those with the highest logit, as jnp.argmax has it."""
+    return first_at(logits_CW, highest(logits_CW, axis), axis)
+
+
+def at(logits_CW: Float[Array, "C W"], id_C: Int[Array, " C"], axis: str | None) -> Float[Array, " C"]:
+    """The logit of one id a row."""
+    if axis is None:
+        return jnp.take_along_axis(logits_CW, id_C[:, None], axis=-1)[:, 0]
+    own_C = id_C - lax.axis_index(axis) * logits_CW.shape[-1]
+    inside_C = (own_C >= 0) & (own_C < logits_CW.shape[-1])
+    found_C = jnp.take_along_axis(logits_CW, jnp.where(inside_C, own_C, 0)[:, None], axis=-1)[:, 0]
+    return total(jnp.where(inside_C, found_C, 0.0), axis)
