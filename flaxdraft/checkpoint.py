@@ -152,6 +152,36 @@ def load(directory: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     return loaded
 
 
+def load_params(directory: Path, abstract: nnx.State) -> tuple[nnx.State, np.ndarray]:
+    """What is evaluated and exported of a checkpoint, and no more of it: the parameters (their running mean where one
+    is kept), on the first local device, checked bit by bit, and the target ids of the vocabulary map.
+
+    Args:
+        directory: of one step.
+        abstract: shapes and dtypes of the parameters.
+
+    Raises:
+        DamagedError: it cannot be read, or is not what was written.
+    """
+    averaged = read_record(directory)["inputs"]["train"]["ema_decay"] is not None
+    name = "ema" if averaged else "params"
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
+    labels = [f".{name}{label}" for label in _labels(placed)]
+    context = _alone()
+    context.pytree.loading.partial_load = True
+    try:
+        with context, _quiet():
+            params = ocp.load_checkpointables(directory.resolve(), {"state": {name: placed}})["state"][name]
+            marks = _read_marks(directory, {"state": labels})
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
+        raise DamagedError(_cause(error)) from error
+    for label, value in zip(labels, jax.tree.leaves(jax.device_get(fingerprint(params))), strict=True):
+        if int(marks[f"state{label}"]) != int(value):
+            raise DamagedError(f"state{label} is not what was written")
+    return params, np.asarray(load(directory, {"vocab": None})["vocab"]["target_ids"])
+
+
 def _labels(tree: Any) -> list[str]:
     return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
@@ -262,10 +292,14 @@ class Checkpoints:
             for label, mark in zip(_labels(arrays[name]), jax.tree.leaves(fingerprint(arrays[name])), strict=True)
         }
         items = {**arrays, "fingerprint": marks, "vocab": {"target_ids": vocab.target_ids_W.astype(np.int64)}}
+        context = ocp.Context()
+        # Copies of an array share the writing of it; below this size cutting it up costs more than it saves.
+        context.array.saving.min_slice_bytes_for_replica_parallel = 1 << 20
         try:
-            response = ocp.save_checkpointables_async(
-                self.path(step).resolve(), items, custom_metadata=_sealed(saved.record)
-            )
+            with context:
+                response = ocp.save_checkpointables_async(
+                    self.path(step).resolve(), items, custom_metadata=_sealed(saved.record)
+                )
         except Exception as error:
             raise self._failed(step, error) from error
         self._saving = (saved, response)
@@ -350,30 +384,3 @@ class Checkpoints:
             f"{self.path(step)}: the checkpoint could not be written ({cause}); {stands}. Make room, then run the "
             "same command again: it goes on from there"
         )
-
-
-def load_params(directory: Path, abstract: nnx.State) -> tuple[nnx.State, np.ndarray]:
-    """The parameters of one checkpoint (their running mean where the run kept one), on the first local device, and the
-    target ids of its vocabulary map; optimizer and the rest are not read.
-
-    Args:
-        directory: of one step.
-        abstract: shapes and dtypes of the parameters.
-
-    Raises:
-        InputError: it is damaged or of another draft.
-    """
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
-    part = ocp.Context()
-    part.pytree.loading.partial_load = True
-    try:
-        name = "ema" if read_record(directory)["inputs"]["train"]["ema_decay"] is not None else "params"
-        with part:
-            params = ocp.load_checkpointables(directory.resolve(), {"state": {name: placed}})["state"][name]
-        vocab = ocp.load_checkpointables(directory.resolve(), {"vocab": None})["vocab"]
-    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
-        raise InputError(
-            f"{directory}: its parameters cannot be read ({str(error).splitlines()[0][:200]}); take another checkpoint"
-        ) from error
-    return params, np.asarray(vocab["target_ids"])

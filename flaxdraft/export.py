@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from flaxdraft.checkpoint import load_params
+from flaxdraft.checkpoint import DamagedError, load_params
 from flaxdraft.drafts import abstract_params, from_pretrained
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap, find_by_architecture
@@ -120,7 +120,11 @@ def export_again(
         record = DraftRecord.read(source)
         module = find_by_architecture("flaxdraft.drafts", dict(record.draft), str(source))
         config = module.Config.from_hf(record.draft)
-        params, ids = load_params(_checkpoint(source / "checkpoints", step), abstract_params(module, config))
+        checkpoint = _checkpoint(source / "checkpoints", step)
+        try:
+            params, ids = load_params(checkpoint, abstract_params(module, config))
+        except DamagedError as error:
+            raise InputError(f"{checkpoint}: cannot be read ({error}); take another one with --step") from error
         vocab = VocabMap(ids, config.vocab_size)
         outputs, run = record.tap_layers, source
         target_config, target_path = record.target, record.target_path

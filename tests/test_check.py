@@ -1,5 +1,6 @@
 """The linter: one planted fault at a time in a directory that is right."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -7,11 +8,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 from commands import tool
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_contracts import DEEPSEEK_FIELDS, TARGET_HF, V, W
 from test_engine_contracts import SWITCHES, write
 
+from flaxdraft.errors import InputError
+from flaxdraft.foreign.configs import understand
 from flaxdraft.serving import lint
 from flaxdraft.serving.view import view_of_arrays
+from flaxdraft.serving.wellformed import malformed
 from flaxdraft.weights import load_safetensors, save_safetensors
 
 check = tool("convert/check")
@@ -208,7 +214,7 @@ FAULTS = {
         {"sglang": ("refused", "fc would be left out")},
     ),
     "the speculators form": ("llama", field("speculators_model_type", "eagle3"), {DIRECTORY: ("refused", "specul")}),
-    "a config without sizes": ("llama", drop("hidden_size"), {DIRECTORY: ("refused", "hidden_size missing or not")}),
+    "a config without sizes": ("llama", drop("hidden_size"), {DIRECTORY: ("refused", "hidden_size is None")}),
 }  # fmt: skip
 
 
@@ -242,6 +248,37 @@ def test_a_right_directory_has_nothing_amiss(good, draft, target):
         # Without a target nobody can tell whether a short context is its own.
         assert all("for the length of their rows" in note.what for note in notes), notes
         assert not notes or (name == DIRECTORY and target is None)
+
+
+# What a broken writer may put anywhere.
+ODD = st.none() | st.booleans() | st.integers(-2, 100) | st.floats() | st.text(max_size=3) | st.lists(
+    st.integers(-2, 9) | st.text(max_size=2), max_size=4)  # fmt: skip
+NAMES = [
+    "architectures", "model_type", "hidden_size", "num_hidden_layers", "draft_vocab_size", "target_hidden_size",
+    "fc_norm", "tie_word_embeddings", "max_position_embeddings", "rope_theta", "rope_parameters", "rope_scaling",
+    "eagle_config", "q_lora_rank", "kv_lora_rank", "rms_norm_eps", "latent_norm_eps", "torch_dtype", "attention_bias",
+    "vocab_size", IDS,
+]  # fmt: skip
+INSIDE = ["rope_type", "rope_theta", "factor", "mscale", "type", IDS, "layer_ids"]
+FIELDS = st.dictionaries(st.sampled_from(NAMES), ODD | st.dictionaries(st.sampled_from(INSIDE), ODD), max_size=3)
+
+
+def test_no_config_makes_the_linter_stumble(good):
+    """Whatever stands in config.json, there is a verdict and no traceback; the importer raises InputError at most."""
+
+    @settings(max_examples=150, deadline=None)
+    @given(draft=st.sampled_from(["llama", "mla"]), fields=FIELDS)
+    def one(draft, fields):
+        tensors, config = good[draft]
+        verdicts = lint.check(view_of_arrays(config | fields, tensors, TARGET))
+        assert verdicts[0].name == DIRECTORY
+        lint.as_table(verdicts)
+        json.dumps(lint.as_json(verdicts))
+        if not malformed(config | fields):
+            with contextlib.suppress(InputError):
+                understand(config | fields, None, None, "there")
+
+    one()
 
 
 def test_sglang_counts_inputs_next_to_deepseek(good):

@@ -126,6 +126,7 @@ def test_a_stopped_run_goes_on_and_a_finished_one_decodes_nothing(workspace, fin
     assert json.loads(lost.read_text())["result"]["turns"] == whole
 
 
+@pytest.mark.slow
 def test_sampled_on_two_devices(workspace, tiny_gguf, tmp_path):
     """Prompts of this project's kind; the same answers as on one device, since each row has its own seed."""
     more = ("--temperature", "0.8", "--seeds", "3", "4", "--chain", "3", "--rows", "4")

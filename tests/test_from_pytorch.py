@@ -338,7 +338,7 @@ def say(**fields):
         (say(eagle_config={"norm_before_residual": True}), "norm_before_residual is true"),
         (say(embed_requires_grad=True), "embed_requires_grad is true"),
         (say(num_hidden_layers=2), "num_hidden_layers is 2, expected 1"),
-        (say(hidden_size=None), "config.json: hidden_size missing"),
+        (say(hidden_size=None), "config.json: hidden_size is None, expected"),
         (say(speculators_model_type="eagle"), "speculators_model_type 'eagle', expected 'eagle3'"),
         (say(speculators_model_type="eagle3"), "no transformer_layer_config"),
     ],

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
@@ -40,19 +39,19 @@ INPUTS = {
 }  # fmt: skip
 
 
-def make_run(directory, kind, fields, size=W, steps=(4,), ema=False):
-    """A run's folder as training leaves it, its checkpoints spread over eight devices."""
+def make_run(directory, kind, fields, size=W, steps=(4,), devices=1, ema=None):
+    """A run's folder as training leaves it."""
     config = config_of(kind, size, **fields)
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
     params = {}
     with Checkpoints(directory / "checkpoints") as checkpoints:
         for step in steps:
             params[step] = random_params(kind, config, step)
             placed = jax.device_put(params[step], jax.NamedSharding(mesh, jax.P()))
-            state = init_state(placed, optax.sgd(1.0), 2, ema=ema)
-            if ema:
-                state = dataclasses.replace(state, params=jax.tree.map(jnp.zeros_like, placed))
-            record = {"score": None, "inputs": {"train": {"ema_decay": 0.9 if ema else None}}}
+            state = init_state(placed, optax.sgd(1.0), 2, ema=ema is not None)
+            if ema is not None:
+                state = dataclasses.replace(state, params=jax.tree.map(lambda x: x + 1, state.params))
+            record = {"score": -step, "inputs": {"train": {"ema_decay": ema}}, "origin": ""}
             checkpoints.save(step, {"state": state, "counters": zero(mesh)}, vocab_of(size), record)
     DraftRecord(config.to_hf(), DEFAULT_TAPS, TARGET_HF, "ORG/target").write(directory)
     return config, params
@@ -67,12 +66,6 @@ def assert_equal(loaded, config, params, dtype=np.float32):
 
 def call(*arguments):
     return to_serving.main([str(argument) for argument in arguments])
-
-
-def test_averaged_weights_are_what_is_exported(tmp_path):
-    config, params = make_run(tmp_path / "run", "llama", {}, ema=True)
-    assert call(tmp_path / "run", tmp_path / "out", "--dtype", "fp32") == 0
-    assert_equal(from_pretrained(tmp_path / "out"), config, params[4])
 
 
 @pytest.mark.parametrize(("kind", "fields", "size"), CASES)
@@ -92,6 +85,12 @@ def test_a_checkpoint_comes_back_bit_by_bit(tmp_path, kind, fields, size):
         np.testing.assert_array_equal(again[name], array)
 
 
+def test_a_checkpoint_of_eight_devices_is_read_on_one(tmp_path):
+    config, params = make_run(tmp_path / "run", "llama", {}, devices=8)
+    assert call(tmp_path / "run", tmp_path / "out", "--dtype", "fp32") == 0
+    assert_equal(from_pretrained(tmp_path / "out"), config, params[4])
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", ml_dtypes.bfloat16), ("fp16", np.float16)])
 def test_narrow_types_hold_the_rounded_values(tmp_path, name, dtype):
     config, params = make_run(tmp_path / "run", "llama", {})
@@ -102,7 +101,6 @@ def test_narrow_types_hold_the_rounded_values(tmp_path, name, dtype):
 
 def test_any_checkpoint_of_the_run_can_be_taken(tmp_path, capsys):
     config, params = make_run(tmp_path / "run", "llama", {}, steps=(4, 8))
-    (tmp_path / "run" / "checkpoints" / "best").symlink_to("4")
     for step, want in ((), 8), (("--step", "4"), 4), (("--step", "best"), 4):
         assert call(tmp_path / "run", tmp_path / "out", "--dtype", "fp32", *step) == 0
         assert_equal(from_pretrained(tmp_path / "out"), config, params[want])
@@ -143,10 +141,19 @@ def test_a_card_without_figures_claims_none(tmp_path):
     assert "DeepSeek-MLA" in card
 
 
+def test_the_running_mean_is_what_was_evaluated(tmp_path):
+    config, means = make_run(tmp_path / "run", "llama", {}, ema=0.99)
+    assert call(tmp_path / "run", tmp_path / "out", "--dtype", "fp32") == 0
+    assert_equal(from_pretrained(tmp_path / "out"), config, means[4])
+
+
 def damaged(run):
-    for path in (run / "checkpoints" / "4").rglob("*"):
-        if path.is_file() and path.stat().st_size > 200:
-            path.write_bytes(b"cut")
+    """One bit of the largest file."""
+    files = [path for path in (run / "checkpoints" / "4").rglob("*") if path.is_file()]
+    path = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +161,7 @@ def damaged(run):
     [
         (lambda run: (run / "draft.json").unlink(), [], "no draft.json, which says what the draft and its target are"),
         (lambda run: (run / "draft.json").write_text('{"draft": {}}'), [], "tap_layers, target, target_path missing"),
-        (damaged, [], "its parameters cannot be read"),
+        (damaged, [], "checkpoints/4: cannot be read"),
         (lambda run: None, ["--engine", "tensorrt"], "engine: no 'tensorrt'; known are"),
         (lambda run: None, ["--target", "nowhere"], "nowhere/config.json: cannot be read"),
         (lambda run: (run.parent / "out").mkdir(), [], "exists and is no draft's directory"),

@@ -130,14 +130,22 @@ def make_accepted(
 
 
 def evaluate_part(
-    accepted: Callable[[HostBatch], tuple[LossSums, jax.Array]], rows: Sequence[Row], algorithm: Algorithm, batch: int
+    accepted: Callable[[HostBatch], tuple[LossSums, jax.Array]],
+    rows: Sequence[Row],
+    algorithm: Algorithm,
+    batch: int,
+    multiple: int = 32,
 ) -> tuple[Part, list[list[int]]]:
-    """The sums over some answers, which may be none, and the walk of each."""
+    """The sums over some answers, which may be none, and the walk of each.
+
+    Args:
+        multiple: to which lengths are rounded up; each length compiles once.
+    """
     total, yields = Part.empty(algorithm.num_steps), []
     if not rows:
         return total, yields
-    length = round_up(max(len(row.tokens) for row in rows), 32)
-    supervised = round_up(max(row.num_answer for row in rows), 32)
+    length = round_up(max(len(row.tokens) for row in rows), multiple)
+    supervised = round_up(max(row.num_answer for row in rows), multiple)
     for at in range(0, len(rows), batch):
         chunk = rows[at : at + batch]
         one_a_row = ([as_document(row)] for row in chunk)

@@ -67,6 +67,7 @@ class Decoding:
         seeds: Sequence[int] | None = None,
         mesh: jax.sharding.Mesh | None = None,
         num_rows: int | None = None,
+        least_length: int = 0,
     ):
         """Reads the prompts and makes the first token of each answer.
 
@@ -76,6 +77,7 @@ class Decoding:
             seeds: one for each row; their numbers by default. A row depends on its own prompt and seed alone.
             mesh: rows are split over its data axis.
             num_rows: of the compiled batch, the rest is padding; as many as there are prompts by default.
+            least_length: to which prompts are padded at least, so that batches share a compiled program.
 
         Raises:
             InputError: a prompt is empty, or leaves with its answer the target's context.
@@ -92,7 +94,7 @@ class Decoding:
                 )
         data = 1 if mesh is None else mesh.shape["data"]
         total = round_up(max(num_rows or 0, num), data)
-        padded = padded_length(max(map(len, prompts)))
+        padded = padded_length(max(least_length, *map(len, prompts)))
         tokens_BP = np.zeros((total, padded), np.int32)
         lengths, limits, numbers = np.ones(total, np.int32), np.zeros(total, np.int32), np.zeros(total, np.uint32)
         for i, prompt in enumerate(prompts):

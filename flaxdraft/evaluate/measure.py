@@ -22,6 +22,8 @@ from flaxdraft.evaluate.questions import Question
 from flaxdraft.progress import Bar, bar
 from flaxdraft.stages import Stage
 
+LEAST_LENGTH = 128  # of padded prompts
+
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
@@ -100,9 +102,16 @@ class Clock:
     ) -> tuple[list[Decoded], Timing]:
         s = self._session
         start_one = lambda: Decoding(  # noqa: E731
-            s.target, s.draft, prompts, settings, seeds=seeds, mesh=s.mesh, num_rows=s.num_rows
+            s.target,
+            s.draft,
+            prompts,
+            settings,
+            seeds=seeds,
+            mesh=s.mesh,
+            num_rows=s.num_rows,
+            least_length=LEAST_LENGTH,
         )
-        shape = settings.chain_length, padded_length(max(map(len, prompts)))
+        shape = settings.chain_length, padded_length(max(LEAST_LENGTH, *map(len, prompts)))
         if shape not in self._warm:
             start_one().advance(1)
             self._warm.add(shape)

@@ -14,6 +14,8 @@ from flaxdraft.evaluate.inputs import ReadyDraft
 from flaxdraft.interfaces import Batch, Target
 from flaxdraft.progress import bar
 
+MULTIPLE = 128  # of padded lengths, each of which compiles once
+
 
 def featured(target: Target, texts: Sequence[tuple[list[int], int]], num_rows: int, length: int) -> list[Row]:
     """Texts (tokens, and how many are the prompt's) with the target's features.
@@ -53,9 +55,9 @@ def walk_answers(
     with bar("walk", len(texts)) as progress:
         for at in range(0, len(texts), num_rows):
             chunk = texts[at : at + num_rows]
-            rows = featured(target, chunk, num_rows, round_up(max(len(text) for text, _ in chunk), 64))
+            rows = featured(target, chunk, num_rows, round_up(max(len(text) for text, _ in chunk), MULTIPLE))
             for chain, algorithm in algorithms.items():
-                part, walks = evaluate_part(calls[chain], rows, algorithm, num_rows)
+                part, walks = evaluate_part(calls[chain], rows, algorithm, num_rows, MULTIPLE)
                 parts[chain].append(part)
                 yields[chain] += walks
             progress.advance(len(chunk), "answers")

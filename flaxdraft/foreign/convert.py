@@ -19,9 +19,8 @@ from flaxdraft.foreign.names import Row, rename
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.serving import layout, rope_fields
 from flaxdraft.serving.contract import kind_of
+from flaxdraft.serving.wellformed import malformed, sizeless
 from flaxdraft.weights import save_safetensors, write_json
-
-_SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "rms_norm_eps")
 
 
 class Options(NamedTuple):
@@ -57,11 +56,14 @@ def convert(
     """
     if out.exists() and not (out / "config.json").exists():
         raise InputError(f"{out}: exists and is no draft's directory; choose another name")
+    nested = config.get("transformer_layer_config")
+    if wrong := [*malformed(config), *(malformed(nested) if isinstance(nested, dict) else ())]:
+        raise InputError(f"{origin}: config.json: {'; '.join(wrong)}")
     trainer = options.trainer or trainer_of(config, has_training_state)
     understood = understand(config, trainer, options.recurrence, origin)
     written, remarks = understood.config, understood.remarks
-    if missing := [name for name in _SIZES if name not in written]:
-        raise InputError(f"{origin}: config.json: {', '.join(missing)} missing")
+    if wrong := sizeless(written):
+        raise InputError(f"{origin}: config.json: {'; '.join(wrong)}")
     if options.rope_theta is not None:
         _set_theta(written, options.rope_theta)
     named, rows = rename(tensors, written, origin)

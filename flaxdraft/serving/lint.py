@@ -10,8 +10,9 @@ from rich.table import Table
 
 from flaxdraft.serving import rules, sanity
 from flaxdraft.serving.contract import Engine, engines
-from flaxdraft.serving.finding import Finding
+from flaxdraft.serving.finding import Finding, few
 from flaxdraft.serving.view import DraftView
+from flaxdraft.serving.wellformed import malformed, sizeless
 
 DIRECTORY = "the directory"
 PORTABLE = ("sglang", "vllm")  # what one directory can satisfy at once for every draft
@@ -48,19 +49,10 @@ def unreadable(view: DraftView) -> list[Finding]:
     if "speculators_model_type" in view.config:
         return [Finding("refused", "config.json is in the speculators form, which vLLM alone reads, for Llama and "
                         "Qwen3 layers", "convert it with tools/convert/from_pytorch.py")]  # fmt: skip
-    sizes = ["hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "rms_norm_eps"]
-    if view.config.get("kv_lora_rank"):
-        sizes += ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
-    bad = [name for name in sizes if not _positive(view.config.get(name))]
-    optional = ("draft_vocab_size", "target_hidden_size", "head_dim", "num_key_value_heads", "num_hidden_layers")
-    bad += [name for name in optional if view.config.get(name) is not None and not _positive(view.config[name])]
+    bad = [*sizeless(view.config), *malformed(view.config)]
     if bad:
-        return [Finding("refused", f"config.json: {', '.join(bad)} missing or not a positive number", "write it again")]
+        return [Finding("refused", f"config.json: {few(bad)}", "write it again")]
     return []
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def check(view: DraftView) -> list[Verdict]:

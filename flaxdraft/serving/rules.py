@@ -23,7 +23,7 @@ def architecture(engine: Engine, view: DraftView) -> Iterator[Finding]:
 
 
 def layers(engine: Engine, view: DraftView) -> Iterator[Finding]:
-    count = view.config.get("num_hidden_layers", 1)
+    count = view.config.get("num_hidden_layers") or 1
     if engine.max_layers is not None and count > engine.max_layers:
         yield Finding("refused", f"num_hidden_layers is {count}, it builds {engine.max_layers}", "train one layer")
     elif count > 1:
