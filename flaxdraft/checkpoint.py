@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # raised inside orbax while it is imported
@@ -149,6 +150,36 @@ def load(directory: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
             if int(marks[f"{name}{label}"]) != int(value):
                 raise DamagedError(f"{name}{label} is not what was written")
     return loaded
+
+
+def load_params(directory: Path, abstract: nnx.State) -> tuple[nnx.State, np.ndarray]:
+    """What is evaluated and exported of a checkpoint, and no more of it: the parameters (their running mean where one
+    is kept), on the first local device, checked bit by bit, and the target ids of the vocabulary map.
+
+    Args:
+        directory: of one step.
+        abstract: shapes and dtypes of the parameters.
+
+    Raises:
+        DamagedError: it cannot be read, or is not what was written.
+    """
+    averaged = read_record(directory)["inputs"]["train"]["ema_decay"] is not None
+    name = "ema" if averaged else "params"
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
+    labels = [f".{name}{label}" for label in _labels(placed)]
+    context = _alone()
+    context.pytree.loading.partial_load = True
+    try:
+        with context, _quiet():
+            params = ocp.load_checkpointables(directory.resolve(), {"state": {name: placed}})["state"][name]
+            marks = _read_marks(directory, {"state": labels})
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
+        raise DamagedError(_cause(error)) from error
+    for label, value in zip(labels, jax.tree.leaves(jax.device_get(fingerprint(params))), strict=True):
+        if int(marks[f"state{label}"]) != int(value):
+            raise DamagedError(f"state{label} is not what was written")
+    return params, np.asarray(load(directory, {"vocab": None})["vocab"]["target_ids"])
 
 
 def _labels(tree: Any) -> list[str]:

@@ -14,10 +14,11 @@ LAYERS = (
     ("ops",),
     ("nn", "weights", "fetch", "safetensors_file"),
     ("gguf_file", "hf_directory", "stages"),
+    ("serving",),
     ("targets", "drafts", "generate"),
     ("algorithms",),
     ("data", "checkpoint"),
-    ("evaluate", "export", "report"),
+    ("evaluate", "export", "report", "foreign"),
     ("train",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
