@@ -310,7 +310,7 @@ class Run:
             trainer = Trainer(
                 self.draft_dir, config, self.algorithm, self.evaluation, self.mesh, self.vocab,
                 weight_on_mesh("teacher head", head_WE, self.mesh, SHARDING.weight_ve), resume,
-                self.config.data.prefetch, self.reader(),
+                self.config.data.prefetch, self.reader,
             )  # fmt: skip
             params = trainer.train(graphdef, params, frozen, pipeline, self.data_rows["held_out"])
         return jax.device_put(reads.read(params), jax.local_devices()[0])
