@@ -89,6 +89,7 @@ class SmallRun(Run):
 
 def work(config, result: Path) -> None:
     run = SmallRun(config)
+    run.claim_folders()
     log = process_log(run.draft_dir / "logs" / f"process-{jax.process_index()}.log", speaks=hosts.is_main())
     with log, DirectoryLock(run.draft_dir) if hosts.is_main() else nullcontext():
         params = jax.tree.leaves(run.params)
