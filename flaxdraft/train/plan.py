@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     state_bytes: int  # parameters, moments, averages: held all the time
     batch_bytes: int  # and the target's embedding and head
     work_bytes: int  # at most, within a step
-    flops: float  # of a step, on all devices
+    flops: float  # of a step's products with weights, on all devices, if every row were supervised
     steps: int
 
     def lines(self) -> list[str]:
@@ -50,7 +50,8 @@ class Plan(NamedTuple):
             f"batch      {self.rows} rows of up to {self.length} tokens, {self.rows * self.length} tokens a step",
             f"memory     {_size(total)} a device: {_size(self.state_bytes)} weights and moments, "
             f"{_size(self.batch_bytes)} batch and frozen arrays, {_size(self.work_bytes)} at most within a step",
-            f"compute    {self.flops:.3g} FLOP a step, {self.flops * self.steps:.3g} in all",
+            f"compute    {self.flops:.3g} FLOP a step, {self.flops * self.steps:.3g} in all (products with weights, "
+            "every row supervised)",
             f"steps      {self.steps}",
         ]
 
@@ -85,13 +86,23 @@ def make_plan(
         state = _described(init.eval_shape(params), mesh)
         step = make_train_step(graphdef, algorithm, tx, train.accumulate, train.ema_decay)
         compiled = step.lower(state, frozen, example).compile()
-    memory, flops = compiled.memory_analysis(), compiled.cost_analysis().get("flops", math.nan)
-    held = _bytes_a_device(state)
+    held, work = _bytes_a_device(state), compiled.memory_analysis().temp_size_in_bytes
+    flops = train.batch_size * length * _flops_a_row(params, example.teacher_head_WE, algorithm.num_steps)
     return Plan(
         dict(mesh.shape), mesh.devices.flat[0].device_kind, sum(math.prod(p.shape) for p in jax.tree.leaves(params)),
-        train.batch_size, length, held, _bytes_a_device((frozen, example)), memory.temp_size_in_bytes,
-        flops * mesh.size, train.num_steps,
+        train.batch_size, length, held, _bytes_a_device((frozen, example)), work, flops,
+        train.num_steps,
     )  # fmt: skip
+
+
+def _flops_a_row(params: nnx.State, teacher_head_WE: Any, num_steps: int) -> float:
+    """Counted, since XLA counts what is in a loop once: two operations for each entry of a matrix, three times over for
+    the two gradients; `fc` reads a row once, all other matrices do at every unroll step, the teacher once, forwards."""
+    total = 2.0 * math.prod(teacher_head_WE.shape)
+    for path, variable in nnx.to_flat_state(params):
+        if len(variable.shape) > 1 and path[0] != "embed_tokens":
+            total += 6.0 * math.prod(variable.shape) * (1 if path[0] == "fc" else num_steps)
+    return total
 
 
 def _described(tree: Any, mesh: jax.sharding.Mesh) -> Any:
