@@ -5,9 +5,9 @@
 Writes a store of random features (2 GB, the quickstart's width of 576, bfloat16, documents of 64 to 512 tokens) into a
 temporary folder, then reads packed rows of 512 tokens, and rows in two buckets, for some epochs, as a trainer does:
 batches of 16, read ahead by threads. Nothing is computed on them. The files have just been written, so they come out
-of the system's cache: what is measured is this code, not a disk. "Of cores" is processor time; "peak" what the
-process takes beyond what it had
-before the first batch; "held" are prefetch + 2 batches: those read ahead, the one handed out next, and the caller's.
+of the system's cache: what is measured is this code, not a disk. "Of cores" is processor time; "peak" what the process
+takes beyond what it had before the first batch; "held" are prefetch + 2 batches: those read ahead, the one handed out
+next, and the caller's.
 """
 
 from __future__ import annotations

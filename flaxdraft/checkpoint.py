@@ -292,10 +292,14 @@ class Checkpoints:
             for label, mark in zip(_labels(arrays[name]), jax.tree.leaves(fingerprint(arrays[name])), strict=True)
         }
         items = {**arrays, "fingerprint": marks, "vocab": {"target_ids": vocab.target_ids_W.astype(np.int64)}}
+        context = ocp.Context()
+        # Copies of an array share the writing of it; below this size cutting it up costs more than it saves.
+        context.array.saving.min_slice_bytes_for_replica_parallel = 1 << 20
         try:
-            response = ocp.save_checkpointables_async(
-                self.path(step).resolve(), items, custom_metadata=_sealed(saved.record)
-            )
+            with context:
+                response = ocp.save_checkpointables_async(
+                    self.path(step).resolve(), items, custom_metadata=_sealed(saved.record)
+                )
         except Exception as error:
             raise self._failed(step, error) from error
         self._saving = (saved, response)

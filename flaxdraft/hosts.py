@@ -122,17 +122,6 @@ def main_first(name: str) -> Iterator[None]:
         _peers.reached(name)
 
 
-def everywhere(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Arrays that every process has, whole on every device of the mesh."""
-    place = jax.NamedSharding(mesh, jax.P())
-
-    def put(x):
-        host = np.asarray(x)
-        return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
-
-    return jax.tree.map(put, tree)
-
-
 def local_part(sharding: jax.sharding.Sharding, num_rows: int) -> tuple[int, int]:
     """(i, n): this process's share of the rows of a global array, the i-th n-th of them.
 

@@ -153,7 +153,7 @@ class LossSums:
 
 @runtime_checkable
 class Target(Protocol):
-    """A frozen language model: teacher, data generator and verifier."""
+    """A frozen language model: teacher, data generator and verifier. A pytree of its weights."""
 
     config: Any
 
@@ -182,7 +182,7 @@ class Target(Protocol):
         ...
 
     def logits(self, last_BE: Float[Array, "B E"]) -> Float[Array, "B V"]:
-        """float32 logits of post-norm last hidden states."""
+        """Logits of post-norm last hidden states, at least float32."""
         ...
 
     def embedding(self) -> Float[Array, "V E"]: ...

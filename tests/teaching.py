@@ -1,6 +1,7 @@
 """A draft's loss and gradients on documents of a tiny real target, as the trainer takes them."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -9,10 +10,12 @@ from flaxdraft.config import DataConfig, TrainConfig
 from flaxdraft.data.pipeline import batches_from, make_pipeline
 from flaxdraft.data.vocab import choose_vocab
 from flaxdraft.drafts import llama
-from flaxdraft.mesh import Sharding, make_mesh
+from flaxdraft.mesh import make_mesh
+from flaxdraft.nn.places import on_mesh, weight_on_mesh
 from flaxdraft.precision import Precision
 from flaxdraft.targets import from_pretrained
 from flaxdraft.train.loop import Trainer
+from flaxdraft.train.place import SHARDING
 from flaxdraft.train.state import split_draft
 
 STEPS, WIDTH = 3, 64
@@ -26,15 +29,13 @@ class Teaching:
         self.target = from_pretrained(str(path), mesh=self.mesh).model
         self.vocab = choose_vocab(token_counts, [0, 1, 2], WIDTH)
         config = llama.Config(**llama.Config.for_target(self.target.config, WIDTH))
-        with jax.set_mesh(self.mesh):
-            everywhere = jax.NamedSharding(self.mesh, jax.P())
-            whole = jax.device_put(jax.device_get((self.target.embedding(), self.target.head())), everywhere)
-            draft = llama.make(
-                config, self.vocab, whole[0], precision=Precision(), sharding=Sharding.data_parallel(),
-                rngs=nnx.Rngs(0),
-            )  # fmt: skip
-            graphdef, self.params, self.frozen = split_draft(draft)
-            self.head_WE = whole[1][self.vocab.target_ids_W]
+        embedding, head = jax.device_get((self.target.embedding(), self.target.head()))
+        draft = llama.make(
+            config, self.vocab, jnp.asarray(embedding), precision=Precision(), sharding=SHARDING, rngs=nnx.Rngs(0)
+        )
+        graphdef, *states = split_draft(draft)
+        self.params, self.frozen = (on_mesh(state, self.mesh, SHARDING) for state in states)
+        self.head_WE = weight_on_mesh("head", jnp.asarray(head[self.vocab.target_ids_W]), self.mesh, SHARDING.weight_ve)
 
         def loss(params, frozen, example):
             sums = self.algorithm.loss_sums(nnx.merge(graphdef, params, frozen), example)
@@ -50,7 +51,7 @@ class Teaching:
         """((loss, sums), gradients) of every batch of the first epoch, on the host."""
         pipeline = self.pipeline(documents, **train)
         trainer = Trainer(
-            None, None, self.algorithm, self.algorithm, self.mesh, self.vocab, self.head_WE, 2, self.target
+            None, None, self.algorithm, self.algorithm, self.mesh, self.vocab, self.head_WE, None, 2, self.target
         )
         with jax.set_mesh(self.mesh):
             hosts = batches_from(pipeline, 0, pipeline.steps_per_epoch, 2)

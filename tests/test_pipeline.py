@@ -246,13 +246,13 @@ def test_no_more_is_read_ahead_than_configured(prefetch):
     documents.reads.clear()
     documents.threads.clear()
     batches = batches_from(pipeline, 0, 1000, prefetch)
-    for taken in (1, 5):
-        last = len(list(islice(batches, taken))) and documents.reads
-        deadline = time.monotonic() + 10
-        while len(last) < 4 * prefetch and time.monotonic() < deadline:
+    for more, taken in ((1, 1), (5, 6)):
+        assert len(list(islice(batches, more))) == more
+        allowed, deadline = 4 * (taken + prefetch), time.monotonic() + 30
+        while len(documents.reads) < allowed and time.monotonic() < deadline:
             time.sleep(0.01)
-        time.sleep(0.05)  # a thread that reads on would do so now
-    assert len(documents.reads) == 4 * (1 + 5 + prefetch)
+        time.sleep(0.1)  # a thread that reads on would do so now
+        assert len(documents.reads) == allowed
     assert threading.get_ident() not in documents.threads
     batches.close()
     assert next(batches, None) is None

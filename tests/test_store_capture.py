@@ -146,6 +146,7 @@ def test_the_plan_says_what_the_store_takes(store, file, tiny_gguf, tmp_path, ca
     text = " ".join(capsys.readouterr().out.split())
     opened = FeatureStore(store)
     assert f"8 rows, {opened.lengths.sum()} tokens, {opened.supervised.sum()} supervised, 2 rows left out" in text
+    assert "coverage by draft_vocab_size: 256 100.0%" in text
     assert not (tmp_path / "none").exists()
     config = from_pretrained(str(tiny_gguf)).model.config
     documents = render_all(read_conversations(file), from_pretrained(str(tiny_gguf)).tokenizer, ChatOptions(4096), 0.5)

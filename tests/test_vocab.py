@@ -8,6 +8,7 @@ from flaxdraft.checkpoint import Checkpoints, abstract_like
 from flaxdraft.data.vocab import choose_vocab, coverage, coverage_by_size, describe_sizes, source_of
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
+from flaxdraft.train.resume import Resume, begin
 
 V = 50
 MAPS = {
@@ -115,6 +116,7 @@ def test_coverage_of_several_sizes():
     assert found[1024] == 1.0
     assert describe_sizes(counts, forced).endswith(f"256 {found[256]:.1%}, 512 {found[512]:.1%}, 1024 100.0%")
     assert list(coverage_by_size(counts, range(300))) == [512, 1024]  # a size must hold the forced ones
+    assert coverage_by_size(np.eye(1, 300, dtype=np.int64)[0], []) == {256: 1.0}
 
 
 def test_a_map_knows_what_it_was_chosen_from():
@@ -127,12 +129,13 @@ def test_a_map_knows_what_it_was_chosen_from():
 
 def test_a_checkpoint_keeps_where_its_map_is_from(tmp_path):
     """The same ids, chosen from other data: refused."""
-    state = {"x": jnp.arange(3.0)}
-    ids = np.array([1, 4, 9])
+    arrays = {"state": {"x": jnp.arange(3.0)}, "counters": {"tokens": jnp.zeros(2, jnp.int32)}}
+    mine, others = (VocabMap(np.array([1, 4, 9]), V, source) for source in ("these answers", "others"))
+    record = {"score": None, "inputs": {}, "vocab": {"size": 3, "source": mine.source}}
     with Checkpoints(tmp_path / "c") as checkpoints:
-        checkpoints.save(2, state, VocabMap(ids, V, "these answers"), force=True)
+        checkpoints.save(2, arrays, mine, record)
     with Checkpoints(tmp_path / "c") as checkpoints:
-        restored = checkpoints.restore(abstract_like(state), VocabMap(ids, V, "these answers"))
-        np.testing.assert_array_equal(restored["x"], state["x"])
-        with pytest.raises(InputError, match=r"chosen from other data, or with another tokenizer \('these answers'"):
-            checkpoints.restore(abstract_like(state), VocabMap(ids, V, "others"))
+        begun = begin(checkpoints, Resume("auto", {}, mine), abstract_like(arrays))
+        np.testing.assert_array_equal(begun.arrays["state"]["x"], arrays["state"]["x"])
+        with pytest.raises(InputError, match=r"another vocabulary map \(3 tokens, chosen from 'these answers'\)"):
+            begin(checkpoints, Resume("auto", {}, others), abstract_like(arrays))

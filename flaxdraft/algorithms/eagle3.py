@@ -229,7 +229,7 @@ class Algorithm:
         it would have proposed, up to its first miss. The batch must be whole along time (no `Example.split`).
         """
         sums, hit_BRJ = self._distill(draft, example)
-        count_BR = jnp.sum(jnp.cumprod(hit_BRJ.astype(jnp.int32), axis=-1), axis=-1)
+        count_BR = jnp.sum(jnp.cumprod(hit_BRJ, axis=-1, dtype=jnp.int32), axis=-1, dtype=jnp.int32)
         empty_BT = jnp.zeros_like(example.batch.tokens_BT)
         scatter = jax.vmap(lambda row, at, value: row.at[at].set(value, mode="drop"))
         return sums, scatter(empty_BT, example.rows_BR, count_BR)

@@ -154,12 +154,15 @@ def answer_all(arguments: argparse.Namespace) -> None:
 
 
 def capture_all(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
     from flaxdraft import targets
     from flaxdraft.data.chat import ChatOptions, render_all, tokenizer_digest
     from flaxdraft.data.conversations import read_conversations
     from flaxdraft.data.store import Source
     from flaxdraft.data.store_capture import capture
     from flaxdraft.data.store_writer import make_plan, start
+    from flaxdraft.data.vocab import describe_sizes
     from flaxdraft.fetch import content_of
     from flaxdraft.precision import DTYPES, Precision
     from flaxdraft.progress import CONSOLE
@@ -185,6 +188,10 @@ def capture_all(arguments: argparse.Namespace) -> None:
         f"{len(documents.rows)} rows, {plan.num_tokens} tokens, {supervised} supervised, {documents.silent} rows left "
         f"out that supervise nothing; {len(plan.first_rows) - 1} shards, {plan.num_bytes / 1e9:.2f} GB"
     )
+    counts = np.bincount(
+        np.concatenate([row.tokens[row.assistant] for row in documents.rows]), minlength=config.vocab_size
+    )
+    CONSOLE.print(describe_sizes(counts, tokenizer.all_special_ids))
     if arguments.plan:
         return
     missing = start(arguments.output_dir, plan)

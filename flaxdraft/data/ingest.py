@@ -21,6 +21,7 @@ import numpy as np
 from flaxdraft.data.chat import tokenizer_digest
 from flaxdraft.data.documents import Document
 from flaxdraft.data.generation import round_up
+from flaxdraft.data.outer import OuterWeights
 from flaxdraft.data.store import Source
 from flaxdraft.data.store_writer import Plan, fill, make_plan
 from flaxdraft.errors import InputError
@@ -78,32 +79,6 @@ def token_row(tokens: np.ndarray, mask: np.ndarray, where: str) -> TokenRow:
     return TokenRow(tokens.astype(np.int32), mask.astype(bool))
 
 
-class OuterWeights(NamedTuple):
-    """What stands before and behind a target's layers; float32."""
-
-    embedding_VE: np.ndarray
-    head_VE: np.ndarray | None  # None where it is the embedding
-    final_norm_E: np.ndarray
-    eps: float
-
-    def as_tensors(self) -> dict[str, np.ndarray]:
-        head = {} if self.head_VE is None else {"head": self.head_VE}
-        return {"embedding": self.embedding_VE, "final_norm": self.final_norm_E} | head
-
-
-def outer_weights(opened: OpenedTarget) -> OuterWeights:
-    """Embedding, head and final norm of a target; nothing else of it is read."""
-    config = opened.config(None)
-    names = {path: name for path, name, _ in opened.family.name_table(config)}
-
-    def read(path: str) -> np.ndarray:
-        shape = opened.source.shape(names[path])
-        return np.asarray(opened.source.read(names[path], tuple(slice(0, n) for n in shape)), np.float32)
-
-    head = None if config.tie_word_embeddings else read("head")
-    return OuterWeights(read("embed"), head, read("norm/scale"), config.rms_norm_eps)
-
-
 def plan_of(folder: Folder, opened: OpenedTarget, tap_layers: Sequence[int] | None, shard_tokens: int) -> Plan:
     """
     Raises:
@@ -148,7 +123,8 @@ def ingest(directory: Path, folder: Folder, opened: OpenedTarget, tap_layers: Se
     Raises:
         InputError: see `plan_of` and `store_writer.start`; a file is damaged, of another width, or not finite.
     """
-    plan, weights = plan_of(folder, opened, tap_layers, shard_tokens), outer_weights(opened)
+    plan = plan_of(folder, opened, tap_layers, shard_tokens)
+    weights = OuterWeights.of_target(opened, opened.config(tap_layers))
     CONSOLE.print(
         f"{len(folder.rows)} rows, {plan.num_tokens} tokens, taps of layers {list(plan.source.tap_layers)}, "
         f"{folder.num_left_out} rows left out; {len(plan.first_rows) - 1} shards, {plan.num_bytes / 1e9:.2f} GB"
@@ -168,7 +144,7 @@ def ingest(directory: Path, folder: Folder, opened: OpenedTarget, tap_layers: Se
             advance(1)
         return out
 
-    fill(directory, plan, read, weights.as_tensors, (0, 1))
+    fill(directory, plan, read, lambda: weights.tensors, (0, 1))
     if supervised:
         CONSOLE.print(f"{agreeing / supervised:.1%} of the supervised tokens are the target's argmax")
 
@@ -189,14 +165,14 @@ def _checked(folder: Folder, index: int, source: Source) -> States:
 
 def _finisher(weights: OuterWeights, dtype: str, last_is_normed: bool) -> Callable[[States], Features]:
     """From the states of a row to its features, in the dtype that the states came in, as the target computes them."""
-    head_VE = jnp.asarray(weights.embedding_VE if weights.head_VE is None else weights.head_VE).astype(dtype)
-    scale_E = jnp.asarray(weights.final_norm_E)
+    head_VE, scale_E = weights.head().astype(dtype), weights.final_norm()
+    eps = weights.config.rms_norm_eps
 
     @jax.jit
     def finished(last_BTE, head_VE):
         if not last_is_normed:
             wide = last_BTE.astype(jnp.float32)
-            normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + weights.eps)
+            normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
             last_BTE = (normed * scale_E[None, None]).astype(dtype)
         return last_BTE, *vocabulary.statistics(last_BTE, head_VE, Sharding.none())
 

@@ -81,7 +81,8 @@ def coverage_by_size(counts_V: np.ndarray, forced_ids: Sequence[int]) -> dict[in
     """The coverage of other sizes: powers of two from 256 on, until nothing is left out."""
     held = np.cumsum(counts_V[_ranked(counts_V, forced_ids)]) / max(counts_V.sum(), 1)
     needed = int(np.argmax(held == held[-1])) + 1
-    sizes = [2**k for k in range(8, 31) if len(forced_ids) <= 2**k < len(counts_V) and 2**k < 2 * needed]
+    last = max(2 * needed - 1, 256)
+    sizes = [2**k for k in range(8, 31) if len(forced_ids) <= 2**k <= min(last, len(counts_V))]
     return {size: float(held[size - 1]) for size in sizes}
 
 

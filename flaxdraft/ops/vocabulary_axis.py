@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 
 
 def total(x: Float[Array, "*shape"], axis: str | None) -> Float[Array, "*shape"]:
-    """The sum of the devices' parts. What follows is the same on every device, so that each part's gradient is that of
-    the sum, and nothing is added up on the way back."""
+    """The sum of the devices' parts. What follows must be the same on every device (else see `_shared`): each part's
+    gradient is then that of the sum, and nothing is added up on the way back."""
     return x if axis is None else _total(x, axis)
 
 
@@ -28,6 +28,15 @@ def _total(x, axis):
 
 
 _total.defvjp(lambda x, axis: (_total(x, axis), None), lambda axis, _, cotangent: (cotangent,))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _shared(x: jax.Array, axis: str) -> jax.Array:
+    """A number that is the same on every device, for use in what each makes of its own part: those uses add up."""
+    return x
+
+
+_shared.defvjp(lambda x, axis: (x, None), lambda axis, _, cotangent: (lax.psum(cotangent, axis),))
 
 
 def logsumexp(logits_CW: Float[Array, "C W"], axis: str | None) -> Float[Array, " C"]:
@@ -42,7 +51,7 @@ def softmax(logits_CW: Float[Array, "C W"], axis: str | None) -> Float[Array, "C
     """This device's part of the probabilities."""
     if axis is None:
         return jax.nn.softmax(logits_CW, axis=-1)
-    return jnp.exp(logits_CW - logsumexp(logits_CW, axis)[:, None])
+    return jnp.exp(logits_CW - _shared(logsumexp(logits_CW, axis), axis)[:, None])
 
 
 def highest(logits_CW: Float[Array, "C W"], axis: str | None) -> Float[Array, " C"]:

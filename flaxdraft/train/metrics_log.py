@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from flaxdraft import hosts
 from flaxdraft.errors import InputError
@@ -39,6 +38,8 @@ class MetricsLog:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
         self._file = path.open("a", encoding="utf-8")
+        from tensorboardX import SummaryWriter  # imports PyTorch where it is installed, which takes seconds
+
         # TensorBoard leaves out what lies behind `purge_step` in older files.
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
         if wandb_project is not None:

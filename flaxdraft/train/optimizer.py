@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import optax
+import optax.contrib
 
 from flaxdraft.config import TrainConfig
+from flaxdraft.mesh import spec_of
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:
@@ -25,10 +29,36 @@ def schedule(config: TrainConfig) -> optax.Schedule:
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Weight decay is for matrices alone: norm scales stay free."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            schedule(config), *config.betas, eps=config.eps, weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-        ),
+    rate = schedule(config)
+    adamw = optax.adamw(
+        rate, *config.betas, eps=config.eps, weight_decay=config.weight_decay,
+        mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
     )  # fmt: skip
+    if config.optimizer == "muon":
+        # Updates as large as AdamW's (arXiv 2502.16982), so that one rate and one decay do for both kinds.
+        muon = optax.contrib.muon(rate, weight_decay=config.weight_decay, consistent_rms=0.2)
+        adamw = _placed_by_xla(optax.partition({"muon": muon, "adamw": adamw}, _muon_or_adamw))
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def _muon_or_adamw(params: Any) -> Any:
+    """Muon is for matrices that map states to states: not for the head, an embedding, or a vector."""
+
+    def label(path, param):
+        name = jax.tree_util.keystr(path)
+        return "adamw" if param.ndim < 2 or "lm_head" in name or "embed_tokens" in name else "muon"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _placed_by_xla(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same transformation of arrays on a mesh: it multiplies matrices by themselves, and XLA chooses how to share
+    that out; what comes back lies where it lay."""
+
+    def update(updates, state, params=None):
+        if jax.sharding.get_abstract_mesh().empty:
+            return inner.update(updates, state, params)
+        places = jax.tree.map(spec_of, (updates, state))
+        return jax.sharding.auto_axes(inner.update, out_sharding=places)(updates, state, params)
+
+    return optax.GradientTransformation(inner.init, update)

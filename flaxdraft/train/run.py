@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from rich.text import Text
 
-from flaxdraft import hosts, reads, targets
+from flaxdraft import hosts, reads
 from flaxdraft.config import RunConfig, nearest
 from flaxdraft.continuing import flatten
 from flaxdraft.data.capture import capture, is_captured, load_split, write_texts
@@ -25,6 +25,7 @@ from flaxdraft.data.chat import tokenizer_digest
 from flaxdraft.data.documents import AnsweredPrompts, Documents
 from flaxdraft.data.generation import Row
 from flaxdraft.data.online import open_conversations
+from flaxdraft.data.outer import OuterWeights
 from flaxdraft.data.pipeline import make_pipeline
 from flaxdraft.data.prompts import SPLITS, Prompt, read_prompts, render
 from flaxdraft.data.store import MANIFEST, FeatureStore
@@ -38,6 +39,7 @@ from flaxdraft.fetch import content_of, digest_of, sha256_of
 from flaxdraft.interfaces import Target, VocabMap, find_by_name
 from flaxdraft.lock import DirectoryLock
 from flaxdraft.mesh import Sharding, make_mesh
+from flaxdraft.nn.decoder import DecoderConfig
 from flaxdraft.nn.places import check_heads, on_mesh, weight_on_mesh
 from flaxdraft.precision import DTYPES, Precision
 from flaxdraft.progress import CONSOLE, process_log
@@ -48,6 +50,7 @@ from flaxdraft.train.loop import Trainer
 from flaxdraft.train.metrics_log import check_wandb, read_metrics
 from flaxdraft.train.place import SHARDING, check_batch
 from flaxdraft.train.resume import Resume
+from flaxdraft.train.run_target import RunTarget
 from flaxdraft.train.start import check_target, load_start
 from flaxdraft.train.state import split_draft, warm_start
 
@@ -87,6 +90,12 @@ class Run:
         given = [name for name in ("store", "conversations") if getattr(config.data, name) is not None]
         if len(given) == 2:
             raise InputError("data.store, data.conversations: both are given; training reads one of them")
+        if given == ["conversations"] and config.mesh.sequence > 1:
+            raise InputError(
+                "mesh.sequence: features that the target makes while the draft trains (data.conversations) are not "
+                "split along rows; capture a store (python -m flaxdraft.data capture) and give data.store, or leave "
+                "mesh.sequence at 1"
+            )
         self.splits = ("held_out",) if given else SPLITS
         self.prompts = read_prompts(config.data.prompts, self.splits)
         check_batch(config)
@@ -113,6 +122,7 @@ class Run:
             "seed": config.seed, "draft": draft, "algorithm": config.algorithm.model_dump(),
             "train": config.train.model_dump(),
         }  # fmt: skip
+        self.target = RunTarget(config.target, lambda: _say("target", config.target.path), self._check_target)
         self.allowed = allowed
         known = [*flatten(self.draft_inputs)]
         for field in allowed:
@@ -131,31 +141,18 @@ class Run:
                 allowed,
             )  # fmt: skip
 
-    @functools.cached_property
-    def target(self):
-        """The loaded target with its tokenizer; only stages that need it load it."""
-        _say("target", self.config.target.path)
-        taps = self.config.target.tap_layers
-        address, sha256 = self.config.target.path, self.config.target.sha256
-        loaded = targets.from_pretrained(address, sha256=sha256, tap_layers=taps)
-        c = loaded.model.config
-        if loaded.tokenizer is None or not loaded.tokenizer.chat_template:
-            raise InputError(
-                f"target.path: {loaded.path} has no {'tokenizer' if loaded.tokenizer is None else 'chat template'}, "
-                "which it takes to ask the target; put the model's tokenizer.json and tokenizer_config.json there"
-            )
-        if c.tap_layers[2] == c.num_hidden_layers - 1:
-            raise InputError(
-                f"target.tap_layers: {list(c.tap_layers)} holds the last layer, which SGLang cannot capture; "
-                f"expected layers up to {c.num_hidden_layers - 2}"
-            )
+    def _check_target(self, target: DecoderConfig) -> None:
         if self.start is not None:
-            check_target(self.start, c, self.config.draft.init_from)
-        CONSOLE.print(
-            f"  {c.num_hidden_layers} layers, width {c.hidden_size}, vocabulary {c.vocab_size}, "
-            f"taps after layers {', '.join(map(str, c.tap_layers))}"
-        )
-        return loaded
+            check_target(self.start, target, self.config.draft.init_from)
+
+    @functools.cached_property
+    def outer(self) -> Target | OuterWeights:
+        """The target's embedding, head and final norm; its layers are not loaded where their features are given."""
+        if self.config.data.store is not None:
+            return OuterWeights.of_store(self.documents, self.target.config)
+        if self.config.data.conversations is not None:
+            return OuterWeights.of_target(self.target.opened, self.target.config)
+        return self.target.loaded.model
 
     def _split(self, split: str) -> list[Prompt]:
         prompts = [prompt for prompt in self.prompts if prompt.split == split]
@@ -177,7 +174,7 @@ class Run:
         if result is None or not all(
             is_captured(self.data_dir, split, len(order), data.rows) for split, order in result["order"].items()
         ):
-            target = self.target
+            target = self.target.loaded
             _say("data", "the target answers the prompts")
             self._check_context()
             special = sorted({*target.tokenizer.all_special_ids, *target.stop_tokens})
@@ -208,7 +205,7 @@ class Run:
         Raises:
             InputError: a prompt with its longest answer would leave the target's context.
         """
-        data, context = self.config.data, self.target.model.config.max_position_embeddings
+        data, context = self.config.data, self.target.config.max_position_embeddings
         for split in self.splits:
             field, limit = self._answer_limit(split)
             rendered = [render(self.target.tokenizer, p, data.max_prompt_tokens) for p in self._split(split)]
@@ -223,7 +220,7 @@ class Run:
         """The architecture's Config: the target's sizes, with draft.fields on top; or that of draft.init_from."""
         if self.start is not None:
             return self.start.config
-        defaults = self.draft_module.Config.for_target(self.target.model.config, self.config.draft.draft_vocab_size)
+        defaults = self.draft_module.Config.for_target(self.target.config, self.config.draft.draft_vocab_size)
         fields = self.config.draft.fields
         for name in fields:
             if name not in defaults or name == "rope":
@@ -237,7 +234,7 @@ class Run:
         """A draft as it is before training."""
         config = self.draft_config()
         same_width = config.hidden_size == config.target_hidden_size
-        embedding = self.target.model.embedding() if same_width else None
+        embedding = self.outer.embedding() if same_width else None
         draft = self.draft_module.make(
             config, self.vocab, embedding, precision=Precision(compute=DTYPES[compute]), sharding=sharding,
             rngs=nnx.Rngs(self.config.seed),
@@ -245,7 +242,7 @@ class Run:
         if self.start is not None:
             nnx.update(draft, self.start.params)
         elif self.config.draft.warm_start and same_width:
-            warm_start(draft, self.target.model, self.vocab)
+            warm_start(draft, self.outer, self.vocab)
         return draft
 
     @functools.cached_property
@@ -261,14 +258,14 @@ class Run:
         Raises:
             InputError: the store is of another target or tokenizer; conversations cannot be read or rendered.
         """
-        target = self.target
+        vocab_size = self.target.config.vocab_size
         if self.config.data.conversations is not None:
-            return open_conversations(self.config.data, target.tokenizer, target.model.config.vocab_size)
+            return open_conversations(self.config.data, self.target.tokenizer, vocab_size)
         if self.config.data.store is None:
-            return AnsweredPrompts(self.data_rows["train"], target.model.config.vocab_size)
+            return AnsweredPrompts(self.data_rows["train"], vocab_size)
         expected = {
-            "target": content_of(str(target.path), self.config.target.sha256),
-            "tokenizer": tokenizer_digest(target.tokenizer), "tap_layers": [*target.model.config.tap_layers],
+            "target": content_of(str(self.target.opened.path), self.config.target.sha256),
+            "tokenizer": tokenizer_digest(self.target.tokenizer), "tap_layers": [*self.target.config.tap_layers],
         }  # fmt: skip
         return FeatureStore(self.config.data.store, expected)
 
@@ -300,8 +297,8 @@ class Run:
         pipeline = make_pipeline(self.documents, self.algorithm, config, self.config.data, self.config.seed, part)
         CONSOLE.print(f"  {pipeline.layout.describe()}")
         # Loaded before the mesh is set: target and vocabulary stay on one device, where decoding uses them.
-        target, _, head_WE = self.target, self.vocab, self.teacher_head(config.compute_dtype)
-        _say("train", f"{config.num_steps} steps of {config.batch_size} answers to {target.path.name}")
+        _, head_WE = self.vocab, self.teacher_head(config.compute_dtype)
+        _say("train", f"{config.num_steps} steps of {config.batch_size} answers to {self.target.opened.path.name}")
         graphdef, params, frozen = split_draft(self.make_draft(SHARDING, config.compute_dtype))
         check_heads(self.draft_config(), SHARDING, self.mesh.shape)
         with jax.set_mesh(self.mesh):
@@ -313,32 +310,28 @@ class Run:
             trainer = Trainer(
                 self.draft_dir, config, self.algorithm, self.evaluation, self.mesh, self.vocab,
                 weight_on_mesh("teacher head", head_WE, self.mesh, SHARDING.weight_ve), resume,
-                self.config.data.prefetch, self.reader,
+                self.config.data.prefetch, self.reader(),
             )  # fmt: skip
             params = trainer.train(graphdef, params, frozen, pipeline, self.data_rows["held_out"])
         return jax.device_put(reads.read(params), jax.local_devices()[0])
-
-    def record(self) -> None:
-        """Refuses what no server loads before any time is spent on it, and keeps what a later export asks for."""
-        taps, target = self.target.model.config.tap_layers, self.target.hf_config
-        check_servable(self.draft_config(), taps, target)
-        if hosts.is_main():
-            DraftRecord(self.draft_config().to_hf(), taps, target, self.config.target.path).write(self.draft_dir)
 
     @functools.cached_property
     def reader(self) -> Target | None:
         """The target on the training mesh, where it reads conversations while the draft trains."""
         if self.config.data.conversations is None:
             return None
-        target, dtype = self.config.target, DTYPES[self.config.train.compute_dtype]
-        return targets.from_pretrained(
-            target.path, sha256=target.sha256, tap_layers=target.tap_layers, precision=Precision(dtype, dtype),
-            mesh=self.mesh,
-        ).model  # fmt: skip
+        return self.target.on(self.mesh, DTYPES[self.config.train.compute_dtype])
+
+    def record(self) -> None:
+        """Refuses what no server loads before any time is spent on it, and keeps what a later export asks for."""
+        taps, target = self.target.config.tap_layers, self.target.opened.source.config
+        check_servable(self.draft_config(), taps, target)
+        if hosts.is_main():
+            DraftRecord(self.draft_config().to_hf(), taps, target, self.config.target.path).write(self.draft_dir)
 
     def teacher_head(self, dtype: str) -> jax.Array:
         """[W, E]: the target's head rows of the draft vocabulary."""
-        return self.target.model.head()[self.vocab.target_ids_W].astype(DTYPES[dtype])
+        return self.outer.head()[self.vocab.target_ids_W].astype(DTYPES[dtype])
 
     @property
     def _evaluate_stage(self) -> Stage:
@@ -363,7 +356,7 @@ class Run:
         forced = evaluate_teacher_forced(make_accepted(graphdef, self.evaluation, frozen, head_WE)(params), rows,
                                          self.evaluation, EVALUATION_ROWS)  # fmt: skip
         decoded = decode_held_out(
-            self.target.model, *nnx.split(nnx.merge(graphdef, params, frozen)), rows,
+            self.target.loaded.model, *nnx.split(nnx.merge(graphdef, params, frozen)), rows,
             max_new_tokens=config.max_new_tokens, chain_length=config.chain_length,
             end_token=self.data()["eos"], num_rows=self.config.data.rows,
         )  # fmt: skip
@@ -396,13 +389,13 @@ class Run:
         if self.exported():
             _say("export", f"done before: {directory}")
             return directory
-        params, target = self.params, self.target
+        params = self.params
         _say("export", str(directory))
         stage.path.unlink(missing_ok=True)
         export(
             directory, self.draft_module, self.draft_config(), params, self.vocab,
-            tap_layers=target.model.config.tap_layers, target_config=target.hf_config, dtype=self.config.export.dtype,
-            target_path=self.config.target.path, run=self.draft_dir,
+            tap_layers=self.target.config.tap_layers, target_config=self.target.opened.source.config,
+            dtype=self.config.export.dtype, target_path=self.config.target.path, run=self.draft_dir,
         )  # fmt: skip
         stage.store(_digests(directory))
         return directory

@@ -37,9 +37,9 @@ def init_state(params: nnx.State, tx: optax.GradientTransformation, num_steps: i
     Args:
         ema: whether a running mean of the parameters is kept.
     """
-    none = jnp.zeros((), jnp.int32)
+    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two buffers: the state is donated
     mean = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(none, params, tx.init(params), jnp.zeros(num_steps), none, mean)
+    return TrainState(step, params, tx.init(params), jnp.zeros(num_steps), skipped, mean)
 
 
 def evaluation_params(state: TrainState) -> nnx.State:

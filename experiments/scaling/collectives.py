@@ -1,0 +1,112 @@
+"""The collectives of a partitioned program: what crosses devices in one run of it, and how long that takes.
+
+Read from the HLO right after XLA has cut the program into one per device, while every array still has the type that
+the program gave it (XLA's CPU compiler widens bfloat16 later on).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "f64": 8, "s8": 1, "u8": 1, "s64": 8}
+NODE = 8  # GPUs that share NVLink
+NVLINK, INFINIBAND = 450e9, 50e9  # bytes a second and GPU, one way: H100 SXM; one 400 Gb/s adapter a GPU
+LATENCY = {"NVLink": 10e-6, "InfiniBand": 30e-6}  # of one collective
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    kind: str
+    bytes: int  # of one device's whole buffer: gathered result, reduced operand
+    group: tuple[int, ...]  # devices of the first group
+    times: int  # in one step
+
+    def seconds(self, nodes: bool) -> float:
+        """By the ring's law. Inside a node, or where `nodes` is false and all devices share NVLink, at its rate; across
+        nodes every GPU of the group in a node brings its own adapter."""
+        size = len(self.group)
+        per_node = max(collections.Counter(device // NODE for device in self.group).values())
+        apart = nodes and per_node < size
+        rate = min(NVLINK, INFINIBAND * per_node) if apart else NVLINK
+        turns = {"all-reduce": 2.0 * (size - 1) / size, "collective-permute": 1.0}.get(self.kind, (size - 1) / size)
+        return self.times * (turns * self.bytes / rate + LATENCY["InfiniBand" if apart else "NVLink"])
+
+
+def parse(text: str, loop_trips: int) -> list[Collective]:
+    """Every collective over two devices or more.
+
+    Args:
+        loop_trips: of the one loop that holds collectives (the walk over the loss's chunks), whose number of trips
+            depends on the data.
+    """
+    parts = {}
+    for part in re.split(r"\n\n", text):
+        if header := re.match(r"\s*(?:ENTRY )?%?([\w.\-]+) ", part):
+            parts[header.group(1)] = part
+    in_loops = _reachable(parts)
+    found = []
+    for name, part in parts.items():
+        for line in part.splitlines():
+            match = re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
+            if not match:
+                continue
+            group = _group(line)
+            if len(group) < 2:
+                continue
+            kind, size = match.group(2), _size(match.group(1))
+            size *= len(group) if kind == "reduce-scatter" else 1
+            found.append(Collective(kind, size, group, loop_trips if name in in_loops else 1))
+    return found
+
+
+def _reachable(parts: dict[str, str]) -> set[str]:
+    """The computations that some loop runs."""
+    waiting = [name for text in parts.values() for name in re.findall(r"body=%?([\w.\-]+)", text)]
+    seen = set()
+    while waiting:
+        name = waiting.pop()
+        if name in parts and name not in seen:
+            seen.add(name)
+            waiting += re.findall(r"(?:calls|to_apply|body)=%?([\w.\-]+)", parts[name])
+            for several in re.findall(r"branch_computations=\{([^}]*)\}", parts[name]):
+                waiting += re.findall(r"%?([\w.\-]+)", several)
+    return seen
+
+
+def _size(result: str) -> int:
+    shapes = re.findall(r"(\w+)\[([\d,]*)\]", result)
+    return sum(BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in shapes)
+
+
+def _group(line: str) -> tuple[int, ...]:
+    """The devices of the first group, however it is written."""
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
+        moved = [tuple(map(int, pair)) for pair in re.findall(r"(\d+),(\d+)", pairs.group(1)) if pair[0] != pair[1]]
+        return moved[0] if moved else ()
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return tuple(map(int, listed.group(1).split(",")))
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        shape, source, order = (x and [int(n) for n in x.split(",")] for x in iota.groups())
+        devices = np.arange(math.prod(source)).reshape(source)
+        devices = devices.transpose(order) if order else devices
+        return tuple(devices.reshape(shape)[0].tolist())
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+        names, sizes = zip(*re.findall(r"'([^']+)'=(\d+)", mesh.group(1)), strict=True)
+        chosen = [names.index(name) for name in re.findall(r"'([^']+)'", mesh.group(2))]
+        devices = np.arange(math.prod(map(int, sizes))).reshape([int(n) for n in sizes])
+        rest = [i for i in range(len(names)) if i not in chosen]
+        return tuple(devices.transpose(rest + chosen).reshape(-1, math.prod(int(sizes[i]) for i in chosen))[0].tolist())
+    raise ValueError(f"no devices in {line.strip()[:300]}")
+
+
+def partitioned_text(folder: Path) -> str:
+    """The dump of XLA's pass pipeline right after partitioning."""
+    (path,) = folder.glob("*jit_train_step*after_spmd-partitioning*.txt")
+    return path.read_text()

@@ -1,0 +1,76 @@
+"""Training over every axis of the mesh: the loss curve, the counts and the weights of one device."""
+
+import itertools
+import re
+
+import jax
+import numpy as np
+import pytest
+from test_contracts import DRAFTS
+from training import E, train
+
+from flaxdraft.errors import InputError
+from flaxdraft.mesh import AXES, make_mesh
+
+AXIS_NAMES = [axis for axis in AXES if axis != "expert"]
+COUNTS = ("loss_count_J", "row_count_J", "hit_J", "prefix_hit_J")
+DEFAULT = [{axis: 8} for axis in AXIS_NAMES] + [{"fsdp": 4, "tensor": 2}]
+SLOW = [{axis: size} for axis in AXIS_NAMES for size in (2, 4)]
+SLOW += [{a: 2, b: 4} for a, b in itertools.permutations(AXIS_NAMES, 2)]
+SLOW += [{"fsdp": 2, "tensor": 2, "sequence": 2}]
+
+
+MESHES = [pytest.param(shape, id=str(shape)) for shape in DEFAULT]
+MESHES += [pytest.param(shape, id=str(shape), marks=pytest.mark.slow) for shape in SLOW if shape not in DEFAULT]
+
+
+def check(got, want):
+    np.testing.assert_allclose(got.losses, want.losses, rtol=1e-5)
+    for a, b in zip(got.sums, want.sums, strict=True):
+        for name in COUNTS:
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    for a, b in zip(jax.tree.leaves(got.params), jax.tree.leaves(want.params), strict=True):
+        assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b)
+    assert got.losses[3] < got.losses[0]  # the same batch
+
+
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("name", DRAFTS)
+def test_the_curve_is_that_of_one_device(name, shape):
+    """In two micro-batches, and in one on one device."""
+    got = train(name, shape, 2)
+    check(got, train(name, {}, 1))
+    # Weights and their moments lie in the same pieces.
+    per_name = {path: specs for path, specs in got.specs.items() if re.search(r"(kernel|scale)", path)}
+    assert per_name
+    assert all(len(specs) == 1 for specs in per_name.values()), per_name
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 2, "tensor": 2, "sequence": 2}], ids=str)
+def test_a_trained_embedding(shape):
+    """A draft of another width than its target's owns an embedding, whose vocabulary and width are split."""
+    fields = {"hidden_size": E // 2}
+    check(train("llama", shape, 2, **fields), train("llama", {}, 1, **fields))
+
+
+@pytest.mark.slow
+def test_muon():
+    check(train("llama", {"fsdp": 4, "tensor": 2}, 2, "muon"), train("llama", {}, 1, "muon"))
+
+
+def test_more_devices_than_there_are():
+    with pytest.raises(InputError, match=r"mesh.data: 16, mesh.tensor: 4 devices were asked for, 8 are visible"):
+        make_mesh(data=16, tensor=4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "fields", "message"),
+    [
+        ({"tensor": 8}, {"num_key_value_heads": 4}, r"mesh.tensor: 8 devices do not divide num_key_value_heads \(4,\)"),
+        ({"tensor": 8}, {"intermediate_size": 44}, r"mesh.tensor: 8 .* mlp/\w+/kernel .* a divisor of 44"),
+        ({"fsdp": 8}, {"hidden_size": 36}, r"mesh.fsdp: 8 devices do not divide embed_tokens \(64, 36\)"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_is_refused(shape, fields, message):
+    with pytest.raises(InputError, match=message):
+        train("llama", shape, 1, **fields)

@@ -1,0 +1,68 @@
+"""The distillation loss with its head split by vocabulary over eight devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import P
+from test_distillation import ACCEPTED, WEIGHTS, make, weighted
+
+from flaxdraft.mesh import TENSOR_AXIS, make_mesh, per_device
+from flaxdraft.ops.distillation import Plan, TeacherHead, distill
+from flaxdraft.ops.objectives import OBJECTIVES
+from flaxdraft.ops.vocabulary_axis import argmax
+
+W = 16
+
+
+def every_objective(num_devices: int, whole_head: bool):
+    """Sums, hits and gradients of each objective, in one program."""
+    states, head, teacher, _, supervised = make()
+    rng = np.random.default_rng(5)
+    head = jnp.asarray(rng.normal(size=(head.shape[0], W)), jnp.float32)
+    full_VE = jnp.asarray(rng.normal(size=(2 * W, teacher.last_BRE.shape[-1])), jnp.float32)
+    draft_ids = jnp.where(jnp.arange(2 * W) % 2 == 0, jnp.arange(2 * W) // 2, -1)
+    teacher_head = TeacherHead(full_VE[::2])
+    if whole_head:
+        teacher_head = TeacherHead(full_VE[::2], full_VE, draft_ids)
+        teacher = teacher._replace(logsumexp_BR=None, draft_argmax_BR=None)
+    mesh = make_mesh(tensor=num_devices)
+    place = lambda tree, spec: jax.device_put(tree, jax.NamedSharding(mesh, spec))  # noqa: E731
+    with jax.set_mesh(mesh):
+        states, teacher, supervised, teacher_head = place((states, teacher, supervised, teacher_head), P())
+        head = place(head, P(None, TENSOR_AXIS))
+
+        def loss(states, head, objective):
+            plan = Plan(WEIGHTS, objective, chunk=4)
+            sums, hit = distill(plan, states, head, teacher, teacher_head, supervised, ACCEPTED)
+            return weighted(sums), (sums, hit)
+
+        grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        return jax.device_get(jax.jit(lambda *a: {name: grad(*a, name) for name in OBJECTIVES})(states, head))
+
+
+def check(whole_head: bool):
+    want, got = (every_objective(n, whole_head) for n in (1, 8))
+    for name in OBJECTIVES:
+        for a, b in zip(jax.tree.leaves(got[name]), jax.tree.leaves(want[name]), strict=True):
+            if np.issubdtype(b.dtype, np.floating):
+                np.testing.assert_allclose(a, b, rtol=3e-6, atol=2e-6, err_msg=name)
+            else:
+                np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def test_every_objective_is_that_of_one_device():
+    check(whole_head=False)
+
+
+def test_statistics_of_the_full_vocabulary_are_put_together():
+    check(whole_head=True)
+
+
+def test_the_lowest_id_wins_a_tie():
+    logits = np.random.default_rng(0).integers(0, 3, (200, W)).astype(np.float32)
+    mesh = make_mesh(tensor=8)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(logits, jax.NamedSharding(mesh, P(None, TENSOR_AXIS)))
+        got = jax.jit(lambda x: per_device(lambda x: argmax(x, TENSOR_AXIS), P(), x))(placed)
+    np.testing.assert_array_equal(got, logits.argmax(axis=-1))
+    assert (np.sum(logits == logits.max(axis=-1, keepdims=True), axis=-1) > 1).mean() > 0.9

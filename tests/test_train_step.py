@@ -1,0 +1,147 @@
+"""The optimizer step by itself: schedules, decay, steps that are skipped, averaged weights, compiles."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_contracts import DRAFTS, T, V, W, example, make_draft
+
+from flaxdraft.algorithms.eagle3 import Algorithm
+from flaxdraft.config import TrainConfig
+from flaxdraft.data.generation import Row
+from flaxdraft.data.pipeline import Pipeline
+from flaxdraft.interfaces import Example, Features
+from flaxdraft.train.optimizer import optimizer, schedule
+from flaxdraft.train.state import evaluation_params, init_state, split_draft
+from flaxdraft.train.step import make_train_step
+
+CONFIG = TrainConfig(num_steps=100, learning_rate=1.0, warmup_ratio=0.1, final_lr_ratio=0.1, decay_ratio=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("cosine", {0: 0.0, 5: 0.5, 10: 1.0, 55: 0.55, 100: 0.1}),
+        ("constant", {0: 0.0, 5: 0.5, 10: 1.0, 55: 1.0, 100: 1.0}),
+        ("wsd", {0: 0.0, 5: 0.5, 10: 1.0, 80: 1.0, 90: 0.55, 100: 0.1, 200: 0.1}),
+    ],
+)
+def test_schedules(name, want):
+    rate = schedule(CONFIG.model_copy(update={"schedule": name}))
+    for step, value in want.items():
+        assert float(rate(step)) == pytest.approx(value, abs=1e-6), step
+
+
+def test_a_schedule_that_is_all_warmup_and_decay():
+    rate = schedule(CONFIG.model_copy(update={"schedule": "wsd", "num_steps": 3, "decay_ratio": 1.0}))
+    assert [round(float(rate(step)), 3) for step in range(4)] == [0.0, 1.0, 0.55, 0.1]
+
+
+def test_norms_do_not_decay():
+    """Without a gradient nothing but decay moves a weight."""
+    params = {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}
+    tx = optimizer(CONFIG.model_copy(update={"weight_decay": 0.5, "schedule": "constant"}))
+    state = tx.init(params)
+    for _ in range(2):  # the first rate of the warmup is 0
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    assert float(updates["kernel"][0, 0]) == pytest.approx(-0.5 * 0.1)
+    assert not updates["scale"].any()
+
+
+def test_muon_is_for_matrices_between_states():
+    """Its updates are near orthogonal; head and norms get AdamW's, whose first update is the sign."""
+    rng = np.random.default_rng(0)
+    shapes = {"fc": (6, 4), "lm_head": (6, 4), "norm": (4,)}
+    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    tx = optimizer(CONFIG.model_copy(update={"optimizer": "muon", "schedule": "constant", "warmup_ratio": 0.0}))
+    state = tx.init(params)
+    _, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)  # the first rate of the warmup is 0
+    updates, _ = tx.update(params, state, params)
+    values = np.linalg.svd(np.asarray(updates["fc"]), compute_uv=False)
+    assert values.max() / values.min() < 2 < np.linalg.cond(params["fc"])
+    for name in ("lm_head", "norm"):
+        np.testing.assert_array_equal(np.sign(updates[name]), -np.sign(params[name]))
+        assert np.ptp(np.abs(updates[name])) < 1e-3
+
+
+@pytest.fixture(scope="module")
+def averaged():
+    """(graphdef, frozen, fresh state, step) that keeps a running mean."""
+    graphdef, params, frozen = split_draft(make_draft(DRAFTS["llama"]))
+    tx = optimizer(CONFIG.model_copy(update={"learning_rate": 1e-2}))
+    step = make_train_step(graphdef, Algorithm(3), tx, ema_decay=0.75)
+    return frozen, lambda: init_state(jax.tree.map(jnp.copy, params), tx, 3, ema=True), step
+
+
+def test_a_step_that_is_not_finite_changes_nothing(averaged):
+    frozen, fresh, step = averaged
+    good = example()
+    broken = dataclasses.replace(
+        good, features=dataclasses.replace(good.features, taps_BT3E=good.features.taps_BT3E.at[0, 5].set(jnp.nan))
+    )
+    state, metrics = step(fresh(), frozen, good)
+    assert int(metrics.skipped) == 0
+    before = jax.device_get(state)
+    state, metrics = step(state, frozen, broken)
+    assert not np.isfinite(metrics.loss)
+    after = jax.device_get(state)
+    assert (int(after.step), int(after.skipped), int(metrics.skipped)) == (2, 1, 1)
+    same = dataclasses.replace(after, step=before.step, skipped=before.skipped)
+    jax.tree.map(np.testing.assert_array_equal, same, before)
+    state, metrics = step(state, frozen, good)  # and training goes on
+    assert np.isfinite(metrics.loss)
+    assert int(state.skipped) == 1
+    assert any(
+        (a != b).any() for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(before.params), strict=True)
+    )
+
+
+def test_the_running_mean_is_what_is_evaluated(averaged):
+    frozen, fresh, step = averaged
+    state = fresh()
+    means = jax.device_get(state.params)
+    for _ in range(3):
+        state, _ = step(state, frozen, example())
+        means = jax.tree.map(lambda m, p: 0.75 * m + 0.25 * np.asarray(p), means, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), evaluation_params(state), means)
+    plain = dataclasses.replace(state, ema=None)
+    assert evaluation_params(plain) is plain.params
+
+
+def test_acceptance_is_that_of_the_last_global_batch(averaged):
+    frozen, fresh, step = averaged
+    state, metrics = step(fresh(), frozen, example())
+    np.testing.assert_allclose(state.accepted_J, metrics.sums.expected_accept_J / metrics.sums.row_count_J, rtol=1e-6)
+    nothing = dataclasses.replace(example(), rows_BR=jnp.full_like(example().rows_BR, T))
+    kept = np.asarray(state.accepted_J)
+    state, metrics = step(state, frozen, nothing)
+    np.testing.assert_array_equal(state.accepted_J, kept)
+    assert step._cache_size() == 1
+
+
+def test_two_length_buckets_compile_twice():
+    """200 steps through the batches of a pipeline."""
+    rng = np.random.default_rng(0)
+
+    def row(length):
+        normal = lambda *tail: rng.normal(size=(length, *tail)).astype(np.float32)  # noqa: E731
+        tokens = rng.integers(0, V, length).astype(np.int32)
+        return Row(tokens, 4, Features(normal(3, 32), normal(32), tokens, normal() + 5))
+
+    algorithm = Algorithm(2)
+    rows = [row(length) for length in (20, 21, 22, 23, 24, 25, 50, 51, 52)]
+    pipeline = Pipeline(rows, algorithm, batch_size=2, seed=0, num_buckets=2)
+    graphdef, params, frozen = split_draft(make_draft(DRAFTS["llama"]))
+    tx = optimizer(CONFIG.model_copy(update={"learning_rate": 1e-3, "num_steps": 200}))
+    step, head_WE = make_train_step(graphdef, algorithm, tx), jnp.asarray(rng.normal(size=(W, 32)), jnp.float32)
+    state = jax.jit(lambda params: init_state(params, tx, 2))(params)
+    lengths = set()
+    for i in range(200):
+        host = pipeline.batch(i)
+        lengths.add(host.batch.tokens_BT.shape)
+        state, _ = step(state, frozen, Example(host.batch, host.features, host.rows_BR, head_WE))
+    assert int(state.step) == 200
+    assert len(lengths) == 2
+    assert step._cache_size() == 2
