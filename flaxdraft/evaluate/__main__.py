@@ -95,7 +95,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     claim(a.out, inputs, "Give another --out, or remove it to start anew.")
     precision = Precision(compute=DTYPES[a.dtype], param=DTYPES[a.dtype])
-    loaded = targets.from_pretrained(a.target, tap_layers=tapped_layers(directory), precision=precision)
+    taps = tapped_layers(directory, targets.open_target(a.target))
+    loaded = targets.from_pretrained(a.target, tap_layers=taps, precision=precision)
     if loaded.tokenizer is None or not loaded.tokenizer.chat_template:
         raise InputError(
             f"{a.target}: has no {'tokenizer' if loaded.tokenizer is None else 'chat template'}, which it takes to ask "
