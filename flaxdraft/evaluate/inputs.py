@@ -20,21 +20,6 @@ from flaxdraft.serving.taps import is_deepseek, outputs_of
 from flaxdraft.targets import LoadedTarget, OpenedTarget
 
 
-def draft_directory(path: Path) -> Path:
-    """The serving directory: the path itself, or the export of a run's draft folder.
-
-    Raises:
-        InputError: neither is there.
-    """
-    for directory in (path, path / "export"):
-        if (directory / "config.json").exists():
-            return directory
-    raise InputError(
-        f"draft {path}: no config.json there and no export/ in it; expected what a run exports, what "
-        "tools/convert writes, or a run's draft folder whose export is done"
-    )
-
-
 def tapped_layers(directory: Path, opened: OpenedTarget) -> list[int] | None:
     """The layers that a draft's config.json names, by output; None where it leaves them to the default.
 
