@@ -246,7 +246,8 @@ class Eagle3Draft(nnx.Module):
         self, embeds_BTD: Float[Array, "B T D"], hidden_BTD: Float[Array, "B T D"]
     ) -> Float[Array, "B T X"]:
         """Normed embedding first, normed hidden second."""
-        return jnp.concatenate([self.input_layernorm(embeds_BTD), self.hidden_norm(hidden_BTD)], axis=-1)
+        x_BTX = jnp.concatenate([self.input_layernorm(embeds_BTD), self.hidden_norm(hidden_BTD)], axis=-1)
+        return self.self_attn.shared_input(x_BTX)
 
     def query(self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
         return self.self_attn.query(x_BTX, positions_BT)

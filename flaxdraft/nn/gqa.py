@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.mesh import Sharding, along
+from flaxdraft.mesh import Sharding, along, into_columns
 from flaxdraft.nn.layers import WHOLE, RMSNorm, column, row
 from flaxdraft.nn.rope import RopeConfig, cos_sin, rotate_half
 from flaxdraft.precision import Precision
@@ -57,6 +57,10 @@ class GQA(nnx.Module):
 
     def _rotated(self, x_BTNH, positions_BT):
         return rotate_half(x_BTNH, *cos_sin(self.config.rope, self.config.head_dim, positions_BT))
+
+    def shared_input(self, x_BTX: Float[Array, "B T X"]) -> Float[Array, "B T X"]:
+        """What `query` and `key_value` both read."""
+        return into_columns(x_BTX, self.sharding.act_btf)
 
     def query(self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
         q_BTNH = self._heads(self.q_proj(x_BTX), self.config.num_attention_heads)

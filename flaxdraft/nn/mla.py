@@ -59,6 +59,10 @@ class MLA(nnx.Module):
         c = self.config
         return (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5 * c.rope.softmax_mscale()
 
+    def shared_input(self, x_BTX: Float[Array, "B T X"]) -> Float[Array, "B T X"]:
+        """What `query` and `key_value` both read; the latents made of it are not split."""
+        return x_BTX
+
     def query(self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
         c = self.config
         flat = self.q_proj(x_BTX) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTX)))
