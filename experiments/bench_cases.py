@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from flaxdraft.algorithms.eagle3 import Algorithm
+from flaxdraft.data.generation import round_up
 from flaxdraft.drafts import llama, mla
 from flaxdraft.interfaces import Batch, Example, Features, VocabMap
 from flaxdraft.mesh import Sharding
@@ -72,7 +73,9 @@ def make_example(
     assistant = np.tile(np.arange(length) >= round(length * (1 - supervised)), (batch, 1))
     document, place = np.divmod(np.arange(length), -(-length // documents))
     segments, positions = (np.tile(x, (batch, 1)).astype(np.int32) for x in (document + 1, place))
-    rows = Algorithm(1).rows(assistant, segments)
+    kept = Algorithm(1).rows(assistant, segments)
+    rows = np.full((batch, min(round_up(kept.shape[1], 32), length)), length, np.int32)  # as the pipeline has them
+    rows[:, : kept.shape[1]] = kept
     taps = jax.random.normal(keys[1], (*shape, 3, width), compute)
     last = jax.random.normal(keys[2], (*shape, width), compute)
     head_WE = 0.05 * jax.random.normal(keys[3], (config.draft_vocab_size, width), compute)
@@ -111,18 +114,20 @@ def count_flops(case: str, example: Example, num_steps: int) -> Flops:
     # Step-0 keys that one step's queries see, all rows together.
     seen = float((np.asarray(example.batch.positions_BT) + 1)[np.nonzero(rows < length)[0], rows[rows < length]].sum())
     width, heads = c.hidden_size, c.num_attention_heads
+    # Of the first projections, one half of the input (the token's) is projected once, the other at every step.
     if module is llama:
-        query = 2 * width * heads * c.head_dim
-        key_value = 2 * width * c.num_key_value_heads * 2 * c.head_dim
+        query, query_up = width * heads * c.head_dim, 0
+        key_value, key_value_up = width * c.num_key_value_heads * 2 * c.head_dim, 0
         out, per_key = heads * c.head_dim * width, heads * 2 * c.head_dim
     else:
         qk = c.qk_nope_head_dim + c.qk_rope_head_dim
-        query = 2 * width * c.q_lora_rank + c.q_lora_rank * heads * qk
-        key_value = 2 * width * (c.kv_lora_rank + c.qk_rope_head_dim)
-        key_value += c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
+        query, query_up = width * c.q_lora_rank, c.q_lora_rank * heads * qk
+        key_value = width * (c.kv_lora_rank + c.qk_rope_head_dim)
+        key_value_up = c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
         out, per_key = heads * c.v_head_dim * width, heads * (qk + c.v_head_dim)
-    at_rows = num_rows * num_steps
-    projections = at_rows * (query + out) + (batch * length + num_rows * (num_steps - 1)) * key_value
+    at_rows, keys_at = num_rows * num_steps, batch * length + num_rows * (num_steps - 1)
+    projections = batch * (length + num_steps) * (query + key_value)
+    projections += at_rows * (query + query_up + out) + keys_at * (key_value + key_value_up)
     return Flops(
         fc=2 * 2 * batch * length * 3 * c.target_hidden_size * width,
         attention_projections=3 * 2 * projections,

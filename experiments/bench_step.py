@@ -20,10 +20,11 @@ import numpy as np
 from bench_cases import CASES, count_flops, make_draft, make_example
 from flax import nnx
 
-from flaxdraft.algorithms.eagle3 import Algorithm, supervision, take_rows, unroll
+from flaxdraft.algorithms.eagle3 import Algorithm, supervision, unroll
 from flaxdraft.config import TrainConfig
 from flaxdraft.interfaces import Example
 from flaxdraft.ops import distillation_reference
+from flaxdraft.ops.rows import take_rows
 from flaxdraft.train.optimizer import optimizer
 from flaxdraft.train.state import init_state, split_draft
 from flaxdraft.train.step import make_train_step
@@ -51,7 +52,7 @@ def check(case: str, compute: str, num_steps: int, length: int, attention: str, 
     """Largest relative gradient error of the fast path against the plain one, on short rows."""
     example = make_example(case, 2, length, 0.7, DTYPES[compute], documents=documents)
     graphdef, params, frozen = split_draft(make_draft(case, DTYPES[compute]))
-    algorithm = Algorithm(num_steps, attention=attention, loss_chunk=64)
+    algorithm = Algorithm(num_steps, attention=attention, loss_chunk=64, packed=documents > 1)
 
     def fast(params, frozen, example):
         return algorithm.mean_loss(algorithm.loss_sums(nnx.merge(graphdef, params, frozen), example))
@@ -87,22 +88,27 @@ def ceiling(compute: str) -> float:
     return 2 * size**3 / seconds(lambda: product(a), 10)
 
 
-def measure(case, compute, batch, length, supervised, documents, algorithm, repeats, top) -> str:
-    """One line of the table."""
+def compiled_step(case, compute, batch, length, supervised, documents, algorithm):
+    """The compiled step, a call that takes one and returns its loss, and the example."""
     example = make_example(case, batch, length, supervised, DTYPES[compute], documents=documents)
-    flops = count_flops(case, example, algorithm.num_steps)
     graphdef, params, frozen = split_draft(make_draft(case, DTYPES[compute]))
     tx = optimizer(TrainConfig(num_steps=1000))
     state = jax.jit(lambda p: init_state(p, tx, algorithm.num_steps), donate_argnums=0)(params)
-    step = make_train_step(graphdef, algorithm, tx)
-    compiled = step.lower(state, frozen, example).compile()
-    analysis = compiled.memory_analysis()
+    compiled = make_train_step(graphdef, algorithm, tx).lower(state, frozen, example).compile()
 
     def call():
         nonlocal state
         state, metrics = compiled(state, frozen, example)
         return metrics.loss
 
+    return compiled, call, example
+
+
+def measure(case, compute, batch, length, supervised, documents, algorithm, repeats, top) -> str:
+    """One line of the table."""
+    compiled, call, example = compiled_step(case, compute, batch, length, supervised, documents, algorithm)
+    flops = count_flops(case, example, algorithm.num_steps)
+    analysis = compiled.memory_analysis()
     took = seconds(call, repeats)
     if not np.isfinite(float(call())):
         raise SystemExit(f"{case}: the loss is not finite")
@@ -156,7 +162,7 @@ def main() -> None:
     ):  # fmt: skip
         algorithm = Algorithm(
             arguments.ttt_length, attention=attention, remat=remat, loss_chunk=loss_chunk,
-            attention_chunk=attention_chunk,
+            attention_chunk=attention_chunk, packed=documents > 1,
         )  # fmt: skip
         line = measure(case, arguments.compute, batch, length, supervised, documents, algorithm, arguments.repeats, top)
         print(line, flush=True)

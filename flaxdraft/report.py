@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.text import Text
 from flaxdraft.progress import CONSOLE
 
 SAMPLE_COLUMNS = 96
+MARGINALS = "sum of products of marginal accuracies (reference trainers' simulated accept length)"
 # Light to dark: one token a pass is what the target does alone.
 PASS_COLORS = ("#ffffff", "#d7ecd9", "#a5d6a7", "#66bb6a", "#2e9e4f", "#1b7837", "#0f5a2a", "#083d1b")
 
@@ -59,8 +61,7 @@ def _curves(directory: Path, metrics: Sequence[dict[str, Any]]) -> None:
     save()
 
 
-def _bars(directory: Path, evaluation: dict[str, Any]) -> None:
-    decoded = evaluation["decoded"]
+def _bars(directory: Path, decoded: dict[str, Any]) -> None:
     rates = decoded["acceptance_by_position"]
     axes, save = _figure(
         directory / "acceptance.png", "Draft token accepted, real decoding", "position in the chain", "share of passes"
@@ -147,6 +148,7 @@ def _markdown(evaluation: dict[str, Any], metrics: Sequence[dict[str, Any]], fac
         ("accept length, walked over the greedy answers", f"{forced['accept_length']:.3f}"),
         ("accept length before training (walked)", f"{untrained:.3f}"),
         ("1 + joint-prefix rates, mean over rows", f"{forced['mean_over_rows']:.3f}"),
+        (MARGINALS, f"{forced['product_of_marginals']:.3f}"),
         (
             "target passes",
             f"{decoded['target_passes']} instead of {decoded['target_passes_alone']} ({saved:.0%} saved)",
@@ -193,9 +195,114 @@ def write_report(
     """
     directory.mkdir(parents=True, exist_ok=True)
     _curves(directory, metrics)
-    _bars(directory, evaluation)
+    _bars(directory, evaluation["decoded"])
     _sample(directory / "sample.png", *sample)
-    (directory / "report.md").write_text(_markdown(evaluation, metrics, facts), encoding="utf-8")
+    _replace(directory / "report.md", _markdown(evaluation, metrics, facts))
+
+
+def _chain_table(results: Sequence[dict[str, Any]]) -> list[str]:
+    def row(name, value, form=".3f"):
+        return f"| {name} | " + " | ".join(format(value(result), form) for result in results) + " |"
+
+    decoded = lambda name: lambda result: result["decoded"][name]  # noqa: E731
+    lines = [
+        "| draft tokens a pass (chain) | " + " | ".join(str(result["chain_length"]) for result in results) + " |",
+        "|---|" + "---|" * len(results),
+        row("accept length, real decoding", decoded("accept_length")),
+    ]
+    if "teacher_forced" in results[0]:
+        forced = lambda name: lambda result: result["teacher_forced"][name]  # noqa: E731
+        lines += [
+            row("accept length, walked over the target's greedy answers", forced("accept_length")),
+            row("1 + joint-prefix rates, mean over rows", forced("mean_over_rows")),
+            row(MARGINALS, forced("product_of_marginals")),
+        ]
+    lines += [
+        row("target passes", decoded("target_passes"), "d"),
+        row("tokens that they gave", decoded("target_passes_alone"), "d"),
+        row("tokens/s with the draft", lambda result: result["with_draft"]["tokens_per_second"], ".1f"),
+        row("tokens/s of the target alone", lambda result: result["alone"]["tokens_per_second"], ".1f"),
+        row("ratio", lambda result: result["speedup"], ".2f"),
+    ]
+    if "teacher_forced" in results[0]:
+        lines += [
+            row("answers", lambda result: result["answers"], "d"),
+            row("identical to the target's own", decoded("identical_answers"), "d"),
+            row("whose walk has the decoded passes", forced("answers_with_the_decoded_passes"), "d"),
+        ]
+    return lines
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    """One sentence on wall time that hides nothing."""
+    chain, ratio, length = result["chain_length"], result["speedup"], result["decoded"]["accept_length"]
+    if ratio >= 1:
+        return f"chain of {chain}: {ratio:.2f} times as fast as the target alone, {length:.2f} tokens a target pass"
+    return (
+        f"chain of {chain}: SLOWER than the target alone ({ratio:.2f} times its speed) in spite of {length:.2f} tokens "
+        "a target pass; drafting, and verifying several tokens at once, cost more here than the passes saved"
+    )
+
+
+def write_evaluation(directory: Path, results: Sequence[dict[str, Any]], facts: dict[str, str]) -> None:
+    """report.md with its PNG figures for one or several chain lengths; the figures are of the longest chain."""
+    longest = max(results, key=lambda result: result["chain_length"])
+    decoded = longest["decoded"]
+    _bars(directory, decoded)
+    axes, save = _figure(directory / "chains.png", "Tokens a target pass, and speed", "draft tokens a pass", "ratio")
+    chains = [result["chain_length"] for result in results]
+    for name, color, values in (
+        ("accept length", "#1b7837", [result["decoded"]["accept_length"] for result in results]),
+        ("speed next to the target alone", "#08519c", [result["speedup"] for result in results]),
+    ):
+        axes.plot(chains, values, "o-", label=name, color=color)
+    axes.axhline(1.0, color="grey", linewidth=1, linestyle="--")
+    axes.set_xticks(chains)
+    axes.legend()
+    save()
+    lines = ["# Evaluation", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
+    lines += [*(f"{_verdict(result)}." for result in results), "", *_chain_table(results), ""]
+    lines += [
+        "Tokens/s count what target passes gave over the time that they took, drafting included; prefill and "
+        "compilation are left out. Every batch was decoded with and without the draft, one after the other.",
+        "", "| category | " + " | ".join(f"chain of {chain}" for chain in chains) + " |",
+        "|---|" + "---|" * len(chains),
+    ]  # fmt: skip
+    for name in decoded["accept_length_by_category"]:
+        values = (result["decoded"]["accept_length_by_category"][name] for result in results)
+        lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    positions = range(longest["chain_length"])
+    lines += [
+        "",
+        "| draft position | " + " | ".join(str(j + 1) for j in positions) + " |",
+        "|---|" + "---|" * len(positions),
+    ]
+    for result in results:
+        rates = [*map("{:.3f}".format, result["decoded"]["acceptance_by_position"])]
+        cells = rates + [""] * (len(positions) - len(rates))
+        lines.append(f"| accepted, chain of {result['chain_length']} | " + " | ".join(cells) + " |")
+    for name in ("accepted_lengths", "acceptance", "chains"):
+        lines += ["", f"![]({name}.png)"]
+    _replace(directory / "report.md", "\n".join(lines) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def print_evaluation(results: Sequence[dict[str, Any]], directory: Path) -> None:
+    """The end of an evaluation: what was found and where it lies."""
+    for result in results:
+        decoded = result["decoded"]
+        CONSOLE.print(Text.assemble((f"accept length {decoded['accept_length']:.3f}", "bold"), f"  {_verdict(result)}"))
+        if result.get("teacher_forced") and decoded["identical_answers"] < result["answers"]:
+            CONSOLE.print(
+                f"  {decoded['identical_answers']} of {result['answers']} answers are the target's own, token for "
+                "token; where two tokens are nearly equal, rounding may choose either"
+            )
+    CONSOLE.print(f"report  {directory / 'report.md'}")
 
 
 def print_headline(evaluation: dict[str, Any], export_dir: Path, report_dir: Path, target: str) -> None:

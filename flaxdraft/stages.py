@@ -5,23 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flaxdraft import continuing
 from flaxdraft.errors import InputError
 from flaxdraft.weights import write_json
 
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    return {k: v for name, inner in value.items() for k, v in flatten(inner, f"{prefix}.{name}".lstrip(".")).items()}
+_NO_RESULT = ("lock", "logs")  # what every run leaves, also one that stopped at once
 
 
-def claim(directory: Path, inputs: Mapping[str, Any], mend: str) -> None:
-    """Makes the directory this run's, or checks that it is: what lies there must come from the same inputs.
+def claim(directory: Path, inputs: Mapping[str, Any], mend: str, allowed: Iterable[str] | None = None) -> None:
+    """Makes the directory this run's, or checks that it is: what lies there must come from inputs that this run may go
+    on with (see `continuing`), which it then replaces with its own.
+
+    Args:
+        allowed: fields that the user allows to differ; None where the command has no flag for it.
 
     Raises:
         InputError: it cannot be written, or holds another configuration (every differing field is listed).
@@ -33,28 +33,31 @@ def claim(directory: Path, inputs: Mapping[str, Any], mend: str) -> None:
         if not os.access(directory, os.W_OK):
             raise PermissionError(13, "Permission denied")
         # A run that stopped at wrong input before it made anything has claimed nothing.
-        if not any(not path.name.startswith(record.name) for path in directory.iterdir()):
+        if all(path.name.startswith(record.name) or path.name in _NO_RESULT for path in directory.iterdir()):
             write_json(record, inputs)
         elif not record.exists():
             raise InputError(f"output_dir: {directory} holds other files; choose another one. {mend}")
     except OSError as error:
         raise InputError(f"output_dir: cannot write to {directory} ({error.strerror}); choose another one") from error
     try:
-        found = flatten(json.loads(record.read_text(encoding="utf-8")))
+        found = json.loads(record.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{record}: not valid JSON ({error}); remove {directory} to start anew") from error
-    wanted = flatten(inputs)
-    differing = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
-    if differing:
-        listed = "; ".join(f"{key}: there {found.get(key)!r}, here {wanted.get(key)!r}" for key in differing)
-        raise InputError(f"output_dir: {directory} was made with another configuration ({listed}). {mend}")
+    if differences := continuing.differing(found, inputs, allowed or ()):
+        if allowed is not None:
+            mend += f" To go on regardless, add {continuing.flags(differences)}."
+        raise InputError(
+            f"output_dir: {directory} was made with another configuration ({continuing.describe(differences)}). {mend}"
+        )
+    if found != inputs:
+        write_json(record, inputs)
 
 
 class Stage:
     """A result file that is rebuilt when its inputs change."""
 
     def __init__(self, path: Path, inputs: Mapping[str, Any]):
-        text = json.dumps(inputs, sort_keys=True)
+        text = json.dumps(continuing.binding(inputs), sort_keys=True)
         self.path = path
         self._key = hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,9 +1,28 @@
-"""Walked accept length."""
+"""Walked accept length, and sums that do not depend on how the answers were cut into batches and parts."""
+
+import dataclasses
+import itertools
 
 import numpy as np
 import pytest
+from agreeing import VOCAB, make_draft, make_target, prompts
 
-from flaxdraft.evaluate.acceptance import accept_length, histogram, walk
+from flaxdraft.algorithms.eagle3 import Algorithm
+from flaxdraft.data.generation import answer_greedily
+from flaxdraft.evaluate.acceptance import (
+    Part,
+    TeacherForced,
+    accept_length,
+    combine,
+    evaluate_part,
+    evaluate_teacher_forced,
+    histogram,
+    make_accepted,
+    walk,
+)  # fmt: skip
+from flaxdraft.train.state import split_draft
+
+STEPS = 4
 
 
 def simulate(accepted, num_prompt, num_answer):
@@ -38,3 +57,67 @@ def test_accept_length_pools_over_answers():
 def test_nothing_accepted_is_one_and_all_accepted_is_the_chain_plus_one():
     assert accept_length([walk(np.zeros(20, int), 3, 9)]) == 1.0
     assert walk(np.full(20, 3), 3, 9) == [4, 4]
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    """Eleven answers: no batch size above one divides them."""
+    target = make_target()
+    rows = answer_greedily(target, prompts(11), 24, 7, 11, lambda num: None)
+    graphdef, params, frozen = split_draft(make_draft("llama", target))
+    algorithm = Algorithm(STEPS)
+    return make_accepted(graphdef, algorithm, frozen, target.head()[VOCAB.target_ids_W])(params), rows, algorithm
+
+
+def assert_same(got: Part, want: Part):
+    for field in dataclasses.fields(got.sums):
+        one, other = getattr(got.sums, field.name), getattr(want.sums, field.name)
+        if np.issubdtype(other.dtype, np.integer):
+            np.testing.assert_array_equal(one, other, err_msg=field.name)
+        else:
+            np.testing.assert_allclose(one, other, rtol=1e-6, err_msg=field.name)
+    assert (int(got.passes), int(got.gained)) == (int(want.passes), int(want.gained))
+
+
+def test_any_batch_size_gives_the_same(held_out):
+    accepted, rows, algorithm = held_out
+    want = evaluate_teacher_forced(accepted, rows, algorithm, 11)
+    assert 1.2 < want.accept_length < STEPS
+    assert want.sums.row_count_J[0] == sum(row.num_answer - 1 for row in rows)
+    for batch in (1, 3, 8):
+        got = evaluate_teacher_forced(accepted, rows, algorithm, batch)
+        assert_same(got.total, want.total)
+        assert got.yields == want.yields
+        assert abs(got.accept_length - want.accept_length) < 1e-12
+        assert abs(got.mean_over_rows() - want.mean_over_rows()) < 1e-12
+        assert abs(got.product_of_marginals() - want.product_of_marginals()) < 1e-12
+        np.testing.assert_allclose(got.mean_loss, want.mean_loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shares", [(11,), (6, 5), (3, 0, 5, 3)])
+def test_any_number_of_parts_gives_the_same(held_out, shares):
+    """One of them empty; each cut into batches by its own lengths."""
+    accepted, rows, algorithm = held_out
+    want, _ = evaluate_part(accepted, rows, algorithm, 8)
+    edges = np.cumsum([0, *shares])
+    parts = [evaluate_part(accepted, rows[a:b], algorithm, 8)[0] for a, b in itertools.pairwise(edges)]
+    assert_same(combine(parts), want)
+    # The mean of the parts' own ratios is another number.
+    if len(shares) == 2:
+        own = [part.gained / part.passes for part in parts]
+        assert abs(np.mean(own) - want.gained / want.passes) > 1e-4
+
+
+def test_no_answer_at_all_is_no_help_and_no_error(held_out):
+    accepted, _, algorithm = held_out
+    nothing = evaluate_teacher_forced(accepted, [], algorithm, 8)
+    assert (nothing.accept_length, nothing.mean_over_rows(), nothing.product_of_marginals()) == (1.0, 1.0, 0.0)
+
+
+def test_marginals_are_multiplied_as_reference_trainers_do():
+    """Every second row hits nothing, the others everything: joint prefixes give 1 + 3/2, marginals 1/2 + 1/4 + 1/8."""
+    none = Part.empty(3)
+    sums = dataclasses.replace(none.sums, row_count_J=np.full(3, 8), hit_J=np.full(3, 4), prefix_hit_J=np.full(3, 4))
+    forced = TeacherForced(dataclasses.replace(none, sums=sums), 0.0, [])
+    assert forced.mean_over_rows() == 2.5
+    assert forced.product_of_marginals() == 0.875

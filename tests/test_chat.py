@@ -140,9 +140,58 @@ def test_tool_calls_are_produced_and_their_results_are_not():
     assert '"name": "weather", "parameters"' in tokenizer_for("qwen2_5").decode(rendered.tokens)
 
 
-def test_empty_turns_end_all_the_same():
-    row = conversation([TURNS[0], {"role": "assistant", "content": ""}, *TURNS[2:]])
-    assert supervised(tokenizer_for("llama3"), row) == ["<|eot_id|>", "Bye.<|eot_id|>"]
+CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+TOOL_TURNS = [
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "snow"},
+    {"role": "assistant", "content": "It snows."},
+]
+
+
+def test_tool_calls_of_deepseek():
+    """What stands between a tool's result and the answer to it is the template's."""
+    assert supervised(deepseek_v3(), conversation(TOOL_TURNS)) == [
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+        '{"city": "Oslo"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>',
+        "It snows.<｜end▁of▁sentence｜>",
+    ]
+
+
+def test_tool_calls_of_qwen3():
+    """It writes a thinking block into its last message alone, so that an earlier call is not prefix-stable."""
+    row = conversation(TOOL_TURNS, tools=[{"type": "function", "function": {"name": "weather", "parameters": {}}}])
+    with pytest.raises(InputError, match="not prefix-stable: up to and with message 1"):
+        render(tokenizer_for("qwen3"), row, ChatOptions(10_000))
+    last = supervised(tokenizer_for("qwen3"), row, last_turn_only=True)
+    assert last == ["<think>\n\n</think>\n\nIt snows.<|im_end|>"]
+    asked = supervised(tokenizer_for("qwen3"), conversation(TOOL_TURNS[:2]))
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    assert asked == [f"<think>\n\n</think>\n\n{call}<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma", "mistral"])
+def test_a_template_that_knows_no_tools_is_refused(name):
+    """The call would be gone without a word."""
+    with pytest.raises(InputError, match=r"chat.jsonl row 7: the chat template writes nothing of the tool 'weather'"):
+        render(tokenizer_for(name), conversation(TOOL_TURNS[:2]), ChatOptions(10_000))
+    offered = conversation(TURNS, tools=[{"type": "function", "function": {"name": "weather", "parameters": {}}}])
+    with pytest.raises(InputError, match=r"chat.jsonl row 7: the chat template writes nothing of the tool 'weather'"):
+        render(tokenizer_for(name), offered, ChatOptions(10_000))
+
+
+SIX = ("qwen2_5", "llama3", "qwen3", "deepseekv3", "gemma", "mistral")
+
+
+def of_family(name) -> PreTrainedTokenizerFast:
+    return deepseek_v3() if name == "deepseekv3" else tokenizer_for(name)
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_empty_turns_end_all_the_same(name):
+    end = SPECIAL[name][1]
+    before = {"qwen3": "<think>\n\n</think>\n\n", "mistral": " "}.get(name, "")
+    assert supervised(of_family(name), conversation([TURNS[0], {"role": "assistant", "content": ""}])) == [before + end]
 
 
 def test_no_assistant_no_supervision():
@@ -153,14 +202,37 @@ def test_a_conversation_may_begin_with_the_assistant():
     assert supervised(tokenizer_for("qwen2_5"), conversation([SYSTEM, TURNS[1]])) == ["Oui ☕ 日本!<|im_end|>"]
 
 
-def test_truncation_inside_an_assistant_turn():
-    tokenizer, row = tokenizer_for("qwen2_5"), conversation(TURNS)
-    whole = render(tokenizer, row, ChatOptions(10_000))
+@pytest.mark.parametrize("name", SIX)
+def test_truncation_inside_an_assistant_turn(name):
+    tokenizer, row = of_family(name), conversation(TURNS)
+    options = {"last_turn_only": name == "qwen3"}  # which is not prefix-stable over turns
+    whole = render(tokenizer, row, ChatOptions(10_000, **options))
     at = int(np.flatnonzero(whole.assistant)[-3])  # inside the last turn
-    cut = render(tokenizer, row, ChatOptions(at))
+    cut = render(tokenizer, row, ChatOptions(at, **options))
     np.testing.assert_array_equal(cut.tokens, whole.tokens[:at])
     np.testing.assert_array_equal(cut.assistant, whole.assistant[:at])
     assert cut.assistant[-1]
+
+
+def test_generation_marks_of_qwen3_are_transformers_own():
+    """This variant of the template writes a thinking block into every turn."""
+    tokenizer = tokenizer_for("qwen3_training")
+    theirs = tokenizer.apply_chat_template(TURNS, return_dict=True, return_assistant_tokens_mask=True)
+    ours = render(tokenizer, conversation(TURNS), ChatOptions(10_000))
+    assert ours.tokens.tolist() == theirs["input_ids"]
+    assert ours.assistant.tolist() == [bool(x) for x in theirs["assistant_masks"]]
+    empty = "<think>\n\n</think>\n\n"
+    assert [turn.rstrip("\n") for turn in supervised(tokenizer, conversation(TURNS))] == [
+        f"{empty}Oui ☕ 日本!<|im_end|>", f"{empty}Bye.<|im_end|>"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("marks", [False, True])
+def test_reasoning_can_be_left_out_by_marks_and_by_prefixes(marks):
+    tokenizer = tokenizer_for("qwen3_training" if marks else "qwen3")
+    row = conversation([TURNS[0], {"role": "assistant", "content": "<think>\n日本\n</think>\n\nOui."}])
+    (kept,) = supervised(tokenizer, row, mask_reasoning=True)
+    assert kept.rstrip("\n") == "\n\nOui.<|im_end|>"
 
 
 def test_what_a_template_refuses_names_the_row():

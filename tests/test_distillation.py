@@ -9,6 +9,7 @@ from flaxdraft.algorithms.eagle3 import supervision
 from flaxdraft.ops import distillation_reference as reference
 from flaxdraft.ops.distillation import Plan, TeacherHead, TeacherStates, distill
 from flaxdraft.ops.objectives import LK_ETA, OBJECTIVES, TeacherRows, acceptance
+from flaxdraft.ops.row_signals import row_signals
 
 B, R, J, D, E, W = 3, 14, 3, 8, 6, 12
 WEIGHTS = tuple(0.8**j for j in range(J))
@@ -65,6 +66,15 @@ def test_sums_and_gradients_are_the_references(objective, chunk):
     np.testing.assert_allclose(got.expected_accept_J, want.expected_accept_J, rtol=2e-6)
     for a, b in zip(jax.tree.leaves(got_grads), jax.tree.leaves(want_grads), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_a_hit_is_what_argmax_says_with_equal_logits_too():
+    logits = jnp.asarray(np.random.default_rng(0).integers(0, 3, (400, 5)), jnp.float32)
+    token = jnp.asarray(np.random.default_rng(1).integers(-1, 5, 400), jnp.int32)
+    rows = TeacherRows(logits, jnp.zeros(400), jnp.zeros(400), token)
+    hit = row_signals("soft_cross_entropy", logits, rows, jnp.zeros(400), None).hit_Q
+    assert 0 < hit.sum() < 400
+    np.testing.assert_array_equal(hit, np.argmax(logits, axis=-1) == token)
 
 
 def test_value_without_gradient_is_the_same():

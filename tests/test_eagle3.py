@@ -10,7 +10,7 @@ import pytest
 from jitted import loss_sums, unroll
 from test_contracts import DRAFTS, T, V, example, make_draft
 
-from flaxdraft.algorithms.eagle3 import Algorithm, supervised_rows, supervision, take_rows
+from flaxdraft.algorithms.eagle3 import Algorithm, supervised_rows, supervision
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch
 
@@ -137,11 +137,6 @@ def test_unsupervised_rows_may_hold_nan_features():
     np.testing.assert_array_equal(
         loss_sums(algorithm, draft, full(ex)).loss_J, loss_sums(algorithm, draft, full(broken)).loss_J
     )
-
-
-def test_rows_past_the_end_read_zero():
-    x = jnp.arange(1.0, 5.0)[None, :, None]
-    assert take_rows(x, jnp.array([[1, 4, 9]]))[0, :, 0].tolist() == [2.0, 0.0, 0.0]
 
 
 def test_ttt_length_is_checked():

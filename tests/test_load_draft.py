@@ -12,7 +12,8 @@ from flaxdraft.config import DraftConfig
 from flaxdraft.drafts import from_pretrained
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
-from flaxdraft.train.start import load_start, tap_layers_of
+from flaxdraft.serving.taps import outputs_of
+from flaxdraft.train.start import load_start
 from flaxdraft.weights import load_safetensors, save_safetensors
 
 both = pytest.mark.parametrize("name", DRAFTS)
@@ -188,6 +189,9 @@ def test_tapped_layers_are_read_in_both_conventions():
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]},
         "eagle_aux_hidden_state_layer_ids": [2, 4, 5],
     }
-    assert tap_layers_of(both_ways) == [1, 3, 4]
-    assert tap_layers_of({"eagle_aux_hidden_state_layer_ids": [2, 4, 5]}) == [1, 3, 4]
-    assert tap_layers_of({}) is None
+    assert outputs_of(both_ways) == [1, 3, 4]
+    assert outputs_of({"eagle_aux_hidden_state_layer_ids": [2, 4, 5]}) == [1, 3, 4]
+    only_sglang = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 4, 5]}}
+    assert outputs_of(only_sglang) == [2, 4, 5]
+    assert outputs_of(only_sglang, deepseek=True) == [1, 3, 4]  # it counts inputs there
+    assert outputs_of({}) is None

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_contracts import DRAFTS, V, W, make_draft
-from test_pipeline import ALGORITHM, assert_equal, make_row, make_rows
+from test_pipeline import assert_equal, bucketed, make_row, make_rows
 
 from flaxdraft.algorithms.eagle3 import Algorithm, supervision
-from flaxdraft.data.packing import MemoryDocuments, PackedPipeline, first_fit
+from flaxdraft.data.documents import AnsweredPrompts
+from flaxdraft.data.layout import Buckets, Packed, Sizes, first_fit
 from flaxdraft.data.pipeline import Pipeline
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Example, Features
@@ -21,8 +22,7 @@ LENGTH = 96
 
 
 def make_packed(rows, **fields):
-    settings = {"length": LENGTH, "batch_size": 4, "seed": 3} | fields
-    return PackedPipeline(MemoryDocuments(rows, 2000), ALGORITHM, **settings)
+    return bucketed(rows, length=LENGTH, **fields)
 
 
 def documents(host):
@@ -67,8 +67,8 @@ def test_every_document_appears_exactly_once_an_epoch(num_rows, batch_size):
         assert [mark for mark, _ in found] == [1000 + i for i in range(num_rows)]
         for (_, tokens), row in zip(found, rows, strict=True):
             np.testing.assert_array_equal(tokens, row.tokens)
-    assert packed.facts.documents == num_rows
-    assert packed.facts.tokens == sum(len(row.tokens) for row in rows)
+    assert packed.layout.facts.documents == num_rows
+    assert packed.layout.facts.tokens == sum(len(row.tokens) for row in rows)
 
 
 def test_documents_keep_their_own_arrays():
@@ -104,22 +104,9 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert [m for m, _ in documents(make_packed(make_rows(23), seed=4).batch(0))] != list(marks[0])
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_parts_are_slices_of_the_global_batch(hosts):
-    rows = make_rows(23)
-    whole = make_packed(rows)
-    parts = [make_packed(rows, part=(i, hosts)) for i in range(hosts)]
-    for step in (0, 2, whole.steps_per_epoch + 1):
-        joined = jax.tree.map(lambda *x: np.concatenate(x), *(dataclasses.astuple(part.batch(step)) for part in parts))
-        for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(dataclasses.astuple(whole.batch(step))), strict=True):
-            np.testing.assert_array_equal(a, b)
-    with pytest.raises(InputError, match=r"train.batch_size: 4 rows cannot be split over 3 hosts"):
-        make_packed(rows, part=(0, 3))
-
-
 def test_longer_documents_are_cut_and_counted():
     packed = make_packed([make_row(5, 30, 100), make_row(6, 4, 20)])
-    assert packed.facts.cut == 130 - LENGTH
+    assert packed.layout.facts.cut == 130 - LENGTH
     found = dict(documents(packed.batch(0)))
     assert len(found[5]) == LENGTH
     assert len(found[6]) == 24
@@ -159,8 +146,10 @@ def test_packed_rows_give_the_sums_of_separate_ones():
         return algorithm.loss_sums(draft, Example(batch, features, rows_BR, head))
 
     loss_sums = lambda host: sums(*jax.tree.map(jnp.asarray, (host.batch, host.features, host.rows_BR)))  # noqa: E731
-    packed = PackedPipeline(MemoryDocuments(rows, V), algorithm, length=LENGTH, batch_size=2, seed=0)
-    apart = Pipeline(rows, algorithm, batch_size=4, seed=0, num_buckets=1)
+    documents = AnsweredPrompts(rows, V)
+    sizes = Sizes(documents.lengths, documents.supervised)
+    packed = Pipeline(documents, algorithm, Packed(sizes, length=LENGTH, batch_size=2, seed=0), 2)
+    apart = Pipeline(documents, algorithm, Buckets(sizes, batch_size=4, seed=0, num_buckets=1), 4)
     got, want = epoch_sums(packed, loss_sums), epoch_sums(apart, loss_sums)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)

@@ -11,7 +11,7 @@ from flax import nnx
 from jitted import unroll
 from test_contracts import DRAFTS, V, make_draft
 
-from flaxdraft.evaluate.speculative import _cached_layer, extend, new_draft_cache, propose
+from flaxdraft.evaluate import drafting
 from flaxdraft.interfaces import Batch
 
 B, T, CHAIN = 2, 20, 4
@@ -23,8 +23,22 @@ VARIANTS = {"3.0": {}, "3.1": {"fc_norm": True, "norm_output": True}}
 @partial(jax.jit, static_argnames="graphdef")
 def draft_step(graphdef, state, cache, tokens_B1, hidden_B1D, positions_B1):
     draft = nnx.merge(graphdef, state)
-    cache, hidden = _cached_layer(draft, cache, draft.embed(tokens_B1), hidden_B1D, positions_B1)
-    return cache, hidden
+    return drafting.cached_layer(draft, cache, draft.embed(tokens_B1), hidden_B1D, positions_B1)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def extend(graphdef, state, *rest):
+    return drafting.extend(nnx.merge(graphdef, state), *rest)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def propose(graphdef, state, cache, hidden_BD, row_B):
+    def highest(logits_BW, j):
+        return jnp.argmax(logits_BW, axis=-1).astype(jnp.int32), None
+
+    draft = nnx.merge(graphdef, state)
+    cache, chain_BQ, _ = drafting.propose(draft, cache, hidden_BD, row_B, CHAIN, highest)
+    return cache, draft.target_ids[...][chain_BQ]
 
 
 @nnx.jit
@@ -51,7 +65,7 @@ class Engine:
     def __init__(self, draft, tokens_BT, taps_BT3E):
         self.parts = nnx.split(draft)
         self.tokens_BT, self.taps_BT3E = tokens_BT, taps_BT3E
-        self.cache = new_draft_cache(draft, B, SLOTS)
+        self.cache = drafting.new_draft_cache(draft, B, SLOTS)
 
     def extend(self, start_B, end_B):
         """Rows start..end (inclusive) of each batch entry from real states; what is left over is padding."""
@@ -102,7 +116,7 @@ def test_an_engine_gives_the_unrolls_logits(name, fields):
         row = row + accepted
 
     # The chain that real decoding proposes is the unroll's greedy choice on the row that it has written itself.
-    engine.cache, proposed = propose(*engine.parts, engine.cache, engine.hidden_BD, jnp.asarray(row), CHAIN)
+    engine.cache, proposed = propose(*engine.parts, engine.cache, engine.hidden_BD, jnp.asarray(row))
     for b in range(B):
         tokens[b, row[b] + 2 : row[b] + 2 + CHAIN] = np.asarray(proposed)[b]
     choice = jnp.argmax(logits_of(draft, unrolled(draft, tokens, taps, row)), axis=-1)

@@ -1,17 +1,22 @@
 """Conversations into a feature store: the target's own numbers, whoever was stopped or helped."""
 
+import contextlib
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxdraft.data import store_capture
+from flaxdraft.data import store_capture, store_writer
 from flaxdraft.data.__main__ import main
-from flaxdraft.data.chat import ChatOptions, render
+from flaxdraft.data.chat import ChatOptions, render, render_all
 from flaxdraft.data.conversations import read_conversations
-from flaxdraft.data.store import MANIFEST, TARGET, FeatureStore, shard_name
+from flaxdraft.data.store import MANIFEST, TARGET, FeatureStore, Source, shard_name
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch
 from flaxdraft.targets import from_pretrained
@@ -32,10 +37,14 @@ def file(tmp_path_factory):
     return path
 
 
+EXACT = (
+    "--dtype", "float32", "--taps-dtype", "float32", "--last-dtype", "float32", "--shard-tokens", "100",
+    "--batch-tokens", "160",
+)  # fmt: skip
+
+
 def call(file, out, target, *more):
-    exact = ("--dtype", "float32", "--taps-dtype", "float32", "--last-dtype", "float32")
-    small = ("--shard-tokens", "100", "--batch-tokens", "160")
-    return main(["capture", str(file), str(out), "--target", str(target), *exact, *small, *more])
+    return main(["capture", str(file), str(out), "--target", str(target), *EXACT, *more])
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +55,8 @@ def store(file, tiny_gguf, tmp_path_factory):
 
 
 def contents(directory) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+    """Without what a kill left half-written, which nobody reads."""
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.suffix != ".tmp"}
 
 
 def test_rows_hold_what_the_target_says(store, file, tiny_gguf):
@@ -73,7 +83,7 @@ def test_rows_hold_what_the_target_says(store, file, tiny_gguf):
 
 def test_a_stopped_capture_ends_with_the_same_store(store, file, tiny_gguf, tmp_path, monkeypatch):
     out, written = tmp_path / "out", []
-    write = store_capture.write_shard
+    write = store_writer.write_shard
 
     def stop_at_the_second(directory, index, *rest):
         if written:
@@ -82,15 +92,40 @@ def test_a_stopped_capture_ends_with_the_same_store(store, file, tiny_gguf, tmp_
         written.append(index)
         write(directory, index, *rest)
 
-    monkeypatch.setattr(store_capture, "write_shard", stop_at_the_second)
+    monkeypatch.setattr(store_writer, "write_shard", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         call(file, out, tiny_gguf)
     with pytest.raises(InputError, match="a capture that has not finished; run it again"):
         FeatureStore(out)
     before = (out / shard_name(0)).stat().st_mtime_ns
-    monkeypatch.setattr(store_capture, "write_shard", write)
+    monkeypatch.setattr(store_writer, "write_shard", write)
     assert call(file, out, tiny_gguf) == 0
     assert (out / shard_name(0)).stat().st_mtime_ns == before
+    assert contents(out) == contents(store)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_capture_killed_at_random_points_ends_with_the_same_store(tmp_path, kills):
+    command = [sys.executable, str(Path(__file__).with_name("kill_capture.py")), str(tmp_path), str(kills), "7"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    stopped = re.search(rf"(\d+) of {kills} were stopped before their end", done.stdout)
+    assert int(stopped[1]) > kills // 2
+
+
+@pytest.mark.slow
+def test_the_command_killed_at_random_points_ends_with_the_same_store(store, file, tiny_gguf, tmp_path):
+    """Twenty times, each going on behind the last; with the real target."""
+    out = tmp_path / "out"
+    arguments = [sys.executable, "-m", "flaxdraft.data", "capture", str(file), str(out), "--target", str(tiny_gguf)]
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        process = subprocess.Popen([*arguments, *EXACT], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(2, 12))
+        process.kill()
+        process.wait()
+    assert call(file, out, tiny_gguf) == 0
     assert contents(out) == contents(store)
 
 
@@ -111,15 +146,14 @@ def test_the_plan_says_what_the_store_takes(store, file, tiny_gguf, tmp_path, ca
     text = " ".join(capsys.readouterr().out.split())
     opened = FeatureStore(store)
     assert f"8 rows, {opened.lengths.sum()} tokens, {opened.supervised.sum()} supervised, 2 rows left out" in text
+    assert "coverage by draft_vocab_size: 256 100.0%" in text
     assert not (tmp_path / "none").exists()
     config = from_pretrained(str(tiny_gguf)).model.config
-    documents = store_capture.render_all(
-        read_conversations(file), from_pretrained(str(tiny_gguf)).tokenizer, ChatOptions(4096), 0.5
-    )
+    documents = render_all(read_conversations(file), from_pretrained(str(tiny_gguf)).tokenizer, ChatOptions(4096), 0.5)
     manifest = opened.manifest
     fields = ("target", "tokenizer", "data", "compute_dtype", "hidden_size", "vocab_size", "taps_dtype", "last_dtype")
-    source = store_capture.Source(**{name: manifest[name] for name in fields}, tap_layers=config.tap_layers)
-    plan = store_capture.make_plan(source, documents.rows, 100, tied=True)
+    source = Source(**{name: manifest[name] for name in fields}, tap_layers=config.tap_layers)
+    plan = store_writer.make_plan(source, [len(row.tokens) for row in documents.rows], 100, tied=True)
     real = sum(path.stat().st_size for path in store.iterdir())
     assert abs(plan.num_bytes - real) < 0.1 * real
 
@@ -138,9 +172,9 @@ def test_another_capture_is_refused(store, file, tiny_gguf, capsys, more, messag
 
 
 def test_a_full_disk_and_features_that_are_not_finite(file, tiny_gguf, tmp_path, capsys, monkeypatch):
-    usage = store_capture.shutil.disk_usage(tmp_path)
+    usage = store_writer.shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(store_capture.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        patch.setattr(store_writer.shutil, "disk_usage", lambda path: usage._replace(free=1000))
         assert call(file, tmp_path / "full", tiny_gguf) == 2
     assert "are still to be written, 0.0 GB are free" in capsys.readouterr().err
     get = jax.device_get

@@ -1,11 +1,14 @@
 """Draft vocabularies: the map, its three tables, and how it is chosen."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxdraft.data.vocab import choose_vocab, coverage
+from flaxdraft.checkpoint import Checkpoints, abstract_like
+from flaxdraft.data.vocab import choose_vocab, coverage, coverage_by_size, describe_sizes, source_of
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
+from flaxdraft.train.resume import Resume, begin
 
 V = 50
 MAPS = {
@@ -99,3 +102,40 @@ def test_impossible_sizes_are_refused(size, special):
 
 def test_coverage_of_nothing_is_zero():
     assert coverage(np.zeros(V, np.int64), VocabMap(np.arange(4), V)) == 0.0
+
+
+def test_coverage_of_several_sizes():
+    """What each size would hold, forced tokens first; no size beyond the one that holds everything."""
+    counts = np.zeros(5000, np.int64)
+    counts[:600] = np.arange(600, 0, -1)
+    forced = [4999, 4998]
+    found = coverage_by_size(counts, forced)
+    assert list(found) == [256, 512, 1024]
+    for size, share in found.items():
+        assert share == pytest.approx(coverage(counts, choose_vocab(counts, forced, size)))
+    assert found[1024] == 1.0
+    assert describe_sizes(counts, forced).endswith(f"256 {found[256]:.1%}, 512 {found[512]:.1%}, 1024 100.0%")
+    assert list(coverage_by_size(counts, range(300))) == [512, 1024]  # a size must hold the forced ones
+    assert coverage_by_size(np.eye(1, 300, dtype=np.int64)[0], []) == {256: 1.0}
+
+
+def test_a_map_knows_what_it_was_chosen_from():
+    counts = np.ones(V, np.int64)
+    sources = {source_of(tokenizer, data) for tokenizer in ("a", "b") for data in ("a", "b")}
+    assert len(sources) == 4
+    assert choose_vocab(counts, [], 3, "from here").source == "from here"
+    assert choose_vocab(counts, [], 3).source == ""
+
+
+def test_a_checkpoint_keeps_where_its_map_is_from(tmp_path):
+    """The same ids, chosen from other data: refused."""
+    arrays = {"state": {"x": jnp.arange(3.0)}, "counters": {"tokens": jnp.zeros(2, jnp.int32)}}
+    mine, others = (VocabMap(np.array([1, 4, 9]), V, source) for source in ("these answers", "others"))
+    record = {"score": None, "inputs": {}, "vocab": {"size": 3, "source": mine.source}}
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(2, arrays, mine, record)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        begun = begin(checkpoints, Resume("auto", {}, mine), abstract_like(arrays))
+        np.testing.assert_array_equal(begun.arrays["state"]["x"], arrays["state"]["x"])
+        with pytest.raises(InputError, match=r"another vocabulary map \(3 tokens, chosen from 'these answers'\)"):
+            begin(checkpoints, Resume("auto", {}, others), abstract_like(arrays))

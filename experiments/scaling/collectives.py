@@ -84,7 +84,9 @@ def parse(text: str, loop_trips: int) -> list[Collective]:
             elif one.op == "while":
                 walk(re.search(r"body=%([\w.\-]+)", one.line).group(1), times * loop_trips, False)
             elif one.op == "conditional":
-                for branch in re.findall(r"%([\w.\-]+)", re.search(r"branch_computations=\{(.*?)\}", one.line).group(1)):
+                for branch in re.findall(
+                    r"%([\w.\-]+)", re.search(r"branch_computations=\{(.*?)\}", one.line).group(1)
+                ):
                     walk(branch, times, False)
             elif one.op == "call":
                 called = re.search(r"to_apply=%([\w.\-]+)", one.line).group(1)

@@ -45,14 +45,18 @@ def measure(case: str, shape: dict[str, int]) -> dict:
     lowered, local_rows, flops = abstract_step(case, shape, TOKENS, LENGTH, NUM_STEPS, CHUNK)
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning", "xla_dump_hlo_as_text": True}
-        lowered.compile(compiler_options=options | {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
+        lowered.compile(
+            compiler_options=options | {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+        )
         found = parse(partitioned_text(Path(folder)), -(-local_rows // CHUNK))
     kinds = {}
     for one in found:
         count, size = kinds.get(one.kind, (0, 0))
         kinds[one.kind] = (count + one.times, size + one.times * one.bytes)
     compute = flops / RATE
-    moving = {where: sum(one.seconds(nodes) for one in found) for where, nodes in (("nvlink", False), ("cluster", True))}
+    moving = {
+        where: sum(one.seconds(nodes) for one in found) for where, nodes in (("nvlink", False), ("cluster", True))
+    }
     return {
         "case": case, "devices": math.prod(shape.values()), "layout": shape, "kinds": kinds, "compute_s": compute,
         **{f"{where}_s": seconds for where, seconds in moving.items()},

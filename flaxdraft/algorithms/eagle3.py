@@ -19,10 +19,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Draft, Example, LossSums
-from flaxdraft.mesh import per_device, spec_of, split_like, whole_in_time
+from flaxdraft.mesh import spec_of, split_like, whole_in_time
 from flaxdraft.ops import distillation
 from flaxdraft.ops.attention import document_ranges
 from flaxdraft.ops.range_attention import DEFAULT_CHUNK, Chunks
+from flaxdraft.ops.rows import take_rows
 from flaxdraft.ops.suffix_attention import ATTENTION_OUTPUT, Backend, choose, suffix_attention
 
 Remat = Literal["none", "projections", "full"]
@@ -63,13 +64,6 @@ def supervised_rows(assistant_BT: np.ndarray, segments_BT: np.ndarray) -> np.nda
     return rows_BT[:, :width].astype(np.int32)
 
 
-def take_rows(x: Float[Array, "B T *tail"], rows_BR: Int[Array, "B R"]):
-    """x at the rows of each batch entry; rows past the end read 0."""
-    local = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))
-    spec = jax.P(*spec_of(rows_BR).partitions, *spec_of(x).partitions[2:])
-    return per_device(local, spec, x, rows_BR)
-
-
 def visible_range(
     segments_BT: Int[Array, "B T"], rows_BR: Int[Array, "B R"]
 ) -> tuple[Int[Array, "B R"], Int[Array, "B R"]]:
@@ -87,6 +81,7 @@ def unroll(
     attention: Backend = "auto",
     remat: Remat = "none",
     attention_chunk: int = DEFAULT_CHUNK,
+    packed: bool = True,
     taps_BR3E: Float[Array, "B R 3 E"] | None = None,
 ) -> list[Float[Array, "B R D"]]:
     """The draft layer's output of each step at the given rows, before the final norm.
@@ -98,25 +93,33 @@ def unroll(
         taps_BR3E: of `rows_BR`; None where `taps_BT3E` are whole along time, and rows take theirs from there.
         remat: what the backward pass computes anew: nothing, all but the outputs of projections and attention, or the
             whole step.
+        packed: whether a row may hold several documents; see `suffix_attention`.
     """
     # Past the end the reader finds token 0, like an engine's empty slot; no supervised row ever sees it.
-    embeds_BTD = draft.embed(jnp.pad(batch.tokens_BT, ((0, 0), (0, num_steps))))
-    num_rows = batch.tokens_BT.shape[1]
+    tokens_BT, num_rows = jnp.pad(batch.tokens_BT, ((0, 0), (0, num_steps))), batch.tokens_BT.shape[1]
     hidden_BTD = draft.project(taps_BT3E)
-    x_BTX = draft.attention_input(split_like(taps_BT3E, embeds_BTD[:, 1 : num_rows + 1]), hidden_BTD)
-    k0, v0 = map(whole_in_time, draft.key_value(x_BTX, split_like(taps_BT3E, batch.positions_BT)))
+    if taps_BR3E is None:
+        every = draft.token_projections(draft.embed(tokens_BT))
+        after = jax.tree.map(lambda x: x[:, 1 : num_rows + 1], every)
+        read = lambda j: jax.tree.map(lambda x: take_rows(x, rows_BR + 1 + j), every)  # noqa: E731
+    else:  # no device projects the tokens of another's rows
+        of_tokens = lambda tokens: draft.token_projections(draft.embed(tokens))  # noqa: E731
+        after = of_tokens(split_like(taps_BT3E, tokens_BT[:, 1 : num_rows + 1]))
+        read = lambda j: of_tokens(take_rows(tokens_BT, rows_BR + 1 + j))  # noqa: E731
+    positions_BT = split_like(taps_BT3E, batch.positions_BT)
+    k0, v0 = map(whole_in_time, draft.key_value(draft.projections(after, hidden_BTD), positions_BT))
     first_BR, last_BR = visible_range(batch.segments_BT, rows_BR)
     positions_BR = take_rows(batch.positions_BT, rows_BR)
 
-    def step(hidden, embeds, suffix_k, suffix_v, j):
+    def step(hidden, tokens, suffix_k, suffix_v, j):
         """One pass of the layer; from step 1 on it brings a key of its own."""
-        x_BRX, positions = draft.attention_input(embeds, hidden), positions_BR + j
+        projections, positions = draft.projections(tokens, hidden), positions_BR + j
         if j > 0:
-            k, v = draft.key_value(x_BRX, positions)
+            k, v = draft.key_value(projections, positions)
             suffix_k, suffix_v = (*suffix_k, k), (*suffix_v, v)
         heads = suffix_attention(
-            draft.query(x_BRX, positions), k0, v0, suffix_k, suffix_v, first_BR, last_BR, draft.softmax_scale,
-            backend=attention, chunks=Chunks(attention_chunk, attention_chunk),
+            draft.query(projections, positions), k0, v0, suffix_k, suffix_v, first_BR, last_BR, draft.softmax_scale,
+            backend=attention, chunks=Chunks(attention_chunk, attention_chunk), packed=packed,
         )  # fmt: skip
         return draft.finish(hidden, heads), suffix_k, suffix_v
 
@@ -125,7 +128,7 @@ def unroll(
     hidden = take_rows(hidden_BTD, rows_BR) if taps_BR3E is None else draft.project(taps_BR3E)
     suffix_k, suffix_v, outputs = (), (), []
     for j in range(num_steps):
-        hidden, suffix_k, suffix_v = step(hidden, take_rows(embeds_BTD, rows_BR + 1 + j), suffix_k, suffix_v, j)
+        hidden, suffix_k, suffix_v = step(hidden, read(j), suffix_k, suffix_v, j)
         outputs.append(hidden)
     return outputs
 
@@ -141,6 +144,7 @@ class Algorithm:
     remat: Remat = "none"
     loss_chunk: int = distillation.DEFAULT_CHUNK  # rows whose logits exist at a time
     attention_chunk: int = DEFAULT_CHUNK  # queries and keys whose scores exist at a time, where attention is chunked
+    packed: bool = True  # whether a row may hold several documents; False is a little faster with cuDNN
 
     def __post_init__(self):
         if self.num_steps < 1:
@@ -148,6 +152,7 @@ class Algorithm:
 
     def rows(self, assistant_BT: np.ndarray, segments_BT: np.ndarray) -> np.ndarray:
         """The rows that must be computed for this batch; see `Example.rows_BR`."""
+        assert self.packed or np.max(segments_BT, initial=0) <= 1, "several documents in a row, without `packed`"
         return supervised_rows(assistant_BT, segments_BT)
 
     def step_weights(self) -> tuple[float, ...]:
@@ -166,7 +171,7 @@ class Algorithm:
         compute = example.teacher_head_WE.dtype
         taps, split = example.features.taps_BT3E.astype(compute), example.split
         outputs = unroll(
-            draft, batch, taps, rows, self.num_steps, self.attention, self.remat, self.attention_chunk,
+            draft, batch, taps, rows, self.num_steps, self.attention, self.remat, self.attention_chunk, self.packed,
             None if split is None else split.taps_BR3E.astype(compute),
         )  # fmt: skip
         # The teacher of row p at step 0 is the target's distribution at p + 1.
@@ -205,8 +210,9 @@ class Algorithm:
 
         def heads(batch, taps_BT3E):
             tokens_BT, positions_BT = (split_like(taps_BT3E, x) for x in (batch.tokens_BT, batch.positions_BT))
-            x_BTX = draft.attention_input(draft.embed(tokens_BT), draft.project(taps_BT3E))
-            return draft.query(x_BTX, positions_BT), *draft.key_value(x_BTX, positions_BT)
+            tokens = draft.token_projections(draft.embed(tokens_BT))
+            projections = draft.projections(tokens, draft.project(taps_BT3E))
+            return draft.query(projections, positions_BT), *draft.key_value(projections, positions_BT)
 
         compute = example.teacher_head_WE.dtype
         q, k, v = jax.eval_shape(heads, example.batch, example.features.taps_BT3E.astype(compute))
@@ -228,7 +234,7 @@ class Algorithm:
         it would have proposed, up to its first miss. The batch must be whole along time (no `Example.split`).
         """
         sums, hit_BRJ = self._distill(draft, example)
-        count_BR = jnp.sum(jnp.cumprod(hit_BRJ.astype(jnp.int32), axis=-1), axis=-1)
+        count_BR = jnp.sum(jnp.cumprod(hit_BRJ, axis=-1, dtype=jnp.int32), axis=-1, dtype=jnp.int32)
         empty_BT = jnp.zeros_like(example.batch.tokens_BT)
         scatter = jax.vmap(lambda row, at, value: row.at[at].set(value, mode="drop"))
         return sums, scatter(empty_BT, example.rows_BR, count_BR)

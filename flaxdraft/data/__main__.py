@@ -154,11 +154,15 @@ def answer_all(arguments: argparse.Namespace) -> None:
 
 
 def capture_all(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
     from flaxdraft import targets
-    from flaxdraft.data import store_capture
-    from flaxdraft.data.chat import ChatOptions
+    from flaxdraft.data.chat import ChatOptions, render_all, tokenizer_digest
     from flaxdraft.data.conversations import read_conversations
     from flaxdraft.data.store import Source
+    from flaxdraft.data.store_capture import capture
+    from flaxdraft.data.store_writer import make_plan, start
+    from flaxdraft.data.vocab import describe_sizes
     from flaxdraft.fetch import content_of
     from flaxdraft.precision import DTYPES, Precision
     from flaxdraft.progress import CONSOLE
@@ -168,29 +172,34 @@ def capture_all(arguments: argparse.Namespace) -> None:
     if tokenizer is None:
         raise InputError(f"{arguments.target}: has no tokenizer")
     options = ChatOptions(arguments.max_length, arguments.last_turn_only, arguments.mask_reasoning)
-    documents = store_capture.render_all(
+    documents = render_all(
         read_conversations(arguments.file), tokenizer, options, arguments.max_silent
     )  # fmt: skip
     source = Source(
-        target=content_of(str(opened.path), None), tokenizer=store_capture.tokenizer_digest(tokenizer),
+        target=content_of(str(opened.path), None), tokenizer=tokenizer_digest(tokenizer),
         data=documents.digest, compute_dtype=arguments.dtype, tap_layers=config.tap_layers,
         hidden_size=config.hidden_size, vocab_size=config.vocab_size, taps_dtype=arguments.taps_dtype,
         last_dtype=arguments.last_dtype,
     )  # fmt: skip
-    plan = store_capture.make_plan(source, documents.rows, arguments.shard_tokens, config.tie_word_embeddings)
+    lengths = [len(row.tokens) for row in documents.rows]
+    plan = make_plan(source, lengths, arguments.shard_tokens, config.tie_word_embeddings)
     supervised = sum(int(row.assistant.sum()) for row in documents.rows)
     CONSOLE.print(
         f"{len(documents.rows)} rows, {plan.num_tokens} tokens, {supervised} supervised, {documents.silent} rows left "
         f"out that supervise nothing; {len(plan.first_rows) - 1} shards, {plan.num_bytes / 1e9:.2f} GB"
     )
+    counts = np.bincount(
+        np.concatenate([row.tokens[row.assistant] for row in documents.rows]), minlength=config.vocab_size
+    )
+    CONSOLE.print(describe_sizes(counts, tokenizer.all_special_ids))
     if arguments.plan:
         return
-    missing = store_capture.start(arguments.output_dir, plan)
+    missing = start(arguments.output_dir, plan)
     if missing:
         CONSOLE.print(f"{len(missing)} shards to do")
     precision = Precision(compute=DTYPES[arguments.dtype], param=DTYPES[arguments.dtype])
     target = targets.from_pretrained(arguments.target, precision=precision).model
-    complete = store_capture.capture(
+    complete = capture(
         arguments.output_dir, plan, documents.rows, target, batch_tokens=arguments.batch_tokens, part=arguments.part
     )  # fmt: skip
     done = "complete" if complete else "this part is done; when all are, run part 0 again, which finishes the store"

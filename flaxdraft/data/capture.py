@@ -6,8 +6,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from flaxdraft.data.features import read_rows, write_rows
 from flaxdraft.data.generation import Row, answer_greedily
 from flaxdraft.data.prompts import Prompt, render
@@ -85,8 +83,3 @@ def load_split(directory: Path, split: str, num_prompts: int, num_rows: int) -> 
     """Every row of a captured split, in file order."""
     num_chunks = -(-num_prompts // chunk_rows(num_prompts, num_rows))
     return [row for i in range(num_chunks) for row in read_rows(chunk_path(directory, split, i))]
-
-
-def supervised_token_counts(rows: Sequence[Row], vocab_size: int) -> np.ndarray:
-    """int64 [V]: how often the assistant produced each token."""
-    return sum(np.bincount(row.tokens[row.num_prompt :], minlength=vocab_size) for row in rows)

@@ -10,7 +10,9 @@ A turn's end-of-turn token belongs to it; what the template writes after that do
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -44,8 +46,8 @@ def render(tokenizer: Any, conversation: Conversation, options: ChatOptions) -> 
     """Tokens and mask, cut at `max_length`.
 
     Raises:
-        InputError: the template refuses the conversation, or is not prefix-stable (row and both renderings are shown);
-            a tokenised row has ids that the tokenizer has not.
+        InputError: the template refuses the conversation, leaves its tools out, or is not prefix-stable (row and both
+            renderings are shown); a tokenised row has ids that the tokenizer has not.
     """
     if conversation.tokens is not None:
         tokens, assistant = conversation.tokens, conversation.assistant
@@ -60,6 +62,7 @@ def render(tokenizer: Any, conversation: Conversation, options: ChatOptions) -> 
         if not getattr(tokenizer, "chat_template", None):
             raise InputError(f"{conversation.where}: the target's tokenizer has no chat template")
         text = _text(tokenizer, conversation, conversation.messages)
+        _check_tools(conversation, text)
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         tokens = np.asarray(encoded["input_ids"], np.int32)
         starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
@@ -104,6 +107,19 @@ def _text(tokenizer: Any, conversation: Conversation, messages: Any, tokenize: b
         raise InputError(f"{conversation.where}: the chat template refuses this conversation: {error}") from error
 
 
+def _check_tools(conversation: Conversation, text: str) -> None:
+    calls = [call for message in conversation.messages for call in message.get("tool_calls") or ()]
+    for tool in (*calls, *(conversation.tools or ())):
+        function = tool.get("function", tool)
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or name not in text:
+            raise InputError(
+                f"{conversation.where}: the chat template writes nothing of the tool {name!r}; it knows no tools, or "
+                "not in this shape, and the target would not see what was called: leave the row out, or give a "
+                "template with tools"
+            )
+
+
 def _prefix_spans(tokenizer: Any, conversation: Conversation, text: str, options: ChatOptions) -> list[tuple[int, int]]:
     turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     spans = []
@@ -134,3 +150,48 @@ def _turn_end(tokenizer: Any, text: str, begin: int, end: int) -> int:
     kept = region.rstrip()
     ends_by_token = any(kept.endswith(token) for token in tokenizer.all_special_tokens if token)
     return begin + len(kept) if ends_by_token else end
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderedFile:
+    """The rows of a file, as the target reads them."""
+
+    rows: list[Rendered]
+    silent: int  # rows that supervise nothing, left out
+    digest: str  # of the tokens and masks
+
+
+def render_all(
+    conversations: Iterable[Conversation], tokenizer: Any, options: ChatOptions, max_silent: float,
+    field: str = "--max-silent",
+) -> RenderedFile:  # fmt: skip
+    """Every conversation that supervises something.
+
+    Args:
+        field: where the user set `max_silent`, for the message.
+
+    Raises:
+        InputError: see `render`; more than a share of `max_silent` rows supervise nothing, or there are no rows.
+    """
+    rows, silent, digest = [], 0, hashlib.sha256()
+    for conversation in conversations:
+        rendered = render(tokenizer, conversation, options)
+        if not rendered.assistant.any():
+            silent += 1
+            continue
+        digest.update(rendered.tokens.tobytes() + rendered.assistant.tobytes() + b"|")
+        rows.append(rendered)
+    total = len(rows) + silent
+    if silent > max_silent * total or not rows:
+        raise InputError(
+            f"{silent} of {total} conversations supervise nothing, more than a share of {max_silent} ({field}): the "
+            "assistant says nothing in them, or what it says lies behind the length where rows are cut; look with: "
+            "python -m flaxdraft.data show"
+        )
+    return RenderedFile(rows, silent, digest.hexdigest())
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Of what decides how text becomes tokens: the tokenizer itself and its chat template."""
+    text = tokenizer.backend_tokenizer.to_str() + "\n" + (tokenizer.chat_template or "")
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

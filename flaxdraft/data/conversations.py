@@ -27,6 +27,7 @@ _SPEAKERS = {
     "function": "tool", "observation": "tool",
 }  # fmt: skip
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_FIELDS = ("messages", "conversations", "input_ids", "loss_mask", "tools", "id", "category", "split")
 SHAPES = "messages, conversations, or input_ids with loss_mask"
 
 
@@ -89,12 +90,15 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
+            names = file.schema_arrow.names
+            for batch in file.iter_batches(
+                batch_size=256, columns=[name for name in names if name in _FIELDS] or names
+            ):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path}: not a readable Parquet file ({error})") from error
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path}: not a readable Parquet file ({error}), behind row {number}") from error
 
 
 def parse(row: Any, where: str, default_id: str) -> Conversation:
@@ -147,7 +151,10 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise InputError(f"{where}: role: found {_brief(role)}, expected one of {', '.join(ROLES)}")
-    if content is None and role == "assistant" and message.get("tool_calls"):
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise InputError(f"{where}: tool_calls: expected a list of objects, found {_brief(calls)}")
+    if content is None and role == "assistant" and calls:
         return {**message, "content": ""}
     parts_are_text = isinstance(content, list) and all(
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content

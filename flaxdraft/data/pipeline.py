@@ -1,51 +1,69 @@
-"""Training batches from captured rows: batch(step) is a function of (seed, step) alone, so a resume seeks for free.
+"""Training batches: batch(step) is a function of (seed, step) alone, and `batches_from` reads them ahead.
 
-Rows go into a few buckets by length; every epoch shuffles rows inside their bucket and the order of batches. A
-bucket's last batch is filled up with empty rows, which supervise nothing: no row is dropped.
+The position in the data is one integer, the step: it is the same on every number of hosts, and going there reads
+nothing. A host reads its own rows of a global batch only.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
+import grain
+import jax
 import numpy as np
 
-from flaxdraft.data.generation import Row, round_up
+from flaxdraft.config import DataConfig, TrainConfig
+from flaxdraft.data.documents import Document, Documents
+from flaxdraft.data.layout import Buckets, Layout, Packed, Sizes
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Algorithm, Batch, Features
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
     """Numpy arrays of one padded batch, ready to be put on devices."""
 
     batch: Batch
-    features: Features
+    features: Features | None  # None where the target is to read the batch itself
     rows_BR: np.ndarray
 
 
-def collate(rows: Sequence[Row], batch_size: int, length: int, num_supervised: int, algorithm: Algorithm) -> HostBatch:
-    """Right-pads rows to `length`, the batch to `batch_size`, and the supervised rows to `num_supervised`."""
-    shape = (batch_size, length)
-    tokens, assistant = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    segments, positions = np.zeros(shape, np.int32), np.tile(np.arange(length, dtype=np.int32), (batch_size, 1))
-    features = {}
-    for field in dataclasses.fields(Features):
-        sample = getattr(rows[0].features, field.name)
+def collate(
+    rows: Iterable[Iterable[Document]], like: Features | None, num_rows: int, length: int, num_supervised: int,
+    algorithm: Algorithm,
+) -> HostBatch:  # fmt: skip
+    """Documents end to end in their rows, cut at `length`; padded to `length`, to `num_rows` rows, and to
+    `num_supervised` supervised rows of each. One document is taken at a time.
+
+    Args:
+        like: features of any document, for their types; None where documents come without.
+    """
+    shape = (num_rows, length)
+    tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+    assistant = np.zeros(shape, bool)
+    features: dict[str, np.ndarray] = {}
+    for field in dataclasses.fields(Features) if like is not None else ():
+        sample = getattr(like, field.name)
         features[field.name] = np.zeros((*shape, *sample.shape[1:]), sample.dtype)
-    for i, row in enumerate(rows):
-        num = len(row.tokens)
-        tokens[i, :num] = row.tokens
-        assistant[i, row.num_prompt : num] = True
-        segments[i, :num] = 1
-        for name, array in features.items():
-            array[i, :num] = getattr(row.features, name)
+    for at, row in enumerate(rows):
+        start = 0
+        for number, document in enumerate(row, 1):
+            num = min(len(document.tokens), length)
+            span = (at, slice(start, start + num))
+            tokens[span], assistant[span] = document.tokens[:num], document.assistant[:num]
+            segments[span], positions[span] = number, np.arange(num)
+            for name, array in features.items():
+                array[span] = getattr(document.features, name)[:num]
+            start += num
     kept = algorithm.rows(assistant, segments)
-    rows_BR = np.full((batch_size, num_supervised), length, np.int32)
+    rows_BR = np.full((num_rows, num_supervised), length, np.int32)
     rows_BR[:, : kept.shape[1]] = kept
-    return HostBatch(Batch(tokens, assistant, segments, positions), Features(**features), rows_BR)
+    batch = Batch(tokens, assistant, segments, positions)
+    return HostBatch(batch, Features(**features) if features else None, rows_BR)
 
 
 def check_supervision(num_answer: Sequence[int], algorithm: Algorithm) -> None:
@@ -72,40 +90,72 @@ class Batches(Protocol):
 
 
 class Pipeline:
-    """Random access to the batches of a run."""
+    """Random access to one host's share of the batches of a run."""
 
     def __init__(
-        self, rows: Sequence[Row], algorithm: Algorithm, *, batch_size: int, seed: int, num_buckets: int
+        self, documents: Documents, algorithm: Algorithm, layout: Layout, batch_size: int,
+        part: tuple[int, int] = (0, 1),
     ):  # fmt: skip
         """
-        Raises:
-            InputError: see `check_supervision`.
-        """
-        self._rows = [row for row in rows if row.num_answer >= 2]
-        check_supervision([row.num_answer for row in self._rows], algorithm)
-        self._algorithm, self._batch_size, self._seed = algorithm, batch_size, seed
-        lengths = np.array([len(row.tokens) for row in self._rows])
-        edges = [int(np.quantile(lengths, (i + 1) / num_buckets, method="higher")) for i in range(num_buckets)]
-        self._edges = sorted({round_up(edge, 32) for edge in edges})
-        bucket = np.searchsorted(self._edges, lengths)
-        self._buckets = [np.flatnonzero(bucket == i) for i in range(len(self._edges))]
-        self._supervised = round_up(max(row.num_answer for row in self._rows), 32)
-        self._planned: tuple[int, list] | None = None
-        self.steps_per_epoch = len(self._plan(0))
+        Args:
+            batch_size: rows of a global batch.
+            part: (i, n): this host's share of every global batch, the i-th n-th of its rows.
 
-    def _plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
-        if self._planned is None or self._planned[0] != epoch:
-            rng = np.random.default_rng((self._seed, epoch))
-            batches = []
-            for i, members in enumerate(self._buckets):
-                order = rng.permutation(members)
-                batches += [(i, order[at : at + self._batch_size]) for at in range(0, len(order), self._batch_size)]
-            self._planned = (epoch, [batches[i] for i in rng.permutation(len(batches))])
-        return self._planned[1]
+        Raises:
+            InputError: see `check_supervision`; the parts do not divide the batch.
+        """
+        if batch_size % part[1]:
+            raise InputError(f"train.batch_size: {batch_size} rows cannot be split over {part[1]} hosts")
+        self._documents, self._algorithm, self.layout = documents, algorithm, layout
+        self._num_rows, self.part = batch_size // part[1], part
+        self._like = documents.row(int(layout.kept[0])).features
+        self.steps_per_epoch = layout.steps_per_epoch
 
     def batch(self, step: int) -> HostBatch:
-        """The batch of one optimizer step."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        bucket, members = self._plan(epoch)[index]
-        rows = [self._rows[i] for i in members]
-        return collate(rows, self._batch_size, self._edges[bucket], self._supervised, self._algorithm)
+        """This host's rows of the batch of one optimizer step.
+
+        Raises:
+            InputError: a document cannot be read.
+        """
+        rows = self.layout.rows(step)
+        first = self.part[0] * self._num_rows
+        mine = rows.documents[first : first + self._num_rows]
+        read = ((self._documents.row(int(index)) for index in row) for row in mine)
+        return collate(read, self._like, self._num_rows, rows.length, rows.num_supervised, self._algorithm)
+
+
+def make_pipeline(
+    documents: Documents, algorithm: Algorithm, train: TrainConfig, data: DataConfig, seed: int,
+    part: tuple[int, int] = (0, 1),
+) -> Pipeline:  # fmt: skip
+    """The pipeline that a configuration asks for: packed (train.pack_length) or in buckets by length.
+
+    Raises:
+        InputError: see `check_supervision`, `Pipeline` and the layouts.
+    """
+    sizes = Sizes(documents.lengths, documents.supervised)
+    check_supervision(documents.supervised[sizes.usable()], algorithm)
+    common = {"batch_size": train.batch_size, "seed": seed, "last_batch": data.last_batch}
+    if train.pack_length is None:
+        layout: Layout = Buckets(sizes, num_buckets=train.length_buckets, **common)
+    else:
+        layout = Packed(sizes, length=train.pack_length, **common)
+    return Pipeline(documents, algorithm, layout, train.batch_size, part)
+
+
+def batches_from(pipeline: Batches, start: int, stop: int, prefetch: int) -> Iterator[HostBatch]:
+    """The batches of steps start .. stop - 1, in order, read by threads while the caller works.
+
+    Args:
+        prefetch: batches that are read ahead at most; beside them there is only the one that the caller holds, which
+            bounds memory. 0 reads each when it is asked for.
+
+    Raises:
+        InputError: a document cannot be read (at the batch that it is in).
+    """
+    options = grain.ReadOptions(num_threads=min(prefetch, os.cpu_count() or 1), prefetch_buffer_size=prefetch)
+    batches = iter(grain.MapDataset.range(start, stop).map(pipeline.batch).to_iter_dataset(options))
+    try:
+        yield from batches
+    finally:
+        batches.close()

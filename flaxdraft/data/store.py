@@ -18,18 +18,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from flaxdraft.data.documents import Document
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Features
+from flaxdraft.safetensors_file import Entry, SafetensorsFile
 from flaxdraft.weights import load_safetensors, save_safetensors, write_json
 
 SCHEMA = 1
@@ -37,6 +39,7 @@ TAP_CONVENTION = "residual stream after these layers (0-based), un-normed; last 
 MANIFEST, PLAN, INDEX, TARGET = "manifest.json", "plan.json", "index.safetensors", "target.safetensors"
 _FP8 = ml_dtypes.float8_e4m3fn
 _FP8_MAX = float(ml_dtypes.finfo(_FP8).max)
+_STORED = {"I32": np.int32, "U8": np.uint8, "F32": np.float32, "BF16": ml_dtypes.bfloat16}  # by the format's names
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "fp8": _FP8}
 
 
@@ -58,15 +61,6 @@ class Source:
         return {"schema": SCHEMA, "taps": TAP_CONVENTION, **dataclasses.asdict(self), "tap_layers": [*self.tap_layers]}
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredRow:
-    """One row, unpadded, on the host."""
-
-    tokens: np.ndarray  # int32 [L]
-    assistant: np.ndarray  # bool [L]
-    features: Features  # leading axis L
-
-
 def shard_name(index: int) -> str:
     return f"shard-{index:05d}.safetensors"
 
@@ -78,7 +72,7 @@ def quantise(taps_T3E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (wide / scale_T3[..., None]).astype(_FP8), scale_T3.astype(np.float32)
 
 
-def write_shard(directory: Path, index: int, rows: Sequence[StoredRow], source: Source) -> None:
+def write_shard(directory: Path, index: int, rows: Sequence[Document], source: Source) -> None:
     """One shard, whole or not at all."""
     join = lambda name: np.concatenate([getattr(row.features, name) for row in rows])  # noqa: E731
     tensors = {
@@ -146,6 +140,31 @@ def _checksum(row: dict[str, np.ndarray]) -> int:
     return value
 
 
+class _Shard:
+    """What lies where in a shard. Its rows are read, not mapped: pages of a mapped file would count as this process's
+    memory, and a store is larger than that."""
+
+    def __init__(self, path: Path):
+        """
+        Raises:
+            InputError: it cannot be opened, or its header is damaged.
+        """
+        entries = SafetensorsFile(path).entries
+        self.path, self.entries = path, {name: entries[name] for name in _ROW_TENSORS if name in entries}
+
+    def read(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Those tokens of every tensor."""
+        with self.path.open("rb", buffering=0) as file:
+            return {name: _read(file, entry, start, stop) for name, entry in self.entries.items()}
+
+
+def _read(file: BinaryIO, entry: Entry, start: int, stop: int) -> np.ndarray:
+    tail, dtype = entry.shape[1:], np.dtype(_STORED[entry.dtype])
+    size = math.prod(tail) * dtype.itemsize
+    file.seek(entry.start + start * size)
+    return np.frombuffer(file.read((stop - start) * size), dtype).reshape(-1, *tail)
+
+
 class FeatureStore:
     """Random access to the rows of a finished store."""
 
@@ -182,7 +201,7 @@ class FeatureStore:
         starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)[:-1]])
         first = np.minimum(self._first_rows[:-1], max(len(starts) - 1, 0))
         self._starts = starts - np.repeat(starts[first], sizes)
-        self._open = lru_cache(maxsize=64)(partial(safe_open, framework="numpy"))
+        self._open = lru_cache(maxsize=1024)(_Shard)
 
     def _check_files(self) -> None:
         named = {shard["file"]: shard for shard in self.manifest["shards"]} | self.manifest["files"]
@@ -206,10 +225,15 @@ class FeatureStore:
         return len(self.lengths)
 
     @property
+    def digest(self) -> str:
+        """Of the tokens and masks."""
+        return self.manifest["data"]
+
+    @property
     def tap_layers(self) -> tuple[int, ...]:
         return tuple(self.manifest["tap_layers"])
 
-    def row(self, index: int) -> StoredRow:
+    def row(self, index: int) -> Document:
         """One row; no other row is read.
 
         Raises:
@@ -219,10 +243,8 @@ class FeatureStore:
         path = self.directory / self.manifest["shards"][shard]["file"]
         start = int(self._starts[index])
         try:
-            file = self._open(path)
-            names = [name for name in _ROW_TENSORS if name in file.keys()]  # noqa: SIM118 (not a dict)
-            arrays = {name: file.get_slice(name)[start : start + int(self.lengths[index])] for name in names}
-        except (OSError, SafetensorError) as error:
+            arrays = self._open(path).read(start, start + int(self.lengths[index]))
+        except (OSError, ValueError, LookupError) as error:
             raise InputError(f"{path}: not a readable shard ({error}); remove it and capture again") from error
         if _checksum(arrays) != self._checksums[index]:
             inside = index - int(self._first_rows[shard])
@@ -234,7 +256,7 @@ class FeatureStore:
         if "tap_scales" in arrays:
             taps = taps.view(_FP8).astype(np.float32) * arrays["tap_scales"][..., None]
         features = Features(taps, arrays["last"], arrays["argmax"], arrays["logsumexp"])
-        return StoredRow(arrays["tokens"], arrays["assistant"].astype(bool), features)
+        return Document(arrays["tokens"], arrays["assistant"].astype(bool), features)
 
     def target(self) -> dict[str, np.ndarray]:
         """`embedding` [V, E], `head` [V, E] (absent where tied) and `final_norm` [E] of the target."""

@@ -19,15 +19,8 @@ from flaxdraft.interfaces import VocabMap, find_by_architecture
 from flaxdraft.mesh import Sharding
 from flaxdraft.nn.layers import Frozen
 from flaxdraft.precision import Precision
+from flaxdraft.serving.layout import BUFFERS, flat_name
 from flaxdraft.weights import load_safetensors, state_from_torch
-
-# Other writers' names for the same weights, after a leading `model.` is taken off.
-_PREFIXES = {
-    "layers.0.": "midlayer.",
-    "aux_norm_low.": "fc_norm.0.",
-    "aux_norm_mid.": "fc_norm.1.",
-    "aux_norm_high.": "fc_norm.2.",
-}
 
 
 class LoadedDraft(NamedTuple):
@@ -64,11 +57,8 @@ def _read_tensors(paths: list[Path]) -> dict[str, np.ndarray]:
     tensors = {}
     for path in paths:
         for key, array in load_safetensors(path).items():
-            name = key.removeprefix("model.")
-            for theirs, ours in _PREFIXES.items():
-                if name.startswith(theirs):
-                    name = ours + name.removeprefix(theirs)
-            if name.endswith("rotary_emb.inv_freq"):  # a buffer that some writers keep; config.json says the same
+            name = flat_name(key)
+            if BUFFERS.search(name):
                 continue
             if name in tensors:
                 raise InputError(f"{path}: {key} is the second tensor that means {name}; remove one of them")
@@ -139,14 +129,18 @@ def from_pretrained(directory: str | Path, vocab: VocabMap | None = None) -> Loa
         )
     if not config.owns_embedding:
         tensors.pop("embed_tokens.weight", None)
-    _, abstract, _ = nnx.split(nnx.eval_shape(lambda: _empty(module, config, found)), nnx.Param, Frozen)
-    params = state_from_torch(abstract, module.name_table(config), tensors, origin)
+    params = state_from_torch(abstract_params(module, config), module.name_table(config), tensors, origin)
     return LoadedDraft(module, config, params, found)
 
 
-def _empty(module: ModuleType, config: Any, vocab: VocabMap) -> nnx.Module:
-    """A draft for its shapes alone."""
-    embedding = None if config.owns_embedding else jnp.zeros((config.vocab_size, config.hidden_size))
-    return module.make(
-        config, vocab, embedding, precision=Precision(), sharding=Sharding.none(), rngs=nnx.Rngs(0)
-    )  # fmt: skip
+def abstract_params(module: ModuleType, config: Any) -> nnx.State:
+    """Shapes and dtypes of a draft's trained parameters."""
+
+    def empty() -> nnx.Module:
+        embedding = None if config.owns_embedding else jnp.zeros((config.vocab_size, config.hidden_size))
+        vocab = VocabMap(np.arange(config.draft_vocab_size), config.vocab_size)
+        return module.make(
+            config, vocab, embedding, precision=Precision(), sharding=Sharding.none(), rngs=nnx.Rngs(0)
+        )  # fmt: skip
+
+    return nnx.split(nnx.eval_shape(empty), nnx.Param, Frozen)[1]

@@ -108,18 +108,8 @@ class Config(Eagle3Sizes):
         }
 
     def to_hf(self) -> dict[str, Any]:
-        """config.json fields, without the target's layer ids.
-
-        Raises:
-            InputError: a plain query projection, which no server can load.
-        """
-        if self.q_lora_rank is None:
-            raise InputError("export: an MLA draft without q_lora_rank cannot be served; SGLang and vLLM both need it")
-        if self.latent_norm_eps != self.rms_norm_eps:
-            raise InputError(
-                f"export: latent_norm_eps {self.latent_norm_eps} differs from rms_norm_eps {self.rms_norm_eps}; "
-                "servers use rms_norm_eps for both"
-            )
+        """config.json fields, without the target's layer ids; flaxdraft/serving knows which engine takes them."""
+        own_eps = self.latent_norm_eps != self.rms_norm_eps
         return {
             **self.to_hf_sizes(SERVING_ARCHITECTURE, "deepseek_v3"),
             "num_attention_heads": self.num_attention_heads,
@@ -133,6 +123,7 @@ class Config(Eagle3Sizes):
             "first_k_dense_replace": 1,  # the one layer is dense
             "max_position_embeddings": self.rope.max_position_embeddings,
             **self.rope.to_hf(),
+            **({"latent_norm_eps": self.latent_norm_eps} if own_eps else {}),
         }
 
 

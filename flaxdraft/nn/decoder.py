@@ -209,6 +209,10 @@ class Cache:
     k_LBKHS: Float[Array, "L B K H S"]
     v_LBKSC: Float[Array, "L B K S C"]
 
+    @property
+    def num_slots(self) -> int:
+        return self.k_LBKHS.shape[-1]
+
 
 def _in_chunks(q_BTNH, k_BTKH, v_BTKC, first_BT, last_BT, scale: float):
     out, _ = range_attention.forward(
@@ -243,18 +247,25 @@ def _cached(cache: Cache, layer, q_BTNH, k_BTKH, v_BTKC, positions_BT, scale: fl
 
 
 def _run_layers(model, spans, config: DecoderConfig, x_BTE, positions_BT, segments_BT, cache, sharding: Sharding):
-    """The residual stream through all layers; stops at each tap without keeping the other layers' outputs."""
+    """The residual stream through all layers, and the tapped ones' outputs [B, T, 3, E].
+
+    One loop for each group: a tap writes its output to a place of its own, every other layer to one that nobody reads.
+    """
     heads_spec, rows_spec = sharding.act_btnh, sharding.act_btd and P(*sharding.act_btd[:2])
     cache_spec = Cache(sharding.cache_lbn, sharding.cache_lbn)
+    num_taps = len(config.tap_layers)
+    places = [
+        config.tap_layers.index(i) if i in config.tap_layers else num_taps for i in range(config.num_hidden_layers)
+    ]
 
-    def run(graphdef, layers, first: int, start: int, stop: int, carry):
+    def run(graphdef, layers, span: range, carry):
         def body(i, carry):
-            x, cache = carry
-            at_layer = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, i - first, keepdims=False), layers)
+            x, taps_KBTE, cache = carry
+            at_layer = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, i - span.start, keepdims=False), layers)
             layer = nnx.merge(graphdef, at_layer)
-            normed = layer.input_layernorm(x)
-            q, scale = layer.self_attn.query(normed, positions_BT), layer.self_attn.softmax_scale
-            k, v = layer.self_attn.key_value(normed, positions_BT)
+            projected = layer.self_attn.project(layer.input_layernorm(x))
+            q, scale = layer.self_attn.query(projected, positions_BT), layer.self_attn.softmax_scale
+            k, v = layer.self_attn.key_value(projected, positions_BT)
             if cache is None:
                 attention, specs = partial(_uncached, scale=scale), (heads_spec,) * 3 + (rows_spec,)
                 heads = on_shards(sharding, attention, specs, heads_spec)(q, k, v, segments_BT)
@@ -264,21 +275,16 @@ def _run_layers(model, spans, config: DecoderConfig, x_BTE, positions_BT, segmen
                 on_device = on_shards(sharding, attention, specs, (heads_spec, cache_spec))
                 heads, cache = on_device(cache, i, q, k, v, positions_BT)
             x = x + layer.self_attn.output(heads)
-            return x + layer.mlp(layer.post_attention_layernorm(x)), cache
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            return x, lax.dynamic_update_index_in_dim(taps_KBTE, x, jnp.asarray(places)[i], 0), cache
 
-        return lax.fori_loop(start, stop, body, carry)
+        return lax.fori_loop(span.start, span.stop, body, carry)
 
-    taps, carry = [], (x_BTE, cache)
+    carry = x_BTE, jnp.stack([x_BTE] * (num_taps + 1)), cache
     for name, span in spans:
-        graphdef, layers = nnx.split(getattr(model, name))
-        start = span.start
-        for tap in config.tap_layers:
-            if tap in span:
-                carry = run(graphdef, layers, span.start, start, tap + 1, carry)
-                taps.append(carry[0])
-                start = tap + 1
-        carry = run(graphdef, layers, span.start, start, span.stop, carry)
-    return jnp.stack(taps, axis=2), *carry
+        carry = run(*nnx.split(getattr(model, name)), span, carry)
+    x_BTE, taps_KBTE, cache = carry
+    return jnp.moveaxis(taps_KBTE[:num_taps], 0, 2), x_BTE, cache
 
 
 @partial(
@@ -307,24 +313,30 @@ def _forward(
 
 @partial(jax.jit, static_argnames=("sharding",))
 def _logits(last_BE, head_VE, sharding: Sharding):
+    wide = jnp.promote_types(last_BE.dtype, jnp.float32)
     if sharding.weight_ve is None:
-        return jnp.einsum("be,ve->bv", last_BE, head_VE, preferred_element_type=jnp.float32)
+        return jnp.einsum("be,ve->bv", last_BE, head_VE, preferred_element_type=wide)
     head_VE, split = gathered(head_VE, sharding.weight_ve), P(None, sharding.weight_ve[0])
-    logits = jnp.einsum("be,ve->bv", last_BE, head_VE, preferred_element_type=jnp.float32, out_sharding=split)
+    logits = jnp.einsum("be,ve->bv", last_BE, head_VE, preferred_element_type=wide, out_sharding=split)
     return jax.reshard(logits, P(None, None))
 
 
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderTarget:
-    """A loaded model; see the Protocol `Target`."""
+    """A loaded model; see the Protocol `Target`. A pytree whose leaves are the weights: a program takes it as an
+    argument."""
 
-    config: DecoderConfig
-    spans: tuple[tuple[str, range], ...]  # groups of layers, in their order
-    graphdef: nnx.GraphDef
+    config: DecoderConfig = dataclasses.field(metadata=_STATIC)
+    spans: tuple[tuple[str, range], ...] = dataclasses.field(metadata=_STATIC)  # groups of layers, in their order
+    graphdef: nnx.GraphDef = dataclasses.field(metadata=_STATIC)
     state: nnx.State
-    precision: Precision
-    mesh: jax.sharding.Mesh | None = None
-    sharding: Sharding = Sharding.none()  # noqa: RUF009 (immutable)
+    precision: Precision = dataclasses.field(metadata=_STATIC)
+    mesh: jax.sharding.Mesh | None = dataclasses.field(default=None, metadata=_STATIC)
+    sharding: Sharding = dataclasses.field(default=Sharding.none(), metadata=_STATIC)
 
     @property
     def row_multiple(self) -> int:
@@ -367,7 +379,7 @@ class DecoderTarget:
         return self._run(tokens_BT, positions_BT, None, cache, head)
 
     def logits(self, last_BE: Float[Array, "B E"]) -> Float[Array, "B V"]:
-        """float32 logits of post-norm last hidden states, whole on every device."""
+        """Logits of post-norm last hidden states, at least float32, whole on every device."""
         with self._on_mesh():
             return _logits(last_BE, self.head(), self.sharding)
 

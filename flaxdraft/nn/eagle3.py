@@ -7,7 +7,7 @@ EAGLE-3.1 adds two switches: `fc_norm`, one RMSNorm for each tapped state before
 next step reads norm(h) instead of h.
 
 Shape letters: B batch, T time, D draft width, E target width, V target vocabulary, W draft vocabulary,
-N heads, C value width, X = 2 D.
+N heads, K key/value heads, H head width, C value width.
 """
 
 from __future__ import annotations
@@ -242,20 +242,25 @@ class Eagle3Draft(nnx.Module):
         spec = along(hidden_BTD, self.sharding.act_btd)
         return hidden_BTD if spec is None else jax.reshard(hidden_BTD, spec)
 
-    def attention_input(
-        self, embeds_BTD: Float[Array, "B T D"], hidden_BTD: Float[Array, "B T D"]
-    ) -> Float[Array, "B T X"]:
-        """Normed embedding first, normed hidden second."""
-        x_BTX = jnp.concatenate([self.input_layernorm(embeds_BTD), self.hidden_norm(hidden_BTD)], axis=-1)
-        return self.self_attn.shared_input(x_BTX)
+    def token_projections(self, embeds_BTD: Float[Array, "B T D"]) -> Any:
+        """What the attention's first projections make of the normed embedding, the first half of their input. It does
+        not depend on the unroll step, so one product serves all steps that read a token."""
+        half = slice(None, self.config.hidden_size)
+        return self.self_attn.project(self.input_layernorm(embeds_BTD), half)
 
-    def query(self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
-        return self.self_attn.query(x_BTX, positions_BT)
+    def projections(self, token_projections: Any, hidden_BTD: Float[Array, "B T D"]) -> Any:
+        """The same of the whole input: normed embedding first, normed hidden state second."""
+        half = slice(self.config.hidden_size, None)
+        of_hidden = self.self_attn.project(self.hidden_norm(hidden_BTD), half)
+        return jax.tree.map(jnp.add, token_projections, of_hidden)
+
+    def query(self, projections: Any, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
+        return self.self_attn.query(projections, positions_BT)
 
     def key_value(
-        self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]
+        self, projections: Any, positions_BT: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K C"]]:
-        return self.self_attn.key_value(x_BTX, positions_BT)
+        return self.self_attn.key_value(projections, positions_BT)
 
     def finish(self, hidden_BTD: Float[Array, "B T D"], heads_BTNC: Float[Array, "B T N C"]) -> Float[Array, "B T D"]:
         """Output projection, residual and feed-forward: the hidden state that the recurrence carries, before the

@@ -7,6 +7,7 @@ D output width.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -27,6 +28,15 @@ class GQAConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm_eps: float | None = None  # of one RMSNorm over each query and key head, before rotation (Qwen3)
+
+
+class Projected(NamedTuple):
+    """Queries, keys and values before they are cut into heads and rotated. Linear in the input: the projections of the
+    parts of an input add up."""
+
+    q_BTF: Float[Array, "B T F"]
+    k_BTF: Float[Array, "B T F"]
+    v_BTF: Float[Array, "B T F"]
 
 
 class GQA(nnx.Module):
@@ -51,28 +61,32 @@ class GQA(nnx.Module):
     def softmax_scale(self) -> float:
         return self.config.head_dim**-0.5
 
-    def _heads(self, x_BTX, num: int):
-        shape = (*x_BTX.shape[:-1], num, self.config.head_dim)
-        return jnp.reshape(x_BTX, shape, out_sharding=along(x_BTX, self.sharding.act_btnh))
+    def _heads(self, flat_BTF, num: int):
+        shape = (*flat_BTF.shape[:-1], num, self.config.head_dim)
+        return jnp.reshape(flat_BTF, shape, out_sharding=along(flat_BTF, self.sharding.act_btnh))
 
     def _rotated(self, x_BTNH, positions_BT):
         return rotate_half(x_BTNH, *cos_sin(self.config.rope, self.config.head_dim, positions_BT))
 
-    def shared_input(self, x_BTX: Float[Array, "B T X"]) -> Float[Array, "B T X"]:
-        """What `query` and `key_value` both read."""
-        return into_columns(x_BTX, self.sharding.act_btf)
+    def project(self, x_BTX: Float[Array, "B T X"], inputs: slice = slice(None)) -> Projected:
+        """
+        Args:
+            inputs: see `Linear`; only without biases may parts be added up.
+        """
+        x_BTX = into_columns(x_BTX, self.sharding.act_btf)
+        return Projected(*(projection(x_BTX, inputs) for projection in (self.q_proj, self.k_proj, self.v_proj)))
 
-    def query(self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
-        q_BTNH = self._heads(self.q_proj(x_BTX), self.config.num_attention_heads)
+    def query(self, projected: Projected, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
+        q_BTNH = self._heads(projected.q_BTF, self.config.num_attention_heads)
         if self.config.qk_norm_eps is not None:
             q_BTNH = self.q_norm(q_BTNH)
         return self._rotated(q_BTNH, positions_BT)
 
     def key_value(
-        self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]
+        self, projected: Projected, positions_BT: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        k_BTKH = self._heads(self.k_proj(x_BTX), self.config.num_key_value_heads)
-        v_BTKH = self._heads(self.v_proj(x_BTX), self.config.num_key_value_heads)
+        k_BTKH = self._heads(projected.k_BTF, self.config.num_key_value_heads)
+        v_BTKH = self._heads(projected.v_BTF, self.config.num_key_value_heads)
         if self.config.qk_norm_eps is not None:
             k_BTKH = self.k_norm(k_BTKH)
         return self._rotated(k_BTKH, positions_BT), v_BTKH

@@ -38,8 +38,12 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (num_in, num_out), precision.param))
         self.bias = nnx.Param(jnp.zeros((num_out,), precision.param)) if use_bias else None
 
-    def __call__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
-        kernel = gathered(self.kernel[...], self.spec).astype(self.precision.compute)
+    def __call__(self, x: Float[Array, "*lead I"], inputs: slice = slice(None)) -> Float[Array, "*lead O"]:
+        """
+        Args:
+            inputs: which of the kernel's inputs x holds; the parts of an input may so be projected one by one.
+        """
+        kernel = gathered(self.kernel[...], self.spec)[inputs].astype(self.precision.compute)
         y = jnp.einsum("...i,io->...o", x.astype(self.precision.compute), kernel, out_sharding=along(x, self.out_spec))
         if self.bias is None:
             return y

@@ -8,6 +8,7 @@ P nope width, R rope width, H = P + R, C value width, L latent rank, D output wi
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -30,6 +31,13 @@ class MLAConfig:
     latent_norm_eps: float
     rope: RopeConfig
     attention_bias: bool = False  # on the projections to the latents and on the way out
+
+
+class Projected(NamedTuple):
+    """What is made of the input directly, before any norm. Linear in the input: the projections of its parts add up."""
+
+    q_BTF: Float[Array, "B T F"]  # the query's latent; the queries themselves where q_lora_rank is null
+    kv_BTF: Float[Array, "B T F"]  # latent of keys and values, then the shared rotary key
 
 
 class MLA(nnx.Module):
@@ -59,13 +67,18 @@ class MLA(nnx.Module):
         c = self.config
         return (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5 * c.rope.softmax_mscale()
 
-    def shared_input(self, x_BTX: Float[Array, "B T X"]) -> Float[Array, "B T X"]:
-        """What `query` and `key_value` both read; the latents made of it are not split."""
-        return x_BTX
+    def project(self, x_BTX: Float[Array, "B T X"], inputs: slice = slice(None)) -> Projected:
+        """
+        Args:
+            inputs: see `Linear`; only without biases may parts be added up.
+        """
+        q_proj = self.q_proj if self.config.q_lora_rank is None else self.q_a_proj
+        return Projected(q_proj(x_BTX, inputs), self.kv_a_proj_with_mqa(x_BTX, inputs))
 
-    def query(self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
-        c = self.config
-        flat = self.q_proj(x_BTX) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTX)))
+    def query(self, projected: Projected, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
+        c, flat = self.config, projected.q_BTF
+        if c.q_lora_rank is not None:
+            flat = self.q_b_proj(self.q_a_layernorm(flat))
         spec = along(flat, self.sharding.act_btnh)
         q_BTNH = flat.reshape(*flat.shape[:-1], c.num_attention_heads, -1, out_sharding=spec)
         nope, rope = q_BTNH[..., : c.qk_nope_head_dim], q_BTNH[..., c.qk_nope_head_dim :]
@@ -73,10 +86,9 @@ class MLA(nnx.Module):
         return jnp.concatenate([nope, rope], axis=-1)
 
     def key_value(
-        self, x_BTX: Float[Array, "B T X"], positions_BT: Int[Array, "B T"]
+        self, projected: Projected, positions_BT: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N C"]]:
-        c = self.config
-        compressed = self.kv_a_proj_with_mqa(x_BTX)
+        c, compressed = self.config, projected.kv_BTF
         latent_BTL, rope_BTR = compressed[..., : c.kv_lora_rank], compressed[..., c.kv_lora_rank :]
         rope_BT1R = rotate_interleaved(rope_BTR[:, :, None, :], *cos_sin(c.rope, c.qk_rope_head_dim, positions_BT))
         flat = self.kv_b_proj(self.kv_a_layernorm(latent_BTL))

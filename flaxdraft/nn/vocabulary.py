@@ -57,7 +57,7 @@ def first_highest(logits_CV: Float[Array, "C V"]) -> tuple[Int[Array, " C"], Flo
 def statistics(
     last_BTE: Float[Array, "B T E"], head_VE: Float[Array, "V E"], sharding: Sharding
 ) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
-    """argmax and logsumexp of last @ head.T in float32, the logits of a few rows at a time."""
+    """argmax and logsumexp of last @ head.T, at least in float32, the logits of a few rows at a time."""
 
     def local(last_BTE, head_VE):
         rows = last_BTE.reshape(-1, last_BTE.shape[-1])
@@ -71,7 +71,8 @@ def statistics(
         return take(argmax), take(logsumexp)
 
     def of_rows(rows_CE, head_VE):
-        logits_CV = jnp.einsum("ce,ve->cv", rows_CE, head_VE, preferred_element_type=jnp.float32)
+        wide = jnp.promote_types(rows_CE.dtype, jnp.float32)
+        logits_CV = jnp.einsum("ce,ve->cv", rows_CE, head_VE, preferred_element_type=wide)
         argmax, top = first_highest(logits_CV)
         logsumexp = jax.nn.logsumexp(logits_CV, axis=-1)
         if sharding.cache_lbn is None:

@@ -4,7 +4,8 @@ The kernels know one causal mask over rows that begin together, so queries are l
 (the last row that each one sees); rows without a query get nothing and give nothing. Documents packed into one row are
 told apart by extra query and key columns: the bits of a document's number, with a product of -PENALTY wherever a bit is
 set in the query's number and not in the key's. For every earlier document some bit is, so its keys vanish; inside one
-document every extra product is exactly 0.
+document every extra product is exactly 0. Whether rows are packed is known when the program is made: asking the data
+would make the host wait for the device at every call.
 
 JAX reaches the kernels under private names only: the public function rounds the logsumexp to the inputs' precision and
 drops its gradient, and offers no backward pass that is fed with a merged output. `moved` says whether this JAX still
@@ -84,7 +85,6 @@ class _Layout(NamedTuple):
     at_BR: jax.Array  # the key row of each query, T where it sees nothing
     query_BT: jax.Array  # the query of each key row, R where there is none
     document_BT: jax.Array  # numbers the documents that hold queries, in their order
-    packed: jax.Array  # whether any query is not of its row's first document
     length_B: jax.Array  # rows up to the last query
 
 
@@ -96,10 +96,9 @@ def _layout(first_BR, last_BR, num_keys: int) -> _Layout:
     query_BT = jax.vmap(lambda at: absent_T.at[at].set(queries_R, mode="drop"))(at_BR)
     begin_BR = jnp.where(sees_BR, first_BR, num_keys)
     begins_BT = jax.vmap(lambda at: jnp.zeros(num_keys, jnp.int32).at[at].max(1, mode="drop"))(begin_BR)
-    packed = jnp.any(sees_BR & (first_BR > 0))
     # The kernels may not be told of an empty row.
     length_B = jnp.maximum(jnp.max(jnp.where(sees_BR, last_BR, 0), axis=1) + 1, 1)
-    return _Layout(at_BR, query_BT, jnp.cumsum(begins_BT, axis=1), packed, length_B.astype(jnp.int32))
+    return _Layout(at_BR, query_BT, jnp.cumsum(begins_BT, axis=1), length_B.astype(jnp.int32))
 
 
 def _take(x: jax.Array, at: jax.Array, fill: float = 0.0) -> jax.Array:
@@ -144,18 +143,18 @@ def forward(
     first_BR: Int[Array, "B R"],
     last_BR: Int[Array, "B R"],
     scale: float,
+    packed: bool,
 ) -> tuple[Float[Array, "B R N C"], Float[Array, "B R N"]]:
-    """See `range_attention.forward`; here no two queries of a row may share their last key."""
+    """See `range_attention.forward`; here no two queries of a row may share their last key.
+
+    Args:
+        packed: whether a row may hold several documents. False makes every query see its row from the beginning.
+    """
     layout = _layout(first_BR, last_BR, k_BTKH.shape[1])
-
-    def attend(q_BTNH, k_BTKH):
-        return tuple(_call("fwd", (q_BTNH, k_BTKH, v_BTKC), (), layout.length_B, scale, is_training=True))
-
-    def attend_packed(q_BTNH, k_BTKH):
-        return attend(*_with_codes(q_BTNH, k_BTKH, layout.document_BT, q_BRNH.shape[1], scale))
-
     q_BTNH = _take(q_BRNH, layout.query_BT)
-    out_BTNC, logsumexp_BNT = jax.lax.cond(layout.packed, attend_packed, attend, q_BTNH, k_BTKH)
+    if packed:
+        q_BTNH, k_BTKH = _with_codes(q_BTNH, k_BTKH, layout.document_BT, q_BRNH.shape[1], scale)
+    out_BTNC, logsumexp_BNT = _call("fwd", (q_BTNH, k_BTKH, v_BTKC), (), layout.length_B, scale, is_training=True)
     sees = (first_BR <= last_BR)[:, :, None]
     # What the kernels leave in rows past the last query is not defined.
     out_BRNC = jnp.where(sees[..., None], _take(out_BTNC, layout.at_BR).astype(jnp.float32), 0.0)
@@ -172,23 +171,19 @@ def backward(
     logsumexp_BRN: Float[Array, "B R N"],
     grad_BRNC: Float[Array, "B R N C"],
     scale: float,
+    packed: bool,
 ) -> tuple[Float[Array, "B R N H"], Float[Array, "B T K H"], Float[Array, "B T K C"]]:
     """See `range_attention.backward`."""
     layout = _layout(first_BR, last_BR, k_BTKH.shape[1])
     logsumexp_BNT = jnp.moveaxis(_take(logsumexp_BRN, layout.query_BT, ABSENT), 2, 1)
     out_BTNC, grad_BTNC = _take(out_BRNC, layout.query_BT), _take(grad_BRNC, layout.query_BT)
-
-    def attend(q_BTNH, k_BTKH):
-        extra = logsumexp_BNT, out_BTNC, grad_BTNC
-        return tuple(_call("bwd", (q_BTNH, k_BTKH, v_BTKC), extra, layout.length_B, scale))
-
-    def attend_packed(q_BTNH, k_BTKH):
-        dq, dk, dv = attend(*_with_codes(q_BTNH, k_BTKH, layout.document_BT, q_BRNH.shape[1], scale))
-        return dq[..., : q_BTNH.shape[-1]], dk[..., : k_BTKH.shape[-1]], dv
-
-    q_BTNH = _take(q_BRNH, layout.query_BT)
-    dq, dk, dv = jax.lax.cond(layout.packed, attend_packed, attend, q_BTNH, k_BTKH)
-    inside = (jnp.arange(k_BTKH.shape[1])[None] < layout.length_B[:, None])[:, :, None, None]
+    q_BTNH, num_keys, width = _take(q_BRNH, layout.query_BT), k_BTKH.shape[1], q_BRNH.shape[-1]
+    if packed:
+        q_BTNH, k_BTKH = _with_codes(q_BTNH, k_BTKH, layout.document_BT, q_BRNH.shape[1], scale)
+    extra = logsumexp_BNT, out_BTNC, grad_BTNC
+    dq, dk, dv = _call("bwd", (q_BTNH, k_BTKH, v_BTKC), extra, layout.length_B, scale)
+    dq, dk = dq[..., :width], dk[..., :width]
+    inside = (jnp.arange(num_keys)[None] < layout.length_B[:, None])[:, :, None, None]
     dk, dv = (jnp.where(inside, x.astype(jnp.float32), 0.0) for x in (dk, dv))
     sees = (first_BR <= last_BR)[:, :, None, None]
     return jnp.where(sees, _take(dq, layout.at_BR).astype(jnp.float32), 0.0), dk, dv

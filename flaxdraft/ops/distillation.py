@@ -25,7 +25,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flaxdraft.interfaces import LossSums
 from flaxdraft.mesh import added_up, axes_of, gradient_spec, per_device, scaled, spec_of
-from flaxdraft.ops.objectives import OBJECTIVES, TeacherRows, acceptance
+from flaxdraft.ops.objectives import TeacherRows
+from flaxdraft.ops.row_signals import row_signals
 from flaxdraft.ops.vocabulary_axis import argmax, logsumexp
 
 # In all of a run's shapes the products are as fast as with longer chunks; see experiments/bench_step.py.
@@ -122,7 +123,6 @@ def _walk_shard(plan, want_gradients, axis, states, teacher, supervised_BRJ, hea
     order = jnp.where(jnp.arange(total) < count, order, total)
     order = jnp.pad(order, (0, size + num_steps - 1), constant_values=total)
     take = lambda x, at: x.at[at].get(mode="fill", fill_value=0)  # noqa: E731
-    objective = OBJECTIVES[plan.objective]
 
     def chunk(i, carry):
         sums, hit_MJ, gradients, head_gradient = carry
@@ -143,35 +143,36 @@ def _walk_shard(plan, want_gradients, axis, states, teacher, supervised_BRJ, hea
         # All steps in one product: its gradient to the head is then one product too, not J to be added up.
         state_QD = jnp.concatenate([take(x, at_C) for x in states])
         logits_QW = jnp.einsum("qd,dw->qw", state_QD, head, preferred_element_type=wide)
-        losses = lambda logits_QW: objective(logits_QW, rows, jnp.repeat(accepted_J, size))  # noqa: E731
+        weight_Q = jnp.repeat(jnp.asarray(plan.step_weights, wide), size)
+        weight_Q = jnp.where(in_draft_Q, weight_Q, 0.0) if want_gradients else None
+        signals = row_signals(plan.objective, logits_QW, rows, jnp.repeat(accepted_J, size), weight_Q)
         if want_gradients:
-            loss_Q, pull = jax.vjp(losses, logits_QW)
-            weight_Q = jnp.repeat(jnp.asarray(plan.step_weights, loss_Q.dtype), size)
-            (slope_QW,) = pull(jnp.where(in_draft_Q, weight_Q, 0.0))
             # An unsupervised row may hold anything: nothing of it may reach the head.
-            slope_QW = jnp.where(in_draft_Q[:, None], slope_QW, 0.0).astype(head.dtype)
+            slope_QW = jnp.where(in_draft_Q[:, None], signals.slope_QW, 0.0).astype(head.dtype)
             state_QD = jnp.where(in_draft_Q[:, None], state_QD, 0)
             back_QD = jnp.einsum("qw,dw->qd", slope_QW, head, preferred_element_type=wide).astype(head.dtype)
             backs = jnp.split(back_QD, num_steps)
-            gradients = tuple(x.at[at_C].set(y, mode="drop") for x, y in zip(gradients, backs, strict=True))
+            place = partial(lax.dynamic_update_slice_in_dim, start_index=i * size, axis=0)
+            gradients = tuple(place(x, y) for x, y in zip(gradients, backs, strict=True))
             head_gradient += jnp.einsum("qd,qw->dw", state_QD, slope_QW, preferred_element_type=wide)
-        else:
-            loss_Q = losses(logits_QW)
         apart = lambda x_Q: x_Q.reshape(num_steps, size)  # noqa: E731
-        hit_JC = apart(in_draft_Q & (argmax(logits_QW, axis) == rows.draft_argmax_C))
+        hit_JC = apart(in_draft_Q & signals.hit_Q)
         masks = apart(in_draft_Q), apart(supervised_Q), hit_JC, jnp.cumprod(hit_JC, axis=0, dtype=jnp.int32)
         counts = (jnp.sum(x, axis=1, dtype=jnp.int32) for x in masks)
-        loss_J = jnp.sum(apart(jnp.where(in_draft_Q, loss_Q, 0.0)), axis=1)
-        accept_J = jnp.sum(apart(jnp.where(supervised_Q, acceptance(logits_QW, rows), 0.0)), axis=1)
+        loss_J = jnp.sum(apart(jnp.where(in_draft_Q, signals.loss_Q, 0.0)), axis=1)
+        accept_J = jnp.sum(apart(jnp.where(supervised_Q, signals.accept_Q, 0.0)), axis=1)
         hit_MJ = hit_MJ.at[at_C].set(hit_JC.T, mode="drop")
         return sums + LossSums(loss_J, *counts, accept_J), hit_MJ, gradients, head_gradient
 
     zeros = jnp.zeros(num_steps, wide)
     none = jnp.zeros(num_steps, jnp.int32)
     empty = LossSums(zeros, none, none, none, none, zeros), jnp.zeros((total, num_steps), bool)
-    slots = jax.tree.map(jnp.zeros_like, states), jnp.zeros(head_DW.shape, wide)
-    slots = slots if want_gradients else ((), ())
+    # Gradients of states in the order of the walk, with room for the last chunk to be whole.
+    walked = tuple(jnp.zeros((total + size, x.shape[1]), x.dtype) for x in states)
+    slots = (walked, jnp.zeros(head_DW.shape, wide)) if want_gradients else ((), ())
     sums, hit_MJ, gradients, head_gradient = lax.fori_loop(0, -(-count // size), chunk, (*empty, *slots))
+    place_M = jnp.where(active_M, jnp.cumsum(active_M) - 1, total + size)
+    gradients = tuple(take(x, place_M) for x in gradients)
     by_row = lambda x: x.reshape(num_batch, num_rows, *x.shape[1:])  # noqa: E731
     return jax.tree.map(by_row, (hit_MJ, gradients)), (sums, head_gradient)
 

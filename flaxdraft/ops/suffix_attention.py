@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,7 @@ def suffix_attention(
     *,
     backend: Backend = "auto",
     chunks: Chunks = Chunks(),  # noqa: B008 (immutable)
+    packed: bool = True,
 ) -> Float[Array, "B R N C"]:
     """One step of the unroll.
 
@@ -74,6 +75,8 @@ def suffix_attention(
         first_BR, last_BR: the step-0 rows that a query sees, both included; last < first sees none of them. No two
             queries of a batch row have the same last.
         backend: "dense" builds the [R, T] scores; "chunked" and "cudnn" never do: memory is linear in length.
+        packed: False promises that every row holds one document, from its beginning, which saves cuDNN's kernels the
+            columns that tell documents apart; see ops/cudnn_attention.py.
 
     Raises:
         InputError: see `choose`.
@@ -83,7 +86,7 @@ def suffix_attention(
     if backend == "dense":
         arguments = *arrays, tuple(suffix_k), tuple(suffix_v), first_BR, last_BR
         return per_device(partial(dense, scale=scale), spec_of(q_BRNH), *arguments)
-    kernel = "cudnn" if backend == "cudnn" else chunks
+    kernel = Cudnn(packed) if backend == "cudnn" else chunks
     return merged(*arrays, tuple(suffix_k), tuple(suffix_v), first_BR, last_BR, scale, kernel)
 
 
@@ -112,20 +115,26 @@ def dense(
     return out.reshape(*q_BRNH.shape[:3], v0_BTKC.shape[-1])
 
 
-def _block_attention(kernel: Chunks | Literal["cudnn"]):
+class Cudnn(NamedTuple):
+    """cuDNN's kernels as a choice of block attention."""
+
+    packed: bool
+
+
+Kernel = Chunks | Cudnn
+
+
+def _block_attention(kernel: Kernel):
     """Forward and backward of the attention to the step-0 keys; see ops/range_attention.py."""
-    if kernel == "cudnn":
-        return cudnn_attention.forward, cudnn_attention.backward
+    if isinstance(kernel, Cudnn):
+        return tuple(partial(f, packed=kernel.packed) for f in (cudnn_attention.forward, cudnn_attention.backward))
     return partial(range_attention.forward, chunks=kernel), partial(range_attention.backward, chunks=kernel)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def merged(
-    q_BRNH, k0_BTKH, v0_BTKC, suffix_k, suffix_v, first_BR, last_BR, scale: float, kernel: Chunks | Literal["cudnn"]
-):
+def merged(q_BRNH, k0_BTKH, v0_BTKC, suffix_k, suffix_v, first_BR, last_BR, scale: float, kernel: Kernel):
     """Block attention to the step-0 keys, merged in log space with the diagonal terms:
-    L = logaddexp(L_0, s_1..s_j), O = exp(L_0 - L) O_0 + sum_i exp(s_i - L) v_i. Arguments as in `suffix_attention`;
-    kernel: "cudnn", or the chunks of the attention in plain JAX."""
+    L = logaddexp(L_0, s_1..s_j), O = exp(L_0 - L) O_0 + sum_i exp(s_i - L) v_i. Arguments as in `suffix_attention`."""
     return _merged(q_BRNH, k0_BTKH, v0_BTKC, suffix_k, suffix_v, first_BR, last_BR, scale, kernel)[0]
 
 

@@ -43,7 +43,7 @@ def logsumexp(logits_CW: Float[Array, "C W"], axis: str | None) -> Float[Array, 
     """Over the whole vocabulary."""
     if axis is None:
         return jax.nn.logsumexp(logits_CW, axis=-1)
-    peak_C = lax.pmax(lax.stop_gradient(jnp.max(logits_CW, axis=-1)), axis)
+    peak_C = highest(lax.stop_gradient(logits_CW), axis)
     return peak_C + jnp.log(total(jnp.sum(jnp.exp(logits_CW - peak_C[:, None]), axis=-1), axis))
 
 
@@ -54,14 +54,26 @@ def softmax(logits_CW: Float[Array, "C W"], axis: str | None) -> Float[Array, "C
     return jnp.exp(logits_CW - _shared(logsumexp(logits_CW, axis), axis)[:, None])
 
 
+def highest(logits_CW: Float[Array, "C W"], axis: str | None) -> Float[Array, " C"]:
+    """The highest logit of the whole vocabulary."""
+    top_C = jnp.max(logits_CW, axis=-1)
+    return top_C if axis is None else lax.pmax(top_C, axis)
+
+
+def first_at(logits_CW: Float[Array, "C W"], value_C: Float[Array, " C"], axis: str | None) -> Int[Array, " C"]:
+    """The lowest id whose logit is that value, which some id has: argmax, given the maximum. An ordinary minimum, which
+    compilers make in one pass with other sums; a reduction that carries an index along is not."""
+    own_W = jnp.arange(logits_CW.shape[-1], dtype=jnp.int32)
+    if axis is not None:
+        own_W = own_W + lax.axis_index(axis) * logits_CW.shape[-1]
+    there_CW = jnp.where(logits_CW == value_C[:, None], own_W[None], jnp.iinfo(jnp.int32).max)
+    first_C = jnp.min(there_CW, axis=-1)
+    return first_C if axis is None else lax.pmin(first_C, axis)
+
+
 def argmax(logits_CW: Float[Array, "C W"], axis: str | None) -> Int[Array, " C"]:
     """The lowest id among those with the highest logit, as jnp.argmax has it."""
-    own_C = jnp.argmax(logits_CW, axis=-1).astype(jnp.int32)
-    if axis is None:
-        return own_C
-    top_C = jnp.max(logits_CW, axis=-1)
-    id_C = own_C + lax.axis_index(axis) * logits_CW.shape[-1]
-    return lax.pmin(jnp.where(top_C == lax.pmax(top_C, axis), id_C, jnp.iinfo(jnp.int32).max), axis)
+    return first_at(logits_CW, highest(logits_CW, axis), axis)
 
 
 def at(logits_CW: Float[Array, "C W"], id_C: Int[Array, " C"], axis: str | None) -> Float[Array, " C"]:

@@ -1,4 +1,7 @@
-"""python -m flaxdraft.train --config run.yaml [section.field=value ...]"""
+"""python -m flaxdraft.train --config run.yaml [section.field=value ...]
+
+The same command on every host of a run. Exit codes: see supervise.py.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,28 @@ from flaxdraft.errors import InputError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when all stages are done; 2 with one message for wrong input."""
+    """See the top of this file."""
     parser = argparse.ArgumentParser(
         prog="python -m flaxdraft.train", description="Train, evaluate and export a draft."
     )
     parser.add_argument("--config", required=True, help="a run configuration (YAML)")
+    parser.add_argument(
+        "--allow-change", action="append", default=[], metavar="SECTION.FIELD",
+        help="go on with what is there although this field was another one; may be given several times",
+    )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="single fields of it, changed")
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     try:
         config = load_config(arguments.config, arguments.overrides)
-        from flaxdraft.train.run import run  # JAX starts only once the configuration is known to be good
-
-        run(config)
     except InputError as error:
         print(f"flaxdraft: {error}", file=sys.stderr)
         return 2
-    return 0
+    # JAX starts only once the configuration is known to be good.
+    from flaxdraft.train.run import run
+    from flaxdraft.train.supervise import supervised
+
+    return supervised(config.hosts, lambda: run(config, arguments.allow_change))
 
 
 if __name__ == "__main__":

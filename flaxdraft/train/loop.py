@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
+from flaxdraft import provenance, reads
 from flaxdraft.checkpoint import Checkpoints, abstract_like
 from flaxdraft.config import TrainConfig
 from flaxdraft.data.generation import Row, round_up
-from flaxdraft.data.pipeline import Batches
-from flaxdraft.errors import InputError
+from flaxdraft.data.online import one_ahead
+from flaxdraft.data.pipeline import HostBatch, Pipeline, batches_from
 from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, TeacherForced, evaluate_teacher_forced, make_accepted
-from flaxdraft.interfaces import Algorithm, VocabMap
+from flaxdraft.interfaces import Algorithm, Example, Target, VocabMap
 from flaxdraft.progress import CONSOLE, bar
+from flaxdraft.train import counters as counting
+from flaxdraft.train.guards import BrokenSteps, PreemptedError, Preemption, memory_advice
+from flaxdraft.train.metrics_log import MetricsLog, held_out_figures
 from flaxdraft.train.optimizer import optimizer
-from flaxdraft.train.place import evaluation_batch, rows_multiple, training_example
+from flaxdraft.train.place import evaluation_batch, own_rows, placed_rows, rows_multiple, training_example
+from flaxdraft.train.profiling import Trace
+from flaxdraft.train.resume import Resume, begin
 from flaxdraft.train.state import TrainState, evaluation_params, init_state
-from flaxdraft.train.step import StepMetrics, make_train_step
+from flaxdraft.train.step import make_train_step
+from flaxdraft.train.watch import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,127 +43,133 @@ class Trainer:
     mesh: jax.sharding.Mesh
     vocab: VocabMap
     teacher_head_WE: jax.Array
+    resume: Resume
+    prefetch: int  # batches that are read ahead
+    target: Target | None = None  # reads batches that come without features; on the training mesh
+
+    def example(self, host: HostBatch) -> Example:
+        """A batch on the devices, with the features that it brings or those that the target is asked for here."""
+        if host.features is not None:
+            return training_example(host, self.mesh, self.algorithm.num_steps, self.teacher_head_WE)
+        batch, rows_BR = placed_rows((host.batch, host.rows_BR), self.mesh)
+        features = jax.device_put(self.target.features(batch), rows_BR.sharding)
+        return Example(batch, features, rows_BR, self.teacher_head_WE)
+
+    def evaluator(
+        self, graphdef: nnx.GraphDef, frozen: nnx.State, held_out: list[Row]
+    ) -> Callable[[TrainState], TeacherForced]:
+        place = lambda host: evaluation_batch(own_rows(host, self.mesh), self.mesh)  # noqa: E731
+        accepted = make_accepted(graphdef, self.evaluation, frozen, self.teacher_head_WE, place)
+        num_rows = round_up(EVALUATION_ROWS, rows_multiple(self.mesh))
+        return lambda state: evaluate_teacher_forced(
+            accepted(evaluation_params(state)), held_out, self.evaluation, num_rows
+        )
+
+    def record(self, score: float | None) -> dict[str, Any]:
+        """What a checkpoint says of itself."""
+        return {
+            "score": score, "inputs": self.resume.inputs, "origin": self.resume.origin,
+            "vocab": {"size": self.vocab.draft_vocab_size, "source": self.vocab.source},
+            "versions": provenance.versions(), "git": provenance.git_revision(),
+            "topology": provenance.topology(self.mesh),
+        }  # fmt: skip
 
     def train(
-        self, graphdef: nnx.GraphDef, params: nnx.State, frozen: nnx.State, pipeline: Batches, held_out: list[Row]
+        self, graphdef: nnx.GraphDef, params: nnx.State, frozen: nnx.State, pipeline: Pipeline, held_out: list[Row]
     ) -> nnx.State:
-        """Trains to config.num_steps, from the newest checkpoint if there is one; returns `evaluation_params`."""
-        config, num_unroll = self.config, self.algorithm.num_steps
-        tx = optimizer(config)
-        state = jax.jit(lambda params: init_state(params, tx, num_unroll, ema=config.ema_decay is not None))(params)
-        train_step = make_train_step(graphdef, self.algorithm, tx, config.accumulate, config.ema_decay)
-        accepted = make_accepted(
-            graphdef, self.evaluation, frozen, self.teacher_head_WE, lambda host: evaluation_batch(host, self.mesh)
-        )
-        num_rows = round_up(EVALUATION_ROWS, rows_multiple(self.mesh))
-        evaluate = lambda params: evaluate_teacher_forced(  # noqa: E731
-            accepted(params), held_out, self.evaluation, num_rows
-        )
-        with Checkpoints(self.directory / "checkpoints", every=config.checkpoint_every) as checkpoints:
-            if checkpoints.latest_step() is not None:
-                state = checkpoints.restore(abstract_like(state), self.vocab)
-                CONSOLE.print(f"  resuming at step {int(state.step)}")
-            with MetricsLog(self.directory / "metrics.jsonl", int(state.step)) as log:
-                if int(state.step) == 0:
-                    log.evaluation(0, evaluate(evaluation_params(state)))
-                state = self._steps(graphdef, state, frozen, train_step, pipeline, evaluate, checkpoints, log)
-            checkpoints.save(config.num_steps, state, self.vocab, force=True)
-        return evaluation_params(state)
-
-    def _steps(self, graphdef, state, frozen, train_step, pipeline, evaluate, checkpoints, log) -> TrainState:
-        config, start = self.config, int(state.step)
-        clock, rows_done = time.monotonic(), 0
-        with bar("train", config.num_steps, start) as progress:
-            for step in range(start, config.num_steps):
-                host = pipeline.batch(step)
-                example = training_example(host, self.mesh, self.algorithm.num_steps, self.teacher_head_WE)
-                if step == start:
-                    draft = nnx.merge(graphdef, state.params, frozen)
-                    CONSOLE.print(f"  {self.algorithm.describe(draft, example)}")
-                state, metrics = train_step(state, frozen, example)
-                rows_done += int((host.rows_BR < host.batch.tokens_BT.shape[1]).sum())
-                done = step + 1
-                if done % config.log_every == 0 or done == config.num_steps:
-                    metrics = jax.device_get(metrics)  # waits for the steps whose rate is taken
-                    rate = rows_done / (time.monotonic() - clock)
-                    progress.advance(done - progress.done, log.training(done, metrics, rate))
-                if done % config.eval_every == 0 or done == config.num_steps:
-                    log.evaluation(done, evaluate(evaluation_params(state)))
-                if done < config.num_steps:
-                    checkpoints.save(done, state, self.vocab)
-        return state
-
-
-class MetricsLog:
-    """JSON lines, cut back to the step from which a run goes on."""
-
-    def __init__(self, path: Path, step: int):
-        kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-
-    def training(self, step: int, metrics: StepMetrics, rows_per_second: float) -> str:
-        """Logs one step and returns the text of the progress line.
+        """Trains to config.num_steps, from where `train.resume` says; returns `evaluation_params`.
 
         Raises:
-            InputError: the loss is not finite.
+            PreemptedError: the run was asked to stop; its state is saved.
+            InputError: a checkpoint cannot be written or read, the data cannot be read, too many steps in a row were
+                not finite, or the device has too little memory.
         """
-        if not np.isfinite(metrics.loss):
-            raise InputError(
-                f"train: the loss is {metrics.loss} at step {step}; lower train.learning_rate, or check the features"
-            )
-        accuracy = metrics.sums.hit_J / np.maximum(metrics.sums.row_count_J, 1)
-        prefix = metrics.sums.prefix_hit_J / np.maximum(metrics.sums.row_count_J, 1)
-        self._write({
-            "step": step, "kind": "train", "loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm),
-            "accuracy": accuracy.tolist(), "mean_over_rows": float(1 + prefix.sum()),
-            "rows_per_second": rows_per_second,
-        })  # fmt: skip
-        return (
-            f"loss {metrics.loss:.3f}  accuracy {accuracy[0]:.2f}  accept length {1 + prefix.sum():.2f}  "
-            f"{rows_per_second:.0f} rows/s"
-        )
-
-    def evaluation(self, step: int, result: TeacherForced) -> None:
-        line = {
-            "step": step, "kind": "held_out", "loss": result.mean_loss, "accuracy": result.accuracy().tolist(),
-            "accept_length": result.accept_length, "mean_over_rows": result.mean_over_rows(),
-        }  # fmt: skip
-        self._write(line)
-        CONSOLE.print(
-            f"  step {step}: held-out accept length {line['accept_length']:.3f}, loss {line['loss']:.3f}, "
-            f"accuracy {' '.join(f'{a:.2f}' for a in line['accuracy'])}"
-        )
+        config, tx, num_unroll = self.config, optimizer(self.config), self.algorithm.num_steps
+        state = jax.jit(lambda params: init_state(params, tx, num_unroll, ema=config.ema_decay is not None))(params)
+        arrays, start = {"state": state, "counters": counting.zero(self.mesh)}, 0
+        evaluate = self.evaluator(graphdef, frozen, held_out)
+        with Checkpoints(
+            self.directory / "checkpoints", keep_latest=config.keep_latest, keep_every=config.keep_every
+        ) as checkpoints:
+            begun = begin(checkpoints, self.resume, abstract_like(arrays))
+            if begun is not None:
+                arrays, start = begun.arrays, begun.record["step"]
+                CONSOLE.print(f"  resuming at step {start}")
+            with MetricsLog(self.directory, start, config.wandb) as log, memory_advice(self.directory):
+                if start == 0:
+                    _evaluated(log, 0, evaluate(arrays["state"]))
+                train_step = make_train_step(graphdef, self.algorithm, tx, config.accumulate, config.ema_decay)
+                run = _Run(self, train_step, evaluate, checkpoints, log, pipeline)
+                return evaluation_params(run.steps(graphdef, frozen, arrays, start))
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every complete line of a metrics file; a last line cut by a kill is left out.
+def _evaluated(log: MetricsLog, step: int, result: TeacherForced) -> float:
+    """Writes a held-out result; returns its score."""
+    figures = held_out_figures(result)
+    log.write(step, "held_out", figures)
+    CONSOLE.print(
+        f"  step {step}: held-out accept length {figures['accept_length']:.3f}, loss {figures['loss']:.3f}, "
+        f"accuracy {' '.join(f'{a:.2f}' for a in figures['accuracy'])}"
+    )
+    return figures["accept_length"]
 
-    Raises:
-        InputError: another line is damaged.
-    """
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    metrics = []
-    for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
-            continue
-        try:
-            metrics.append(json.loads(line))
-            known = metrics[-1]["kind"] in ("train", "held_out") and metrics[-1]["step"] >= 0
-        except (ValueError, TypeError, LookupError):
-            known = False
-        if not known:
-            raise InputError(f"{path} line {number}: damaged; delete that line and run again")
-    return metrics
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The steps from where a run begins to its end."""
+
+    trainer: Trainer
+    train_step: Callable
+    evaluate: Callable[[TrainState], TeacherForced]
+    checkpoints: Checkpoints
+    log: MetricsLog
+    pipeline: Pipeline
+
+    def steps(self, graphdef: nnx.GraphDef, frozen: nnx.State, arrays: Mapping[str, Any], start: int) -> TrainState:
+        trainer, config = self.trainer, self.trainer.config
+        state, counters = arrays["state"], arrays["counters"]
+        tokens = counting.tokens(reads.read(counters))
+        trace = Trace(config.profile, trainer.directory / "profile")
+        batches = batches_from(self.pipeline, start, config.num_steps, trainer.prefetch)
+        examples = one_ahead(batches, trainer.example)
+        with bar("train", config.num_steps, start) as progress, Preemption() as preemption, reads.only_counted():
+            watch = Watch(self.log, progress, BrokenSteps(config.max_skipped), self.pipeline, tokens)
+            for step in range(start, config.num_steps):
+                asked = time.monotonic()
+                _, example = next(examples)
+                watch.waited += time.monotonic() - asked
+                if step == start:
+                    draft = nnx.merge(graphdef, state.params, frozen)
+                    CONSOLE.print(f"  {trainer.algorithm.describe(draft, example)}")
+                trace.before(step + 1)
+                state, metrics = self.train_step(state, frozen, example)
+                counters = counting.advanced(counters, example.batch.segments_BT)
+                watch.note(step, metrics)
+                trace.after(step + 1, metrics.loss)
+                last = step + 1 == config.num_steps
+                if (step + 1) % config.log_every == 0 or last:
+                    watch.log(counters)
+                stopping = preemption.due(step + 1)
+                self._evaluate_and_save(step + 1, {"state": state, "counters": counters}, watch, last or stopping)
+                if stopping and not last:
+                    raise PreemptedError(
+                        f"asked to stop: step {step + 1} of {config.num_steps} is saved; the same command goes on there"
+                    )
+            trace.close()
+        return state
+
+    def _evaluate_and_save(self, done: int, arrays: Mapping[str, Any], watch: Watch, force: bool) -> None:
+        config, score = self.trainer.config, None
+        if evaluated := done % config.eval_every == 0 or done == config.num_steps:
+            with reads.allowed():
+                score = _evaluated(self.log, done, self.evaluate(arrays["state"]))
+        is_best = score is not None and score > self.checkpoints.best_score
+        due = done % config.checkpoint_every == 0
+        self.checkpoints.poll()
+        if due or is_best or force:
+            with reads.allowed():
+                self.checkpoints.save(done, arrays, self.trainer.vocab, self.trainer.record(score))
+                if force:
+                    self.checkpoints.finish()
+        if evaluated or due:
+            watch.restart_clock()

@@ -12,6 +12,7 @@ from flaxdraft.config import RunConfig
 from flaxdraft.data.pipeline import HostBatch
 from flaxdraft.data.split import split_rows
 from flaxdraft.errors import InputError
+from flaxdraft.hosts import local_part
 from flaxdraft.interfaces import Example, Features
 from flaxdraft.mesh import BATCH_AXIS, FSDP_AXIS, SEQUENCE_AXIS, Sharding
 
@@ -31,9 +32,26 @@ def check_batch(config: RunConfig) -> None:
 
 
 def placed(tree: Any, mesh: jax.sharding.Mesh, spec: jax.P) -> Any:
-    """Host arrays on a mesh."""
+    """This process's rows of host arrays, on its devices."""
     place = jax.NamedSharding(mesh, spec)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, np.asarray(x)), tree)
+
+    def put(x):
+        x = np.asarray(x)
+        _, count = local_part(jax.NamedSharding(mesh, jax.P(*spec[:1])), mesh.size)  # shares, of however many rows
+        return jax.make_array_from_process_local_data(place, x, (len(x) * count, *x.shape[1:]))
+
+    return jax.tree.map(put, tree)
+
+
+def placed_rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The same, split by batch rows alone, each of which is whole on its devices."""
+    return placed(tree, mesh, SHARDING.act_b)
+
+
+def own_rows(host: HostBatch, mesh: jax.sharding.Mesh) -> HostBatch:
+    """Of a batch that every process holds whole: this process's rows."""
+    index, count = local_part(jax.NamedSharding(mesh, SHARDING.act_b), len(host.rows_BR))
+    return jax.tree.map(lambda x: x[index * len(x) // count : (index + 1) * len(x) // count], host)
 
 
 def rows_multiple(mesh: jax.sharding.Mesh) -> int:
@@ -42,8 +60,8 @@ def rows_multiple(mesh: jax.sharding.Mesh) -> int:
 
 
 def evaluation_batch(host: HostBatch, mesh: jax.sharding.Mesh) -> tuple:
-    """Batch, features and rows: split by batch rows alone, each of which is whole on its devices."""
-    return placed((host.batch, host.features, host.rows_BR), mesh, SHARDING.act_b)
+    """Batch, features and rows."""
+    return placed_rows((host.batch, host.features, host.rows_BR), mesh)
 
 
 def training_example(host: HostBatch, mesh: jax.sharding.Mesh, num_steps: int, teacher_head_WE: jax.Array) -> Example:

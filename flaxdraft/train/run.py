@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +17,40 @@ import numpy as np
 from flax import nnx
 from rich.text import Text
 
-from flaxdraft import targets
+from flaxdraft import hosts, reads
 from flaxdraft.config import RunConfig, nearest
+from flaxdraft.continuing import flatten
 from flaxdraft.data.capture import capture, is_captured, load_split, write_texts
+from flaxdraft.data.chat import tokenizer_digest
+from flaxdraft.data.documents import AnsweredPrompts, Documents
 from flaxdraft.data.generation import Row
-from flaxdraft.data.packing import Documents, MemoryDocuments, PackedPipeline
-from flaxdraft.data.pipeline import Batches, Pipeline
+from flaxdraft.data.online import open_conversations
+from flaxdraft.data.outer import OuterWeights
+from flaxdraft.data.pipeline import make_pipeline
 from flaxdraft.data.prompts import SPLITS, Prompt, read_prompts, render
 from flaxdraft.data.store import MANIFEST, FeatureStore
-from flaxdraft.data.store_capture import tokenizer_digest
-from flaxdraft.data.vocab import choose_vocab, coverage
+from flaxdraft.data.vocab import choose_vocab, coverage, describe_sizes, read_map, source_of
 from flaxdraft.drafts import serving_files
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
 from flaxdraft.evaluate.held_out import decode_held_out, summary
-from flaxdraft.export import export
-from flaxdraft.fetch import content_of, sha256_of
-from flaxdraft.interfaces import VocabMap, find_by_name
+from flaxdraft.export import check_servable, export
+from flaxdraft.fetch import content_of, digest_of, sha256_of
+from flaxdraft.interfaces import Target, VocabMap, find_by_name
+from flaxdraft.lock import DirectoryLock
 from flaxdraft.mesh import Sharding, make_mesh
+from flaxdraft.nn.decoder import DecoderConfig
 from flaxdraft.nn.places import check_heads, on_mesh, weight_on_mesh
 from flaxdraft.precision import DTYPES, Precision
-from flaxdraft.progress import CONSOLE
+from flaxdraft.progress import CONSOLE, process_log
 from flaxdraft.report import print_headline, write_report
+from flaxdraft.serving.record import DraftRecord
 from flaxdraft.stages import Stage, claim
-from flaxdraft.train.loop import Trainer, read_metrics
+from flaxdraft.train.loop import Trainer
+from flaxdraft.train.metrics_log import check_wandb, read_metrics
 from flaxdraft.train.place import SHARDING, check_batch
+from flaxdraft.train.resume import Resume
+from flaxdraft.train.run_target import RunTarget
 from flaxdraft.train.start import check_target, load_start
 from flaxdraft.train.state import split_draft, warm_start
 
@@ -59,8 +70,11 @@ def _digests(directory: Path) -> dict[str, str]:
 class Run:
     """The stages of one configuration."""
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, allowed: Sequence[str] = ()):
         """
+        Args:
+            allowed: fields of the configuration that may differ from what the output directory was made with.
+
         Raises:
             InputError: the configuration names something that does not exist, or its output directory holds the
                 result of another one.
@@ -69,18 +83,28 @@ class Run:
         self.draft_module = find_by_name("flaxdraft.drafts", config.draft.architecture, "draft.architecture")
         algorithm = find_by_name("flaxdraft.algorithms", config.algorithm.name, "algorithm.name").Algorithm
         settings = config.algorithm.model_dump(exclude={"name", "ttt_length"})
-        self.algorithm = algorithm(config.algorithm.ttt_length, **settings)
-        self.evaluation = algorithm(config.evaluate.chain_length, **settings)
-        # Training rows come from prompts that the target answers, or from a store.
-        self.splits = SPLITS if config.data.store is None else ("held_out",)
+        packed = config.train.pack_length is not None
+        self.algorithm = algorithm(config.algorithm.ttt_length, **settings, packed=packed)
+        self.evaluation = algorithm(config.evaluate.chain_length, **settings, packed=False)
+        # Training rows come from prompts that the target answers, from a store, or from conversations.
+        given = [name for name in ("store", "conversations") if getattr(config.data, name) is not None]
+        if len(given) == 2:
+            raise InputError("data.store, data.conversations: both are given; training reads one of them")
+        if given == ["conversations"] and config.mesh.sequence > 1:
+            raise InputError(
+                "mesh.sequence: features that the target makes while the draft trains (data.conversations) are not "
+                "split along rows; capture a store (python -m flaxdraft.data capture) and give data.store, or leave "
+                "mesh.sequence at 1"
+            )
+        self.splits = ("held_out",) if given else SPLITS
         self.prompts = read_prompts(config.data.prompts, self.splits)
-        if config.data.store is not None and config.train.pack_length is None:
-            raise InputError("train.pack_length: null; rows of a store (data.store) are packed, give their length")
         check_batch(config)
         self.mesh = make_mesh(**config.mesh.model_dump())
         self.data_dir = Path(config.output_dir) / "data"
         self.draft_dir = config.draft_dir
-        data = config.data.model_dump() | {"prompts": sha256_of(Path(config.data.prompts))}
+        data = config.data.model_dump(exclude={"prefetch"}) | {"prompts": sha256_of(Path(config.data.prompts))}
+        if config.data.conversations is not None:
+            data["conversations"] = digest_of(config.data.conversations, "data.conversations")
         if config.data.store is not None:
             data["store"] = sha256_of(FeatureStore(config.data.store).directory / MANIFEST)
         self.data_inputs = {
@@ -88,6 +112,8 @@ class Run:
             "data": data, "evaluate": {"max_new_tokens": config.evaluate.max_new_tokens},
         }  # fmt: skip
         draft = config.draft.model_dump()
+        if config.draft.vocab_map is not None:
+            draft["vocab_map"] = digest_of(config.draft.vocab_map, "draft.vocab_map")
         self.start = None  # the draft that training begins from, if not from nothing
         if config.draft.init_from is not None:
             self.start = load_start(config.draft, self.draft_module)
@@ -96,34 +122,37 @@ class Run:
             "seed": config.seed, "draft": draft, "algorithm": config.algorithm.model_dump(),
             "train": config.train.model_dump(),
         }  # fmt: skip
-        claim(self.data_dir, self.data_inputs, "Give another output_dir, or remove it to start anew.")
-        claim(self.draft_dir, self.draft_inputs, "Give another name= or output_dir=, or remove it to start anew.")
+        self.target = RunTarget(config.target, lambda: _say("target", config.target.path), self._check_target)
+        self.allowed = allowed
+        known = [*flatten(self.draft_inputs)]
+        for field in allowed:
+            if field not in known:
+                raise InputError(f"--allow-change: no field {field!r}; {nearest(field, known)}")
+        check_wandb(config.train.wandb)
+        if jax.process_count() > 1 and self.mesh.size != jax.device_count():
+            raise InputError(
+                f"mesh: {self.mesh.size} devices of {jax.device_count()}; a run of {jax.process_count()} processes "
+                "uses all of them"
+            )
+        with hosts.main_first("claim"):
+            claim(self.data_dir, self.data_inputs, "Give another output_dir, or remove it to start anew.")
+            claim(
+                self.draft_dir, self.draft_inputs, "Give another name= or output_dir=, or remove it to start anew.",
+                allowed,
+            )  # fmt: skip
+
+    def _check_target(self, target: DecoderConfig) -> None:
+        if self.start is not None:
+            check_target(self.start, target, self.config.draft.init_from)
 
     @functools.cached_property
-    def target(self):
-        """The loaded target with its tokenizer; only stages that need it load it."""
-        _say("target", self.config.target.path)
-        taps = self.config.target.tap_layers
-        address, sha256 = self.config.target.path, self.config.target.sha256
-        loaded = targets.from_pretrained(address, sha256=sha256, tap_layers=taps)
-        c = loaded.model.config
-        if loaded.tokenizer is None or not loaded.tokenizer.chat_template:
-            raise InputError(
-                f"target.path: {loaded.path} has no {'tokenizer' if loaded.tokenizer is None else 'chat template'}, "
-                "which it takes to ask the target; put the model's tokenizer.json and tokenizer_config.json there"
-            )
-        if c.tap_layers[2] == c.num_hidden_layers - 1:
-            raise InputError(
-                f"target.tap_layers: {list(c.tap_layers)} holds the last layer, which SGLang cannot capture; "
-                f"expected layers up to {c.num_hidden_layers - 2}"
-            )
-        if self.start is not None:
-            check_target(self.start, c, self.config.draft.init_from)
-        CONSOLE.print(
-            f"  {c.num_hidden_layers} layers, width {c.hidden_size}, vocabulary {c.vocab_size}, "
-            f"taps after layers {', '.join(map(str, c.tap_layers))}"
-        )
-        return loaded
+    def outer(self) -> Target | OuterWeights:
+        """The target's embedding, head and final norm; its layers are not loaded where their features are given."""
+        if self.config.data.store is not None:
+            return OuterWeights.of_store(self.documents, self.target.config)
+        if self.config.data.conversations is not None:
+            return OuterWeights.of_target(self.target.opened, self.target.config)
+        return self.target.loaded.model
 
     def _split(self, split: str) -> list[Prompt]:
         prompts = [prompt for prompt in self.prompts if prompt.split == split]
@@ -145,10 +174,11 @@ class Run:
         if result is None or not all(
             is_captured(self.data_dir, split, len(order), data.rows) for split, order in result["order"].items()
         ):
-            target = self.target
+            target = self.target.loaded
             _say("data", "the target answers the prompts")
             self._check_context()
-            result = {"order": {}, "eos": target.tokenizer.eos_token_id, "special": target.tokenizer.all_special_ids}
+            special = sorted({*target.tokenizer.all_special_ids, *target.stop_tokens})
+            result = {"order": {}, "eos": target.tokenizer.eos_token_id, "special": special}
             for split in self.splits:
                 dtype = data.feature_dtype if split == "train" else "float32"
                 _, limit = self._answer_limit(split)
@@ -175,7 +205,7 @@ class Run:
         Raises:
             InputError: a prompt with its longest answer would leave the target's context.
         """
-        data, context = self.config.data, self.target.model.config.max_position_embeddings
+        data, context = self.config.data, self.target.config.max_position_embeddings
         for split in self.splits:
             field, limit = self._answer_limit(split)
             rendered = [render(self.target.tokenizer, p, data.max_prompt_tokens) for p in self._split(split)]
@@ -190,7 +220,7 @@ class Run:
         """The architecture's Config: the target's sizes, with draft.fields on top; or that of draft.init_from."""
         if self.start is not None:
             return self.start.config
-        defaults = self.draft_module.Config.for_target(self.target.model.config, self.config.draft.draft_vocab_size)
+        defaults = self.draft_module.Config.for_target(self.target.config, self.config.draft.draft_vocab_size)
         fields = self.config.draft.fields
         for name in fields:
             if name not in defaults or name == "rope":
@@ -204,7 +234,7 @@ class Run:
         """A draft as it is before training."""
         config = self.draft_config()
         same_width = config.hidden_size == config.target_hidden_size
-        embedding = self.target.model.embedding() if same_width else None
+        embedding = self.outer.embedding() if same_width else None
         draft = self.draft_module.make(
             config, self.vocab, embedding, precision=Precision(compute=DTYPES[compute]), sharding=sharding,
             rngs=nnx.Rngs(self.config.seed),
@@ -212,7 +242,7 @@ class Run:
         if self.start is not None:
             nnx.update(draft, self.start.params)
         elif self.config.draft.warm_start and same_width:
-            warm_start(draft, self.target.model, self.vocab)
+            warm_start(draft, self.outer, self.vocab)
         return draft
 
     @functools.cached_property
@@ -226,82 +256,94 @@ class Run:
         """What is trained on.
 
         Raises:
-            InputError: the store is of another target or tokenizer.
+            InputError: the store is of another target or tokenizer; conversations cannot be read or rendered.
         """
-        target = self.target
+        vocab_size = self.target.config.vocab_size
+        if self.config.data.conversations is not None:
+            return open_conversations(self.config.data, self.target.tokenizer, vocab_size)
         if self.config.data.store is None:
-            return MemoryDocuments(self.data_rows["train"], target.model.config.vocab_size)
+            return AnsweredPrompts(self.data_rows["train"], vocab_size)
         expected = {
-            "target": content_of(str(target.path), self.config.target.sha256),
-            "tokenizer": tokenizer_digest(target.tokenizer), "tap_layers": [*target.model.config.tap_layers],
+            "target": content_of(str(self.target.opened.path), self.config.target.sha256),
+            "tokenizer": tokenizer_digest(self.target.tokenizer), "tap_layers": [*self.target.config.tap_layers],
         }  # fmt: skip
         return FeatureStore(self.config.data.store, expected)
 
     @functools.cached_property
     def vocab(self) -> VocabMap:
-        """The draft vocabulary: that of draft.init_from, or chosen from the training answers."""
+        """The draft vocabulary: that of draft.init_from or draft.vocab_map, or chosen from the training answers."""
         counts = self.documents.token_counts
         if self.start is not None:
             vocab = self.start.vocab
+        elif self.config.draft.vocab_map is not None:
+            vocab = read_map(self.config.draft.vocab_map, len(counts), self.config.draft.draft_vocab_size)
         else:
-            vocab = choose_vocab(counts, self.data()["special"], self.config.draft.draft_vocab_size)
+            source = source_of(tokenizer_digest(self.target.tokenizer), self.documents.digest)
+            vocab = choose_vocab(counts, self.data()["special"], self.config.draft.draft_vocab_size, source)
         CONSOLE.print(
             f"  {len(self.documents.lengths)} answers, {counts.sum()} tokens, {np.count_nonzero(counts)} distinct; the "
             f"draft vocabulary of {vocab.draft_vocab_size} holds {coverage(counts, vocab):.1%} of them"
         )
+        CONSOLE.print(f"  {describe_sizes(counts, self.data()['special'])}")
         return vocab
 
     @functools.cached_property
     def params(self) -> nnx.State:
         """The trained parameters, on one device; where training is done they come from its last checkpoint."""
         config = self.config.train
-        self.draft_config().to_hf()  # refuses what no server loads before any time is spent on it
-        pipeline = self.batches()
+        self.record()
+        rows = jax.NamedSharding(self.mesh, SHARDING.act_b)
+        part = hosts.local_part(rows, config.batch_size)
+        pipeline = make_pipeline(self.documents, self.algorithm, config, self.config.data, self.config.seed, part)
+        CONSOLE.print(f"  {pipeline.layout.describe()}")
         # Loaded before the mesh is set: target and vocabulary stay on one device, where decoding uses them.
-        target, _, head_WE = self.target, self.vocab, self.teacher_head(config.compute_dtype)
-        _say("train", f"{config.num_steps} steps of {config.batch_size} answers to {target.path.name}")
+        _, head_WE = self.vocab, self.teacher_head(config.compute_dtype)
+        _say("train", f"{config.num_steps} steps of {config.batch_size} answers to {self.target.opened.path.name}")
         graphdef, params, frozen = split_draft(self.make_draft(SHARDING, config.compute_dtype))
         check_heads(self.draft_config(), SHARDING, self.mesh.shape)
         with jax.set_mesh(self.mesh):
             params, frozen = (on_mesh(state, self.mesh, SHARDING) for state in (params, frozen))
             CONSOLE.print(
-                f"  {sum(math.prod(p.shape) for p in jax.tree.leaves(params)) / 1e6:.1f} M trained parameters, "
-                f"{pipeline.steps_per_epoch} steps an epoch"
+                f"  {sum(math.prod(p.shape) for p in jax.tree.leaves(params)) / 1e6:.1f} M trained parameters"
             )
+            resume = Resume(config.resume, self.draft_inputs, self.vocab, self.allowed)
             trainer = Trainer(
                 self.draft_dir, config, self.algorithm, self.evaluation, self.mesh, self.vocab,
-                weight_on_mesh("teacher head", head_WE, self.mesh, SHARDING.weight_ve),
+                weight_on_mesh("teacher head", head_WE, self.mesh, SHARDING.weight_ve), resume,
+                self.config.data.prefetch, self.reader(),
             )  # fmt: skip
             params = trainer.train(graphdef, params, frozen, pipeline, self.data_rows["held_out"])
-        return jax.device_put(jax.device_get(params), jax.devices()[0])
+        return jax.device_put(reads.read(params), jax.local_devices()[0])
 
-    def batches(self) -> Batches:
-        """The training rows, packed or in buckets by length."""
-        config = self.config.train
-        if config.pack_length is None:
-            return Pipeline(
-                self.data_rows["train"], self.algorithm, batch_size=config.batch_size, seed=self.config.seed,
-                num_buckets=config.length_buckets,
-            )  # fmt: skip
-        packed = PackedPipeline(
-            self.documents, self.algorithm, length=config.pack_length, batch_size=config.batch_size,
-            seed=self.config.seed,
-        )  # fmt: skip
-        facts = packed.facts
-        CONSOLE.print(
-            f"  {facts.documents} documents packed into {facts.rows} rows of {facts.length} tokens, {facts.fill:.0%} "
-            "full" + (f"; {facts.cut} tokens behind {facts.length} left out" if facts.cut else "")
-        )
-        return packed
+    @functools.cached_property
+    def reader(self) -> Target | None:
+        """The target on the training mesh, where it reads conversations while the draft trains."""
+        if self.config.data.conversations is None:
+            return None
+        return self.target.on(self.mesh, DTYPES[self.config.train.compute_dtype])
+
+    def record(self) -> None:
+        """Refuses what no server loads before any time is spent on it, and keeps what a later export asks for."""
+        taps, target = self.target.config.tap_layers, self.target.opened.source.config
+        check_servable(self.draft_config(), taps, target)
+        if hosts.is_main():
+            DraftRecord(self.draft_config().to_hf(), taps, target, self.config.target.path).write(self.draft_dir)
 
     def teacher_head(self, dtype: str) -> jax.Array:
         """[W, E]: the target's head rows of the draft vocabulary."""
-        return self.target.model.head()[self.vocab.target_ids_W].astype(DTYPES[dtype])
+        return self.outer.head()[self.vocab.target_ids_W].astype(DTYPES[dtype])
+
+    @property
+    def _evaluate_stage(self) -> Stage:
+        inputs = self.draft_inputs | {"evaluate": self.config.evaluate.model_dump()}
+        return Stage(self.draft_dir / "evaluation.json", inputs)
+
+    def evaluated(self) -> bool:
+        return self._evaluate_stage.load() is not None
 
     def evaluate(self) -> dict[str, Any]:
         """The held-out result: walked, and decoded for real, both in float32."""
-        config = self.config.evaluate
-        stage = Stage(self.draft_dir / "evaluation.json", self.draft_inputs | {"evaluate": config.model_dump()})
+        config, stage = self.config.evaluate, self._evaluate_stage
         result = stage.load()
         if result is not None:
             _say("evaluate", f"done before: {stage.path}")
@@ -314,7 +356,7 @@ class Run:
         forced = evaluate_teacher_forced(make_accepted(graphdef, self.evaluation, frozen, head_WE)(params), rows,
                                          self.evaluation, EVALUATION_ROWS)  # fmt: skip
         decoded = decode_held_out(
-            self.target.model, *nnx.split(nnx.merge(graphdef, params, frozen)), rows,
+            self.target.loaded.model, *nnx.split(nnx.merge(graphdef, params, frozen)), rows,
             max_new_tokens=config.max_new_tokens, chain_length=config.chain_length,
             end_token=self.data()["eos"], num_rows=self.config.data.rows,
         )  # fmt: skip
@@ -331,20 +373,29 @@ class Run:
         stage.store(result)
         return result
 
+    @property
+    def _export_stage(self) -> Stage:
+        inputs = self.draft_inputs | {"export": self.config.export.model_dump()}
+        return Stage(self.draft_dir / "export.json", inputs)
+
+    def exported(self) -> bool:
+        """Whether the serving directory is there, as it was written."""
+        stored = self._export_stage.load()
+        return stored is not None and stored == _digests(self.draft_dir / "export")
+
     def export(self) -> Path:
         """The serving directory."""
-        directory = self.draft_dir / "export"
-        stage = Stage(self.draft_dir / "export.json", self.draft_inputs | {"export": self.config.export.model_dump()})
-        stored = stage.load()
-        if stored is not None and stored == _digests(directory):
+        directory, stage = self.draft_dir / "export", self._export_stage
+        if self.exported():
             _say("export", f"done before: {directory}")
             return directory
-        params, target = self.params, self.target
+        params = self.params
         _say("export", str(directory))
         stage.path.unlink(missing_ok=True)
         export(
             directory, self.draft_module, self.draft_config(), params, self.vocab,
-            tap_layers=target.model.config.tap_layers, target_config=target.hf_config, dtype=self.config.export.dtype,
+            tap_layers=self.target.config.tap_layers, target_config=self.target.opened.source.config,
+            dtype=self.config.export.dtype, target_path=self.config.target.path, run=self.draft_dir,
         )  # fmt: skip
         stage.store(_digests(directory))
         return directory
@@ -373,11 +424,24 @@ class Run:
         return directory
 
 
-def run(config: RunConfig) -> None:
-    """All stages, then the headline."""
-    stages = Run(config)
-    stages.data()
-    evaluation = stages.evaluate()
-    export_dir = stages.export()
-    report_dir = stages.report(evaluation)
-    print_headline(evaluation, export_dir, report_dir, config.target.path)
+def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
+    """All stages, then the headline. Of many processes all train; the first one alone asks the target, evaluates,
+    exports and reports, while the others wait.
+
+    Args:
+        allowed: see `Run`.
+    """
+    stages = Run(config, allowed)
+    log = process_log(stages.draft_dir / "logs" / f"process-{jax.process_index()}.log", speaks=hosts.is_main())
+    lock = DirectoryLock(stages.draft_dir) if hosts.is_main() else nullcontext()
+    with log, lock:
+        with hosts.main_first("data"):
+            stages.data()
+        if hosts.agree(not (stages.evaluated() and stages.exported())):
+            stages.params  # noqa: B018 (trains, in every process)
+        with hosts.main_first("results"):
+            if hosts.is_main():
+                evaluation = stages.evaluate()
+                export_dir = stages.export()
+                report_dir = stages.report(evaluation)
+                print_headline(evaluation, export_dir, report_dir, config.target.path)

@@ -10,6 +10,7 @@ from typing import Any
 from flaxdraft.config import DraftConfig
 from flaxdraft.drafts import LoadedDraft, from_pretrained
 from flaxdraft.errors import InputError
+from flaxdraft.serving.taps import outputs_of
 
 
 def load_start(config: DraftConfig, module: ModuleType) -> LoadedDraft:
@@ -38,21 +39,13 @@ def load_start(config: DraftConfig, module: ModuleType) -> LoadedDraft:
     return start
 
 
-def tap_layers_of(hf: dict[str, Any]) -> list[int] | None:
-    """The tapped layers (by output) that a draft's config.json names: SGLang's field counts outputs, vLLM's inputs."""
-    outputs = (hf.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
-    inputs = hf.get("eagle_aux_hidden_state_layer_ids")
-    if outputs is None and inputs is not None:
-        return [layer - 1 for layer in inputs]
-    return outputs
-
-
 def check_target(start: LoadedDraft, target: Any, directory: str) -> None:
     """
     Raises:
         InputError: the draft was made for a target of another width or vocabulary, or for other tapped layers.
     """
-    taps = tap_layers_of(json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")))
+    written = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    taps = outputs_of(written, deepseek=hasattr(target, "kv_lora_rank"))
     for name, theirs, ours in (
         ("target_hidden_size", start.config.target_hidden_size, target.hidden_size),
         ("vocab_size", start.config.vocab_size, target.vocab_size),

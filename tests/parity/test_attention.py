@@ -34,7 +34,8 @@ DRAFTS = {"llama": llama, "mla": mla}
 
 @nnx.jit
 def forward(attention, x_BTX, positions_BT, visible_BTT):
-    q, (k, v) = attention.query(x_BTX, positions_BT), attention.key_value(x_BTX, positions_BT)
+    projected = attention.project(x_BTX)
+    q, (k, v) = attention.query(projected, positions_BT), attention.key_value(projected, positions_BT)
     return attention.output(attend(q, k, v, visible_BTT, attention.softmax_scale))
 
 

@@ -1,0 +1,67 @@
+"""Where the time of a training step goes: the device's kernels, longest first, grouped by the operation they came from.
+
+    python experiments/profile_step.py --case llama3-8b --batch 4 --length 2048 --compute bfloat16 --out trace/
+
+Writes the trace (for XProf or Perfetto) and the compiled program's text beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import jax
+from bench_cases import CASES
+from bench_step import DTYPES, compiled_step
+
+from flaxdraft.algorithms.eagle3 import Algorithm
+
+
+def device_events(directory: Path) -> list[dict]:
+    """Every kernel of the newest trace, with its duration in microseconds."""
+    path = max(directory.glob("plugins/profile/*/*.trace.json.gz"), key=lambda p: p.stat().st_mtime)
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    devices = {e["pid"] for e in events if e.get("name") == "process_name" and "/device:" in e["args"]["name"]}
+    return [e for e in events if e.get("ph") == "X" and e["pid"] in devices and "hlo_op" in e.get("args", {})]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES, default="tiny")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--remat", default="none")
+    parser.add_argument("--loss-chunk", type=int, default=1024)
+    parser.add_argument("--compute", choices=DTYPES, default="float32")
+    parser.add_argument("--ttt-length", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=60, help="lines of the table")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    algorithm = Algorithm(arguments.ttt_length, remat=arguments.remat, loss_chunk=arguments.loss_chunk, packed=False)
+    compiled, call, _ = compiled_step(
+        arguments.case, arguments.compute, arguments.batch, arguments.length, 1.0, 1, algorithm
+    )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "step.hlo.gz").write_bytes(gzip.compress(compiled.as_text().encode()))
+    jax.block_until_ready(call())
+    with jax.profiler.trace(str(arguments.out)):
+        for _ in range(arguments.steps):
+            out = call()
+        jax.block_until_ready(out)
+    total, count, by_op = 0.0, 0, defaultdict(lambda: [0.0, 0])
+    for event in device_events(arguments.out):
+        name = f"{event['args']['hlo_op']}  [{event['name'][:60]}]"
+        by_op[name][0] += event["dur"] / arguments.steps / 1e3
+        by_op[name][1] += 1
+        total, count = total + event["dur"] / arguments.steps / 1e3, count + 1
+    print(f"{arguments.case}: {total:.1f} ms of kernels a step, {count // arguments.steps} kernels")
+    for name, (took, times) in sorted(by_op.items(), key=lambda item: -item[1][0])[: arguments.rows]:
+        print(f"{took:8.2f} ms  {times // arguments.steps:5d} x  {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What may differ between a run and the work that it goes on with.
+
+Everything that the result depends on must be the same, unless the user names the field on the command line. How the
+work is laid out over devices, how often something is written, and where inputs lie may change.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# Dotted names as they stand in the inputs; `*` matches any rest.
+FREE = (
+    # Where the work is done: the same global batches, results that agree to rounding.
+    "mesh.*", "hosts.*", "train.accumulate", "algorithm.attention", "algorithm.remat", "algorithm.loss_chunk",
+    "algorithm.attention_chunk",
+    # How often something is written, and what is kept of it.
+    "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_latest", "train.keep_every",
+    "train.resume", "train.max_skipped", "train.profile", "train.wandb", "data.prefetch",
+    # Where an input lies; what it holds is compared by its digest.
+    "target.path", "target.sha256",
+)  # fmt: skip
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {k: v for name, inner in value.items() for k, v in flatten(inner, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def is_free(field: str) -> bool:
+    return any(fnmatch.fnmatchcase(field, pattern) for pattern in FREE)
+
+
+def binding(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields (dotted) that a result depends on."""
+    return {field: value for field, value in flatten(inputs).items() if not is_free(field)}
+
+
+def differing(
+    there: Mapping[str, Any], here: Mapping[str, Any], allowed: Iterable[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """The binding fields that differ, with both values; without those that the user allows to.
+
+    A longer or shorter run is the same run as long as the learning rate does not depend on its length.
+    """
+    old, new = (binding(json.loads(json.dumps(inputs))) for inputs in (there, here))  # as they are stored
+    fields = {field for field in {*old, *new} if old.get(field) != new.get(field)} - set(allowed)
+    if old.get("train.schedule") == new.get("train.schedule") == "constant":
+        fields.discard("train.num_steps")
+    return {field: (old.get(field), new.get(field)) for field in sorted(fields)}
+
+
+def describe(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    """`field: there A, here B; ...`"""
+    return "; ".join(f"{field}: there {old!r}, here {new!r}" for field, (old, new) in differences.items())
+
+
+def flags(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    """What to add to the command of a training run to go on regardless."""
+    return " ".join(f"--allow-change {field}" for field in differences)

@@ -1,0 +1,74 @@
+"""Documents: what is trained on, with random access, wherever it lies.
+
+A `FeatureStore` is a set of documents on disk, `AnsweredPrompts` are in memory, `Conversations` have no features: there
+the target reads every batch while the draft trains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from flaxdraft.data.chat import Rendered
+from flaxdraft.data.generation import Row
+from flaxdraft.interfaces import Features
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One document, unpadded, on the host."""
+
+    tokens: np.ndarray  # int32 [L]
+    assistant: np.ndarray  # bool [L], true where the assistant produced the token
+    features: Features | None  # leading axis L; None where the target has yet to read it
+
+
+class Documents(Protocol):
+    """Random access to documents. Every host sees all of them, so that counts are the same everywhere."""
+
+    digest: str  # of their tokens and masks
+    lengths: np.ndarray  # tokens of each
+    supervised: np.ndarray  # tokens of each that the assistant produced
+    token_counts: np.ndarray  # int64 [V], how often the assistant produced each token
+
+    def row(self, index: int) -> Document: ...
+
+
+def as_document(row: Row) -> Document:
+    """An answered prompt."""
+    return Document(row.tokens, np.arange(len(row.tokens)) >= row.num_prompt, row.features)
+
+
+class _InMemory:
+    """Documents in a list, measured."""
+
+    def __init__(self, documents: Sequence[Document], vocab_size: int):
+        self._documents = documents
+        self.lengths = np.array([len(document.tokens) for document in documents])
+        self.supervised = np.array([int(document.assistant.sum()) for document in documents])
+        self.token_counts, digest = np.zeros(vocab_size, np.int64), hashlib.sha256()
+        for document in documents:
+            self.token_counts += np.bincount(document.tokens[document.assistant], minlength=vocab_size)
+            digest.update(document.tokens.tobytes() + document.assistant.tobytes() + b"|")
+        self.digest = digest.hexdigest()
+
+    def row(self, index: int) -> Document:
+        return self._documents[index]
+
+
+class AnsweredPrompts(_InMemory):
+    """Prompts that the target answered, with the features that fell out of it."""
+
+    def __init__(self, rows: Sequence[Row], vocab_size: int):
+        super().__init__([as_document(row) for row in rows], vocab_size)
+
+
+class Conversations(_InMemory):
+    """Rendered conversations without features."""
+
+    def __init__(self, rows: Sequence[Rendered], vocab_size: int):
+        super().__init__([Document(row.tokens, row.assistant, None) for row in rows], vocab_size)

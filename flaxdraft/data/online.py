@@ -1,0 +1,47 @@
+"""The frozen target reads batches while the draft trains: no features are kept, on disk or in memory.
+
+The target's pass over step n + 1 is started before anybody waits for the draft's step n, so that the device goes from
+one to the other without a pause; one prepared example is held, not more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from flaxdraft.config import DataConfig
+from flaxdraft.data.chat import ChatOptions, render_all
+from flaxdraft.data.conversations import read_conversations
+from flaxdraft.data.documents import Conversations
+from flaxdraft.progress import CONSOLE
+
+In, Out = TypeVar("In"), TypeVar("Out")
+
+
+def one_ahead(items: Iterable[In], prepare: Callable[[In], Out]) -> Iterator[tuple[In, Out]]:
+    """(item, prepare(item)) in order; the next item is prepared before each is handed out.
+
+    `prepare` starts work on the device and returns at once: JAX's dispatch is asynchronous.
+    """
+    ahead = None
+    for item in items:
+        prepared = (item, prepare(item))
+        if ahead is not None:
+            yield ahead
+        ahead = prepared
+    if ahead is not None:
+        yield ahead
+
+
+def open_conversations(data: DataConfig, tokenizer: Any, vocab_size: int) -> Conversations:
+    """The rendered rows of data.conversations; says how many are left out because they supervise nothing.
+
+    Raises:
+        InputError: see `chat.render_all`.
+    """
+    options = ChatOptions(data.max_length, data.last_turn_only, data.mask_reasoning)
+    rows = read_conversations(data.conversations)
+    rendered = render_all(rows, tokenizer, options, data.max_silent, "data.max_silent")
+    if rendered.silent:
+        CONSOLE.print(f"  {rendered.silent} conversations left out that supervise nothing")
+    return Conversations(rendered.rows, vocab_size)

@@ -1,0 +1,134 @@
+"""python -m flaxdraft.evaluate DRAFT --target ADDRESS --prompts FILE --out DIR: what a draft is worth by decoding."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from flaxdraft.errors import InputError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when the report is written; 2 with one message for wrong input."""
+    arguments = _parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        evaluate(arguments)
+    except InputError as error:
+        print(f"flaxdraft: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m flaxdraft.evaluate", description=__doc__)
+    parser.add_argument("draft", type=Path, help="an exported draft, or a run's draft folder")
+    parser.add_argument(
+        "--target", required=True, help="a model directory, a .gguf file, wheel:NAME==VERSION/FILE, or ORG/NAME"
+    )
+    parser.add_argument(
+        "--prompts", type=Path, required=True, help="JSONL: prompts, or MT-bench's questions with turns"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="a folder for the results; the same one goes on")
+    parser.add_argument("--split", default="held_out", help="of a prompts file; all takes every prompt")
+    parser.add_argument("--limit", type=int, help="questions from the beginning of the file")
+    parser.add_argument(
+        "--chain", type=int, nargs="+", default=[3], help="draft tokens a target pass; several are compared"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of sampling; each decodes everything once")
+    parser.add_argument("--rows", type=int, default=8, help="conversations decoded together")
+    parser.add_argument("--data", type=int, default=1, help="devices that share the rows out")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and products")
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    a = arguments
+    for name, value, least in (
+        ("--limit", a.limit, 1), ("--chain", min(a.chain), 1), ("--max-new-tokens", a.max_new_tokens, 2),
+        ("--rows", a.rows, 1), ("--data", a.data, 1), ("--seeds", min(a.seeds), 0),
+    ):  # fmt: skip
+        if value is not None and value < least:
+            raise InputError(f"{name}: found {value}, expected at least {least}")
+    for name, values in (("--chain", a.chain), ("--seeds", a.seeds)):
+        if len(set(values)) < len(values):
+            raise InputError(f"{name}: found {' '.join(map(str, values))}, expected each once")
+    if a.temperature == 0 and len(a.seeds) > 1:
+        raise InputError("--seeds: several make sense only with --temperature above 0; greedy decoding has no seed")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    import jax
+
+    from flaxdraft import targets
+    from flaxdraft.drafts import serving_files
+    from flaxdraft.evaluate.decoding import Settings
+    from flaxdraft.evaluate.inputs import draft_directory, load_draft, tapped_layers
+    from flaxdraft.evaluate.measure import Session, measure, texts_of
+    from flaxdraft.evaluate.questions import read_questions
+    from flaxdraft.evaluate.results import chain_result
+    from flaxdraft.evaluate.walked import walk_answers
+    from flaxdraft.fetch import content_of, sha256_of
+    from flaxdraft.mesh import make_mesh
+    from flaxdraft.precision import DTYPES, Precision
+    from flaxdraft.progress import CONSOLE
+    from flaxdraft.report import print_evaluation, write_evaluation
+    from flaxdraft.stages import claim
+    from flaxdraft.weights import write_json
+
+    a = arguments
+    _check(a)
+    settings = Settings(a.max_new_tokens, 0, (), a.temperature, a.top_p)
+    directory = draft_directory(a.draft)
+    questions = read_questions(a.prompts, None if a.split == "all" else a.split)[: a.limit]
+    mesh = make_mesh(a.data) if a.data > 1 else None
+    inputs = {
+        "draft": {path.name: sha256_of(path) for path in serving_files(directory)},
+        "target": {"address": a.target, "content": content_of(a.target, None)}, "prompts": sha256_of(a.prompts),
+        "split": a.split, "limit": a.limit, "max_new_tokens": a.max_new_tokens, "temperature": a.temperature,
+        "top_p": a.top_p, "rows": a.rows, "data": a.data, "dtype": a.dtype,
+    }  # fmt: skip
+    claim(a.out, inputs, "Give another --out, or remove it to start anew.")
+    precision = Precision(compute=DTYPES[a.dtype], param=DTYPES[a.dtype])
+    loaded = targets.from_pretrained(a.target, tap_layers=tapped_layers(directory), precision=precision)
+    if loaded.tokenizer is None or not loaded.tokenizer.chat_template:
+        raise InputError(
+            f"{a.target}: has no {'tokenizer' if loaded.tokenizer is None else 'chat template'}, which it takes to ask "
+            "the target; put the model's tokenizer.json and tokenizer_config.json there"
+        )
+    draft = load_draft(directory, loaded, precision)
+    settings = Settings(a.max_new_tokens, 0, tuple(loaded.stop_tokens), a.temperature, a.top_p)
+    CONSOLE.print(
+        f"{len(questions)} questions, {sum(len(q.turns) for q in questions)} turns, up to {a.max_new_tokens} tokens "
+        f"each; chains of {', '.join(map(str, a.chain))}, temperature {a.temperature:g}"
+    )
+    target, parts = loaded.model, draft.parts
+    if mesh is not None:
+        target, parts = jax.device_put((target, parts), jax.NamedSharding(mesh, jax.P()))
+    session = Session(target, parts, loaded.tokenizer, mesh, settings, a.rows)
+    runs = measure(session, questions, a.chain, a.seeds, a.out / "batches", inputs)
+    alone = [run for run in runs if run.chain_length == 0]
+    forced = walk_answers(loaded.model, draft, texts_of(alone[0]), a.chain, a.rows) if a.temperature == 0 else {}
+    category = {question.id: question.category for question in questions}
+    facts = {
+        "draft": str(directory), "target": a.target, "prompts": f"{a.prompts}, {len(questions)} questions",
+        "decoding": f"temperature {a.temperature:g}, top-p {a.top_p:g}, up to {a.max_new_tokens} tokens, {a.rows} "
+                    f"conversations together, {a.dtype}",
+        "devices": f"{a.data} x {jax.devices()[0].device_kind}, jax {jax.__version__}",
+    }  # fmt: skip
+    results = [
+        chain_result([run for run in runs if run.chain_length == chain], alone, category, forced.get(chain))
+        for chain in a.chain
+    ]
+    write_json(a.out / "results.json", {"facts": facts, "inputs": inputs, "chains": results})
+    write_evaluation(a.out, results, facts)
+    print_evaluation(results, a.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""Questions decoded with and without the draft, batch by batch, on one clock; finished batches are kept on disk.
+
+Every batch is decoded by the target alone and by each chain length, one after the other, so that a machine that gets
+slower is slower for all of them. What has to be compiled is compiled on a first run of a single pass, which is not
+timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxdraft.errors import InputError
+from flaxdraft.evaluate.decoding import Decoded, Decoding, Settings, padded_length
+from flaxdraft.evaluate.questions import Question
+from flaxdraft.progress import Bar, bar
+from flaxdraft.stages import Stage
+
+LEAST_LENGTH = 128  # of padded prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One answer."""
+
+    question: str  # id
+    turn: int
+    prompt: list[int]
+    answer: Decoded
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Of a batch: seconds, and what was made in them."""
+
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decoded_tokens: int = 0  # the first token of each answer comes with the prefill
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Everything decoded with one chain length and seed."""
+
+    chain_length: int  # 0: the target alone
+    seed: int
+    turns: list[Turn]
+    timing: Timing
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What decodes: models on their devices, and how."""
+
+    target: Any
+    draft: tuple
+    tokenizer: Any
+    mesh: jax.sharding.Mesh | None
+    settings: Settings  # its chain length is replaced by each in turn
+    num_rows: int  # conversations decoded together
+
+    def render(self, question: Question, messages: Sequence[dict[str, str]]) -> list[int]:
+        """
+        Raises:
+            InputError: the chat template refuses the conversation, or with an answer it leaves the target's context.
+        """
+        try:
+            tokens = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # templates raise whatever their author thought of
+            raise InputError(f"prompt {question.id}: the chat template refuses it: {error}") from error
+        context, limit = self.target.config.max_position_embeddings, self.settings.max_new_tokens
+        if len(tokens) + limit > context:
+            raise InputError(
+                f"prompt {question.id}: turn {len(messages) // 2 + 1} has {len(tokens)} tokens; with an answer of "
+                f"{limit} it leaves the target's context of {context}; take it out, or lower --max-new-tokens"
+            )
+        return tokens
+
+
+def _seed(seed: int, question: Question, turn: int) -> int:
+    words = (seed, turn, *question.id.encode("utf-8"))
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+class Clock:
+    """Decodes batches and times them, whatever is compiled for the first time left out."""
+
+    def __init__(self, session: Session):
+        self._session, self._warm = session, set()
+
+    def decode(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: Settings, on_tokens: Callable
+    ) -> tuple[list[Decoded], Timing]:
+        s = self._session
+        start_one = lambda: Decoding(  # noqa: E731
+            s.target,
+            s.draft,
+            prompts,
+            settings,
+            seeds=seeds,
+            mesh=s.mesh,
+            num_rows=s.num_rows,
+            least_length=LEAST_LENGTH,
+        )
+        shape = settings.chain_length, padded_length(max(LEAST_LENGTH, *map(len, prompts)))
+        if shape not in self._warm:
+            start_one().advance(1)
+            self._warm.add(shape)
+        start = time.monotonic()
+        decoding = start_one()
+        first = made = decoding.num_tokens  # waits for the prefill
+        prefilled, running = time.monotonic(), True
+        while running:
+            running = decoding.advance()
+            on_tokens(decoding.num_tokens - made)
+            made = decoding.num_tokens
+        return decoding.answers(), Timing(prefilled - start, time.monotonic() - prefilled, made - first)
+
+
+def _decode_batch(session: Session, clock: Clock, batch: Sequence[Question], settings: Settings, seed: int, on_tokens):
+    """Every turn of some conversations, those at the same turn together; answers go into the prompts behind them."""
+    turns, timing = [], Timing()
+    messages: list[list[dict[str, str]]] = [[] for _ in batch]
+    for turn in range(max(len(question.turns) for question in batch)):
+        here = [i for i, question in enumerate(batch) if turn < len(question.turns)]
+        for i in here:
+            messages[i].append({"role": "user", "content": batch[i].turns[turn]})
+        prompts = [session.render(batch[i], messages[i]) for i in here]
+        seeds = [_seed(seed, batch[i], turn) for i in here]
+        answers, took = clock.decode(prompts, seeds, settings, on_tokens)
+        timing += took
+        for i, prompt, answer in zip(here, prompts, answers, strict=True):
+            turns.append(Turn(batch[i].id, turn, prompt, answer))
+            text = session.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+            messages[i].append({"role": "assistant", "content": text})
+    return turns, timing
+
+
+def _pack(turns: Sequence[Turn], timing: Timing) -> dict[str, Any]:
+    return {"turns": [dataclasses.asdict(turn) for turn in turns], "timing": dataclasses.asdict(timing)}
+
+
+def _unpack(stored: dict[str, Any]) -> tuple[list[Turn], Timing]:
+    turns = [Turn(**turn | {"answer": Decoded(**turn["answer"])}) for turn in stored["turns"]]
+    return turns, Timing(**stored["timing"])
+
+
+def batches_of(session: Session, questions: Sequence[Question]) -> list[list[Question]]:
+    """By length, so that rows decoded together are padded little.
+
+    Raises:
+        InputError: see `Session.render`; every first turn is looked at before anything is decoded.
+    """
+    length = {q.id: len(session.render(q, [{"role": "user", "content": q.turns[0]}])) for q in questions}
+    order = sorted(questions, key=lambda question: (length[question.id], question.id))
+    return [order[at : at + session.num_rows] for at in range(0, len(order), session.num_rows)]
+
+
+def measure(
+    session: Session, questions: Sequence[Question], chains: Sequence[int], seeds: Sequence[int], directory: Path,
+    inputs: dict[str, Any],
+) -> list[Measured]:  # fmt: skip
+    """The target alone, then each chain length, for each seed.
+
+    Args:
+        directory: where finished batches are kept.
+        inputs: what a batch depends on; a batch from other inputs is decoded anew.
+    """
+    batches, clock = batches_of(session, questions), Clock(session)
+    cases = [(chain, seed) for seed in seeds for chain in (0, *chains)]
+    found: dict[tuple[int, int], list] = {case: [] for case in cases}
+    stages = {
+        (i, *case): Stage(directory / f"chain{case[0]}-seed{case[1]}-{i:05d}.json", inputs | {"part": [i, *case]})
+        for i in range(len(batches)) for case in cases
+    }  # fmt: skip
+    stored = {key: stage.load() for key, stage in stages.items()}
+    done = sum(result is not None for result in stored.values())
+    with bar("batches", len(stages), done) as progress:
+        for (i, chain, seed), stage in stages.items():
+            result = stored[i, chain, seed]
+            if result is None:
+                settings = dataclasses.replace(session.settings, chain_length=chain)
+                result = _pack(*_watched(session, clock, batches[i], settings, seed, progress))
+                stage.store(result)
+            found[chain, seed].append(_unpack(result))
+    return [_joined(chain, seed, parts) for (chain, seed), parts in found.items()]
+
+
+def _watched(session: Session, clock: Clock, batch, settings: Settings, seed: int, progress: Bar):
+    name = f"chain of {settings.chain_length}" if settings.chain_length else "target alone"
+    expected = settings.max_new_tokens * sum(len(question.turns) for question in batch)
+    before, made = progress.done, 0
+
+    def on_tokens(num):
+        nonlocal made
+        made += num
+        progress.advance(num / expected, f"{name}, {made} tokens")
+
+    turns, timing = _decode_batch(session, clock, batch, settings, seed, on_tokens)
+    progress.advance(
+        before + 1 - progress.done, f"{name}, {timing.decoded_tokens / timing.decode_seconds:.1f} tokens/s"
+    )
+    return turns, timing
+
+
+def _joined(chain: int, seed: int, parts: Sequence[tuple[list[Turn], Timing]]) -> Measured:
+    turns = [turn for part, _ in parts for turn in part]
+    return Measured(chain, seed, turns, sum((timing for _, timing in parts), Timing()))
+
+
+def texts_of(measured: Measured) -> list[tuple[list[int], int]]:
+    """Tokens of each prompt with its answer, and how many of them are the prompt's."""
+    return [([*turn.prompt, *turn.answer.tokens], len(turn.prompt)) for turn in measured.turns]

@@ -1,0 +1,101 @@
+"""From decoded batches to figures: plain dictionaries, ready for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flaxdraft.errors import InputError
+from flaxdraft.evaluate.acceptance import TeacherForced, accept_length, histogram
+from flaxdraft.evaluate.measure import Measured, Timing
+
+
+def acceptance(yields: Sequence[Sequence[int]], chain_length: int) -> dict[str, Any]:
+    """What target passes gave."""
+    counts = histogram(yields, chain_length)
+    at_least = counts[::-1].cumsum()[::-1]
+    return {
+        "accept_length": accept_length(yields),
+        "target_passes": int(sum(map(len, yields))),
+        "target_passes_alone": int(sum(map(sum, yields))),
+        "accepted_histogram": counts.tolist(),
+        "acceptance_by_position": (at_least[1:] / max(at_least[0], 1)).tolist(),
+    }
+
+
+def by_category(yields: Sequence[Sequence[int]], categories: Sequence[str]) -> dict[str, float]:
+    """Accept length of each."""
+    return {
+        name: accept_length([y for y, category in zip(yields, categories, strict=True) if category == name])
+        for name in sorted(set(categories))
+    }
+
+
+def teacher_forced_figures(forced: TeacherForced, yields: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The walk beside the passes that were decoded."""
+    return {
+        "accept_length": forced.accept_length,
+        "target_passes": int(forced.total.passes),
+        "answers_with_the_decoded_passes": sum(
+            list(one) == list(two) for one, two in zip(forced.yields, yields, strict=True)
+        ),
+        "mean_over_rows": forced.mean_over_rows(),
+        "product_of_marginals": forced.product_of_marginals(),
+        "loss": forced.mean_loss,
+        "accuracy": np.asarray(forced.accuracy()).tolist(),
+        "expected_accept": np.asarray(forced.expected_accept()).tolist(),
+    }
+
+
+def _speed(timing: Timing) -> dict[str, float]:
+    return {
+        "tokens_per_second": timing.decoded_tokens / timing.decode_seconds,
+        "prefill_seconds": timing.prefill_seconds,
+        "decode_seconds": timing.decode_seconds,
+        "decoded_tokens": timing.decoded_tokens,
+    }
+
+
+def _total(runs: Sequence[Measured]) -> Timing:
+    return sum((run.timing for run in runs), Timing())
+
+
+def _identical(run: Measured, alone: Measured) -> int:
+    pairs = zip(run.turns, alone.turns, strict=True)
+    return sum(one.prompt == two.prompt and one.answer.tokens == two.answer.tokens for one, two in pairs)
+
+
+def chain_result(
+    runs: Sequence[Measured], alone: Sequence[Measured], category: Mapping[str, str], forced: TeacherForced | None
+) -> dict[str, Any]:
+    """Every figure of one chain length, its seeds taken together.
+
+    Args:
+        runs, alone: with the draft and without it, by seed.
+        category: of each question's id.
+        forced: the walk over the target's own greedy answers; None where answers were sampled.
+
+    Raises:
+        InputError: no answer has a second token, so no target pass was made.
+    """
+    chain, turns = runs[0].chain_length, [turn for run in runs for turn in run.turns]
+    yields = [turn.answer.yields for turn in turns]
+    if not any(turn.answer.yields for run in alone for turn in run.turns):
+        raise InputError("prompts: every answer ends with its first token, so there is nothing to measure")
+    speed, before = _speed(_total(runs)), _speed(_total(alone))
+    result = {
+        "chain_length": chain,
+        "answers": len(turns),
+        "decoded": acceptance(yields, chain)
+        | {"accept_length_by_category": by_category(yields, [category[turn.question] for turn in turns])},
+        "with_draft": speed,
+        "alone": before,
+        "speedup": speed["tokens_per_second"] / before["tokens_per_second"],
+    }
+    if forced is not None:
+        result["decoded"]["identical_answers"] = _identical(runs[0], alone[0])
+        # The walk goes over the answers of the target alone; a turn counts where decoding gave the same one.
+        result["teacher_forced"] = teacher_forced_figures(forced, yields)
+    return result

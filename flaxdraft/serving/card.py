@@ -1,0 +1,79 @@
+"""README.md of a serving directory: what the draft is, what its run measured, how it is served."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flaxdraft.serving import taps
+from flaxdraft.serving.contract import kind_of
+
+_SERVE = {
+    "sglang": "python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 \\\n"
+              "    --speculative-draft-model-path . --speculative-num-steps {k} --speculative-eagle-topk 1 \\\n"
+              "    --speculative-num-draft-tokens {next}",
+    "vllm": "vllm serve TARGET --speculative-config \\\n"
+            "    '{{\"method\": \"eagle3\", \"model\": \".\", \"num_speculative_tokens\": {k}}}'",
+}  # fmt: skip
+
+
+def model_card(config: Mapping[str, Any], target: str, run: Path | None) -> str:
+    """
+    Args:
+        config: config.json of the directory.
+        target: the target's address.
+        run: the folder of the run that made the draft; what it recorded of data, training and evaluation is shown.
+    """
+    kind = {"llama": "Llama", "mla": "DeepSeek-MLA"}[kind_of(config)]
+    switched = [name for name in ("fc_norm", "norm_output") if config.get(name)]
+    facts = {
+        "target": f"`{target}`",
+        "draft": f"EAGLE-3, one {kind} layer of width {config['hidden_size']}"
+                 + (f", {' and '.join(switched)}" if switched else ""),
+        "draft vocabulary": f"{config['draft_vocab_size']:,} of {config['vocab_size']:,} tokens",
+        "reads the outputs of layers": ", ".join(str(layer - 1) for layer in config[taps.NAME]) + " (0-based)",
+        "context": f"{config['max_position_embeddings']:,} tokens",
+        "weights": config["torch_dtype"],
+    }  # fmt: skip
+    inputs, evaluation = _recorded(run, "inputs.json"), _recorded(run, "evaluation.json").get("result", {})
+    if train := inputs.get("train"):
+        facts["training"] = (
+            f"{train['num_steps']:,} steps of {train['batch_size']} conversations, learning rate "
+            f"{train['learning_rate']:g}, {inputs['algorithm']['ttt_length']} unroll steps, "
+            f"{inputs['algorithm']['objective']}"
+        )
+    lines = ["---", "tags: [eagle3, speculative-decoding]", "---", "", f"# EAGLE-3 draft for {Path(target).name}", ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())]
+    lines += _figures(evaluation)
+    k = evaluation.get("chain_length", 3)
+    if config["architectures"][0].startswith("Eagle3Llama"):
+        return "\n".join([*lines, "", "Exported for tpu-inference; other engines take other names.", ""])
+    for name, command in _SERVE.items():
+        title = {"sglang": "SGLang", "vllm": "vLLM"}[name]
+        lines += ["", f"{title}, TARGET being the target's Hugging Face directory:", "", "```"]
+        lines += [command.format(k=k, next=k + 1), "```"]
+    return "\n".join([*lines, ""])
+
+
+def _figures(evaluation: Mapping[str, Any]) -> list[str]:
+    decoded = evaluation.get("decoded")
+    if not decoded:
+        return []
+    lines = ["", f"Real greedy decoding of {evaluation['answers']} held-out prompts in float32, "
+             f"{evaluation['chain_length']} draft tokens a pass: **accept length {decoded['accept_length']:.2f}** "
+             "((generated tokens - 1) / target passes; 1 without a draft).", ""]  # fmt: skip
+    positions = decoded["acceptance_by_position"]
+    lines += ["| draft position | " + " | ".join(str(j + 1) for j in range(len(positions))) + " |"]
+    lines += ["|---|" + "---|" * len(positions)]
+    lines += ["| accepted | " + " | ".join(f"{value:.3f}" for value in positions) + " |"]
+    lines += ["", "| category | accept length |", "|---|---|"]
+    return lines + [f"| {name} | {value:.2f} |" for name, value in decoded["accept_length_by_category"].items()]
+
+
+def _recorded(run: Path | None, name: str) -> dict[str, Any]:
+    """Nothing where the run holds no such file yet."""
+    if run is None or not (run / name).exists():
+        return {}
+    return json.loads((run / name).read_text(encoding="utf-8"))

@@ -1,0 +1,98 @@
+"""A draft as engines see it: config.json and named tensors, on disk or about to be written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from flaxdraft.errors import InputError
+from flaxdraft.gguf_file import GGUFCheckpoint
+from flaxdraft.safetensors_file import SafetensorsFile
+
+_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "BOOL": "bool",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftView:
+    """Everything a rule may look at."""
+
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]  # numpy's names, the file's own where numpy has none
+    read: Callable[[str], np.ndarray]
+    target: Mapping[str, Any] | None = None  # the target's config.json, where it is known
+    twice: tuple[str, ...] = ()  # tensors that two files hold
+
+
+def view_of_arrays(
+    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], target: Mapping[str, Any] | None
+) -> DraftView:
+    shapes = {name: array.shape for name, array in tensors.items()}
+    dtypes = {name: array.dtype.name for name, array in tensors.items()}
+    return DraftView(config, shapes, dtypes, tensors.__getitem__, target)
+
+
+def view_of_directory(directory: Path, target: Mapping[str, Any] | None = None) -> DraftView:
+    """The headers are read, each tensor when a rule asks for it.
+
+    Raises:
+        InputError: no config.json, no safetensors, or one of them cannot be read.
+    """
+    config = read_config(directory / "config.json")
+    paths = sorted(directory.glob("*.safetensors"))
+    if not paths:
+        raise InputError(
+            f"{directory}: no *.safetensors; expected a draft's directory (for PyTorch files see "
+            "tools/convert/from_pytorch.py)"
+        )
+    where: dict[str, Path] = {}
+    shapes, dtypes, twice = {}, {}, []
+    for path in paths:
+        for name, entry in SafetensorsFile(path).entries.items():
+            if name in where:
+                twice.append(name)
+            where[name], shapes[name] = path, entry.shape
+            dtypes[name] = _NAMES.get(entry.dtype, entry.dtype)
+
+    def read(name: str) -> np.ndarray:
+        try:
+            with safe_open(where[name], framework="numpy") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{where[name]}: {name} cannot be read ({error}); make the file again") from error
+
+    return DraftView(config, shapes, dtypes, read, target, tuple(twice))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        InputError: missing, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a draft's config.json") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); write it again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected an object, found {type(value).__name__}")
+    return value
+
+
+def read_target_config(path: Path) -> dict[str, Any]:
+    """A target's configuration, without its weights.
+
+    Raises:
+        InputError: neither a directory with config.json nor a .gguf file.
+    """
+    return GGUFCheckpoint(path).config if path.suffix == ".gguf" else read_config(path / "config.json")

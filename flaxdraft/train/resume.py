@@ -1,0 +1,158 @@
+"""Where a run goes on: which checkpoint it takes, and what must be the same.
+
+`train.resume` is one of
+- `auto`: the newest complete checkpoint; without any, from nothing. One that cannot be read is set aside and the one
+  before it is taken.
+- `latest`, `best`, `step N`: that checkpoint of this run, or an error. Newer ones are set aside.
+- a directory: a checkpoint of another run (of the same inputs).
+- `none`: from nothing; an error where there are checkpoints.
+
+A run that was begun from `best`, `step N` or a directory and is started again by the same command goes on from its own
+newest checkpoint: launchers may repeat any command.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flaxdraft import continuing
+from flaxdraft.checkpoint import Checkpoints, DamagedError, Saved, load, read_record
+from flaxdraft.errors import InputError
+from flaxdraft.interfaces import VocabMap
+from flaxdraft.progress import CONSOLE
+
+
+class Begun(NamedTuple):
+    """A state to go on from."""
+
+    arrays: dict[str, Any]  # state and counters
+    record: Mapping[str, Any]
+
+
+class Resume(NamedTuple):
+    """What a run asks for and what it is."""
+
+    request: str  # train.resume
+    inputs: Mapping[str, Any]
+    vocab: VocabMap
+    allowed: Iterable[str] = ()  # fields that the user allows to differ
+
+    @property
+    def origin(self) -> str:
+        """What the checkpoints of this run remember of the request that began it."""
+        return self.request if self.request not in ("auto", "latest", "none") else ""
+
+
+def wanted(request: str, checkpoints: Checkpoints) -> Saved | Path | None:
+    """The checkpoint that is asked for; a path where it belongs to another run; None for a beginning from nothing.
+
+    Raises:
+        InputError: there is no such checkpoint, or there are some and none should be.
+    """
+    latest, where = checkpoints.latest, checkpoints.directory
+    if request == "auto":
+        return latest
+    if request == "none":
+        if latest is not None:
+            raise InputError(
+                f"train.resume: none, but {where} holds a checkpoint of step {latest.step}; give another name= or "
+                "output_dir=, or remove the folder"
+            )
+        return None
+    step = re.fullmatch(r"step (\d+)", request)
+    if not (step or request in ("latest", "best")):
+        path = Path(request).expanduser()
+        if not path.is_dir():
+            raise InputError(
+                f"train.resume: found {request!r}, which is no directory; expected auto, latest, best, none, `step N` "
+                "or the directory of a checkpoint"
+            )
+        if latest is None or latest.record["origin"] == request:
+            return latest or path
+        raise InputError(
+            f"train.resume: {request}, but {where} holds step {latest.step} of a run that did not begin there; give "
+            "another name= or output_dir="
+        )
+    if latest is None:
+        raise InputError(f"train.resume: {request}, but {where} holds no complete checkpoint")
+    if request == "latest" or (latest.record["origin"] == request):
+        return latest
+    found = {saved.step: saved for saved in checkpoints.saved()}
+    chosen = checkpoints.best if request == "best" else found.get(int(step[1]))
+    if chosen is None:
+        there = "no evaluated one" if request == "best" else f"steps {', '.join(map(str, found))}"
+        raise InputError(f"train.resume: {request}, but {where} holds {there}")
+    return chosen
+
+
+def begin(checkpoints: Checkpoints, resume: Resume, abstract: Mapping[str, Any]) -> Begun | None:
+    """Loads what the run goes on from; None where it begins from nothing.
+
+    Raises:
+        InputError: see `wanted`; the checkpoint is damaged (other than for `auto`), or of other inputs.
+    """
+    if resume.request == "auto":
+        return _newest_readable(checkpoints, resume, abstract)
+    chosen = wanted(resume.request, checkpoints)
+    if chosen is None:
+        return None
+    path = chosen if isinstance(chosen, Path) else checkpoints.path(chosen.step)
+    try:
+        record = read_record(path) if isinstance(chosen, Path) else chosen.record
+        arrays = _load(path, record, resume, abstract)
+    except DamagedError as error:
+        raise InputError(
+            f"{path}: the checkpoint cannot be read ({error}); take another one (train.resume=auto: the newest that "
+            "can be)"
+        ) from error
+    if isinstance(chosen, Saved):
+        for newer in [saved.step for saved in checkpoints.saved() if saved.step > chosen.step]:
+            aside = checkpoints.set_aside(newer, "superseded")
+            CONSOLE.print(f"  the checkpoint of step {newer} is newer than what this run goes on from: kept as {aside}")
+    return Begun(arrays, record)
+
+
+def _newest_readable(checkpoints: Checkpoints, resume: Resume, abstract: Mapping[str, Any]) -> Begun | None:
+    damaged = dict(checkpoints.damaged)
+    for step, why in sorted(damaged.items()):
+        _say_damaged(checkpoints, step, why)
+    while (latest := checkpoints.latest) is not None:
+        try:
+            arrays = _load(checkpoints.path(latest.step), latest.record, resume, abstract)
+        except DamagedError as error:
+            damaged[latest.step] = str(error)
+            _say_damaged(checkpoints, latest.step, str(error))
+        else:
+            return Begun(arrays, latest.record)
+    if damaged:
+        raise InputError(
+            f"{checkpoints.directory}: no checkpoint can be read; the damaged ones are set aside. To train from "
+            "nothing, run the same command again"
+        )
+    return None
+
+
+def _say_damaged(checkpoints: Checkpoints, step: int, why: str) -> None:
+    aside = checkpoints.set_aside(step, "damaged")
+    CONSOLE.print(f"  warning: the checkpoint of step {step} cannot be read ({why}): set aside as {aside}")
+
+
+def _load(path: Path, record: Mapping[str, Any], resume: Resume, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    if differences := continuing.differing(record["inputs"], resume.inputs, resume.allowed):
+        raise InputError(
+            f"train.resume: {path} was made by another configuration ({continuing.describe(differences)}). Put it "
+            f"back, or give another name=. To go on regardless, add {continuing.flags(differences)}."
+        )
+    target_ids = np.asarray(load(path, {"vocab": None})["vocab"]["target_ids"])
+    vocab = resume.vocab
+    if not np.array_equal(target_ids, vocab.target_ids_W) or record["vocab"]["source"] != vocab.source:
+        raise InputError(
+            f"{path}: has another vocabulary map ({len(target_ids)} tokens, chosen from {record['vocab']['source']!r}) "
+            f"than this run ({vocab.draft_vocab_size} tokens, {vocab.source!r}); use another output_dir"
+        )
+    return load(path, abstract)

@@ -1,0 +1,120 @@
+"""A target whose next token is mostly a fixed map of the token DISTANCE back, and drafts that know just that.
+
+They agree often and not always, so runs of every length are accepted. All is written by hand: attention finds the
+token DISTANCE back by its rotary angle alone (from a constant feature), the draft puts its embedding in the place of
+its hidden state (a second set of heads takes the old one away), and reads the target's head. Whoever feeds such a draft
+a wrong token or position, turns it by another rotary base, or carries another hidden state on, loses the agreement.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from test_contracts import TARGET_HF
+
+from flaxdraft.drafts import llama, mla
+from flaxdraft.interfaces import VocabMap
+from flaxdraft.mesh import Sharding
+from flaxdraft.nn import decoder
+from flaxdraft.precision import Precision
+from flaxdraft.targets import llama as llama_target
+
+V, D, HEADS = 64, 32, 4
+DISTANCE, ANGLE = 4, 0.1  # tokens; of the rotary pair that finds them, radians a token
+VOCAB = VocabMap(np.delete(np.arange(V), np.arange(5, V, 9)), V)  # some tokens can never be drafted
+SHARP = 120.0  # of queries and keys
+
+
+def seeks(width: int, pair: int, interleaved: bool = False) -> np.ndarray:
+    """A query over keys of ones that is highest DISTANCE back: one rotary pair, turned back by as much."""
+    query = np.zeros(width)
+    at = [2 * pair, 2 * pair + 1] if interleaved else [pair, pair + width // 2]
+    # Keys are (1, 1), at 45 degrees.
+    query[at] = np.cos(np.pi / 4 - DISTANCE * ANGLE), np.sin(np.pi / 4 - DISTANCE * ANGLE)
+    return SHARP * query
+
+
+def make_target(dtype=jnp.float32, noise=0.5, seed=0):
+    hf = TARGET_HF | {
+        "num_hidden_layers": 4, "num_key_value_heads": HEADS, "tie_word_embeddings": False,
+        "max_position_embeddings": 512,
+    }  # fmt: skip
+    config, precision = llama_target.Config.from_hf(hf, (0, 1, 2)), Precision(dtype, dtype)
+    groups = llama_target.groups(config, precision, Sharding.none())
+    _, abstract = decoder.abstract_state(config, groups, precision)
+    rng = np.random.default_rng(seed)
+    embed = rng.choice([-1.0, 1.0], (V, D))
+    embed[:, 0] = 1
+    head = np.empty((V, D))
+    head[rng.permutation(V)] = embed
+    given = {"embed": embed, "head": head}
+    first = {  # the first layer's attention, [in, out]
+        "q_proj": np.outer(np.eye(D)[0], np.tile(seeks(8, 1), HEADS)),
+        "k_proj": np.outer(np.eye(D)[0], np.full(D, SHARP)),
+        "v_proj": np.eye(D), "o_proj": 4 * np.eye(D),
+    }  # fmt: skip
+
+    def fill(path, leaf):
+        name = "/".join(map(str, path))
+        if name in given:
+            return leaf.replace(jnp.asarray(given[name], dtype))
+        if name.endswith("scale"):
+            return leaf.replace(jnp.ones(leaf.shape, dtype))
+        weight = rng.normal(size=leaf.shape) / np.sqrt(leaf.shape[-2])
+        if "o_proj" in name or "down_proj" in name:
+            weight *= noise
+        if path[-2] in first:
+            weight[0] = first[path[-2]]
+        return leaf.replace(jnp.asarray(weight, dtype))
+
+    state = nnx.from_flat_state([(path, fill(path, leaf)) for path, leaf in nnx.to_flat_state(abstract)])
+    return decoder.build(config, groups, state, precision)
+
+
+def make_draft(name, target, vocab=VOCAB, **fields):
+    """Of the target above. `vocab` and `fields` of the config are what the draft says of itself; its weights are the
+    same whatever they are."""
+    module = {"llama": llama, "mla": mla}[name]
+    sizes = module.Config.for_target(target.config, VOCAB.draft_vocab_size) | {"num_attention_heads": HEADS}
+    sizes |= {"num_key_value_heads": HEADS, "head_dim": 16} if name == "llama" else {
+        "q_lora_rank": 8, "kv_lora_rank": 2 * D, "qk_nope_head_dim": 4, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    }  # fmt: skip
+    dtype = target.precision.param
+    draft = module.make(
+        module.Config(**sizes | fields), vocab, target.embedding(), precision=Precision(dtype, dtype),
+        sharding=Sharding.none(), rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    params = nnx.state(draft, nnx.Param)
+    for path, leaf in nnx.to_flat_state(params):
+        leaf[...] = jnp.ones_like(leaf[...]) if path[-1] == "scale" else jnp.zeros_like(leaf[...])
+    nnx.update(draft, params)
+    # Two heads bring the embedding of the token DISTANCE back, the other two take the normed hidden state away.
+    values = np.zeros((2 * D, HEADS, 16))
+    values[:D, :2], values[D:, 2:] = np.eye(D).reshape(D, 2, 16), -np.eye(D).reshape(D, 2, 16)
+    _attend(draft.self_attn, name, values, dtype)
+    draft.self_attn.o_proj.kernel[...] = jnp.asarray(np.concatenate([np.eye(D), np.eye(D)]), dtype)
+    draft.norm.scale[...] = jnp.full(D, 5.0, dtype)  # the normed state is not the state
+    draft.lm_head.kernel[...] = target.head()[VOCAB.target_ids_W].T
+    return draft
+
+
+def _attend(attention, name, values, dtype):
+    """Rotary queries and keys from the constant feature, and the values, as each architecture has them."""
+    if name == "llama":
+        queries = np.stack([seeks(16, 2)] * 2 + [np.full(16, 20.0)] * 2)
+        attention.q_proj.kernel[...] = jnp.asarray(np.outer(np.eye(2 * D)[0], queries), dtype)
+        attention.k_proj.kernel[...] = jnp.asarray(np.outer(np.eye(2 * D)[0], np.full(HEADS * 16, SHARP)), dtype)
+        attention.v_proj.kernel[...] = jnp.asarray(values.reshape(2 * D, -1), dtype)
+        return
+    queries, latent, heads = np.zeros((8, HEADS, 12)), np.zeros((2 * D, 2 * D + 8)), np.zeros((2 * D, HEADS, 20))
+    queries[0, :, 4:] = np.stack([seeks(8, 1, interleaved=True)] * 2 + [np.full(8, 20.0)] * 2)
+    latent[:, : 2 * D], latent[0, 2 * D :] = np.eye(2 * D), SHARP
+    heads[:, :, 4:] = values
+    attention.q_a_proj.kernel[...] = attention.q_a_proj.kernel[...].at[0].set(1.0)
+    attention.q_b_proj.kernel[...] = jnp.asarray(queries.reshape(8, -1), dtype)
+    attention.kv_a_proj_with_mqa.kernel[...] = jnp.asarray(latent, dtype)
+    attention.kv_b_proj.kernel[...] = jnp.asarray(heads.reshape(2 * D, -1), dtype)
+
+
+def prompts(num, seed=0, longest=24):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, V, rng.integers(1, longest)).tolist() for _ in range(num)]

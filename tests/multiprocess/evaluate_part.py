@@ -1,0 +1,37 @@
+"""One host of a run of several: evaluates its share of the answers, for each way to share them out, and prints what
+all hosts' parts come to. Arguments: its number, how many there are, the coordinator's port; one process needs none."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+index, count = (int(sys.argv[1]), int(sys.argv[2])) if len(sys.argv) > 1 else (0, 1)
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 1)
+jax.config.update("jax_disable_most_optimizations", True)
+if count > 1:
+    jax.distributed.initialize(f"localhost:{sys.argv[3]}", num_processes=count, process_id=index)
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from agreeing import VOCAB, make_draft, make_target, prompts  # noqa: E402 (devices are set first)
+
+from flaxdraft.algorithms.eagle3 import Algorithm  # noqa: E402
+from flaxdraft.data.generation import answer_greedily  # noqa: E402
+from flaxdraft.evaluate.acceptance import evaluate_teacher_forced, make_accepted  # noqa: E402
+from flaxdraft.evaluate.hosts import gather_parts  # noqa: E402
+from flaxdraft.train.state import split_draft  # noqa: E402
+
+target = make_target()
+rows = answer_greedily(target, prompts(7), 16, 7, 7, lambda num: None)
+graphdef, params, frozen = split_draft(make_draft("llama", target))
+algorithm = Algorithm(3)
+accepted = make_accepted(graphdef, algorithm, frozen, target.head()[VOCAB.target_ids_W])(params)
+for share in (rows[index::count], rows if index == 0 else []):  # shared out evenly; all to one host
+    forced = evaluate_teacher_forced(accepted, share, algorithm, 3, gather_parts)
+    total = jax.tree.map(lambda x: x.tolist(), forced.total)
+    figures = {name: getattr(total.sums, name) for name in vars(total.sums)}
+    figures |= {"passes": total.passes, "gained": total.gained, "answers_here": len(share)}
+    ratios = [forced.accept_length, forced.mean_over_rows(), forced.product_of_marginals(), *forced.accuracy().tolist()]
+    print(json.dumps(figures | {"ratios": ratios, "loss": forced.mean_loss}), flush=True)

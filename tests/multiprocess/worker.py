@@ -1,0 +1,100 @@
+"""One process of a small training run: the real stages and guards, around a target that is a few random arrays.
+
+python worker.py CONFIG.yaml RESULT.json [field=value ...]
+"""
+
+import functools
+import hashlib
+import json
+import os
+import resource
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxdraft import hosts
+from flaxdraft.config import load_config
+from flaxdraft.data.documents import AnsweredPrompts
+from flaxdraft.data.generation import Row
+from flaxdraft.data.vocab import choose_vocab
+from flaxdraft.interfaces import Features
+from flaxdraft.lock import DirectoryLock
+from flaxdraft.progress import process_log
+from flaxdraft.targets import llama
+from flaxdraft.train.run import Run
+from flaxdraft.train.supervise import supervised
+
+V, E, LENGTH = 64, 32, 14
+
+
+def target_stub():
+    """What training asks of a target: its sizes, and the arrays that the draft and its teacher take over."""
+    config = llama.Config.from_hf({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": V, "hidden_size": E,
+        "intermediate_size": 48, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    })  # fmt: skip
+    rng = np.random.default_rng(0)
+    embedding, head = (jnp.asarray(rng.normal(size=(V, E)), jnp.float32) for _ in range(2))
+    model = SimpleNamespace(
+        config=config, embedding=lambda: embedding, head=lambda: head, final_norm=lambda: jnp.ones(E)
+    )
+    return SimpleNamespace(model=model, path=Path("stub"), tokenizer=None)
+
+
+def rows(num: int, seed: int, broken: list[int]) -> list[Row]:
+    """Answers whose features say something about the next tokens; those of `broken` rows are NaN."""
+    rng = np.random.default_rng(seed)
+    directions = np.random.default_rng(1).normal(size=(V, 3, E)).astype(np.float32)
+    out = []
+    for i in range(num):
+        tokens = rng.integers(0, V // 4, LENGTH).astype(np.int32)
+        taps = directions[np.roll(tokens, -2)] + 0.1 * rng.normal(size=(LENGTH, 3, E)).astype(np.float32)
+        last = rng.normal(size=(LENGTH, E)).astype(np.float32)
+        features = Features(taps * (np.nan if i in broken else 1), last, np.roll(tokens, -1), np.full(LENGTH, 4.0, "f"))
+        out.append(Row(tokens, 3, features))
+    return out
+
+
+class SmallRun(Run):
+    """A run whose target and answers are made up on the spot."""
+
+    target = functools.cached_property(lambda self: target_stub())
+
+    @functools.cached_property
+    def data_rows(self):
+        return {"train": rows(24, 2, json.loads(os.environ.get("WORKER_BROKEN", "[]"))), "held_out": rows(3, 3, [])}
+
+    @functools.cached_property
+    def documents(self):
+        return AnsweredPrompts(self.data_rows["train"], V)
+
+    @property
+    def vocab(self):
+        return choose_vocab(self.documents.token_counts, [0, 1], self.config.draft.draft_vocab_size)
+
+
+def work(config, result: Path) -> None:
+    run = SmallRun(config)
+    log = process_log(run.draft_dir / "logs" / f"process-{jax.process_index()}.log", speaks=hosts.is_main())
+    with log, DirectoryLock(run.draft_dir) if hosts.is_main() else nullcontext():
+        params = jax.tree.leaves(run.params)
+    digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in params)).hexdigest()
+    result.write_text(json.dumps({"digest": digest, "params": [float(np.abs(x).sum()) for x in params]}))
+
+
+def main() -> int:
+    config = load_config(sys.argv[1], sys.argv[3:])
+    if limit := os.environ.get("WORKER_FILE_BYTES"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+    return supervised(config.hosts, lambda: work(config, Path(sys.argv[2])))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

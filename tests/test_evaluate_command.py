@@ -1,0 +1,203 @@
+"""python -m flaxdraft.evaluate on a tiny target: figures that add up, several turns, several chains, nothing twice."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from tiny import write_prompts
+
+from flaxdraft import targets
+from flaxdraft.drafts import llama
+from flaxdraft.errors import InputError
+from flaxdraft.evaluate import measure as measure_module
+from flaxdraft.evaluate.__main__ import main
+from flaxdraft.evaluate.questions import read_questions
+from flaxdraft.export import export
+from flaxdraft.interfaces import VocabMap
+from flaxdraft.mesh import Sharding
+from flaxdraft.precision import Precision
+from flaxdraft.train.state import warm_start
+
+QUESTIONS = [
+    {"question_id": 81, "category": "writing", "turns": ["and the sea", "again"], "reference": ["left alone"]},
+    {"question_id": 82, "category": "math", "turns": ["in the end"]},
+    {"question_id": 83, "category": "math", "turns": ["the and a", "more and more"]},
+]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, tiny_gguf):
+    """A run's draft folder, as far as its export: a warm-started draft, which repeats what the target says."""
+    root = tmp_path_factory.mktemp("evaluate")
+    loaded = targets.from_pretrained(str(tiny_gguf))
+    size = loaded.model.config.vocab_size
+    vocab = VocabMap(np.delete(np.arange(size), np.arange(5, size, 7)), size)
+    config = llama.Config(**llama.Config.for_target(loaded.model.config, vocab.draft_vocab_size))
+    draft = llama.make(
+        config, vocab, loaded.model.embedding(), precision=Precision(), sharding=Sharding.none(), rngs=nnx.Rngs(1)
+    )  # fmt: skip
+    warm_start(draft, loaded.model, vocab)
+    export(
+        root / "draft" / "export", llama, config, nnx.state(draft, nnx.Param), vocab,
+        tap_layers=loaded.model.config.tap_layers, target_config=loaded.hf_config, dtype="float32",
+    )  # fmt: skip
+    write_jsonl(root / "questions.jsonl", QUESTIONS)
+    write_prompts(root / "prompts.jsonl", num_train=2, num_held_out=5)
+    return root
+
+
+def call(workspace, tiny_gguf, out, *more, draft="draft", prompts="questions.jsonl"):
+    return main([
+        str(workspace / draft), "--target", str(tiny_gguf), "--prompts", str(workspace / prompts), "--out", str(out),
+        "--max-new-tokens", "10", "--rows", "2", *more,
+    ])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(workspace, tiny_gguf):
+    assert call(workspace, tiny_gguf, workspace / "out", "--chain", "1", "3") == 0
+    return workspace / "out"
+
+
+def test_figures_add_up(finished):
+    results = json.loads((finished / "results.json").read_text())["chains"]
+    assert [result["chain_length"] for result in results] == [1, 3]
+    for result in results:
+        decoded, forced, chain = result["decoded"], result["teacher_forced"], result["chain_length"]
+        assert result["answers"] == decoded["identical_answers"] == forced["answers_with_the_decoded_passes"] == 5
+        assert decoded["accept_length"] == forced["accept_length"] > 1
+        assert decoded["accept_length"] == decoded["target_passes_alone"] / decoded["target_passes"]
+        assert sum(decoded["accepted_histogram"]) == decoded["target_passes"]
+        assert len(decoded["accepted_histogram"]) == chain + 1 == len(decoded["acceptance_by_position"]) + 1
+        assert set(decoded["accept_length_by_category"]) == {"math", "writing"}
+        assert result["with_draft"]["decoded_tokens"] == result["alone"]["decoded_tokens"]
+        assert result["alone"]["decoded_tokens"] == decoded["target_passes_alone"]
+        speeds = [result[name]["tokens_per_second"] for name in ("with_draft", "alone")]
+        assert result["speedup"] == speeds[0] / speeds[1]
+    assert results[1]["decoded"]["accept_length"] > results[0]["decoded"]["accept_length"]
+    report = (finished / "report.md").read_text()
+    for name in re.findall(r"!\[\]\((\w+\.png)\)", report):
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+    assert report.count(".png") == 3
+    assert f"| accept length, real decoding | {results[0]['decoded']['accept_length']:.3f} |" in report
+    for result in results:
+        slower = result["speedup"] < 1
+        assert (f"chain of {result['chain_length']}: SLOWER than the target alone" in report) == slower
+
+
+def test_an_answer_stands_in_the_next_prompt(finished, tiny_gguf):
+    tokenizer = targets.open_target(str(tiny_gguf)).source.tokenizer()
+    stored = [json.loads(path.read_text())["result"] for path in sorted((finished / "batches").glob("chain3-*.json"))]
+    turns = {(turn["question"], turn["turn"]): turn for result in stored for turn in result["turns"]}
+    assert sorted(turns) == [("81", 0), ("81", 1), ("82", 0), ("83", 0), ("83", 1)]
+    for question, texts in (("81", QUESTIONS[0]["turns"]), ("83", QUESTIONS[2]["turns"])):
+        answer = tokenizer.decode(turns[question, 0]["answer"]["tokens"], skip_special_tokens=True)
+        roles = ("user", "assistant", "user")
+        messages = [{"role": r, "content": t} for r, t in zip(roles, (texts[0], answer, texts[1]), strict=True)]
+        want = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert turns[question, 1]["prompt"] == want
+
+
+def test_a_stopped_run_goes_on_and_a_finished_one_decodes_nothing(workspace, finished, tiny_gguf, monkeypatch):
+    decoded = []
+    decode = measure_module.Clock.decode
+    monkeypatch.setattr(
+        measure_module.Clock, "decode",
+        lambda self, prompts, seeds, settings, *rest: decoded.append(settings.chain_length)
+        or decode(self, prompts, seeds, settings, *rest),
+    )  # fmt: skip
+    before = (finished / "results.json").read_bytes()
+    assert call(workspace, tiny_gguf, finished, "--chain", "1", "3") == 0
+    assert decoded == []
+    assert (finished / "results.json").read_bytes() == before
+    lost = finished / "batches" / "chain3-seed0-00001.json"
+    whole = json.loads(lost.read_text())["result"]["turns"]
+    lost.write_text(lost.read_text()[:50])  # as a disk that was full might have left it
+    assert call(workspace, tiny_gguf, finished, "--chain", "1", "3") == 0
+    assert set(decoded) == {3}
+    assert json.loads(lost.read_text())["result"]["turns"] == whole
+
+
+@pytest.mark.slow
+def test_sampled_on_two_devices(workspace, tiny_gguf, tmp_path):
+    """Prompts of this project's kind; the same answers as on one device, since each row has its own seed."""
+    more = ("--temperature", "0.8", "--seeds", "3", "4", "--chain", "3", "--rows", "4")
+    found = {}
+    for data in ("1", "2"):
+        out = tmp_path / data
+        assert call(workspace, tiny_gguf, out, *more, "--data", data, prompts="prompts.jsonl") == 0
+        result = json.loads((out / "results.json").read_text())["chains"][0]
+        assert "teacher_forced" not in result
+        assert result["answers"] == 10  # five held-out prompts, two seeds
+        found[data] = result["decoded"]
+    assert found["1"] == found["2"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--chain", "0"), "--chain: found 0, expected at least 1"),
+        (("--chain", "2", "2"), "--chain: found 2 2, expected each once"),
+        (("--seeds", "1", "2"), "--seeds: several make sense only with --temperature above 0"),
+        (("--temperature", "-1"), "found temperature -1.0"),
+        (("--data", "99"), "mesh.data: 99 devices were asked for, 8 are visible"),
+        (("--max-new-tokens", "126"), r"prompt 8\d: turn 1 has \d+ tokens; with an answer of 126 it leaves .* of 128"),
+    ],
+)
+def test_wrong_arguments(workspace, tiny_gguf, tmp_path, capfd, more, message):
+    assert call(workspace, tiny_gguf, tmp_path, *more) == 2
+    assert re.search(message, " ".join(capfd.readouterr().err.split()))
+
+
+def damaged(workspace, tmp_path, change_weights=None, change_config=None):
+    source, directory = workspace / "draft" / "export", tmp_path / "damaged"
+    directory.mkdir()
+    weights, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
+    save_file(weights | (change_weights or (lambda w: {}))(weights), directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config | (change_config or {})))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("weights", "config", "message"),
+    [
+        (lambda w: {"fc.weight": w["fc.weight"] * np.nan}, {}, "damaged: fc/kernel holds values that are not finite"),
+        (None, {"intermediate_size": 48}, "do not fit the configuration.*midlayer.mlp.gate_proj.weight"),
+        (None, {"draft_vocab_size": 99}, r"d2t has shape \(\d+,\), expected \(99,\)"),
+        (None, {"num_hidden_layers": 2}, "num_hidden_layers is 2, expected 1"),
+        (lambda w: {"t2d": np.append(w["t2d"], False)}, {"vocab_size": 267},
+         "its vocab_size is 267, that of the target .* is 266; the draft was made for another target"),
+        (None, {"eagle_aux_hidden_state_layer_ids": 3}, "its layer ids cannot be read"),
+        (None, {"eagle_aux_hidden_state_layer_ids": [2, 2, 5]}, r"\[1, 1, 4\] are not three ascending layers"),
+    ],
+    ids=["nan", "sizes", "vocabulary", "layers", "another target", "layer ids", "equal layers"],
+)  # fmt: skip
+def test_a_draft_that_lies_is_refused(workspace, tiny_gguf, tmp_path, capfd, weights, config, message):
+    directory = damaged(workspace, tmp_path, weights, config)
+    assert call(workspace, tiny_gguf, tmp_path / "out", draft=directory) == 2
+    assert re.search(message, " ".join(capfd.readouterr().err.split()))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty, expected one prompt or question a line"),
+        ("[1]\n", "line 1: expected an object, found list"),
+        ('{"question_id": 1, "turns": ["a"]}\n{"turns": ["a"]}\n', "line 2: 'question_id': found None"),
+        ('{"question_id": 1, "turns": []}\n', r"line 1: 'turns': found \[\]"),
+        ('{"question_id": 1, "turns": ["a"]}\n{"question_id": "1", "turns": ["b"]}\n', "stands in line 1 already"),
+        ('{"question_id": 1, "turns": ["a"]', "line 1: not valid JSON"),
+    ],
+)
+def test_broken_questions_are_named(tmp_path, text, message):
+    (tmp_path / "questions.jsonl").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_questions(tmp_path / "questions.jsonl", None)

@@ -1,0 +1,213 @@
+"""Hidden states in speculators' layout, written as its documentation says, train to what the target's own
+store does."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pyarrow
+import pytest
+from safetensors.numpy import load_file, save_file
+from teaching import Teaching, assert_close
+
+from flaxdraft.data.__main__ import main as data_main
+from flaxdraft.data.store import FeatureStore
+from flaxdraft.data.vocab import read_map
+from flaxdraft.errors import InputError
+from flaxdraft.interfaces import Batch
+from flaxdraft.targets import from_pretrained
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "convert"))
+import features_from_speculators
+
+V, LAYERS = 266, 8
+
+
+def call(folder, store, target, *more):
+    arguments = [str(folder), str(store), "--target", str(target), "--shard-tokens", "100", *more]
+    return features_from_speculators.main(arguments)
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory, tiny_gguf):
+    """The target's own store of six conversations, float32."""
+    root = tmp_path_factory.mktemp("native")
+    rows = [
+        {"messages": [{"role": "user", "content": f"and {i}"}, {"role": "assistant", "content": "the inn" * (2 + i)}]}
+        for i in range(6)
+    ]
+    (root / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    exact = ("--dtype", "float32", "--taps-dtype", "float32", "--last-dtype", "float32")
+    more = ("--target", str(tiny_gguf), *exact)
+    assert data_main(["capture", str(root / "chat.jsonl"), str(root / "store"), *more]) == 0
+    return FeatureStore(root / "store")
+
+
+def write_dataset(directory: Path, rows: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """As datasets.Dataset.save_to_disk: Arrow streams, two here, named by state.json."""
+    directory.mkdir(parents=True)
+    names = []
+    for part, chunk in enumerate((rows[:4], rows[4:])):
+        names.append(f"data-{part:05d}-of-00002.arrow")
+        columns = [[tokens.tolist() for tokens, _ in chunk], [mask.astype(int).tolist() for _, mask in chunk]]
+        table = pyarrow.table({"input_ids": columns[0], "loss_mask": columns[1], "seq_len": [*map(len, columns[0])]})
+        with (
+            pyarrow.OSFile(str(directory / names[-1]), "wb") as file,
+            pyarrow.ipc.new_stream(file, table.schema) as out,
+        ):
+            out.write_table(table)
+    files = [{"filename": name} for name in names]
+    (directory / "state.json").write_text(json.dumps({"_data_files": files, "_fingerprint": "x", "_split": None}))
+    (directory / "dataset_info.json").write_text("{}")
+
+
+@pytest.fixture(scope="module")
+def folder(native, tiny_gguf, tmp_path_factory):
+    """The engine: the same target, tapped after its last layer too, before its final norm. Row 2 has not been run,
+    row 6 supervises nothing."""
+    directory = tmp_path_factory.mktemp("speculators") / "data"
+    rows = [(native.row(i).tokens, native.row(i).assistant) for i in range(6)]
+    rows.append((rows[0][0], np.zeros_like(rows[0][1])))
+    write_dataset(directory, rows)
+    (directory / "hidden_states").mkdir()
+    with_last = from_pretrained(str(tiny_gguf), tap_layers=[0, 1, LAYERS - 1]).model
+    for number, (tokens, _) in enumerate(rows):
+        if number == 2:
+            continue
+        num = len(tokens)
+        padded, ones = np.zeros((1, 96), np.int32), np.zeros((1, 96), np.int32)
+        padded[0, :num], ones[0, :num] = tokens, 1
+        found = with_last.features(Batch(padded, ones > 0, ones, jnp.arange(96)[None]))
+        before_norm = np.asarray(found.taps_BT3E)[0, :num, 2:]
+        taps = native.row(min(number, 5)).features.taps_BT3E if number < 6 else native.row(0).features.taps_BT3E
+        hidden = np.concatenate([taps, before_norm], axis=1)
+        path = directory / "hidden_states" / f"hs_{number}.safetensors"
+        save_file({"hidden_states": hidden, "token_ids": tokens.astype(np.int64)}, path)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ingested(folder, tiny_gguf, tmp_path_factory):
+    out = tmp_path_factory.mktemp("ingested") / "store"
+    assert call(folder, out, tiny_gguf) == 0
+    return FeatureStore(out)
+
+
+class Without:
+    """Documents without one of them."""
+
+    def __init__(self, documents, left_out):
+        self._documents = documents
+        self._at = np.delete(np.arange(len(documents.lengths)), left_out)
+        self.lengths, self.supervised = documents.lengths[self._at], documents.supervised[self._at]
+        self.token_counts, self.digest = documents.token_counts, documents.digest
+
+    def row(self, index):
+        return self._documents.row(int(self._at[index]))
+
+
+def test_the_folder_trains_to_the_same_loss(native, ingested, tiny_gguf, capsys):
+    ingested.verify()
+    assert len(ingested) == 5
+    assert ingested.tap_layers == native.tap_layers
+    for name in ("target", "tokenizer", "hidden_size", "vocab_size", "compute_dtype"):
+        assert ingested.manifest[name] == native.manifest[name]
+    for number, want in enumerate([0, 1, 3, 4, 5]):
+        got, row = ingested.row(number), native.row(want)
+        np.testing.assert_array_equal(got.tokens, row.tokens)
+        np.testing.assert_array_equal(got.assistant, row.assistant)
+        np.testing.assert_array_equal(got.features.argmax_BT, row.features.argmax_BT)
+        np.testing.assert_allclose(got.features.last_BTE, row.features.last_BTE, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(got.features.logsumexp_BT, row.features.logsumexp_BT, rtol=1e-6)
+    weights, own = ingested.target(), native.target()
+    assert set(weights) == set(own)
+    for name, array in own.items():
+        np.testing.assert_array_equal(weights[name], array)
+    teaching = Teaching(tiny_gguf, native.token_counts)
+    got, want = teaching.epoch(ingested), teaching.epoch(Without(native, 2))
+    assert all(value > 0 for (value, _), _ in want)
+    assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_what_was_read_and_left_out_is_said(folder, tiny_gguf, tmp_path, capsys):
+    assert call(folder, tmp_path / "s", tiny_gguf) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "5 rows, " in text
+    assert "taps of layers [1, 3, 4], 2 rows left out" in text
+    assert "% of the supervised tokens are the target's argmax" in text
+    assert call(folder, tmp_path / "s", tiny_gguf) == 0  # done before
+
+
+def test_narrow_states_stay_as_they_are(folder, native, tiny_gguf, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "narrow")
+    for path in (copy / "hidden_states").iterdir():
+        tensors = load_file(path)
+        save_file(tensors | {"hidden_states": tensors["hidden_states"].astype(ml_dtypes.bfloat16)}, path)
+    assert call(copy, tmp_path / "s", tiny_gguf) == 0
+    store = FeatureStore(tmp_path / "s")
+    assert store.manifest["taps_dtype"] == store.manifest["last_dtype"] == "bfloat16"
+    want = native.row(0).features.taps_BT3E.astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(store.row(0).features.taps_BT3E, want)
+
+
+def rewrite(number, **changes):
+    def damage(directory):
+        path = directory / "hidden_states" / f"hs_{number}.safetensors"
+        tensors = load_file(path)
+        for name, change in changes.items():
+            tensors[name] = np.ascontiguousarray(change(tensors[name]))
+        save_file(tensors, path)
+
+    return damage
+
+
+def cut(directory):
+    path = directory / "hidden_states" / "hs_3.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def without_a_state(directory):
+    (directory / "state.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (rewrite(1, token_ids=lambda x: x + 1), r"hs_1.safetensors: its token_ids are not the input_ids of row 1"),
+        (rewrite(4, hidden_states=lambda x: x[:, :3]), r"hs_4.safetensors: hidden_states has shape .* \[L, 4, E\]"),
+        (rewrite(1, hidden_states=lambda x: x[..., :16]), r"hs_1.safetensors: taps has shape .* is of another one"),
+        (rewrite(0, hidden_states=lambda x: x * np.nan), r"hs_0.safetensors: taps holds values that are not finite"),
+        (rewrite(0, hidden_states=lambda x: x.astype(np.float64)), r"hs_0.safetensors: taps is float64; expected"),
+        (cut, r"hs_3.safetensors: not a readable safetensors file"),
+        (without_a_state, r"not a data set of save_to_disk .* the folder that prepare_data.py wrote"),
+    ],
+)
+def test_a_damaged_folder_is_named(folder, tiny_gguf, tmp_path, capsys, damage, message):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    damage(copy)
+    assert call(copy, tmp_path / "s", tiny_gguf) == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+    with pytest.raises(InputError):
+        FeatureStore(tmp_path / "s")
+
+
+def test_their_draft_vocabulary(tmp_path):
+    ids = np.array([0, 3, 4, 17])
+    np.save(tmp_path / "d2t.npy", ids - np.arange(4))
+    assert read_map(str(tmp_path / "d2t.npy"), V, 4).target_ids_W.tolist() == ids.tolist()
+    with pytest.raises(InputError, match=r"holds 4 tokens, draft.draft_vocab_size says 5"):
+        read_map(str(tmp_path / "d2t.npy"), V, 5)
+    np.save(tmp_path / "ids.npy", ids)
+    with pytest.raises(InputError, match=r"ids.npy holds no offsets of this target"):
+        read_map(str(tmp_path / "ids.npy"), 18, 4)
+    np.save(tmp_path / "pickled.npy", np.array([print]), allow_pickle=True)
+    with pytest.raises(InputError, match=r"cannot read .*pickled.npy"):
+        read_map(str(tmp_path / "pickled.npy"), V, 1)
+    np.save(tmp_path / "wide.npy", np.zeros((2, 2)))
+    with pytest.raises(InputError, match=r"wide.npy holds no vector of integers"):
+        read_map(str(tmp_path / "wide.npy"), V, 2)

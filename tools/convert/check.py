@@ -1,0 +1,59 @@
+"""Looks at an EAGLE-3 draft's directory, ours or another trainer's, as each serving engine would.
+
+    python tools/convert/check.py runs/quickstart/llama/export
+    python tools/convert/check.py DRAFT --target /models/Qwen3-8B --engine sglang --json
+
+The table has one block for the directory itself and one an engine: whether it loads the draft; what it would do, where
+
+    refused  it stops with an error,
+    wrong    it serves, in silence, another network than the one that was trained (accept length falls),
+    note     nothing comes of it, but it is worth knowing;
+
+and how to mend it. With --target (a model directory or a .gguf file, of which only the configuration is read) sizes,
+rotary embedding, context and tapped layers are compared with the target's.
+
+Exit code: 0 where the directory and the engines asked for (--engine, by default sglang and vllm) have nothing but
+notes, 1 where they have more, 2 where the directory cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from flaxdraft.errors import InputError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="config.json and *.safetensors of a draft")
+    parser.add_argument("--target", type=Path, help="the target's directory or .gguf file")
+    parser.add_argument("--engine", action="append", help="that the exit code is about; may be repeated")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON instead of a table")
+    arguments = parser.parse_args(argv)
+    try:
+        from flaxdraft.progress import CONSOLE
+        from flaxdraft.serving import lint
+        from flaxdraft.serving.contract import find_engine
+        from flaxdraft.serving.view import read_target_config, view_of_directory
+
+        wanted = arguments.engine or lint.PORTABLE
+        for name in wanted:
+            find_engine(name)
+        target = None if arguments.target is None else read_target_config(arguments.target)
+        verdicts = lint.check(view_of_directory(arguments.directory, target))
+    except InputError as error:
+        print(f"flaxdraft: {error}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        print(json.dumps(lint.as_json(verdicts), indent=2))
+    else:
+        CONSOLE.print(lint.as_table(verdicts))
+    return 0 if lint.passes(verdicts, wanted) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Writes a draft as the directory that a serving engine loads.
+
+CHECKPOINT is a run's draft folder (runs/NAME/llama: its newest checkpoint, or --step best), or a directory that was
+exported before. The target is not loaded: a run's folder says what has to be known of it.
+
+    python tools/convert/to_serving.py runs/quickstart/llama served/ --engine sglang
+    python tools/convert/to_serving.py runs/quickstart/llama/export tpu/ --engine tpu-inference --target TARGET
+
+The directory for sglang serves vLLM as well, and Llama drafts also under sglang-jax; tpu-inference asks for other
+names, hf is for other trainers and holds what no engine serves. A draft that the engine would not serve as it was
+trained is refused with the reason. tools/convert/check.py looks at the result, or at any other draft.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from flaxdraft.errors import InputError
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when the directory is written; 2 with one message for wrong input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="a run's draft folder, or an exported directory")
+    parser.add_argument("out", type=Path, help="the directory to write")
+    parser.add_argument("--engine", default="sglang", help="sglang, vllm, sglang-jax, tpu-inference or hf")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights")
+    parser.add_argument("--step", default="latest", help="of the checkpoint: a number, latest or best")
+    parser.add_argument(
+        "--target", type=Path, help="the target's directory or .gguf file, next to an exported directory"
+    )
+    arguments = parser.parse_args(argv)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    try:
+        from flaxdraft.export import export_again
+        from flaxdraft.serving.view import read_target_config
+
+        target = None if arguments.target is None else read_target_config(arguments.target)
+        export_again(
+            arguments.checkpoint, arguments.out, engine=arguments.engine, dtype=DTYPES[arguments.dtype],
+            step=arguments.step, target=target,
+        )  # fmt: skip
+    except InputError as error:
+        print(f"flaxdraft: {error}", file=sys.stderr)
+        return 2
+    print(f"{arguments.out}: for {arguments.engine}, {arguments.dtype}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
