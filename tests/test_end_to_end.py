@@ -373,7 +373,9 @@ def test_a_store_trains_without_the_target(workspace, trained_on_the_store, stor
         str(workspace / "run.yaml"), [f"data.store={store}", f"output_dir={trained_on_the_store}", *more]
     )
     monkeypatch.setattr("flaxdraft.targets.load_state", None)
-    run_module.Run(config).params  # noqa: B018 (training is what this property does)
+    stages = run_module.Run(config)
+    stages.claim_folders()
+    stages.params  # noqa: B018 (training is what this property does)
     text = " ".join(capfd.readouterr().out.split())
     assert re.search(r"14 documents packed into \d+ rows of 128 tokens", text), text
     assert "the draft vocabulary of 64 holds" in text
