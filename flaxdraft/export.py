@@ -12,14 +12,14 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from flax import nnx
 
 from flaxdraft.checkpoint import DamagedError, load_params
-from flaxdraft.drafts import abstract_params, from_pretrained
+from flaxdraft.drafts import LoadedDraft, abstract_params, from_pretrained
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap, find_by_architecture
 from flaxdraft.serving import rules, sanity, taps
@@ -100,22 +100,26 @@ def export(
     os.replace(scratch, directory)
 
 
-def export_again(
-    source: Path, directory: Path, *, engine: str, dtype: str, step: str = "latest", target: Mapping | None = None
-) -> None:
-    """A run's folder (its checkpoint) or an exported directory, as a directory for another engine.
+class DraftSource(NamedTuple):
+    """A trained draft with what is known of its target, of which no weight is loaded."""
+
+    draft: LoadedDraft
+    tap_layers: Sequence[int]  # by output
+    target: Mapping[str, Any]  # its config.json, as far as known
+    target_path: str
+    run: Path | None  # the run's folder
+
+
+def open_draft(source: Path, *, step: str = "latest", target: Mapping[str, Any] | None = None) -> DraftSource:
+    """A run's folder (its checkpoint and its record) or an exported directory.
 
     Args:
         step: of the checkpoint, a number, "latest" or "best" (where the run keeps a link of that name).
         target: the target's config.json, which an exported directory does not hold.
 
     Raises:
-        InputError: neither a run nor a draft's directory, see `export` for the rest.
+        InputError: neither of the two, or it is incomplete or damaged.
     """
-    if directory.exists() and not (directory / "config.json").exists():
-        raise InputError(f"{directory}: exists and is no draft's directory; choose another name")
-    if directory.resolve() == source.resolve():
-        raise InputError(f"{directory}: is the source itself; choose another name")
     if (source / "checkpoints").is_dir():
         record = DraftRecord.read(source)
         module = find_by_architecture("flaxdraft.drafts", dict(record.draft), str(source))
@@ -125,26 +129,18 @@ def export_again(
             params, ids = load_params(checkpoint, abstract_params(module, config))
         except DamagedError as error:
             raise InputError(f"{checkpoint}: cannot be read ({error}); take another one with --step") from error
-        vocab = VocabMap(ids, config.vocab_size)
-        outputs, run = record.tap_layers, source
-        target_config, target_path = record.target, record.target_path
-    else:
-        loaded, written = from_pretrained(source), read_config(source / "config.json")
-        module, config, params, vocab = loaded
-        target_config, target_path, run = target or {}, "TARGET", None
-        outputs = taps.outputs_of(written, taps.is_deepseek(target_config))
-        if outputs is None and "num_hidden_layers" in target_config:
-            outputs = taps.default_outputs(target_config["num_hidden_layers"])
-        if outputs is None:
-            raise InputError(
-                f"{source}: config.json names no tapped layers; give --target, whose defaults they then are"
-            )
-        # What stands there for the tokenizer came from the target.
-        target_config = {name: written[name] for name in written if name.endswith("_token_id")} | dict(target_config)
-    export(
-        directory, module, config, params, vocab, tap_layers=outputs, target_config=target_config, dtype=dtype,
-        engine=engine, target_path=target_path, run=run,
-    )  # fmt: skip
+        draft = LoadedDraft(module, config, params, VocabMap(ids, config.vocab_size))
+        return DraftSource(draft, record.tap_layers, record.target, record.target_path, source)
+    draft, written = from_pretrained(source), read_config(source / "config.json")
+    target = target or {}
+    outputs = taps.outputs_of(written, taps.is_deepseek(target))
+    if outputs is None and "num_hidden_layers" in target:
+        outputs = taps.default_outputs(target["num_hidden_layers"])
+    if outputs is None:
+        raise InputError(f"{source}: config.json names no tapped layers; give --target, whose defaults they then are")
+    # What stands there for the tokenizer came from the target.
+    tokens = {name: written[name] for name in written if name.endswith("_token_id")}
+    return DraftSource(draft, outputs, tokens | dict(target), "TARGET", None)
 
 
 def _checkpoint(directory: Path, step: str) -> Path:
@@ -153,3 +149,18 @@ def _checkpoint(directory: Path, step: str) -> Path:
     if not chosen.is_dir():
         raise InputError(f"{directory}: no checkpoint {step!r}; there are {', '.join(map(str, steps)) or 'none'}")
     return chosen
+
+
+def export_again(source: DraftSource, directory: Path, *, engine: str, dtype: str) -> None:
+    """A draft as a directory for an engine.
+
+    Raises:
+        InputError: the directory is something else, see `export` for the rest.
+    """
+    if directory.exists() and not (directory / "config.json").exists():
+        raise InputError(f"{directory}: exists and is no draft's directory; choose another name")
+    module, config, params, vocab = source.draft
+    export(
+        directory, module, config, params, vocab, tap_layers=source.tap_layers, target_config=source.target,
+        dtype=dtype, engine=engine, target_path=source.target_path, run=source.run,
+    )  # fmt: skip

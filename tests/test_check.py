@@ -188,6 +188,9 @@ FAULTS = {
         "sglang": ("wrong", "it passes over midlayer.self_attn.o_proj.bias"),
         "vllm": ("wrong", "it passes over midlayer.self_attn.o_proj.bias"),
     }),
+    "an embedding that is the target's": ("llama", tensor("embed_tokens.weight", np.ones((V, 32), np.float32)), {
+        "vllm": ("note", "it keeps embed_tokens.weight where that differs"),
+    }),
     "a missing key": ("llama", drop(NORM), {
         "sglang": ("wrong", f"serves with random values for {NORM}"),
         "sglang-jax": ("refused", f"stops without {NORM}"),
@@ -266,7 +269,7 @@ FIELDS = st.dictionaries(st.sampled_from(NAMES), ODD | st.dictionaries(st.sample
 def test_no_config_makes_the_linter_stumble(good):
     """Whatever stands in config.json, there is a verdict and no traceback; the importer raises InputError at most."""
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(draft=st.sampled_from(["llama", "mla"]), fields=FIELDS)
     def one(draft, fields):
         tensors, config = good[draft]
@@ -316,6 +319,14 @@ def test_exit_codes_are_for_scripts(on_disk, capsys):
     assert check.main([*on_disk("mla"), "--engine", "sglang-jax"]) == 1
     assert check.main([*on_disk(), "--engine", "tensorrt"]) == 2
     assert "known are" in capsys.readouterr().err
+    assert check.main([*on_disk(), "--engine", "hf"]) == 2
+    assert "hf serves nothing" in capsys.readouterr().err
+
+
+def test_a_target_may_be_a_gguf_file(on_disk, tiny_gguf, capsys):
+    directory = on_disk()[0]
+    assert check.main([directory, "--target", str(tiny_gguf), "--json"]) == 1
+    assert "vocab_size is 64, the target's 266" in capsys.readouterr().out
 
 
 def test_the_table_and_json_say_the_same(on_disk, capsys):

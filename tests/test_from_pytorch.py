@@ -86,14 +86,15 @@ def torchspec(source):
 
 def nemo(source):
     """`model.layers.0.`, the target's embedding inside, special tokens first in d2t."""
-    order = np.r_[W - 2 : W, 0 : W - 2]
+    ids, size = source.vocab.target_ids_W, source.config.draft_vocab_size
+    order = np.r_[size - 2 : size, 0 : size - 2]
     tensors = {f"model.{key.replace('midlayer.', 'layers.0.')}": array for key, array in source.tensors.items()}
     tensors["lm_head.weight"] = tensors.pop("model.lm_head.weight")[order]
     tensors["model.embed_tokens.weight"] = np.ones((V, 32), np.float32)
     name = {"llama": "LlamaEagle3DraftModel", "mla": "DeepseekV3Eagle3DraftModel"}[
         source.module.__name__.split(".")[-1]
     ]
-    d2t = {"d2t": IDS[order] - np.arange(W), "t2d": source.vocab.t2d()}
+    d2t = {"d2t": ids[order] - np.arange(size), "t2d": source.vocab.t2d()}
     return tensors | d2t, source.hf | {"architectures": [name]}
 
 

@@ -1,6 +1,7 @@
 """Checkpoint -> export -> import, and a directory for one engine from that of another."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -26,7 +27,12 @@ from flaxdraft.weights import load_safetensors
 
 to_serving = tool("convert/to_serving")
 FIELDS = {"plain": {}, "switches": SWITCHES, "own width": {"hidden_size": 40}}
-CASES = [(kind, fields, size) for kind in DRAFTS for fields in FIELDS for size in (W, V)]
+USUAL = [("llama", "plain", W), ("llama", "switches", V), ("llama", "own width", W),
+         ("mla", "plain", V), ("mla", "switches", W), ("mla", "own width", V)]  # fmt: skip
+CASES = [
+    pytest.param(*case, marks=() if case in USUAL else pytest.mark.slow)
+    for case in itertools.product(DRAFTS, FIELDS, (W, V))
+]
 EVALUATION = {
     "answers": 4, "chain_length": 3, "decoded": {
         "accept_length": 1.625, "acceptance_by_position": [0.5, 0.25, 0.125],

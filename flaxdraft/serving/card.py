@@ -29,7 +29,8 @@ def model_card(config: Mapping[str, Any], target: str, run: Path | None) -> str:
     kind = {"llama": "Llama", "mla": "DeepSeek-MLA"}[kind_of(config)]
     switched = [name for name in ("fc_norm", "norm_output") if config.get(name)]
     facts = {
-        "target": f"`{target}`",
+        # A path of this machine says nothing elsewhere.
+        "target": f"`{Path(target).name if Path(target).is_absolute() else target}`",
         "draft": f"EAGLE-3, one {kind} layer of width {config['hidden_size']}"
                  + (f", {' and '.join(switched)}" if switched else ""),
         "draft vocabulary": f"{config['draft_vocab_size']:,} of {config['vocab_size']:,} tokens",

@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
 
         wanted = arguments.engine or lint.PORTABLE
         for name in wanted:
-            find_engine(name)
+            if not find_engine(name).serves:
+                raise InputError(f"engine: {name} serves nothing; the directory's own block is about it")
         target = None if arguments.target is None else read_target_config(arguments.target)
         verdicts = lint.check(view_of_directory(arguments.directory, target))
     except InputError as error:

@@ -37,14 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
-        from flaxdraft.export import export_again
+        from flaxdraft.export import export_again, open_draft
         from flaxdraft.serving.view import read_target_config
 
         target = None if arguments.target is None else read_target_config(arguments.target)
-        export_again(
-            arguments.checkpoint, arguments.out, engine=arguments.engine, dtype=DTYPES[arguments.dtype],
-            step=arguments.step, target=target,
-        )  # fmt: skip
+        if arguments.out.resolve() == arguments.checkpoint.resolve():
+            raise InputError(f"{arguments.out}: is the source itself; choose another name")
+        source = open_draft(arguments.checkpoint, step=arguments.step, target=target)
+        export_again(source, arguments.out, engine=arguments.engine, dtype=DTYPES[arguments.dtype])
     except InputError as error:
         print(f"flaxdraft: {error}", file=sys.stderr)
         return 2
