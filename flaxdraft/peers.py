@@ -64,7 +64,7 @@ class _Line:
 class Peers:
     """The watch over the other processes, in a thread of its own."""
 
-    def __init__(self, index: int, count: int, silence: float, on_loss: Callable[[int, str], None] = leave):
+    def __init__(self, index: int, count: int, silence: float, on_loss: Callable[[int, str], None]):
         """
         Args:
             silence: seconds after which a peer that says nothing counts as lost.
@@ -80,13 +80,19 @@ class Peers:
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
 
     @classmethod
-    def gather(cls, index: int, count: int, silence: float, broadcast: Callable[[bytes], bytes]) -> Peers:
+    def gather(
+        cls, index: int, count: int, silence: float, broadcast: Callable[[bytes], bytes],
+        on_loss: Callable[[int, str], None] = leave,
+    ) -> Peers:  # fmt: skip
         """Connects every process with process 0.
 
         Args:
             broadcast: gives every process what process 0 put in; called once by each.
+
+        Raises:
+            OSError: process 0 cannot be reached, or does not hear from all in a minute.
         """
-        peers = cls(index, count, silence)
+        peers = cls(index, count, silence, on_loss)
         if index == 0:
             listener = socket.create_server(("", 0), backlog=count)
             token = os.urandom(8).hex()
@@ -139,6 +145,9 @@ class Peers:
                 line.send(".")
                 if not line.left and now - line.heard > self._silence:
                     self._lost(line, f"has given no sign of life for {self._silence:.0f} s: stopped, or cut off")
+        self._selector.close()
+        for line in self._lines:
+            line.socket.close()
 
     def _heed(self, line: _Line, text: str) -> None:
         word, _, rest = text.partition(" ")

@@ -70,7 +70,7 @@ def make_target(dtype=jnp.float32, noise=0.5, seed=0):
     return decoder.build(config, groups, state, precision)
 
 
-def make_draft(name, target, vocab=VOCAB, **fields):
+def make_draft(name, target, vocab=VOCAB, sharding=Sharding.none(), **fields):  # noqa: B008 (immutable)
     """Of the target above. `vocab` and `fields` of the config are what the draft says of itself; its weights are the
     same whatever they are."""
     module = {"llama": llama, "mla": mla}[name]
@@ -81,7 +81,7 @@ def make_draft(name, target, vocab=VOCAB, **fields):
     dtype = target.precision.param
     draft = module.make(
         module.Config(**sizes | fields), vocab, target.embedding(), precision=Precision(dtype, dtype),
-        sharding=Sharding.none(), rngs=nnx.Rngs(0),
+        sharding=sharding, rngs=nnx.Rngs(0),
     )  # fmt: skip
     params = nnx.state(draft, nnx.Param)
     for path, leaf in nnx.to_flat_state(params):

@@ -48,7 +48,7 @@ def run(directory: Path) -> bool:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if not path.name.endswith(".tmp")}
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def main(root: Path, kills: int, seed: int) -> None:

@@ -186,6 +186,16 @@ def test_a_draft_that_lies_is_refused(workspace, tiny_gguf, tmp_path, capfd, wei
     assert re.search(message, " ".join(capfd.readouterr().err.split()))
 
 
+def test_a_folder_that_is_no_draft_is_refused(tmp_path, tiny_gguf, capfd):
+    (tmp_path / "empty").mkdir()
+    for more, found in (
+        ((), "neither config.json nor export/ nor checkpoints/"),
+        (("--step", "best"), "nor checkpoints/"),
+    ):
+        assert call(tmp_path, tiny_gguf, tmp_path / "out", *more, draft="empty", prompts="none") == 2
+        assert found in " ".join(capfd.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

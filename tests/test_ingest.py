@@ -14,6 +14,7 @@ import pyarrow
 import pytest
 from safetensors.numpy import load_file, save_file
 from teaching import Teaching, assert_close
+from tiny import write_tiny_gguf
 
 from flaxdraft.data.__main__ import main as data_main
 from flaxdraft.data.store import FeatureStore
@@ -34,7 +35,13 @@ def call(folder, store, target, *more):
 
 
 @pytest.fixture(scope="module")
-def native(tmp_path_factory, tiny_gguf):
+def target(tmp_path_factory):
+    """Its final norm scales, so that it shows where it is applied."""
+    return write_tiny_gguf(tmp_path_factory.mktemp("target") / "tiny.gguf", final_norm_noise=0.3)
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory, target):
     """The target's own store of six conversations, float32."""
     root = tmp_path_factory.mktemp("native")
     rows = [
@@ -43,7 +50,7 @@ def native(tmp_path_factory, tiny_gguf):
     ]
     (root / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     exact = ("--dtype", "float32", "--taps-dtype", "float32", "--last-dtype", "float32")
-    more = ("--target", str(tiny_gguf), *exact)
+    more = ("--target", str(target), *exact)
     assert data_main(["capture", str(root / "chat.jsonl"), str(root / "store"), *more]) == 0
     return FeatureStore(root / "store")
 
@@ -67,7 +74,7 @@ def write_dataset(directory: Path, rows: list[tuple[np.ndarray, np.ndarray]]) ->
 
 
 @pytest.fixture(scope="module")
-def folder(native, tiny_gguf, tmp_path_factory):
+def folder(native, target, tmp_path_factory):
     """The engine: the same target, tapped after its last layer too, before its final norm. Row 2 has not been run,
     row 6 supervises nothing."""
     directory = tmp_path_factory.mktemp("speculators") / "data"
@@ -75,7 +82,7 @@ def folder(native, tiny_gguf, tmp_path_factory):
     rows.append((rows[0][0], np.zeros_like(rows[0][1])))
     write_dataset(directory, rows)
     (directory / "hidden_states").mkdir()
-    with_last = from_pretrained(str(tiny_gguf), tap_layers=[0, 1, LAYERS - 1]).model
+    with_last = from_pretrained(str(target), tap_layers=[0, 1, LAYERS - 1]).model
     for number, (tokens, _) in enumerate(rows):
         if number == 2:
             continue
@@ -92,9 +99,9 @@ def folder(native, tiny_gguf, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ingested(folder, tiny_gguf, tmp_path_factory):
+def ingested(folder, target, tmp_path_factory):
     out = tmp_path_factory.mktemp("ingested") / "store"
-    assert call(folder, out, tiny_gguf) == 0
+    assert call(folder, out, target) == 0
     return FeatureStore(out)
 
 
@@ -111,7 +118,7 @@ class Without:
         return self._documents.row(int(self._at[index]))
 
 
-def test_the_folder_trains_to_the_same_loss(native, ingested, tiny_gguf, capsys):
+def test_the_folder_trains_to_the_same_loss(native, ingested, target, capsys):
     ingested.verify()
     assert len(ingested) == 5
     assert ingested.tap_layers == native.tap_layers
@@ -128,27 +135,27 @@ def test_the_folder_trains_to_the_same_loss(native, ingested, tiny_gguf, capsys)
     assert set(weights) == set(own)
     for name, array in own.items():
         np.testing.assert_array_equal(weights[name], array)
-    teaching = Teaching(tiny_gguf, native.token_counts)
+    teaching = Teaching(target, native.token_counts)
     got, want = teaching.epoch(ingested), teaching.epoch(Without(native, 2))
     assert all(value > 0 for (value, _), _ in want)
     assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
-def test_what_was_read_and_left_out_is_said(folder, tiny_gguf, tmp_path, capsys):
-    assert call(folder, tmp_path / "s", tiny_gguf) == 0
+def test_what_was_read_and_left_out_is_said(folder, target, tmp_path, capsys):
+    assert call(folder, tmp_path / "s", target) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "5 rows, " in text
     assert "taps of layers [1, 3, 4], 2 rows left out" in text
     assert "% of the supervised tokens are the target's argmax" in text
-    assert call(folder, tmp_path / "s", tiny_gguf) == 0  # done before
+    assert call(folder, tmp_path / "s", target) == 0  # done before
 
 
-def test_narrow_states_stay_as_they_are(folder, native, tiny_gguf, tmp_path):
+def test_narrow_states_stay_as_they_are(folder, native, target, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "narrow")
     for path in (copy / "hidden_states").iterdir():
         tensors = load_file(path)
         save_file(tensors | {"hidden_states": tensors["hidden_states"].astype(ml_dtypes.bfloat16)}, path)
-    assert call(copy, tmp_path / "s", tiny_gguf) == 0
+    assert call(copy, tmp_path / "s", target) == 0
     store = FeatureStore(tmp_path / "s")
     assert store.manifest["taps_dtype"] == store.manifest["last_dtype"] == "bfloat16"
     want = native.row(0).features.taps_BT3E.astype(ml_dtypes.bfloat16)
@@ -187,10 +194,10 @@ def without_a_state(directory):
         (without_a_state, r"not a data set of save_to_disk .* the folder that prepare_data.py wrote"),
     ],
 )
-def test_a_damaged_folder_is_named(folder, tiny_gguf, tmp_path, capsys, damage, message):
+def test_a_damaged_folder_is_named(folder, target, tmp_path, capsys, damage, message):
     copy = shutil.copytree(folder, tmp_path / "copy")
     damage(copy)
-    assert call(copy, tmp_path / "s", tiny_gguf) == 2
+    assert call(copy, tmp_path / "s", target) == 2
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
     with pytest.raises(InputError):
         FeatureStore(tmp_path / "s")

@@ -27,7 +27,16 @@ def permute(weight: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def write_tiny_gguf(
-    path: Path, *, seed=0, num_layers=8, hidden=32, heads=4, kv_heads=2, ffn=64, architecture="llama"
+    path: Path,
+    *,
+    seed=0,
+    num_layers=8,
+    hidden=32,
+    heads=4,
+    kv_heads=2,
+    ffn=64,
+    architecture="llama",
+    final_norm_noise=0.0,
 ) -> Path:
     """Random weights of a scale that makes the next token depend on the text; Q8_0 feed-forward, float32 the rest."""
     tokens = [*CONTROL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
@@ -59,7 +68,8 @@ def write_tiny_gguf(
 
     width = hidden // heads
     writer.add_tensor("token_embd.weight", rng.normal(size=(len(tokens), hidden)).astype(np.float32))
-    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
+    noise = np.random.default_rng(seed + 1).normal(size=hidden)
+    writer.add_tensor("output_norm.weight", (1 + final_norm_noise * noise).astype(np.float32))
     for i in range(num_layers):
         for name in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{i}.{name}.weight", 1 + 0.1 * rng.normal(size=hidden).astype(np.float32))

@@ -35,6 +35,14 @@ class Rendered:
     assistant: np.ndarray  # bool [L], true where the assistant produced the token
 
 
+def rows_digest(rows: Iterable[Rendered]) -> str:
+    """Of tokens and masks: of what a target is asked, and what of it is supervised."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row.tokens.tobytes() + row.assistant.tobytes() + b"|")
+    return digest.hexdigest()
+
+
 @dataclasses.dataclass(frozen=True)
 class ChatOptions:
     max_length: int
@@ -173,13 +181,12 @@ def render_all(
     Raises:
         InputError: see `render`; more than a share of `max_silent` rows supervise nothing, or there are no rows.
     """
-    rows, silent, digest = [], 0, hashlib.sha256()
+    rows, silent = [], 0
     for conversation in conversations:
         rendered = render(tokenizer, conversation, options)
         if not rendered.assistant.any():
             silent += 1
             continue
-        digest.update(rendered.tokens.tobytes() + rendered.assistant.tobytes() + b"|")
         rows.append(rendered)
     total = len(rows) + silent
     if silent > max_silent * total or not rows:
@@ -188,7 +195,7 @@ def render_all(
             "assistant says nothing in them, or what it says lies behind the length where rows are cut; look with: "
             "python -m flaxdraft.data show"
         )
-    return RenderedFile(rows, silent, digest.hexdigest())
+    return RenderedFile(rows, silent, rows_digest(rows))
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

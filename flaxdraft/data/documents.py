@@ -7,13 +7,12 @@ the target reads every batch while the draft trains.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
-from flaxdraft.data.chat import Rendered
+from flaxdraft.data.chat import Rendered, rows_digest
 from flaxdraft.data.generation import Row
 from flaxdraft.interfaces import Features
 
@@ -50,11 +49,9 @@ class _InMemory:
         self._documents = documents
         self.lengths = np.array([len(document.tokens) for document in documents])
         self.supervised = np.array([int(document.assistant.sum()) for document in documents])
-        self.token_counts, digest = np.zeros(vocab_size, np.int64), hashlib.sha256()
+        self.token_counts, self.digest = np.zeros(vocab_size, np.int64), rows_digest(documents)
         for document in documents:
             self.token_counts += np.bincount(document.tokens[document.assistant], minlength=vocab_size)
-            digest.update(document.tokens.tobytes() + document.assistant.tobytes() + b"|")
-        self.digest = digest.hexdigest()
 
     def row(self, index: int) -> Document:
         return self._documents[index]

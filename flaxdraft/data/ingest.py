@@ -9,7 +9,6 @@ Shape letters: L tokens of a row, E target width, V target vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxdraft.data.chat import tokenizer_digest
+from flaxdraft.data.chat import Rendered, rows_digest, tokenizer_digest
 from flaxdraft.data.documents import Document
 from flaxdraft.data.generation import round_up
 from flaxdraft.data.outer import OuterWeights
@@ -35,11 +34,6 @@ from flaxdraft.targets import OpenedTarget
 STORED = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}  # a dtype of a file, and of the store
 
 
-class TokenRow(NamedTuple):
-    tokens: np.ndarray  # int32 [L]
-    assistant: np.ndarray  # bool [L]
-
-
 class States(NamedTuple):
     taps_L3E: np.ndarray
     last_LE: np.ndarray  # before or after the target's final norm, as the folder says
@@ -50,7 +44,7 @@ class Folder(Protocol):
 
     last_is_normed: bool
     num_left_out: int  # rows without hidden states
-    rows: Sequence[TokenRow]
+    rows: Sequence[Rendered]
 
     def name(self, index: int) -> str:
         """The row's file, for messages."""
@@ -64,7 +58,7 @@ class Folder(Protocol):
         ...
 
 
-def token_row(tokens: np.ndarray, mask: np.ndarray, where: str) -> TokenRow:
+def token_row(tokens: np.ndarray, mask: np.ndarray, where: str) -> Rendered:
     """
     Raises:
         InputError: the two do not go together, or are no token ids and no mask.
@@ -76,7 +70,7 @@ def token_row(tokens: np.ndarray, mask: np.ndarray, where: str) -> TokenRow:
     whole = np.issubdtype(tokens.dtype, np.integer) and np.issubdtype(mask.dtype, np.integer)
     if not whole or tokens.min() < 0 or tokens.max() >= 2**31 or mask.min() < 0 or mask.max() > 1:
         raise InputError(f"{where}: expected token ids from 0 on and a mask of 0 and 1")
-    return TokenRow(tokens.astype(np.int32), mask.astype(bool))
+    return Rendered(tokens.astype(np.int32), mask.astype(bool))
 
 
 def plan_of(folder: Folder, opened: OpenedTarget, tap_layers: Sequence[int] | None, shard_tokens: int) -> Plan:
@@ -88,21 +82,19 @@ def plan_of(folder: Folder, opened: OpenedTarget, tap_layers: Sequence[int] | No
     config, tokenizer = opened.config(tap_layers), opened.source.tokenizer()
     if not len(folder.rows):
         raise InputError("no row has hidden states and something that the assistant produced; nothing can be trained")
-    digest = hashlib.sha256()
     for index, row in enumerate(folder.rows):
         if row.tokens.max() >= config.vocab_size:
             raise InputError(
                 f"{folder.name(index)}: token {row.tokens.max()} is outside the target's vocabulary of "
                 f"{config.vocab_size}; the folder is of another target"
             )
-        digest.update(row.tokens.tobytes() + row.assistant.tobytes() + b"|")
     first = folder.states(0)
     for name, found in (("taps", first.taps_L3E.dtype.name), ("last hidden state", first.last_LE.dtype.name)):
         if found not in STORED:
             raise InputError(f"{folder.name(0)}: {name} is {found}; expected one of {', '.join(STORED)}")
     source = Source(
         target=content_of(str(opened.path), None), tokenizer="" if tokenizer is None else tokenizer_digest(tokenizer),
-        data=digest.hexdigest(), compute_dtype=first.last_LE.dtype.name, tap_layers=config.tap_layers,
+        data=rows_digest(folder.rows), compute_dtype=first.last_LE.dtype.name, tap_layers=config.tap_layers,
         hidden_size=config.hidden_size, vocab_size=config.vocab_size, taps_dtype=STORED[first.taps_L3E.dtype.name],
         last_dtype=STORED[first.last_LE.dtype.name],
     )  # fmt: skip
@@ -137,7 +129,7 @@ def ingest(directory: Path, folder: Folder, opened: OpenedTarget, tap_layers: Se
         out = []
         for index in span:
             features = finish_states(_checked(folder, index, plan.source))
-            tokens, assistant = folder.rows[index]
+            tokens, assistant = folder.rows[index].tokens, folder.rows[index].assistant
             out.append(Document(tokens, assistant, features))
             agreeing += int((features.argmax_BT[:-1] == tokens[1:])[assistant[1:]].sum())
             supervised += int(assistant[1:].sum())
@@ -150,7 +142,7 @@ def ingest(directory: Path, folder: Folder, opened: OpenedTarget, tap_layers: Se
 
 
 def _checked(folder: Folder, index: int, source: Source) -> States:
-    states, (tokens, _) = folder.states(index), folder.rows[index]
+    states, tokens = folder.states(index), folder.rows[index].tokens
     wanted = {"taps": (len(tokens), 3, source.hidden_size), "last hidden state": (len(tokens), source.hidden_size)}
     for (name, shape), array in zip(wanted.items(), states, strict=True):
         if array.shape != shape:

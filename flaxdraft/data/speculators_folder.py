@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxdraft.data.ingest import States, TokenRow, token_row
+from flaxdraft.data.chat import Rendered
+from flaxdraft.data.ingest import States, token_row
 from flaxdraft.errors import InputError
 from flaxdraft.weights import load_safetensors
 
@@ -31,7 +32,7 @@ class SpeculatorsFolder:
             InputError: it is no such folder, or a row is broken.
         """
         self._directory = directory
-        self.rows: list[TokenRow] = []
+        self.rows: list[Rendered] = []
         self._numbers: list[int] = []
         self.num_left_out = 0
         for number, row in enumerate(_read_rows(directory)):

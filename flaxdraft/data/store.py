@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
@@ -27,12 +28,13 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+import safetensors.numpy
 
 from flaxdraft.data.documents import Document
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Features
 from flaxdraft.safetensors_file import Entry, SafetensorsFile
-from flaxdraft.weights import load_safetensors, save_safetensors, write_json
+from flaxdraft.weights import load_safetensors, write_json
 
 SCHEMA = 1
 TAP_CONVENTION = "residual stream after these layers (0-based), un-normed; last hidden state after the final norm"
@@ -65,6 +67,14 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}.safetensors"
 
 
+def save(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """A safetensors file, whole or not at all. What a kill leaves has the file's name and `.tmp` behind it, so that the
+    next run writes over it; safetensors' own writing to disk leaves files of random names."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(safetensors.numpy.save(tensors))
+    os.replace(temporary, path)
+
+
 def quantise(taps_T3E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """fp8 (e4m3) with a float32 scale for each tapped state of each token."""
     wide = taps_T3E.astype(np.float32)
@@ -89,7 +99,7 @@ def write_shard(directory: Path, index: int, rows: Sequence[Document], source: S
         tensors["taps"] = narrow.view(np.uint8)  # the format's numpy side knows no fp8
     else:
         tensors["taps"] = taps.astype(DTYPES[source.taps_dtype])
-    save_safetensors(directory / shard_name(index), tensors)
+    save(directory / shard_name(index), tensors)
 
 
 def finish(directory: Path, source: Source, num_shards: int) -> None:
@@ -116,7 +126,7 @@ def finish(directory: Path, source: Source, num_shards: int) -> None:
         "checksums": np.concatenate(checksums).astype(np.uint32),
         "token_counts": counts_V,
     }
-    save_safetensors(directory / INDEX, index)
+    save(directory / INDEX, index)
     files = {name: _measure(directory / name) for name in (INDEX, TARGET)}
     write_json(directory / MANIFEST, {**source.as_json(), "shards": shards, "files": files})
 

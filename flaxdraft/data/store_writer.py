@@ -18,10 +18,10 @@ import numpy as np
 
 from flaxdraft.continuing import flatten
 from flaxdraft.data.documents import Document
-from flaxdraft.data.store import DTYPES, MANIFEST, PLAN, TARGET, Source, finish, shard_name, write_shard
+from flaxdraft.data.store import DTYPES, MANIFEST, PLAN, TARGET, Source, finish, save, shard_name, write_shard
 from flaxdraft.errors import InputError
 from flaxdraft.progress import bar
-from flaxdraft.weights import save_safetensors, write_json
+from flaxdraft.weights import write_json
 
 _EXTRA_BYTES = 4 + 1 + 4 + 4  # token, mask, argmax, logsumexp
 
@@ -135,7 +135,7 @@ def fill(
         for index, span in zip(missing, spans, strict=True):
             write_shard(directory, index, read(span, advance), plan.source)
     if part[0] == 0 and not (directory / TARGET).exists():
-        save_safetensors(directory / TARGET, {name: np.asarray(x, np.float32) for name, x in weights().items()})
+        save(directory / TARGET, {name: np.asarray(x, np.float32) for name, x in weights().items()})
     num_shards = len(plan.first_rows) - 1
     complete = all((directory / shard_name(i)).exists() for i in range(num_shards))
     if complete and part[0] == 0 and not (directory / MANIFEST).exists():

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flaxdraft.errors import InputError
@@ -15,7 +18,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        evaluate(arguments)
+        _check(arguments)
+        with _draft_files(arguments.draft, arguments.step) as directory:
+            evaluate(arguments, directory)
     except InputError as error:
         print(f"flaxdraft: {error}", file=sys.stderr)
         return 2
@@ -32,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         "--prompts", type=Path, required=True, help="JSONL: prompts, or MT-bench's questions with turns"
     )
     parser.add_argument("--out", type=Path, required=True, help="a folder for the results; the same one goes on")
+    parser.add_argument("--step", help="of a run's checkpoints, instead of its export: a number, latest or best")
     parser.add_argument("--split", default="held_out", help="of a prompts file; all takes every prompt")
     parser.add_argument("--limit", type=int, help="questions from the beginning of the file")
     parser.add_argument(
@@ -62,29 +68,51 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--seeds: several make sense only with --temperature above 0; greedy decoding has no seed")
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
+@contextmanager
+def _draft_files(path: Path, step: str | None) -> Iterator[Path]:
+    """A serving directory: the path itself, the export of a run's draft folder, or one made of its checkpoint.
+
+    Raises:
+        InputError: none of them is there.
+    """
+    for directory in (path, path / "export") if step is None else ():
+        if (directory / "config.json").exists():
+            yield directory
+            return
+    if not (path / "checkpoints").is_dir():
+        raise InputError(
+            f"draft {path}: found neither config.json nor {'export/ nor ' * (step is None)}checkpoints/; expected an "
+            "exported draft, what tools/convert writes, or a run's draft folder"
+        )
+    from flaxdraft.export import export_again
+
+    with tempfile.TemporaryDirectory() as scratch:
+        export_again(path, Path(scratch) / "draft", engine="hf", dtype="float32", step=step or "latest")
+        yield Path(scratch) / "draft"
+
+
+def evaluate(a: argparse.Namespace, directory: Path) -> None:
+    """
+    Args:
+        a: the command's arguments.
+        directory: of the draft's files.
+    """
     import jax
 
-    from flaxdraft import targets
     from flaxdraft.drafts import serving_files
     from flaxdraft.evaluate.decoding import Settings
-    from flaxdraft.evaluate.inputs import draft_directory, load_draft, tapped_layers
     from flaxdraft.evaluate.measure import Session, measure, texts_of
     from flaxdraft.evaluate.questions import read_questions
     from flaxdraft.evaluate.results import chain_result
     from flaxdraft.evaluate.walked import walk_answers
     from flaxdraft.fetch import content_of, sha256_of
     from flaxdraft.mesh import make_mesh
-    from flaxdraft.precision import DTYPES, Precision
     from flaxdraft.progress import CONSOLE
     from flaxdraft.report import print_evaluation, write_evaluation
     from flaxdraft.stages import claim
     from flaxdraft.weights import write_json
 
-    a = arguments
-    _check(a)
-    settings = Settings(a.max_new_tokens, 0, (), a.temperature, a.top_p)
-    directory = draft_directory(a.draft)
+    Settings(a.max_new_tokens, 0, (), a.temperature, a.top_p)  # refuses wrong numbers before anything is loaded
     questions = read_questions(a.prompts, None if a.split == "all" else a.split)[: a.limit]
     mesh = make_mesh(a.data) if a.data > 1 else None
     inputs = {
@@ -94,15 +122,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "top_p": a.top_p, "rows": a.rows, "data": a.data, "dtype": a.dtype,
     }  # fmt: skip
     claim(a.out, inputs, "Give another --out, or remove it to start anew.")
-    precision = Precision(compute=DTYPES[a.dtype], param=DTYPES[a.dtype])
-    loaded = targets.from_pretrained(a.target, tap_layers=tapped_layers(directory), precision=precision)
-    if loaded.tokenizer is None or not loaded.tokenizer.chat_template:
-        raise InputError(
-            f"{a.target}: has no {'tokenizer' if loaded.tokenizer is None else 'chat template'}, which it takes to ask "
-            "the target; put the model's tokenizer.json and tokenizer_config.json there"
-        )
-    draft = load_draft(directory, loaded, precision)
-    settings = Settings(a.max_new_tokens, 0, tuple(loaded.stop_tokens), a.temperature, a.top_p)
+    loaded, draft = _load(a, directory)
     CONSOLE.print(
         f"{len(questions)} questions, {sum(len(q.turns) for q in questions)} turns, up to {a.max_new_tokens} tokens "
         f"each; chains of {', '.join(map(str, a.chain))}, temperature {a.temperature:g}"
@@ -110,24 +130,47 @@ def evaluate(arguments: argparse.Namespace) -> None:
     target, parts = loaded.model, draft.parts
     if mesh is not None:
         target, parts = jax.device_put((target, parts), jax.NamedSharding(mesh, jax.P()))
+    settings = Settings(a.max_new_tokens, 0, tuple(loaded.stop_tokens), a.temperature, a.top_p)
     session = Session(target, parts, loaded.tokenizer, mesh, settings, a.rows)
     runs = measure(session, questions, a.chain, a.seeds, a.out / "batches", inputs)
     alone = [run for run in runs if run.chain_length == 0]
     forced = walk_answers(loaded.model, draft, texts_of(alone[0]), a.chain, a.rows) if a.temperature == 0 else {}
     category = {question.id: question.category for question in questions}
-    facts = {
-        "draft": str(directory), "target": a.target, "prompts": f"{a.prompts}, {len(questions)} questions",
-        "decoding": f"temperature {a.temperature:g}, top-p {a.top_p:g}, up to {a.max_new_tokens} tokens, {a.rows} "
-                    f"conversations together, {a.dtype}",
-        "devices": f"{a.data} x {jax.devices()[0].device_kind}, jax {jax.__version__}",
-    }  # fmt: skip
     results = [
         chain_result([run for run in runs if run.chain_length == chain], alone, category, forced.get(chain))
         for chain in a.chain
     ]
+    facts = {
+        "draft": f"{a.draft}, step {a.step}" if a.step else str(a.draft), "target": a.target,
+        "prompts": f"{a.prompts}, {len(questions)} questions",
+        "decoding": f"temperature {a.temperature:g}, top-p {a.top_p:g}, up to {a.max_new_tokens} tokens, {a.rows} "
+                    f"conversations together, {a.dtype}",
+        "devices": f"{a.data} x {jax.devices()[0].device_kind}, jax {jax.__version__}",
+    }  # fmt: skip
     write_json(a.out / "results.json", {"facts": facts, "inputs": inputs, "chains": results})
     write_evaluation(a.out, results, facts)
     print_evaluation(results, a.out)
+
+
+def _load(a: argparse.Namespace, directory: Path):
+    """The target with the layers that the draft taps, and the draft.
+
+    Raises:
+        InputError: the target cannot be asked, or the two do not belong together.
+    """
+    from flaxdraft import targets
+    from flaxdraft.evaluate.inputs import load_draft, tapped_layers
+    from flaxdraft.precision import DTYPES, Precision
+
+    precision = Precision(compute=DTYPES[a.dtype], param=DTYPES[a.dtype])
+    taps = tapped_layers(directory, targets.open_target(a.target))
+    loaded = targets.from_pretrained(a.target, tap_layers=taps, precision=precision)
+    if loaded.tokenizer is None or not loaded.tokenizer.chat_template:
+        raise InputError(
+            f"{a.target}: has no {'tokenizer' if loaded.tokenizer is None else 'chat template'}, which it takes to ask "
+            "the target; put the model's tokenizer.json and tokenizer_config.json there"
+        )
+    return loaded, load_draft(directory, loaded, precision)
 
 
 if __name__ == "__main__":

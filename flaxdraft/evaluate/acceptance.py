@@ -118,7 +118,10 @@ def make_accepted(
 
     @jax.jit
     def compiled(params, frozen, example):
-        return algorithm.accepted(nnx.merge(graphdef, params, frozen), example)
+        sums, accepted_BT = algorithm.accepted(nnx.merge(graphdef, params, frozen), example)
+        if jax.sharding.get_abstract_mesh().empty:
+            return sums, accepted_BT
+        return sums, jax.reshard(accepted_BT, jax.P())  # every process walks all answers
 
     def accepted(params: nnx.State):
         def call(host: HostBatch):

@@ -16,39 +16,21 @@ from flaxdraft.interfaces import VocabMap
 from flaxdraft.mesh import Sharding
 from flaxdraft.nn.layers import Frozen
 from flaxdraft.precision import Precision
-from flaxdraft.targets import LoadedTarget
+from flaxdraft.serving.taps import is_deepseek, outputs_of
+from flaxdraft.targets import LoadedTarget, OpenedTarget
 
 
-def draft_directory(path: Path) -> Path:
-    """The serving directory: the path itself, or the export of a run's draft folder.
-
-    Raises:
-        InputError: neither is there.
-    """
-    for directory in (path, path / "export"):
-        if (directory / "config.json").exists():
-            return directory
-    raise InputError(
-        f"draft {path}: no config.json there and no export/ in it; expected what a run exports, what "
-        "tools/convert writes, or a run's draft folder whose export is done"
-    )
-
-
-def tapped_layers(directory: Path) -> list[int] | None:
+def tapped_layers(directory: Path, opened: OpenedTarget) -> list[int] | None:
     """The layers that a draft's config.json names, by output; None where it leaves them to the default.
-
-    The top-level field is vLLM's and counts inputs of layers, the one in eagle_config is SGLang's and counts outputs.
 
     Raises:
         InputError: config.json is no JSON, or has something else in these fields.
     """
+    path = directory / "config.json"
     try:
-        hf = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        inputs = hf.get("eagle_aux_hidden_state_layer_ids")
-        outputs = (hf.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
-        return outputs if inputs is None else [layer - 1 for layer in inputs]
+        return outputs_of(json.loads(path.read_text(encoding="utf-8")), is_deepseek(opened.source.config))
     except (ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{directory / 'config.json'}: its layer ids cannot be read ({error})") from error
+        raise InputError(f"{path}: its layer ids cannot be read ({error})") from error
 
 
 @dataclasses.dataclass(frozen=True)

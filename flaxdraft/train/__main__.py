@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         "--allow-change", action="append", default=[], metavar="SECTION.FIELD",
         help="go on with what is there although this field was another one; may be given several times",
     )  # fmt: skip
+    parser.add_argument("--plan", action="store_true", help="say what it would take (memory, compute) and end")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="single fields of it, changed")
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
@@ -32,10 +33,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"flaxdraft: {error}", file=sys.stderr)
         return 2
     # JAX starts only once the configuration is known to be good.
-    from flaxdraft.train.run import run
+    from flaxdraft.train.run import plan, run
     from flaxdraft.train.supervise import supervised
 
-    return supervised(config.hosts, lambda: run(config, arguments.allow_change))
+    work = (lambda: plan(config)) if arguments.plan else (lambda: run(config, arguments.allow_change))
+    return supervised(config.hosts, work)
 
 
 if __name__ == "__main__":

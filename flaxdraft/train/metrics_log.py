@@ -68,7 +68,7 @@ class MetricsLog:
         scalars = {}
         for name, value in figures.items():
             entries = {f"{name}/{i + 1}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
-            scalars |= {f"{kind}/{entry}": v for entry, v in entries.items()}
+            scalars |= {f"{kind}/{entry}": v for entry, v in entries.items() if np.isfinite(v)}
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()

@@ -49,6 +49,7 @@ from flaxdraft.stages import Stage, claim
 from flaxdraft.train.loop import Trainer
 from flaxdraft.train.metrics_log import check_wandb, read_metrics
 from flaxdraft.train.place import SHARDING, check_batch
+from flaxdraft.train.plan import make_plan
 from flaxdraft.train.resume import Resume
 from flaxdraft.train.run_target import RunTarget
 from flaxdraft.train.start import check_target, load_start
@@ -76,8 +77,7 @@ class Run:
             allowed: fields of the configuration that may differ from what the output directory was made with.
 
         Raises:
-            InputError: the configuration names something that does not exist, or its output directory holds the
-                result of another one.
+            InputError: the configuration names something that does not exist, or its parts do not go together.
         """
         self.config = config
         self.draft_module = find_by_name("flaxdraft.drafts", config.draft.architecture, "draft.architecture")
@@ -134,11 +134,17 @@ class Run:
                 f"mesh: {self.mesh.size} devices of {jax.device_count()}; a run of {jax.process_count()} processes "
                 "uses all of them"
             )
+
+    def claim_folders(self) -> None:
+        """
+        Raises:
+            InputError: see `claim`.
+        """
         with hosts.main_first("claim"):
             claim(self.data_dir, self.data_inputs, "Give another output_dir, or remove it to start anew.")
             claim(
                 self.draft_dir, self.draft_inputs, "Give another name= or output_dir=, or remove it to start anew.",
-                allowed,
+                self.allowed,
             )  # fmt: skip
 
     def _check_target(self, target: DecoderConfig) -> None:
@@ -310,11 +316,12 @@ class Run:
             trainer = Trainer(
                 self.draft_dir, config, self.algorithm, self.evaluation, self.mesh, self.vocab,
                 weight_on_mesh("teacher head", head_WE, self.mesh, SHARDING.weight_ve), resume,
-                self.config.data.prefetch, self.reader(),
+                self.config.data.prefetch, self.reader,
             )  # fmt: skip
             params = trainer.train(graphdef, params, frozen, pipeline, self.data_rows["held_out"])
         return jax.device_put(reads.read(params), jax.local_devices()[0])
 
+    @property
     def reader(self) -> Target | None:
         """The target on the training mesh, where it reads conversations while the draft trains."""
         if self.config.data.conversations is None:
@@ -423,6 +430,14 @@ class Run:
         return directory
 
 
+def plan(config: RunConfig) -> None:
+    """Says what the configuration would take, and does nothing else."""
+    stages = Run(config)
+    planned = make_plan(config, stages.mesh, stages.draft_module, stages.draft_config(), stages.algorithm)
+    for line in planned.lines():
+        CONSOLE.print(line)
+
+
 def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
     """All stages, then the headline. Of many processes all train; the first one alone asks the target, evaluates,
     exports and reports, while the others wait.
@@ -431,6 +446,7 @@ def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
         allowed: see `Run`.
     """
     stages = Run(config, allowed)
+    stages.claim_folders()
     log = process_log(stages.draft_dir / "logs" / f"process-{jax.process_index()}.log", speaks=hosts.is_main())
     lock = DirectoryLock(stages.draft_dir) if hosts.is_main() else nullcontext()
     with log, lock:

@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).with_name("evaluate_part.py")
 
 
 def run(count: int) -> list[list[dict]]:
-    """What each process printed: one line for each way to share the answers out."""
+    """What each process printed: one line for each way to share the answers out, then the figure of decoding."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -27,27 +27,28 @@ def run(count: int) -> list[list[dict]]:
     ended = [process.communicate(timeout=300) for process in started]
     assert [process.returncode for process in started] == [0] * count, ended
     lines = [[json.loads(line) for line in out.splitlines() if line.startswith("{")] for out, _ in ended]
-    assert all(len(each) == 2 for each in lines)
+    assert all(len(each) == 4 for each in lines)
     return lines
 
 
 @pytest.fixture(scope="module")
 def alone():
-    return run(1)[0][0]
+    return run(1)[0]
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_add_up(alone, count):
     processes = run(count)
-    shares = [[line["answers_here"] for line in lines] for lines in zip(*processes, strict=True)]
+    shares = [[line["answers_here"] for line in lines] for lines in zip(*(each[:3] for each in processes), strict=True)]
     assert sum(shares[0]) == 7
     assert min(shares[0]) > 0
     assert sorted(shares[1]) == [0] * (count - 1) + [7]
-    for lines in processes:
+    for *lines, decoded in processes:
+        assert decoded == alone[3]
+        assert decoded["decoded"] > 1.5
         for line in lines:
-            for name, want in alone.items():
-                if name == "answers_here":
-                    continue
+            for name in alone[0].keys() - {"answers_here"}:
+                want = alone[0][name]
                 if name == "ratios":
                     np.testing.assert_allclose(line[name], want, rtol=0, atol=1e-12)
                 elif name in ("loss", "loss_J", "expected_accept_J"):

@@ -34,18 +34,23 @@ V, E, LENGTH = 64, 32, 14
 
 def target_stub():
     """What training asks of a target: its sizes, and the arrays that the draft and its teacher take over."""
-    config = llama.Config.from_hf({
+    hf = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": V, "hidden_size": E,
         "intermediate_size": 48, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2,
         "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 64,
         "tie_word_embeddings": True,
-    })  # fmt: skip
+    }  # fmt: skip
+    config = llama.Config.from_hf(hf)
     rng = np.random.default_rng(0)
     embedding, head = (jnp.asarray(rng.normal(size=(V, E)), jnp.float32) for _ in range(2))
     model = SimpleNamespace(
         config=config, embedding=lambda: embedding, head=lambda: head, final_norm=lambda: jnp.ones(E)
     )
-    return SimpleNamespace(model=model, path=Path("stub"), tokenizer=None)
+    return SimpleNamespace(
+        config=config,
+        loaded=SimpleNamespace(model=model),
+        opened=SimpleNamespace(path=Path("stub"), source=SimpleNamespace(config=hf)),
+    )
 
 
 def rows(num: int, seed: int, broken: list[int]) -> list[Row]:
@@ -65,7 +70,9 @@ def rows(num: int, seed: int, broken: list[int]) -> list[Row]:
 class SmallRun(Run):
     """A run whose target and answers are made up on the spot."""
 
-    target = functools.cached_property(lambda self: target_stub())
+    def __init__(self, config):
+        super().__init__(config)
+        self.target = target_stub()
 
     @functools.cached_property
     def data_rows(self):
@@ -82,6 +89,7 @@ class SmallRun(Run):
 
 def work(config, result: Path) -> None:
     run = SmallRun(config)
+    run.claim_folders()
     log = process_log(run.draft_dir / "logs" / f"process-{jax.process_index()}.log", speaks=hosts.is_main())
     with log, DirectoryLock(run.draft_dir) if hosts.is_main() else nullcontext():
         params = jax.tree.leaves(run.params)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from teaching import Teaching, assert_close
+from tiny import write_tiny_gguf
 
 from flaxdraft.data.__main__ import main as data_main
 from flaxdraft.data.store import FeatureStore
@@ -42,8 +43,14 @@ def capture(root, target, *dtypes):
 
 
 @pytest.fixture(scope="module")
-def native(tmp_path_factory, tiny_gguf):
-    return capture(tmp_path_factory.mktemp("native"), tiny_gguf, "float32", "float32", "float32")
+def target(tmp_path_factory):
+    """Its final norm scales, so that it shows where it is applied."""
+    return write_tiny_gguf(tmp_path_factory.mktemp("target") / "tiny.gguf", final_norm_noise=0.3)
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory, target):
+    return capture(tmp_path_factory.mktemp("native"), target, "float32", "float32", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +86,8 @@ def folder(native, tmp_path_factory):
     return directory
 
 
-def test_the_folder_trains_to_the_same_loss(folder, native, tiny_gguf, tmp_path):
-    assert call(folder, tmp_path / "store", tiny_gguf) == 0
+def test_the_folder_trains_to_the_same_loss(folder, native, target, tmp_path):
+    assert call(folder, tmp_path / "store", target) == 0
     store = FeatureStore(tmp_path / "store")
     store.verify()
     for index in range(6):
@@ -93,13 +100,13 @@ def test_the_folder_trains_to_the_same_loss(folder, native, tiny_gguf, tmp_path)
         np.testing.assert_allclose(got.features.logsumexp_BT, want.features.logsumexp_BT, rtol=1e-6)
     d2t = np.load(tmp_path / "store.d2t.npy")
     np.testing.assert_array_equal(d2t + np.arange(64), np.arange(0, 256, 4))
-    teaching = Teaching(tiny_gguf, native.token_counts)
+    teaching = Teaching(target, native.token_counts)
     assert_close(teaching.epoch(store), teaching.epoch(native), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16", "bfloat16"), ("float32", "float32", "float32")])
-def test_there_and_back(tiny_gguf, tmp_path, dtypes):
-    before = capture(tmp_path, tiny_gguf, *dtypes)
+def test_there_and_back(target, tmp_path, dtypes):
+    before = capture(tmp_path, target, *dtypes)
     assert features_to_specforge.main([str(before.directory), str(tmp_path / "out")]) == 0
     record = torch.load(tmp_path / "out" / "rows_0-2000" / "data_2.ckpt", weights_only=True)
     num = len(before.row(2).tokens)
@@ -107,7 +114,7 @@ def test_there_and_back(tiny_gguf, tmp_path, dtypes):
         "input_ids": ((num,), "torch.int64"), "loss_mask": ((num,), "torch.int64"),
         "aux_hidden_state": ((1, num, 96), f"torch.{dtypes[1]}"), "hidden_state": ((1, num, 32), f"torch.{dtypes[2]}"),
     }  # fmt: skip
-    assert call(tmp_path / "out", tmp_path / "back", tiny_gguf) == 0
+    assert call(tmp_path / "out", tmp_path / "back", target) == 0
     after = FeatureStore(tmp_path / "back")
     for index in range(6):
         got, want = after.row(index), before.row(index)
@@ -116,8 +123,8 @@ def test_there_and_back(tiny_gguf, tmp_path, dtypes):
         np.testing.assert_array_equal(got.features.last_BTE, want.features.last_BTE)
 
 
-def test_fp8_taps_are_not_written(tiny_gguf, tmp_path, capsys):
-    store = capture(tmp_path, tiny_gguf, "float32", "fp8", "float32")
+def test_fp8_taps_are_not_written(target, tmp_path, capsys):
+    store = capture(tmp_path, target, "float32", "fp8", "float32")
     assert features_to_specforge.main([str(store.directory), str(tmp_path / "out")]) == 2
     assert "taps_dtype is fp8" in capsys.readouterr().err
 
@@ -133,13 +140,13 @@ class Attack:
 
 
 @pytest.mark.parametrize("where", ["rows_0-4/data_0.ckpt", "rows_0-4/data_1.ckpt.gz", "vocab_mapping/vocab_mapping.pt"])
-def test_a_malicious_pickle_is_refused_and_not_executed(folder, tiny_gguf, tmp_path, capsys, where):
+def test_a_malicious_pickle_is_refused_and_not_executed(folder, target, tmp_path, capsys, where):
     copy, trace = shutil.copytree(folder, tmp_path / "copy"), tmp_path / "executed"
     buffer = io.BytesIO()
     torch.save({"input_ids": Attack(trace), "loss_mask": torch.ones(3)}, buffer)
     content = buffer.getvalue()
     (copy / where).write_bytes(gzip.compress(content) if where.endswith(".gz") else content)
-    assert call(copy, tmp_path / "store", tiny_gguf) == 2
+    assert call(copy, tmp_path / "store", target) == 2
     error = capsys.readouterr().err
     assert re.search(rf"{Path(where).name}: holds more than tensors, and was not loaded", error), error
     assert not trace.exists()
@@ -173,14 +180,14 @@ def save(record):
         ),
     ],
 )  # fmt: skip
-def test_a_damaged_file_is_named(folder, tiny_gguf, tmp_path, capsys, damage, message):
+def test_a_damaged_file_is_named(folder, target, tmp_path, capsys, damage, message):
     copy = shutil.copytree(folder, tmp_path / "copy")
     damage(copy / "rows_0-4" / "data_0.ckpt")
-    assert call(copy, tmp_path / "store", tiny_gguf) == 2
+    assert call(copy, tmp_path / "store", target) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
 
 
-def test_a_folder_of_something_else(tiny_gguf, tmp_path, capsys):
-    assert call(tmp_path, tmp_path / "store", tiny_gguf) == 2
+def test_a_folder_of_something_else(target, tmp_path, capsys):
+    assert call(tmp_path, tmp_path / "store", target) == 2
     assert "holds no .ckpt or .ckpt.gz files" in capsys.readouterr().err

@@ -18,7 +18,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from flaxdraft.data.ingest import States, TokenRow, token_row
+from flaxdraft.data.chat import Rendered
+from flaxdraft.data.ingest import States, token_row
 from flaxdraft.errors import InputError
 
 SUFFIXES = (".ckpt", ".ckpt.gz")
@@ -81,7 +82,7 @@ class SpecForgeFolder:
         if not paths:
             raise InputError(f"{directory}: holds no {' or '.join(SUFFIXES)} files; give SpecForge's output folder")
         self._paths: list[Path] = []
-        self.rows: list[TokenRow] = []
+        self.rows: list[Rendered] = []
         for path in paths:
             row = _tokens(_record(path), path)
             if row.assistant.any():
@@ -118,13 +119,13 @@ def _brief(value: Any) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(type(value).__name__)
 
 
-def _tokens(record: dict[str, torch.Tensor], path: Path) -> TokenRow:
+def _tokens(record: dict[str, torch.Tensor], path: Path) -> Rendered:
     tokens, mask = record["input_ids"].numpy(), record["loss_mask"].numpy()
     row = token_row(tokens, mask, str(path))
     # Batches were padded with id 0 behind each row, and the target ran over that too. Nothing reads what stands there.
     used = np.flatnonzero((row.tokens != 0) | row.assistant)
     end = int(used[-1]) + 1 if used.size else 1
-    return TokenRow(row.tokens[:end], row.assistant[:end])
+    return Rendered(row.tokens[:end], row.assistant[:end])
 
 
 def vocabulary_offsets(directory: Path) -> np.ndarray | None:

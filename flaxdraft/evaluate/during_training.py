@@ -1,0 +1,64 @@
+"""Real decoding of a few held-out prompts at evaluation steps of training, whatever mesh the training runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from flaxdraft.data.generation import Row
+from flaxdraft.evaluate.decoding import Settings, decode
+from flaxdraft.interfaces import Target
+
+_NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
+
+
+def whole_on_one_device(tree: Any) -> Any:
+    """Arrays of the training mesh, each whole on the first device of this process. All processes must call it."""
+
+    def whole(x: jax.Array) -> jax.Array:
+        if not x.is_fully_replicated:
+            x = jax.device_put(x, jax.NamedSharding(x.sharding.mesh, jax.P()))
+        return jax.device_put(x.addressable_data(0), jax.local_devices()[0])
+
+    return jax.tree.map(whole, tree)
+
+
+def spread(rows: Sequence[Row], num: int) -> list[Row]:
+    """So many rows, evenly from all of them (they are ordered by length)."""
+    at = np.linspace(0, len(rows) - 1, min(num, len(rows))).round().astype(int)
+    return [rows[i] for i in at]
+
+
+def make_decoded_accept_length(
+    target: Target, graphdef: nnx.GraphDef, frozen: nnx.State, rows: Sequence[Row], num_prompts: int, settings: Settings
+) -> Callable[[nnx.State], float]:
+    """accept_length(params): tokens a target pass when `num_prompts` of the rows' prompts are decoded greedily.
+
+    The processes share the prompts out and all get the same figure, to choose the best checkpoint by. All of them must
+    call it. It is compiled at the first call.
+
+    Args:
+        target: on this process's first device, and so is `frozen`.
+        graphdef, frozen: of a draft with `Sharding.none()`; its precision is that of decoding.
+    """
+    index, count = jax.process_index(), jax.process_count()
+    prompts = [row.tokens[: row.num_prompt].tolist() for row in spread(rows, num_prompts)]
+    own = prompts[index::count]
+
+    def accept_length(params: nnx.State) -> float:
+        params = whole_on_one_device(params)
+        counts = np.zeros(2, np.int32)
+        with jax.set_mesh(_NO_MESH):  # the caller's mesh is the training's
+            if own:
+                draft = nnx.split(nnx.merge(graphdef, params, frozen))
+                yields = [one.yields for one in decode(target, draft, own, settings)]
+                counts[:] = sum(map(sum, yields)), sum(map(len, yields))
+        gained, passes = np.asarray(multihost_utils.process_allgather(counts)).reshape(count, 2).sum(axis=0)
+        return float(gained / passes) if passes else 1.0
+
+    return accept_length

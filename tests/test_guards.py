@@ -1,0 +1,150 @@
+"""What ends a run early or is noticed on its way: broken steps, memory, SIGTERM, reads from the device, a trace, a plan."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from flaxdraft import reads
+from flaxdraft.config import load_config
+from flaxdraft.errors import InputError
+from flaxdraft.train import loop
+from flaxdraft.train.guards import PreemptedError, Preemption, memory_advice
+from flaxdraft.train.plan import make_plan
+from flaxdraft.train.run import SHARDING
+
+sys.path.insert(0, str(Path(__file__).with_name("multiprocess")))
+from launch import SmallRuns
+from worker import SmallRun
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return SmallRuns(tmp_path_factory.mktemp("runs"))
+
+
+def train(runs, name, *overrides):
+    """A small run in this process, on two devices."""
+    config = load_config(str(runs.root / "run.yaml"), [f"output_dir={runs.root / name}", "mesh.data=2", *overrides])
+    run = SmallRun(config)
+    run.claim_folders()
+    return run.params
+
+
+def test_reads_happen_in_logging_and_evaluating_steps_alone(runs, monkeypatch):
+    """Of 12 steps, 4, 8 and 12 log, 6 and 12 evaluate. Nothing else reads a number off the device, also where a
+    checkpoint is saved at every step."""
+    at_step, seen = [], []
+    real_read, real_advanced = reads.read, loop.counting.advanced
+    monkeypatch.setattr(reads, "read", lambda tree: (seen.append(len(at_step)), real_read(tree))[1])
+    monkeypatch.setattr(loop.counting, "advanced", lambda *args: (at_step.append(0), real_advanced(*args))[1])
+    guarded = []
+
+    @contextlib.contextmanager
+    def guard(direction):
+        guarded.append(direction)
+        yield
+
+    monkeypatch.setattr(jax, "transfer_guard_device_to_host", guard)
+    before = reads.count()
+    train(runs, "reads", "train.log_every=4", "train.eval_every=6", "train.checkpoint_every=1")
+    # The counters as the run begins, the first evaluation, the log steps, the evaluations; the weights at the end.
+    assert sorted(seen) == [0, 0, 4, 6, 8, 12, 12, 12]
+    assert reads.count() - before == len(seen)
+    assert guarded[0] == "disallow"  # holds for the whole loop; only saving and evaluating lift it
+    assert set(guarded[1:]) == {"allow"}
+
+
+def test_one_compile_for_each_length(runs, monkeypatch):
+    made = []
+    real = loop.make_train_step
+    monkeypatch.setattr(loop, "make_train_step", lambda *args: made.append(real(*args)) or made[-1])
+    train(runs, "compiles")
+    assert made[0]._cache_size() == 1
+
+
+def test_steps_that_are_not_finite_are_skipped_then_end_the_run(runs, monkeypatch):
+    """One broken document in 24: its batch is skipped, once an epoch; three of its kind in a row end the run."""
+    monkeypatch.setenv("WORKER_BROKEN", "[5]")
+    params = train(runs, "one", "train.max_skipped=3")
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+    losses = [line["loss"] for line in runs.lines("one")]
+    assert sum(not np.isfinite(loss) for loss in losses) == 4  # of 12 steps, 3 an epoch
+    monkeypatch.setenv("WORKER_BROKEN", json.dumps(list(range(24))))
+    with pytest.raises(InputError) as error:
+        train(runs, "all", "train.max_skipped=3", "train.log_every=5")
+    message = r"at step 3, the last of 3 steps in a row .*not finite are in documents (.*); its rows"
+    assert (found := re.search(message, str(error.value))), error.value
+    assert len(found[1].split(", ")) == 8
+
+
+def test_sigterm_saves_and_stops(runs, monkeypatch):
+    real = loop.Watch.log
+
+    def log(self, counters):
+        real(self, counters)
+        if self._progress.done == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(loop.Watch, "log", log)
+    with pytest.raises(PreemptedError, match=r"step 5 of 12 is saved; the same command goes on there"):
+        train(runs, "asked", "train.checkpoint_every=100", "train.eval_every=100")
+    assert runs.checkpoints("asked") == [5]
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.setattr(loop.Watch, "log", real)
+    train(runs, "asked", "train.checkpoint_every=100", "train.eval_every=100")
+    assert [line["step"] for line in runs.lines("asked")] == list(range(1, 13))
+
+
+def test_a_best_evaluation_between_saves_is_saved(runs):
+    train(runs, "best", "train.eval_every=5", "train.checkpoint_every=100", "train.keep_latest=1")
+    held_out = {line["step"]: line["accept_length"] for line in runs.lines("best", "held_out") if line["step"]}
+    best = max(held_out, key=lambda step: (held_out[step], -step))
+    assert runs.checkpoints("best") == sorted({best, 12})
+
+
+def test_figures_go_to_tensorboard_and_json(runs):
+    train(runs, "figures", "train.num_steps=4", "train.profile=[2, 3]")
+    folder = runs.draft("figures")
+    events = b"".join(path.read_bytes() for path in (folder / "tensorboard").iterdir())
+    for name in (b"train/loss", b"train/accuracy/2", b"train/tokens_per_second", b"held_out/accept_length"):
+        assert name in events
+    assert {"tokens", "tokens_per_second", "data_wait", "accuracy", "grad_norm"} <= set(runs.lines("figures")[-1])
+    assert list((folder / "profile").rglob("*.xplane.pb"))
+
+
+def test_out_of_memory_says_what_to_change(tmp_path):
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+    advice = r"allocate 9 bytes.* raise train.accumulate, set algorithm.remat=full"
+    with pytest.raises(InputError, match=advice), memory_advice(tmp_path):
+        raise error
+    assert (tmp_path / "memory.prof").stat().st_size
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory_advice(tmp_path):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_without_a_signal_nothing_is_due():
+    with Preemption() as preemption:
+        assert not preemption.due(1)
+
+
+def test_a_plan_says_what_a_step_holds_and_writes_nothing(runs):
+    """Weights and moments in float32, three of each parameter, in as many pieces as the mesh has."""
+    for mesh, pieces in (("mesh.data=1", 1), ("mesh.fsdp=4", 4)):
+        config = load_config(str(runs.root / "run.yaml"), [f"output_dir={runs.root / 'planned'}", "mesh.data=1", mesh])
+        run = SmallRun(config)
+        plan = make_plan(config, run.mesh, run.draft_module, run.draft_config(), run.algorithm)
+        assert plan.trained * 12 / pieces == pytest.approx(plan.state_bytes, rel=0.03)  # norm scales are whole
+        assert plan.work_bytes > 0
+        assert (plan.rows, plan.length, plan.steps) == (8, 288, 12)
+        assert any(line.startswith("memory ") for line in plan.lines())
+    assert SHARDING.weight_df is not None
+    assert not (runs.root / "planned").exists()

@@ -1,0 +1,137 @@
+"""The watch over other processes: silence, loss, failure, waiting, a farewell. Threads stand for processes."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from flaxdraft.config import HostsConfig
+from flaxdraft.errors import InputError
+from flaxdraft.hosts import members
+from flaxdraft.peers import RESTART, Peers
+
+
+class Group:
+    """Three peers; what each would have ended with."""
+
+    def __init__(self, silence=30.0):
+        self.ends = [threading.Event() for _ in range(3)]
+        self.words: list[tuple[int, str] | None] = [None] * 3
+        told: list[bytes] = []
+        ready = threading.Event()
+
+        def broadcast(data):
+            if data:
+                told.append(data)
+                ready.set()
+            ready.wait()
+            return told[0]
+
+        def gather(index):
+            return Peers.gather(index, 3, silence, broadcast, lambda *words: self.end(index, words))
+
+        with ThreadPoolExecutor(3) as pool:
+            self.peers = list(pool.map(gather, range(3)))
+
+    def end(self, index, words):
+        if self.words[index] is None:
+            self.words[index] = words
+        self.peers[index].close()  # a process would be gone
+        self.ends[index].set()
+
+    def lines_of(self, index):
+        return self.peers[index]._lines
+
+    def close(self):
+        for peers in self.peers:
+            peers.close()
+        for peers in self.peers:
+            peers._thread.join(5)
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_a_process_that_is_gone(lost):
+    group = Group()
+    group.peers[lost]._closed = True  # its thread ends and closes its sockets, without a farewell
+    for index in {0, 1, 2} - {lost}:
+        assert group.ends[index].wait(5)
+        code, why = group.words[index]
+        assert code == RESTART
+        assert f"process {lost} on " in why
+        assert "is gone: it was killed" in why
+    group.close()
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_process_that_says_nothing(silent):
+    group = Group(silence=2.0)
+    for line in group.lines_of(silent):
+        line.send = lambda text: None
+    for index in {0, 1, 2} - {silent}:
+        assert group.ends[index].wait(10)
+        assert group.words[index][0] == RESTART
+        assert f"process {silent} on " in group.words[index][1]
+        assert "no sign of life for 2 s" in group.words[index][1]
+    group.close()
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_process_that_fails_says_why(failing):
+    group = Group()
+    group.peers[failing].failed(2, "no room\nleft")
+    for index in {0, 1, 2} - {failing}:
+        assert group.ends[index].wait(5)
+        code, why = group.words[index]
+        assert code == 2
+        assert f"process {failing} on " in why
+        assert why.endswith("failed: no room left")
+    group.close()
+
+
+def test_the_others_wait_for_process_0_and_nobody_minds_a_farewell():
+    group = Group()
+    waiting = [threading.Thread(target=group.peers[index].wait, args=("data",)) for index in (1, 2)]
+    for thread in waiting:
+        thread.start()
+    group.peers[0].reached("other")
+    waiting[0].join(0.3)
+    assert waiting[0].is_alive()
+    group.peers[0].reached("data")
+    for thread in waiting:
+        thread.join(5)
+        assert not thread.is_alive()
+    group.close()
+    assert not any(event.wait(0.5) for event in group.ends)
+
+
+GIVEN = {"FLAXDRAFT_COORDINATOR": "a:1", "FLAXDRAFT_NUM_PROCESSES": "4", "FLAXDRAFT_PROCESS_ID": "2"}
+
+
+@pytest.mark.parametrize(
+    ("config", "environment", "expected"),
+    [
+        ({}, {}, None),
+        ({}, GIVEN, {"coordinator_address": "a:1", "num_processes": 4, "process_id": 2}),
+        (
+            {"coordinator": "b:2", "num_processes": 8},
+            {"FLAXDRAFT_PROCESS_ID": "3"},
+            {"coordinator_address": "b:2", "num_processes": 8, "process_id": 3},
+        ),
+        ({}, GIVEN | {"FLAXDRAFT_NUM_PROCESSES": "1", "FLAXDRAFT_PROCESS_ID": "0"}, None),
+        ({"coordinator": "auto"}, {}, {}),
+        ({}, {"SLURM_NTASKS": "1"}, None),
+        ({}, {"SLURM_NTASKS": "16"}, {}),
+        ({}, {"OMPI_COMM_WORLD_SIZE": "2"}, {}),
+        ({}, {"TPU_WORKER_HOSTNAMES": "t0,t1"}, {}),
+        ({}, {"TPU_WORKER_HOSTNAMES": "t0"}, None),
+    ],
+)
+def test_who_belongs_to_a_run(config, environment, expected):
+    assert members(HostsConfig(**config), environment) == expected
+
+
+def test_half_of_what_it_takes_is_refused():
+    with pytest.raises(InputError, match=r"num_processes given without FLAXDRAFT_COORDINATOR .*FLAXDRAFT_PROCESS_ID"):
+        members(HostsConfig(num_processes=2), {})
+    with pytest.raises(InputError, match=r"FLAXDRAFT_PROCESS_ID: found 'x', expected a number"):
+        members(HostsConfig(), GIVEN | {"FLAXDRAFT_PROCESS_ID": "x"})
