@@ -70,38 +70,39 @@ def parse(text: str, loop_trips: int) -> list[Collective]:
     """
     parts, found = computations(text), []
 
-    def walk(name: str, times: int, sliced: bool) -> None:
+    def walk(name: str, times: int, kept_of_root: int) -> None:
         for one in parts[name]:
             kind = one.op.removesuffix("-start")
             if kind in KINDS:
                 group = _group(one.line)
                 if len(group) > 1:
-                    kept = sliced and "ROOT" in one.line or _only_sliced(one.name, parts[name])
+                    kept = kept_of_root if "ROOT" in one.line else _kept(one.name, parts[name])
                     size = _size(one.result) * (len(group) if kind == "reduce-scatter" else 1)
-                    # A result of which each device keeps its slice alone: XLA's GPU compiler reduces and scatters.
-                    kind = "reduce-scatter" if kind == "all-reduce" and kept else kind
+                    # Where each device of the group keeps its own slice alone, XLA's GPU compiler reduces and scatters.
+                    kind = "reduce-scatter" if kind == "all-reduce" and kept * len(group) == size else kind
                     found.append(Collective(kind, size, group, times))
             elif one.op == "while":
-                walk(re.search(r"body=%([\w.\-]+)", one.line).group(1), times * loop_trips, False)
+                walk(re.search(r"body=%([\w.\-]+)", one.line).group(1), times * loop_trips, 0)
             elif one.op == "conditional":
-                for branch in re.findall(
-                    r"%([\w.\-]+)", re.search(r"branch_computations=\{(.*?)\}", one.line).group(1)
-                ):
-                    walk(branch, times, False)
+                branches = re.search(r"branch_computations=\{(.*?)\}", one.line).group(1)
+                for branch in re.findall(r"%([\w.\-]+)", branches):
+                    walk(branch, times, 0)
             elif one.op == "call":
                 called = re.search(r"to_apply=%([\w.\-]+)", one.line).group(1)
-                walk(called, times, _only_sliced(one.name, parts[name]))
+                walk(called, times, _kept(one.name, parts[name]))
 
-    walk("ENTRY", 1, False)
+    walk("ENTRY", 1, 0)
     return found
 
 
-def _only_sliced(name: str, part: list[Instruction]) -> bool:
-    users = [one for one in part if name in one.operands]
-    return bool(users) and all(
-        one.op == "dynamic-slice" or (one.op in ("copy", "bitcast", "convert") and _only_sliced(one.name, part))
-        for one in users
-    )
+def _kept(name: str, part: list[Instruction]) -> int:
+    """Bytes of the slice that is all that is read of a result; 0 where there is more than slices."""
+    sizes = set()
+    for one in part:
+        if name in one.operands:
+            moved = one.op in ("copy", "bitcast", "convert")
+            sizes.add(_kept(one.name, part) if moved else _size(one.result) if one.op == "dynamic-slice" else 0)
+    return sizes.pop() if len(sizes) == 1 else 0
 
 
 def _size(result: str) -> int:

@@ -1,6 +1,6 @@
 """Bytes and collectives of one optimizer step over 8, 64 and 512 devices, from programs compiled without any of them.
 
-    python experiments/scaling/scaling.py            # a quarter of an hour on two cores; writes results.md, scaling.png
+    python experiments/scaling/scaling.py            # half an hour on two cores; writes results.md, scaling.png
 
 Every layout of the llama3-8b and deepseek-v3-mla drafts is compiled for simulated devices, from shapes alone. Each
 device has 8192 supervised tokens a step, whatever the layout (weak scaling), bfloat16 products, 7 unroll steps, no
@@ -78,22 +78,26 @@ def child(case: str, devices: int) -> None:
 def table(rows: list[dict]) -> str:
     """Markdown."""
     head = (
-        "| draft | devices | layout | all-reduce | all-gather | reduce-scatter, all-to-all, permute | ms of work | "
-        "ms of moving: NVLink, nodes of 8 | efficiency: NVLink, nodes of 8 |\n|---|---|---|---|---|---|---|---|---|"
+        "| draft | devices | layout | all-reduce | all-gather | reduce-scatter | all-to-all, permute | ms of work | "
+        "ms of moving: NVLink, nodes of 8 | efficiency: NVLink, nodes of 8 |\n|---|---|---|---|---|---|---|---|---|---|"
     )
     lines = [head]
     for row in rows:
-        amount = lambda kinds: ", ".join(  # noqa: E731
-            f"{row['kinds'][kind][0]} / {row['kinds'][kind][1] / 1e9:.3g} GB" for kind in kinds if kind in row["kinds"]
-        )
         layout = " x ".join(f"{axis} {size}" for axis, size in row["layout"].items())
         lines.append(
-            f"| {row['case']} | {row['devices']} | {layout} | {amount(['all-reduce'])} | {amount(['all-gather'])} | "
-            f"{amount(['reduce-scatter', 'all-to-all', 'collective-permute'])} | {row['compute_s'] * 1e3:.0f} | "
+            f"| {row['case']} | {row['devices']} | {layout} | {amount(row, 'all-reduce')} | {amount(row, 'all-gather')} | "
+            f"{amount(row, 'reduce-scatter')} | {amount(row, 'all-to-all', 'collective-permute')} | "
+            f"{row['compute_s'] * 1e3:.0f} | "
             f"{row['nvlink_s'] * 1e3:.1f}, {row['cluster_s'] * 1e3:.1f} | "
             f"{row['nvlink_efficiency']:.1%}, {row['cluster_efficiency']:.1%} |"
         )
     return "\n".join(lines)
+
+
+def amount(row: dict, *kinds: str) -> str:
+    """How many collectives of these kinds, and their bytes."""
+    found = [row["kinds"][kind] for kind in kinds if kind in row["kinds"]]
+    return ", ".join(f"{count} / {size / 1e9:.3g} GB" for count, size in found)
 
 
 def draw(rows: list[dict], path: Path) -> None:
