@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from commands import tool
 from safetensors.numpy import load_file, save_file
 from test_contracts import DEEPSEEK_FIELDS, TARGET_HF
 from tiny import random_weights, write_prompts
@@ -73,6 +74,17 @@ def test_every_stage_leaves_its_result(finished):
     for name in ("loss", "accuracy", "accept_length", "acceptance", "accepted_lengths", "sample"):
         assert f"({name}.png)" in report
         assert (draft / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_runs_folder_is_exported_as_the_run_did(finished, tmp_path, monkeypatch, capsys):
+    """From checkpoint and record alone: no target is opened, and no byte differs."""
+    monkeypatch.setattr("flaxdraft.targets.open_target", None)
+    out = tmp_path / "served"
+    assert tool("convert/to_serving").main([str(finished / "llama"), str(out), "--dtype", "fp32"]) == 0
+    for path in (finished / "llama" / "export").iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+    assert "accept length" in (out / "README.md").read_text()
+    assert tool("convert/check").main([str(out)]) == 0
 
 
 def test_a_second_run_does_nothing_again(finished, workspace, monkeypatch, capfd):
