@@ -243,6 +243,8 @@ def test_a_damaged_export_is_made_again(finished, workspace):
     ],
     ids=["empty metrics", "odd metrics", "binary metrics", "checkpoint"],
 )
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's reads beside a failing one
+@pytest.mark.usefixtures("damaged_reads")
 def test_a_damaged_result_is_named(finished, workspace, tmp_path, capfd, damage, message):
     out = tmp_path / "damaged"
     shutil.copytree(finished, out)
@@ -255,6 +257,7 @@ def test_a_damaged_result_is_named(finished, workspace, tmp_path, capfd, damage,
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's reads beside a failing one
+@pytest.mark.usefixtures("damaged_reads")
 def test_a_damaged_checkpoint_is_passed_over(finished, workspace, tmp_path, capfd):
     """The run goes on from the one before it, and ends where it had ended."""
     out = tmp_path / "damaged"
