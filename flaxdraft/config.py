@@ -73,7 +73,7 @@ class DraftConfig(_Section):
     vocab_map: Text | None = None  # a d2t.npy (offsets) to take instead of choosing from the data
     fields: dict[str, Any] = {}  # overrides of the architecture's Config, which follows the target by default
     warm_start: bool = True  # lm_head, norm and fc from the target's weights, in a draft that begins from nothing
-    init_from: Text | None = None  # a draft's directory: its config, weights and vocabulary map instead of new ones
+    init_from: Text | None = None  # a draft's directory or a run's checkpoint: its sizes, weights and map
 
 
 class AlgorithmConfig(_Section):

@@ -128,6 +128,30 @@ def test_training_goes_on_from_an_exported_draft(finished, workspace, monkeypatc
     assert "has tapped layers [1, 3, 4], this target [0, 2, 4]" in capfd.readouterr().err.replace("\n", " ")
 
 
+def test_training_begins_with_the_weights_of_a_checkpoint(finished, workspace, tmp_path, monkeypatch, capfd):
+    """Its first held-out loss is the last one of the run that made it; nothing else comes along."""
+
+    def stop(self, graphdef, frozen, arrays, start):
+        state = arrays["state"]
+        assert (start, int(state.step), int(arrays["counters"]["tokens"][0])) == (0, 0, 0)
+        raise InputError("that was enough")
+
+    monkeypatch.setattr("flaxdraft.train.loop._Run.steps", stop)
+    source = finished / "llama" / "checkpoints" / "latest"
+    shutil.copytree(finished / "data", tmp_path / "data")
+    assert call(workspace, f"output_dir={tmp_path}", f"draft.init_from={source}") == 2
+    assert "that was enough" in capfd.readouterr().err
+    last, first = (
+        [
+            m
+            for m in map(json.loads, (root / "llama" / "metrics.jsonl").read_text().splitlines())
+            if m["kind"] == "held_out"
+        ]
+        for root in (finished, tmp_path)
+    )
+    assert first[0]["loss"] == pytest.approx(last[-1]["loss"], rel=1e-6)
+
+
 def test_changed_evaluation_is_done_anew_and_training_is_not(finished, workspace, monkeypatch):
     before = json.loads((finished / "llama" / "evaluation.json").read_text())
     copy = finished.with_name("copy")
@@ -219,6 +243,8 @@ def test_a_damaged_export_is_made_again(finished, workspace):
     ],
     ids=["empty metrics", "odd metrics", "binary metrics", "checkpoint"],
 )
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's reads beside a failing one
+@pytest.mark.usefixtures("damaged_reads")
 def test_a_damaged_result_is_named(finished, workspace, tmp_path, capfd, damage, message):
     out = tmp_path / "damaged"
     shutil.copytree(finished, out)
@@ -231,6 +257,7 @@ def test_a_damaged_result_is_named(finished, workspace, tmp_path, capfd, damage,
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's reads beside a failing one
+@pytest.mark.usefixtures("damaged_reads")
 def test_a_damaged_checkpoint_is_passed_over(finished, workspace, tmp_path, capfd):
     """The run goes on from the one before it, and ends where it had ended."""
     out = tmp_path / "damaged"

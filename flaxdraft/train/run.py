@@ -30,7 +30,6 @@ from flaxdraft.data.pipeline import make_pipeline
 from flaxdraft.data.prompts import SPLITS, Prompt, read_prompts, render
 from flaxdraft.data.store import MANIFEST, FeatureStore
 from flaxdraft.data.vocab import choose_vocab, coverage, describe_sizes, read_map, source_of
-from flaxdraft.drafts import serving_files
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
 from flaxdraft.evaluate.held_out import decode_held_out, summary
@@ -52,7 +51,7 @@ from flaxdraft.train.place import SHARDING, check_batch
 from flaxdraft.train.plan import make_plan
 from flaxdraft.train.resume import Resume
 from flaxdraft.train.run_target import RunTarget
-from flaxdraft.train.start import check_target, load_start
+from flaxdraft.train.start import check_target, load_start, start_files
 from flaxdraft.train.state import split_draft, warm_start
 
 STAGES = ("target", "data", "train", "evaluate", "export", "report")
@@ -117,7 +116,7 @@ class Run:
         self.start = None  # the draft that training begins from, if not from nothing
         if config.draft.init_from is not None:
             self.start = load_start(config.draft, self.draft_module)
-            draft["init_from"] = {path.name: sha256_of(path) for path in serving_files(config.draft.init_from)}
+            draft["init_from"] = {path.name: sha256_of(path) for path in start_files(config.draft.init_from)}
         self.draft_inputs = self.data_inputs | {
             "seed": config.seed, "draft": draft, "algorithm": config.algorithm.model_dump(),
             "train": config.train.model_dump(),

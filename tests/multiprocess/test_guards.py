@@ -1,16 +1,15 @@
-"""What ends a run early or is noticed on its way: broken steps, memory, SIGTERM, reads from the device, traces, plans."""
+"""What ends a run early or is noticed on its way: broken steps, memory, SIGTERM, reads from the device, plans."""
 
 import contextlib
 import json
 import os
 import re
 import signal
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from worker import SmallRun, train
 
 from flaxdraft import reads
 from flaxdraft.config import load_config
@@ -18,23 +17,6 @@ from flaxdraft.errors import InputError
 from flaxdraft.train import loop
 from flaxdraft.train.guards import PreemptedError, Preemption, memory_advice
 from flaxdraft.train.plan import make_plan
-
-sys.path.insert(0, str(Path(__file__).with_name("multiprocess")))
-from launch import SmallRuns
-from worker import SmallRun
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return SmallRuns(tmp_path_factory.mktemp("runs"))
-
-
-def train(runs, name, *overrides):
-    """A small run in this process, on two devices."""
-    config = load_config(str(runs.root / "run.yaml"), [f"output_dir={runs.root / name}", "mesh.data=2", *overrides])
-    run = SmallRun(config)
-    run.claim_folders()
-    return run.params
 
 
 def test_reads_happen_in_logging_and_evaluating_steps_alone(runs, monkeypatch):
