@@ -122,6 +122,13 @@ def whole_in_time(x: jax.Array) -> jax.Array:
     return x if time is None else jax.reshard(x, P(batch, None, *rest, reduced={time}))
 
 
+def into_columns(x: jax.Array, spec: P | None) -> jax.Array:
+    """x [B, T, D] on its way into several products whose outputs are split as `spec`'s last axis says: what they give
+    back to x is added up on each device and reduced once, not once a product."""
+    axis = spec and spec.partitions[-1]
+    return jax.reshard(x, P(*spec_of(x).partitions, reduced={axis})) if axis else x
+
+
 def split_like(like: jax.Array, x: jax.Array) -> jax.Array:
     """x [B, T, ...], which every device holds whole along time, cut along time as `like` is."""
     batch, time, *_ = spec_of(like).partitions

@@ -39,45 +39,70 @@ class Collective:
         return self.times * (turns * self.bytes / rate + LATENCY["InfiniBand" if apart else "NVLink"])
 
 
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    result: str  # its shapes
+    op: str
+    operands: tuple[str, ...]
+    line: str
+
+
+def computations(text: str) -> dict[str, list[Instruction]]:
+    """The computations of an HLO module; the entry is called ENTRY."""
+    found, current = {}, None
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            current = found.setdefault("ENTRY" if header.group(1) else header.group(2), [])
+        elif current is not None and (match := re.match(r"  (?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$", line)):
+            name, result, op, rest = match.groups()
+            operands = tuple(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
+            current.append(Instruction(name, result, op, operands, line))
+    return found
+
+
 def parse(text: str, loop_trips: int) -> list[Collective]:
-    """Every collective over two devices or more.
+    """Every collective over two devices or more, in the order of the calls.
 
     Args:
         loop_trips: of the one loop that holds collectives (the walk over the loss's chunks), whose number of trips
             depends on the data.
     """
-    parts = {}
-    for part in re.split(r"\n\n", text):
-        if header := re.match(r"\s*(?:ENTRY )?%?([\w.\-]+) ", part):
-            parts[header.group(1)] = part
-    in_loops = _reachable(parts)
-    found = []
-    for name, part in parts.items():
-        for line in part.splitlines():
-            match = re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
-            if not match:
-                continue
-            group = _group(line)
-            if len(group) < 2:
-                continue
-            kind, size = match.group(2), _size(match.group(1))
-            size *= len(group) if kind == "reduce-scatter" else 1
-            found.append(Collective(kind, size, group, loop_trips if name in in_loops else 1))
+    parts, found = computations(text), []
+
+    def walk(name: str, times: int, kept_of_root: int) -> None:
+        for one in parts[name]:
+            kind = one.op.removesuffix("-start")
+            if kind in KINDS:
+                group = _group(one.line)
+                if len(group) > 1:
+                    kept = kept_of_root if "ROOT" in one.line else _kept(one.name, parts[name])
+                    size = _size(one.result) * (len(group) if kind == "reduce-scatter" else 1)
+                    # Where each device of the group keeps its own slice alone, XLA's GPU compiler reduces and scatters.
+                    kind = "reduce-scatter" if kind == "all-reduce" and kept * len(group) == size else kind
+                    found.append(Collective(kind, size, group, times))
+            elif one.op == "while":
+                walk(re.search(r"body=%([\w.\-]+)", one.line).group(1), times * loop_trips, 0)
+            elif one.op == "conditional":
+                branches = re.search(r"branch_computations=\{(.*?)\}", one.line).group(1)
+                for branch in re.findall(r"%([\w.\-]+)", branches):
+                    walk(branch, times, 0)
+            elif one.op == "call":
+                called = re.search(r"to_apply=%([\w.\-]+)", one.line).group(1)
+                walk(called, times, _kept(one.name, parts[name]))
+
+    walk("ENTRY", 1, 0)
     return found
 
 
-def _reachable(parts: dict[str, str]) -> set[str]:
-    """The computations that some loop runs."""
-    waiting = [name for text in parts.values() for name in re.findall(r"body=%?([\w.\-]+)", text)]
-    seen = set()
-    while waiting:
-        name = waiting.pop()
-        if name in parts and name not in seen:
-            seen.add(name)
-            waiting += re.findall(r"(?:calls|to_apply|body)=%?([\w.\-]+)", parts[name])
-            for several in re.findall(r"branch_computations=\{([^}]*)\}", parts[name]):
-                waiting += re.findall(r"%?([\w.\-]+)", several)
-    return seen
+def _kept(name: str, part: list[Instruction]) -> int:
+    """Bytes of the slice that is all that is read of a result; 0 where there is more than slices."""
+    sizes = set()
+    for one in part:
+        if name in one.operands:
+            moved = one.op in ("copy", "bitcast", "convert")
+            sizes.add(_kept(one.name, part) if moved else _size(one.result) if one.op == "dynamic-slice" else 0)
+    return sizes.pop() if len(sizes) == 1 else 0
 
 
 def _size(result: str) -> int:
@@ -97,10 +122,14 @@ def _group(line: str) -> tuple[int, ...]:
         devices = np.arange(math.prod(source)).reshape(source)
         devices = devices.transpose(order) if order else devices
         return tuple(devices.reshape(shape)[0].tolist())
-    if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\))\))? \{(.*?)\}", line):
         names, sizes = zip(*re.findall(r"'([^']+)'=(\d+)", mesh.group(1)), strict=True)
-        chosen = [names.index(name) for name in re.findall(r"'([^']+)'", mesh.group(2))]
-        devices = np.arange(math.prod(map(int, sizes))).reshape([int(n) for n in sizes])
+        chosen = [names.index(name) for name in re.findall(r"'([^']+)'", mesh.group(3))]
+        devices = np.arange(math.prod(map(int, sizes)))
+        if turned := re.match(r"\[([\d,]+)\]T\(([\d,]+)\)", mesh.group(2) or ""):
+            source, order = ([int(n) for n in x.split(",")] for x in turned.groups())
+            devices = devices.reshape(source).transpose(order)
+        devices = devices.reshape([int(n) for n in sizes])
         rest = [i for i in range(len(names)) if i not in chosen]
         return tuple(devices.transpose(rest + chosen).reshape(-1, math.prod(int(sizes[i]) for i in chosen))[0].tolist())
     raise ValueError(f"no devices in {line.strip()[:300]}")

@@ -96,10 +96,16 @@ def unroll(
         packed: whether a row may hold several documents; see `suffix_attention`.
     """
     # Past the end the reader finds token 0, like an engine's empty slot; no supervised row ever sees it.
-    tokens = draft.token_projections(draft.embed(jnp.pad(batch.tokens_BT, ((0, 0), (0, num_steps)))))
-    num_rows = batch.tokens_BT.shape[1]
+    tokens_BT, num_rows = jnp.pad(batch.tokens_BT, ((0, 0), (0, num_steps))), batch.tokens_BT.shape[1]
     hidden_BTD = draft.project(taps_BT3E)
-    after = jax.tree.map(lambda x: split_like(taps_BT3E, x[:, 1 : num_rows + 1]), tokens)
+    if taps_BR3E is None:
+        every = draft.token_projections(draft.embed(tokens_BT))
+        after = jax.tree.map(lambda x: x[:, 1 : num_rows + 1], every)
+        read = lambda j: jax.tree.map(lambda x: take_rows(x, rows_BR + 1 + j), every)  # noqa: E731
+    else:  # no device projects the tokens of another's rows
+        of_tokens = lambda tokens: draft.token_projections(draft.embed(tokens))  # noqa: E731
+        after = of_tokens(split_like(taps_BT3E, tokens_BT[:, 1 : num_rows + 1]))
+        read = lambda j: of_tokens(take_rows(tokens_BT, rows_BR + 1 + j))  # noqa: E731
     positions_BT = split_like(taps_BT3E, batch.positions_BT)
     k0, v0 = map(whole_in_time, draft.key_value(draft.projections(after, hidden_BTD), positions_BT))
     first_BR, last_BR = visible_range(batch.segments_BT, rows_BR)
@@ -122,8 +128,7 @@ def unroll(
     hidden = take_rows(hidden_BTD, rows_BR) if taps_BR3E is None else draft.project(taps_BR3E)
     suffix_k, suffix_v, outputs = (), (), []
     for j in range(num_steps):
-        read = jax.tree.map(lambda x, j=j: take_rows(x, rows_BR + 1 + j), tokens)
-        hidden, suffix_k, suffix_v = step(hidden, read, suffix_k, suffix_v, j)
+        hidden, suffix_k, suffix_v = step(hidden, read(j), suffix_k, suffix_v, j)
         outputs.append(hidden)
     return outputs
 

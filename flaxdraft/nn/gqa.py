@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.mesh import Sharding, along
+from flaxdraft.mesh import Sharding, along, into_columns
 from flaxdraft.nn.layers import WHOLE, RMSNorm, column, row
 from flaxdraft.nn.rope import RopeConfig, cos_sin, rotate_half
 from flaxdraft.precision import Precision
@@ -73,6 +73,7 @@ class GQA(nnx.Module):
         Args:
             inputs: see `Linear`; only without biases may parts be added up.
         """
+        x_BTX = into_columns(x_BTX, self.sharding.act_btf)
         return Projected(*(projection(x_BTX, inputs) for projection in (self.q_proj, self.k_proj, self.v_proj)))
 
     def query(self, projected: Projected, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]:

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import P
 from jaxtyping import Array, Float
 
-from flaxdraft.mesh import Sharding, along, gathered
+from flaxdraft.mesh import Sharding, along, gathered, into_columns
 from flaxdraft.precision import Precision
 
 WHOLE = Sharding.none()
@@ -93,4 +93,5 @@ class GatedMLP(nnx.Module):
         self.down_proj = row(intermediate, width, **shared)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        x_BTD = into_columns(x_BTD, self.up_proj.out_spec)
         return self.down_proj(jax.nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flaxdraft.serving.contract import Kind, kind_of, switch
+from flaxdraft.serving.contract import kind_of, switch
 
 Shapes = dict[str, tuple[int, ...]]
 NUM_TAPS = 3
@@ -105,8 +105,3 @@ def _mla(config: Mapping[str, Any], hidden: int) -> Shapes:
 
 
 _ATTENTION = {"llama": _llama, "mla": _mla}
-
-
-def kind_of_names(names: list[str]) -> Kind:
-    """The kind of draft that tensors of these flat names make."""
-    return "mla" if any("kv_a_proj_with_mqa" in name for name in names) else "llama"

@@ -85,6 +85,10 @@ def embedding(engine: Engine, view: DraftView) -> Iterator[Finding]:
     if hidden != target_hidden and engine.embedding == "unread":
         yield Finding("refused", f"it takes the target's embedding (width {target_hidden}) always, the draft has its "
                       f"own of width {hidden}", "train a draft of the target's width")  # fmt: skip
+    held = any(understood(engine, view, key) == "embed_tokens.weight" for key in view.shapes)
+    if hidden == target_hidden and held and engine.embedding == "kept":
+        yield Finding("note", "it keeps embed_tokens.weight where that differs from the target's; SGLang never does",
+                      "remove it, unless the draft was trained with an embedding of its own")  # fmt: skip
 
 
 def vocabulary(engine: Engine, view: DraftView) -> Iterator[Finding]:

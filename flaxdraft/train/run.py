@@ -321,6 +321,7 @@ class Run:
             params = trainer.train(graphdef, params, frozen, pipeline, self.data_rows["held_out"])
         return jax.device_put(reads.read(params), jax.local_devices()[0])
 
+    @property
     def reader(self) -> Target | None:
         """The target on the training mesh, where it reads conversations while the draft trains."""
         if self.config.data.conversations is None:
