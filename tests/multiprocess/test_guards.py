@@ -5,18 +5,22 @@ import json
 import os
 import re
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from worker import SmallRun, train
+from worker import E, SmallRun, V, rows, train
 
 from flaxdraft import reads
 from flaxdraft.config import load_config
+from flaxdraft.data.documents import AnsweredPrompts
+from flaxdraft.data.store import TARGET, FeatureStore, Source, finish, shard_name, write_shard
 from flaxdraft.errors import InputError
 from flaxdraft.train import loop
 from flaxdraft.train.guards import PreemptedError, Preemption, memory_advice
 from flaxdraft.train.plan import make_plan
+from flaxdraft.weights import save_safetensors
 
 
 def test_reads_happen_in_logging_and_evaluating_steps_alone(runs, monkeypatch):
@@ -83,6 +87,31 @@ def test_sigterm_saves_and_stops(runs, monkeypatch):
     monkeypatch.setattr(loop.Watch, "log", real)
     train(runs, "asked", "train.checkpoint_every=100", "train.eval_every=100")
     assert [line["step"] for line in runs.lines("asked")] == list(range(1, 13))
+
+
+def stored(directory: Path, documents) -> FeatureStore:
+    """The same documents as a store of six shards."""
+    directory.mkdir()
+    source = Source("t", "k", "d", "float32", (1, 3, 5), E, V, "float32", "float32")
+    for shard in range(6):
+        write_shard(directory, shard, [documents.row(4 * shard + i) for i in range(4)], source)
+    save_safetensors(directory / TARGET, {"embedding": np.ones((V, E), np.float32)})
+    finish(directory, source, 6)
+    return FeatureStore(directory)
+
+
+def test_a_shard_that_vanishes_ends_the_run_and_is_named(runs, monkeypatch, tmp_path):
+    """Once it is back, the same command goes on and trains what a run on the documents in memory does."""
+    train(runs, "in-memory")
+    store = stored(tmp_path / "store", AnsweredPrompts(rows(24, 2, []), V))
+    monkeypatch.setattr(SmallRun, "documents", store)
+    shard, away = tmp_path / "store" / shard_name(3), tmp_path / "away"
+    shard.rename(away)
+    with pytest.raises(InputError, match=shard.name):
+        train(runs, "stored")
+    away.rename(shard)
+    train(runs, "stored")
+    assert runs.losses("stored") == runs.losses("in-memory")
 
 
 def test_a_best_evaluation_between_saves_is_saved(runs):
