@@ -58,6 +58,16 @@ class SplitRows:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where new rows lie in a KV cache that are no continuation of one text: the nodes of a tree, several of which have
+    the same position."""
+
+    slots_BT: Int[Array, "B T"]  # beyond the last slot: padding
+    visible_BTS: Bool[Array, "B T S"]  # the slots that each row attends to, its own among them
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Example:
     """All that an algorithm needs for one evaluation of its loss.
 
@@ -167,7 +177,8 @@ class Target(Protocol):
         ...
 
     def new_cache(self, num_rows: int, num_slots: int) -> Any:
-        """An empty KV cache; slot s holds position s of its row."""
+        """An empty KV cache; slot s holds position s of its row. It has `num_slots`, and
+        `moved(from_BT, to_BT)`: itself with some slots' contents put into others."""
         ...
 
     def fork_cache(self, cache: Any, num_rows: int) -> Any:
@@ -175,10 +186,12 @@ class Target(Protocol):
         ...
 
     def extend(
-        self, cache: Any, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], head: str
-    ) -> tuple[Any, Features]:
+        self, cache: Any, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], head: str,
+        placement: Placement | None = None,
+    ) -> tuple[Any, Features]:  # fmt: skip
         """Run new tokens against the cache (which is consumed) and return it with their features; head is "all" or
-        "end": statistics of every position, or of each row's last one."""
+        "end": statistics of every position, or of each row's last one. Without a placement every token lies at its
+        position and sees all up to it."""
         ...
 
     def logits(self, last_BE: Float[Array, "B E"]) -> Float[Array, "B V"]:

@@ -16,6 +16,7 @@ from flaxdraft.interfaces import VocabMap
 from flaxdraft.mesh import Sharding
 from flaxdraft.nn import decoder
 from flaxdraft.precision import Precision
+from flaxdraft.targets import deepseek as deepseek_target
 from flaxdraft.targets import llama as llama_target
 
 V, D, HEADS = 64, 32, 4
@@ -33,13 +34,35 @@ def seeks(width: int, pair: int, interleaved: bool = False) -> np.ndarray:
     return SHARP * query
 
 
-def make_target(dtype=jnp.float32, noise=0.5, seed=0):
-    hf = TARGET_HF | {
+# Attention of the first layer, [in, out], for each family.
+LLAMA_FIRST = {
+    "q_proj": np.outer(np.eye(D)[0], np.tile(seeks(8, 1), HEADS)),
+    "k_proj": np.outer(np.eye(D)[0], np.full(D, SHARP)),
+    "v_proj": np.eye(D), "o_proj": 4 * np.eye(D),
+}  # fmt: skip
+DEEPSEEK_FIRST = {
+    "q_a_proj": np.outer(np.eye(D)[0], np.ones(8)),
+    "q_b_proj": np.outer(np.eye(8)[0], np.tile(np.append(np.zeros(4), seeks(8, 1, interleaved=True)), HEADS)),
+    "kv_a_proj_with_mqa": np.concatenate([np.eye(D), np.outer(np.eye(D)[0], np.full(8, SHARP))], axis=1),
+    "kv_b_proj": np.pad(np.eye(D).reshape(D, HEADS, 8), ((0, 0), (0, 0), (4, 0))).reshape(D, -1),
+    "o_proj": 4 * np.eye(D),
+}  # fmt: skip
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"], "q_lora_rank": 8, "kv_lora_rank": D, "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 2, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1,
+}  # fmt: skip
+
+
+def make_target(dtype=jnp.float32, noise=0.5, seed=0, family="llama"):
+    module, first, more = {"llama": (llama_target, LLAMA_FIRST, {}),
+                           "deepseek": (deepseek_target, DEEPSEEK_FIRST, DEEPSEEK)}[family]  # fmt: skip
+    hf = TARGET_HF | more | {
         "num_hidden_layers": 4, "num_key_value_heads": HEADS, "tie_word_embeddings": False,
         "max_position_embeddings": 512,
     }  # fmt: skip
-    config, precision = llama_target.Config.from_hf(hf, (0, 1, 2)), Precision(dtype, dtype)
-    groups = llama_target.groups(config, precision, Sharding.none())
+    config, precision = module.Config.from_hf(hf, (0, 1, 2)), Precision(dtype, dtype)
+    groups = module.groups(config, precision, Sharding.none())
     _, abstract = decoder.abstract_state(config, groups, precision)
     rng = np.random.default_rng(seed)
     embed = rng.choice([-1.0, 1.0], (V, D))
@@ -47,11 +70,6 @@ def make_target(dtype=jnp.float32, noise=0.5, seed=0):
     head = np.empty((V, D))
     head[rng.permutation(V)] = embed
     given = {"embed": embed, "head": head}
-    first = {  # the first layer's attention, [in, out]
-        "q_proj": np.outer(np.eye(D)[0], np.tile(seeks(8, 1), HEADS)),
-        "k_proj": np.outer(np.eye(D)[0], np.full(D, SHARP)),
-        "v_proj": np.eye(D), "o_proj": 4 * np.eye(D),
-    }  # fmt: skip
 
     def fill(path, leaf):
         name = "/".join(map(str, path))
@@ -62,7 +80,7 @@ def make_target(dtype=jnp.float32, noise=0.5, seed=0):
         weight = rng.normal(size=leaf.shape) / np.sqrt(leaf.shape[-2])
         if "o_proj" in name or "down_proj" in name:
             weight *= noise
-        if path[-2] in first:
+        if path[0] == groups[0].name and path[-2] in first:
             weight[0] = first[path[-2]]
         return leaf.replace(jnp.asarray(weight, dtype))
 

@@ -16,6 +16,7 @@ from flax import nnx
 from flaxdraft.data.generation import round_up
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.speculative import PREFILL_CHUNK, Carry, Plan, Rows, advance, begin
+from flaxdraft.evaluate.tree import Tree
 from flaxdraft.interfaces import Target
 
 PASSES_AT_A_TIME = 16  # between two reports of progress
@@ -38,15 +39,25 @@ class Settings:
     stop_tokens: tuple[int, ...]
     temperature: float = 0.0
     top_p: float = 1.0
+    tree: tuple[int, ...] = ()  # children of a node by depth: a tree instead of a chain, whose length is then 0
 
     def __post_init__(self):
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise InputError(
                 f"sampling: found temperature {self.temperature} and top_p {self.top_p}, expected >= 0 and in (0, 1]"
             )
+        if self.tree and (self.temperature > 0 or self.chain_length > 0):
+            raise InputError(
+                f"tree: found one with temperature {self.temperature:g} and a chain of {self.chain_length}; a tree "
+                "takes the place of a chain and is verified greedily, so expected both 0"
+            )
 
     def plan(self, mesh: jax.sharding.Mesh | None) -> Plan:
-        return Plan(self.chain_length, self.temperature > 0, self.top_p, mesh)
+        """
+        Raises:
+            InputError: see `Tree`.
+        """
+        return Plan(self.chain_length, self.temperature > 0, self.top_p, mesh, Tree(self.tree) if self.tree else None)
 
 
 def padded_length(longest: int) -> int:
@@ -73,14 +84,15 @@ class Decoding:
 
         Args:
             target: on one device, or whole on every device of the mesh; so is the draft.
-            draft: structure and state, float32 or narrower; not looked at where the chain length is 0.
+            draft: structure and state, float32 or narrower; not looked at where nothing is drafted.
             seeds: one for each row; their numbers by default. A row depends on its own prompt and seed alone.
             mesh: rows are split over its data axis.
             num_rows: of the compiled batch, the rest is padding; as many as there are prompts by default.
             least_length: to which prompts are padded at least, so that batches share a compiled program.
 
         Raises:
-            InputError: a prompt is empty, or leaves with its answer the target's context.
+            InputError: a prompt is empty, or leaves with its answer the target's context; a node of the tree has more
+                children than there are draft tokens.
         """
         self._settings, num = settings, len(prompts)
         context = target.config.max_position_embeddings
@@ -105,11 +117,16 @@ class Decoding:
         rows = Rows(lengths, limits, numbers, temperatures)
         if mesh is not None:
             tokens_BP, rows = jax.device_put((tokens_BP, rows), jax.NamedSharding(mesh, jax.P("data")))
-        graphdef, state = (None, None) if settings.chain_length == 0 else draft
-        stops_N = np.asarray(settings.stop_tokens, np.int32)
-        num_slots = padded + round_up(settings.max_new_tokens + settings.chain_length, 8)
         plan = settings.plan(mesh)
-        prefill = dataclasses.replace(plan, chain_length=min(plan.chain_length, 1))  # the same for all chains
+        graphdef, state = (None, None) if plan.depth == 0 else draft
+        stops_N = np.asarray(settings.stop_tokens, np.int32)
+        drafted = plan.chain_length
+        if plan.tree is not None:
+            drafted, vocab_size = plan.tree.num_nodes - 1, nnx.merge(graphdef, state).config.draft_vocab_size
+            if max(settings.tree) > vocab_size:
+                raise InputError(f"tree: found width {max(settings.tree)}, the draft has {vocab_size} tokens")
+        num_slots = padded + round_up(settings.max_new_tokens + drafted, 8)
+        prefill = dataclasses.replace(plan, chain_length=min(plan.depth, 1), tree=None)  # the same for all
         self._num = num
         self._carry: Carry = begin(
             target, graphdef, state, prefill, tokens_BP, rows, stops_N, num_slots, settings.max_new_tokens

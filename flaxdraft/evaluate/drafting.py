@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.interfaces import Draft
+from flaxdraft.interfaces import Draft, Placement
 from flaxdraft.ops.attention import attend_cache
 
 
@@ -49,18 +49,22 @@ def cached_layer(
     embeds_BTD: Float[Array, "B T D"],
     hidden_BTD: Float[Array, "B T D"],
     positions_BT: Int[Array, "B T"],
+    placement: Placement | None = None,
 ) -> tuple[DraftCache, Float[Array, "B T D"]]:
-    """The draft layer on new rows against its cache; positions beyond the last slot mark padding."""
+    """The draft layer on new rows against its cache; positions beyond the last slot mark padding. Without a placement
+    every row lies at its position and sees all up to it."""
+    if placement is None:
+        every_S = jnp.arange(cache.k_BKHS.shape[-1])
+        placement = Placement(positions_BT, every_S[None, None, :] <= positions_BT[:, :, None])
     projections = draft.projections(draft.token_projections(embeds_BTD), hidden_BTD)
     k, v = draft.key_value(projections, positions_BT)
     rows_B1 = jnp.arange(hidden_BTD.shape[0])[:, None]
     cache = DraftCache(
-        cache.k_BKHS.at[rows_B1, :, :, positions_BT].set(k, mode="drop"),
-        cache.v_BKSC.at[rows_B1, :, positions_BT].set(v, mode="drop"),
+        cache.k_BKHS.at[rows_B1, :, :, placement.slots_BT].set(k, mode="drop"),
+        cache.v_BKSC.at[rows_B1, :, placement.slots_BT].set(v, mode="drop"),
     )
-    visible_BTS = jnp.arange(cache.k_BKHS.shape[-1])[None, None, :] <= positions_BT[:, :, None]
     q = draft.query(projections, positions_BT)
-    heads = attend_cache(q, cache.k_BKHS, cache.v_BKSC, visible_BTS, draft.softmax_scale)
+    heads = attend_cache(q, cache.k_BKHS, cache.v_BKSC, placement.visible_BTS, draft.softmax_scale)
     return cache, draft.finish(hidden_BTD, heads)
 
 

@@ -1,4 +1,5 @@
 """Real speculative decoding, all of it on the device: draft a chain, verify it in one target pass, keep what is right.
+A tree may take the chain's place (`evaluate/tree.py`).
 
 Two compiled programs: `begin` reads the prompts and makes the first token; `advance` is a loop over target passes
 whose carry holds both KV caches (donated, updated in place), the answers, and which rows still run. Rows end by
@@ -8,8 +9,8 @@ alone.
 
 Over several devices every one decodes its own rows, loop and all: none waits for another.
 
-Shape letters: B rows, P padded prompt, T positions of a pass (the chain and one more), Q chain, M answer tokens,
-D draft width, E target width, V target vocabulary, W draft vocabulary.
+Shape letters: B rows, P padded prompt, T positions of a pass (the chain, or a path of the tree, and one more),
+Q chain, M answer tokens, D draft width, E target width, V target vocabulary, W draft vocabulary.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from jax import P, lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from flaxdraft.evaluate import drafting
+from flaxdraft.evaluate.tree import Tree, tree_pass
 from flaxdraft.interfaces import Draft, Target
 from flaxdraft.mesh import BATCH_AXIS
 from flaxdraft.ops import rejection
@@ -41,6 +43,12 @@ class Plan:
     sampled: bool = False
     top_p: float = 1.0
     mesh: jax.sharding.Mesh | None = None  # rows are split over its data axis
+    tree: Tree | None = None  # instead of a chain, whose length is then 0; greedy only
+
+    @property
+    def depth(self) -> int:
+        """The most draft tokens that a target pass accepts."""
+        return self.chain_length if self.tree is None else len(self.tree.widths)
 
 
 @jax.tree_util.register_dataclass
@@ -168,30 +176,39 @@ def _verdict(target, draft, plan: Plan, rows: Rows, out, chain_BQ, q_BQW, keys_B
     return accepted_B, jnp.where(jnp.arange(num_new)[None] == accepted_B[:, None], next_B[:, None], drafted_BT)
 
 
-def _pass(target: Target, draft: Draft | None, plan: Plan, rows: Rows, stops_N, carry: Carry) -> Carry:
-    """One target pass over every row that runs."""
-    num_slots, num_new = carry.cache.num_slots, plan.chain_length + 1
-    running_B, made_B = carry.running_B, carry.num_answer_B
-    newest_B = rows.length_B + made_B - 1  # its position
-    newest_token_B1 = jnp.take_along_axis(carry.answer_BM, jnp.maximum(made_B - 1, 0)[:, None], axis=1)
-    keys_B, draft_cache, chain_BQ, q_BQW = rows.keys(made_B), carry.draft_cache, newest_token_B1[:, :0], None
+def _chain_pass(target: Target, draft: Draft | None, plan: Plan, rows: Rows, carry: Carry, newest_B, token_B1):
+    """Drafts a chain behind the newest token, which is at `newest_B`, and verifies it in one target pass; returns what
+    `tree_pass` does."""
+    keys_B, draft_cache, chain_BQ, q_BQW = rows.keys(carry.num_answer_B), carry.draft_cache, token_B1[:, :0], None
     if draft is not None:
         draft_keys_B, keys_B = jnp.moveaxis(jax.vmap(jax.random.split)(keys_B), 1, 0)
-        row_B = jnp.where(running_B, newest_B - 1, num_slots)
         draft_cache, chain_BQ, q_BQW = drafting.propose(
-            draft, draft_cache, carry.hidden_BD, row_B, plan.chain_length, _chooser(plan, rows, draft_keys_B)
+            draft, draft_cache, carry.hidden_BD, newest_B - 1, plan.chain_length, _chooser(plan, rows, draft_keys_B)
         )
     drafted_BQ = chain_BQ if draft is None else draft.target_ids[...][chain_BQ]
-    ahead_1T = jnp.arange(num_new)[None]
-    at_BT = jnp.where(running_B[:, None], newest_B[:, None] + ahead_1T, num_slots)
-    cache, out = target.extend(carry.cache, jnp.concatenate([newest_token_B1, drafted_BQ], axis=1), at_BT, "all")
+    at_BT = jnp.minimum(newest_B[:, None] + jnp.arange(plan.chain_length + 1)[None], carry.cache.num_slots)
+    cache, out = target.extend(carry.cache, jnp.concatenate([token_B1, drafted_BQ], axis=1), at_BT, "all")
     accepted_B, said_BT = _verdict(target, draft, plan, rows, out, chain_BQ, q_BQW, keys_B)
+    return cache, draft_cache, accepted_B, said_BT, out.taps_BT3E
+
+
+def _pass(target: Target, draft: Draft | None, plan: Plan, rows: Rows, stops_N, carry: Carry) -> Carry:
+    """One target pass over every row that runs."""
+    running_B, made_B, num_slots = carry.running_B, carry.num_answer_B, carry.cache.num_slots
+    newest_B = jnp.where(running_B, rows.length_B + made_B - 1, num_slots)  # its position
+    token_B1 = jnp.take_along_axis(carry.answer_BM, jnp.maximum(made_B - 1, 0)[:, None], axis=1)
+    if plan.tree is None:
+        found = _chain_pass(target, draft, plan, rows, carry, newest_B, token_B1)
+    else:
+        caches = carry.cache, carry.draft_cache
+        found = tree_pass(target, draft, plan.tree, *caches, carry.hidden_BD, newest_B, token_B1)
+    cache, draft_cache, accepted_B, said_BT, taps_BT3E = found
 
     # Rows of accepted tokens are real; the rest are padding for the draft's cache.
-    hidden_BD = carry.hidden_BD
+    ahead_1T, hidden_BD = jnp.arange(plan.depth + 1)[None], carry.hidden_BD
     if draft is not None:
-        real_BT = jnp.where(ahead_1T <= accepted_B[:, None], at_BT, num_slots)
-        draft_cache, hidden_BD = drafting.extend(draft, draft_cache, out.taps_BT3E, said_BT, real_BT, accepted_B)
+        real_BT = jnp.where(ahead_1T <= accepted_B[:, None], newest_B[:, None] + ahead_1T, num_slots)
+        draft_cache, hidden_BD = drafting.extend(draft, draft_cache, taps_BT3E, said_BT, real_BT, accepted_B)
 
     gained_B = jnp.minimum(accepted_B + 1, rows.limit_B - made_B)
     stop_BT = _is_stop(said_BT, stops_N) & (ahead_1T < gained_B[:, None])

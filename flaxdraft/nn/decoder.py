@@ -23,7 +23,7 @@ from jax import P, lax
 from jaxtyping import Array, Float, Int
 
 from flaxdraft.errors import InputError
-from flaxdraft.interfaces import Batch, Features
+from flaxdraft.interfaces import Batch, Features, Placement
 from flaxdraft.mesh import Sharding, check_divides, gathered, on_shards
 from flaxdraft.nn import vocabulary
 from flaxdraft.nn.layers import RMSNorm
@@ -213,6 +213,15 @@ class Cache:
     def num_slots(self) -> int:
         return self.k_LBKHS.shape[-1]
 
+    def moved(self, from_BT: Int[Array, "B T"], to_BT: Int[Array, "B T"]) -> Cache:
+        """What lay in slots `from_BT` put into `to_BT`, all at once; slots beyond the last are left out."""
+        rows_B1 = jnp.arange(from_BT.shape[0])[:, None]
+        k, v = self.k_LBKHS, self.v_LBKSC
+        return Cache(
+            k.at[:, rows_B1, :, :, to_BT].set(k[:, rows_B1, :, :, from_BT], mode="drop"),
+            v.at[:, rows_B1, :, to_BT].set(v[:, rows_B1, :, from_BT], mode="drop"),
+        )
+
 
 def _in_chunks(q_BTNH, k_BTKH, v_BTKC, first_BT, last_BT, scale: float):
     out, _ = range_attention.forward(
@@ -229,14 +238,25 @@ def _uncached(q_BTNH, k_BTKH, v_BTKC, segments_BT, scale: float):
     return _in_chunks(q_BTNH, k_BTKH, v_BTKC, *document_ranges(segments_BT), scale)
 
 
+def _written(cache: Cache, layer, k_BTKH, v_BTKC, slots_BT) -> Cache:
+    """With the new keys and values. Slots out of range mark padding: their writes are dropped."""
+    rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
+    return Cache(
+        cache.k_LBKHS.at[layer, rows_B1, :, :, slots_BT].set(k_BTKH, mode="drop"),
+        cache.v_LBKSC.at[layer, rows_B1, :, slots_BT].set(v_BTKC, mode="drop"),
+    )
+
+
+def _placed(cache: Cache, layer, q_BTNH, k_BTKH, v_BTKC, placement: Placement, scale: float):
+    """Writes the new keys and values where they belong and attends to what each row may see."""
+    cache = _written(cache, layer, k_BTKH, v_BTKC, placement.slots_BT)
+    k_BKHS, v_BKSC = cache.k_LBKHS[layer], cache.v_LBKSC[layer]
+    return attend_cache(q_BTNH, k_BKHS, v_BKSC, placement.visible_BTS, scale), cache
+
+
 def _cached(cache: Cache, layer, q_BTNH, k_BTKH, v_BTKC, positions_BT, scale: float):
     """Writes the new keys and values and attends to all slots up to each position."""
-    rows_B1 = jnp.arange(q_BTNH.shape[0])[:, None]
-    # Out-of-range positions mark padding: their writes are dropped.
-    cache = Cache(
-        cache.k_LBKHS.at[layer, rows_B1, :, :, positions_BT].set(k_BTKH, mode="drop"),
-        cache.v_LBKSC.at[layer, rows_B1, :, positions_BT].set(v_BTKC, mode="drop"),
-    )
+    cache = _written(cache, layer, k_BTKH, v_BTKC, positions_BT)
     num_slots, (num_batch, num_rows, num_heads, _) = cache.k_LBKHS.shape[-1], q_BTNH.shape
     if num_rows > 1 and num_batch * num_heads * num_rows * num_slots > DENSE_SCORES:
         k_BSKH, v_BSKC = jnp.moveaxis(cache.k_LBKHS[layer], 3, 1), jnp.moveaxis(cache.v_LBKSC[layer], 2, 1)
@@ -246,7 +266,9 @@ def _cached(cache: Cache, layer, q_BTNH, k_BTKH, v_BTKC, positions_BT, scale: fl
     return attend_cache(q_BTNH, cache.k_LBKHS[layer], cache.v_LBKSC[layer], visible, scale), cache
 
 
-def _run_layers(model, spans, config: DecoderConfig, x_BTE, positions_BT, segments_BT, cache, sharding: Sharding):
+def _run_layers(
+    model, spans, config: DecoderConfig, x_BTE, positions_BT, segments_BT, cache, placement, sharding: Sharding
+):  # fmt: skip
     """The residual stream through all layers, and the tapped ones' outputs [B, T, 3, E].
 
     One loop for each group: a tap writes its output to a place of its own, every other layer to one that nobody reads.
@@ -270,10 +292,10 @@ def _run_layers(model, spans, config: DecoderConfig, x_BTE, positions_BT, segmen
                 attention, specs = partial(_uncached, scale=scale), (heads_spec,) * 3 + (rows_spec,)
                 heads = on_shards(sharding, attention, specs, heads_spec)(q, k, v, segments_BT)
             else:
-                attention = partial(_cached, scale=scale)
+                attention = partial(_cached if placement is None else _placed, scale=scale)
                 specs = (cache_spec, P(), heads_spec, heads_spec, heads_spec, rows_spec)
                 on_device = on_shards(sharding, attention, specs, (heads_spec, cache_spec))
-                heads, cache = on_device(cache, i, q, k, v, positions_BT)
+                heads, cache = on_device(cache, i, q, k, v, positions_BT if placement is None else placement)
             x = x + layer.self_attn.output(heads)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             return x, lax.dynamic_update_index_in_dim(taps_KBTE, x, jnp.asarray(places)[i], 0), cache
@@ -291,15 +313,15 @@ def _run_layers(model, spans, config: DecoderConfig, x_BTE, positions_BT, segmen
     jax.jit, static_argnames=("graphdef", "spans", "config", "sharding", "head"), donate_argnames=("cache",)
 )  # fmt: skip
 def _forward(
-    graphdef, state, spans, config, sharding, tokens_BT, positions_BT, segments_BT, cache, head: str
+    graphdef, state, spans, config, sharding, tokens_BT, positions_BT, segments_BT, cache, head: str, placement=None
 ):  # fmt: skip
     model = nnx.merge(graphdef, state)
     if sharding.act_btd is not None:
         rows = P(*sharding.act_btd[:2])
         tokens_BT, positions_BT = jax.reshard(tokens_BT, rows), jax.reshard(positions_BT, rows)
-        segments_BT = None if segments_BT is None else jax.reshard(segments_BT, rows)
+        segments_BT, placement = jax.tree.map(lambda x: jax.reshard(x, rows), (segments_BT, placement))
     embeds = vocabulary.lookup(model.embed[...], tokens_BT, sharding).astype(model.norm.precision.compute)
-    taps, x, cache = _run_layers(model, spans, config, embeds, positions_BT, segments_BT, cache, sharding)
+    taps, x, cache = _run_layers(model, spans, config, embeds, positions_BT, segments_BT, cache, placement, sharding)
     last = model.norm(x)
     head_VE = model.embed[...] if config.tie_word_embeddings else model.head[...]
     if head == "all":
@@ -347,10 +369,10 @@ class DecoderTarget:
     def _on_mesh(self):
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def _run(self, tokens_BT, positions_BT, segments_BT, cache, head):
+    def _run(self, tokens_BT, positions_BT, segments_BT, cache, head, placement=None):
         with self._on_mesh():
             return _forward(self.graphdef, self.state, self.spans, self.config, self.sharding, tokens_BT,
-                            positions_BT, segments_BT, cache, head)  # fmt: skip
+                            positions_BT, segments_BT, cache, head, placement)  # fmt: skip
 
     def features(self, batch: Batch) -> Features:
         """One forward over packed or padded rows, no cache."""
@@ -369,14 +391,17 @@ class DecoderTarget:
         return jax.tree.map(lambda x: jnp.repeat(x, num_rows, axis=1), cache)
 
     def extend(
-        self, cache: Cache, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], head: str = "all"
-    ) -> tuple[Cache, Features]:
+        self, cache: Cache, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], head: str = "all",
+        placement: Placement | None = None,
+    ) -> tuple[Cache, Features]:  # fmt: skip
         """New tokens at given positions (>= the number of slots marks padding). The cache is donated.
 
         head: "all" gives argmax and logsumexp of every position; "end" of each row's last real position alone, and
             zeros before it (prefill: the head is the dearest part and nobody asks what follows a prompt's middle).
+        placement: of the nodes of a tree. Their scores are built whole, nodes times slots, so a tree is a few dozen
+            nodes and not thousands.
         """
-        return self._run(tokens_BT, positions_BT, None, cache, head)
+        return self._run(tokens_BT, positions_BT, None, cache, head, placement)
 
     def logits(self, last_BE: Float[Array, "B E"]) -> Float[Array, "B V"]:
         """Logits of post-norm last hidden states, at least float32, whole on every device."""
