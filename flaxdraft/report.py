@@ -200,18 +200,21 @@ def write_report(
     _replace(directory / "report.md", _markdown(evaluation, metrics, facts))
 
 
-def _chain_table(results: Sequence[dict[str, Any]]) -> list[str]:
+def _guess_table(results: Sequence[dict[str, Any]]) -> list[str]:
     def row(name, value, form=".3f"):
-        return f"| {name} | " + " | ".join(format(value(result), form) for result in results) + " |"
+        """A figure of every guess; empty where it has none, as a tree has no walk."""
+        cells = (format(value(result), form) if value(result) is not None else "" for result in results)
+        return f"| {name} | " + " | ".join(cells) + " |"
 
     decoded = lambda name: lambda result: result["decoded"][name]  # noqa: E731
     lines = [
-        "| draft tokens a pass (chain) | " + " | ".join(str(result["chain_length"]) for result in results) + " |",
+        "| | " + " | ".join(result["name"] for result in results) + " |",
         "|---|" + "---|" * len(results),
+        row("draft tokens a pass", lambda result: result["draft_tokens"], "d"),
         row("accept length, real decoding", decoded("accept_length")),
     ]
     if "teacher_forced" in results[0]:
-        forced = lambda name: lambda result: result["teacher_forced"][name]  # noqa: E731
+        forced = lambda name: lambda result: result.get("teacher_forced", {}).get(name)  # noqa: E731
         lines += [
             row("accept length, walked over the target's greedy answers", forced("accept_length")),
             row("1 + joint-prefix rates, mean over rows", forced("mean_over_rows")),
@@ -235,42 +238,44 @@ def _chain_table(results: Sequence[dict[str, Any]]) -> list[str]:
 
 def _verdict(result: dict[str, Any]) -> str:
     """One sentence on wall time that hides nothing."""
-    chain, ratio, length = result["chain_length"], result["speedup"], result["decoded"]["accept_length"]
+    name, ratio, length = result["name"], result["speedup"], result["decoded"]["accept_length"]
     if ratio >= 1:
         doubt = "; that is more than the saved passes explain: too little was timed, or the machine was busy"
         return (
-            f"chain of {chain}: {ratio:.2f} times as fast as the target alone, {length:.2f} tokens a target pass"
+            f"{name}: {ratio:.2f} times as fast as the target alone, {length:.2f} tokens a target pass"
             f"{doubt if ratio > length else ''}"
         )
     return (
-        f"chain of {chain}: SLOWER than the target alone ({ratio:.2f} times its speed) in spite of {length:.2f} tokens "
+        f"{name}: SLOWER than the target alone ({ratio:.2f} times its speed) in spite of {length:.2f} tokens "
         "a target pass; drafting, and verifying several tokens at once, cost more here than the passes saved"
     )
 
 
 def write_evaluation(directory: Path, results: Sequence[dict[str, Any]], facts: dict[str, str]) -> None:
-    """report.md with its PNG figures for one or several chain lengths; the figures are of the longest chain."""
+    """report.md with its PNG figures for one or several chain lengths, and trees behind them; the figures of one are of
+    the longest chain."""
     longest = max(results, key=lambda result: result["chain_length"])
     decoded = longest["decoded"]
     _bars(directory, decoded)
-    axes, save = _figure(directory / "chains.png", "Tokens a target pass, and speed", "draft tokens a pass", "ratio")
-    chains = [result["chain_length"] for result in results]
+    axes, save = _figure(directory / "chains.png", "Tokens a target pass, and speed", "drafted for each pass", "ratio")
+    names, num_chains = [result["name"] for result in results], sum(not result["tree"] for result in results)
     for name, color, values in (
         ("accept length", "#1b7837", [result["decoded"]["accept_length"] for result in results]),
         ("speed next to the target alone", "#08519c", [result["speedup"] for result in results]),
     ):
-        axes.plot(chains, values, "o-", label=name, color=color)
+        axes.plot(values, "o", label=name, color=color)
+        axes.plot(values[:num_chains], color=color)
     axes.axhline(1.0, color="grey", linewidth=1, linestyle="--")
-    axes.set_xticks(chains)
+    axes.set_xticks(range(len(names)), [textwrap.fill(name, 8) for name in names])
     axes.legend()
     save()
     lines = ["# Evaluation", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
-    lines += [*(f"{_verdict(result)}." for result in results), "", *_chain_table(results), ""]
+    lines += [*(f"{_verdict(result)}." for result in results), "", *_guess_table(results), ""]
     lines += [
         "Tokens/s count what target passes gave over the time that they took, drafting included; prefill and "
         "compilation are left out. Every batch was decoded with and without the draft, one after the other.",
-        "", "| category | " + " | ".join(f"chain of {chain}" for chain in chains) + " |",
-        "|---|" + "---|" * len(chains),
+        "", "| category | " + " | ".join(names) + " |",
+        "|---|" + "---|" * len(names),
     ]  # fmt: skip
     for name in decoded["accept_length_by_category"]:
         values = (result["decoded"]["accept_length_by_category"][name] for result in results)
@@ -284,7 +289,7 @@ def write_evaluation(directory: Path, results: Sequence[dict[str, Any]], facts: 
     for result in results:
         rates = [*map("{:.3f}".format, result["decoded"]["acceptance_by_position"])]
         cells = rates + [""] * (len(positions) - len(rates))
-        lines.append(f"| accepted, chain of {result['chain_length']} | " + " | ".join(cells) + " |")
+        lines.append(f"| accepted, {result['name']} | " + " | ".join(cells) + " |")
     for name in ("accepted_lengths", "acceptance", "chains"):
         lines += ["", f"![]({name}.png)"]
     _replace(directory / "report.md", "\n".join(lines) + "\n")
@@ -301,7 +306,7 @@ def print_evaluation(results: Sequence[dict[str, Any]], directory: Path) -> None
     for result in results:
         decoded = result["decoded"]
         CONSOLE.print(Text.assemble((f"accept length {decoded['accept_length']:.3f}", "bold"), f"  {_verdict(result)}"))
-        if result.get("teacher_forced") and decoded["identical_answers"] < result["answers"]:
+        if decoded.get("identical_answers", result["answers"]) < result["answers"]:
             CONSOLE.print(
                 f"  {decoded['identical_answers']} of {result['answers']} answers are the target's own, token for "
                 "token; where two tokens are nearly equal, rounding may choose either"

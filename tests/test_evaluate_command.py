@@ -28,6 +28,9 @@ QUESTIONS = [
 ]
 
 
+ALL = ("--chain", "1", "3", "--tree", "2", "1")
+
+
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -63,17 +66,25 @@ def call(workspace, tiny_gguf, out, *more, draft="draft", prompts="questions.jso
 
 @pytest.fixture(scope="module")
 def finished(workspace, tiny_gguf):
-    assert call(workspace, tiny_gguf, workspace / "out", "--chain", "1", "3") == 0
+    assert call(workspace, tiny_gguf, workspace / "out", *ALL) == 0
     return workspace / "out"
 
 
 def test_figures_add_up(finished):
     results = json.loads((finished / "results.json").read_text())["chains"]
-    assert [result["chain_length"] for result in results] == [1, 3]
+    names = ["chain of 1", "chain of 3", "tree of 2 1"]
+    assert [(r["name"], r["chain_length"], r["tree"], r["draft_tokens"]) for r in results] == [
+        (names[0], 1, [], 1), (names[1], 3, [], 3), (names[2], 2, [2, 1], 4)
+    ]  # fmt: skip
+    for result in results[:2]:
+        decoded, forced = result["decoded"], result["teacher_forced"]
+        assert forced["answers_with_the_decoded_passes"] == 5
+        assert decoded["accept_length"] == forced["accept_length"]
+    assert "teacher_forced" not in results[2]  # a walk is a chain's
     for result in results:
-        decoded, forced, chain = result["decoded"], result["teacher_forced"], result["chain_length"]
-        assert result["answers"] == decoded["identical_answers"] == forced["answers_with_the_decoded_passes"] == 5
-        assert decoded["accept_length"] == forced["accept_length"] > 1
+        decoded, chain = result["decoded"], result["chain_length"]
+        assert result["answers"] == decoded["identical_answers"] == 5
+        assert decoded["accept_length"] > 1
         assert decoded["accept_length"] == decoded["target_passes_alone"] / decoded["target_passes"]
         assert sum(decoded["accepted_histogram"]) == decoded["target_passes"]
         assert len(decoded["accepted_histogram"]) == chain + 1 == len(decoded["acceptance_by_position"]) + 1
@@ -83,6 +94,7 @@ def test_figures_add_up(finished):
         speeds = [result[name]["tokens_per_second"] for name in ("with_draft", "alone")]
         assert result["speedup"] == speeds[0] / speeds[1]
     assert results[1]["decoded"]["accept_length"] > results[0]["decoded"]["accept_length"]
+    assert results[2]["decoded"]["accept_length"] >= results[0]["decoded"]["accept_length"]
     report = (finished / "report.md").read_text()
     for name in re.findall(r"!\[\]\((\w+\.png)\)", report):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
@@ -90,7 +102,11 @@ def test_figures_add_up(finished):
     assert f"| accept length, real decoding | {results[0]['decoded']['accept_length']:.3f} |" in report
     for result in results:
         slower = result["speedup"] < 1
-        assert (f"chain of {result['chain_length']}: SLOWER than the target alone" in report) == slower
+        assert (f"{result['name']}: SLOWER than the target alone" in report) == slower
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("|")]
+    assert ["", *names] in table
+    assert ["draft tokens a pass", "1", "3", "4"] in table
+    assert ["whose walk has the decoded passes", "5", "5", ""] in table
 
 
 def test_an_answer_stands_in_the_next_prompt(finished, tiny_gguf):
@@ -111,18 +127,22 @@ def test_a_stopped_run_goes_on_and_a_finished_one_decodes_nothing(workspace, fin
     decode = measure_module.Clock.decode
     monkeypatch.setattr(
         measure_module.Clock, "decode",
-        lambda self, prompts, seeds, settings, *rest: decoded.append(settings.chain_length)
+        lambda self, prompts, seeds, settings, *rest: decoded.append((settings.chain_length, settings.tree))
         or decode(self, prompts, seeds, settings, *rest),
     )  # fmt: skip
     before = (finished / "results.json").read_bytes()
-    assert call(workspace, tiny_gguf, finished, "--chain", "1", "3") == 0
+    assert call(workspace, tiny_gguf, finished, *ALL) == 0
     assert decoded == []
     assert (finished / "results.json").read_bytes() == before
     lost = finished / "batches" / "chain3-seed0-00001.json"
     whole = json.loads(lost.read_text())["result"]["turns"]
     lost.write_text(lost.read_text()[:50])  # as a disk that was full might have left it
-    assert call(workspace, tiny_gguf, finished, "--chain", "1", "3") == 0
-    assert set(decoded) == {3}
+    assert call(workspace, tiny_gguf, finished, *ALL) == 0
+    assert set(decoded) == {(3, ())}
+    (finished / "batches" / "tree2-1-seed0-00000.json").unlink()
+    decoded.clear()
+    assert call(workspace, tiny_gguf, finished, *ALL) == 0
+    assert set(decoded) == {(0, (2, 1))}
     assert json.loads(lost.read_text())["result"]["turns"] == whole
 
 
@@ -147,6 +167,9 @@ def test_sampled_on_two_devices(workspace, tiny_gguf, tmp_path):
         (("--chain", "0"), "--chain: found 0, expected at least 1"),
         (("--chain", "2", "2"), "--chain: found 2 2, expected each once"),
         (("--seeds", "1", "2"), "--seeds: several make sense only with --temperature above 0"),
+        (("--tree", "2", "0"), "tree: found widths 2 0, expected each at least 1"),
+        (("--tree", "2", "1", "--tree", "2", "1"), "--tree: found 2 1 2 1, expected each once"),
+        (("--tree", "2", "1", "--temperature", "1"), "tree: found one with temperature 1"),
         (("--temperature", "-1"), "found temperature -1.0"),
         (("--data", "99"), "mesh.data: 99 devices were asked for, 8 are visible"),
         (("--max-new-tokens", "126"), r"prompt 8\d: turn 1 has \d+ tokens; with an answer of 126 it leaves .* of 128"),

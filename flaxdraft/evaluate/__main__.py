@@ -43,6 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--chain", type=int, nargs="+", default=[3], help="draft tokens a target pass; several are compared"
     )
+    parser.add_argument(
+        "--tree", type=int, nargs="+", action="append", default=[], metavar="WIDTH",
+        help="children of a node by depth, a tree of draft tokens beside the chains (greedy only); may be given again",
+    )  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -61,7 +65,8 @@ def _check(arguments: argparse.Namespace) -> None:
     ):  # fmt: skip
         if value is not None and value < least:
             raise InputError(f"{name}: found {value}, expected at least {least}")
-    for name, values in (("--chain", a.chain), ("--seeds", a.seeds)):
+    trees = [" ".join(map(str, tree)) for tree in a.tree]
+    for name, values in (("--chain", a.chain), ("--seeds", a.seeds), ("--tree", trees)):
         if len(set(values)) < len(values):
             raise InputError(f"{name}: found {' '.join(map(str, values))}, expected each once")
     if a.temperature == 0 and len(a.seeds) > 1:
@@ -101,9 +106,9 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
 
     from flaxdraft.drafts import serving_files
     from flaxdraft.evaluate.decoding import Settings
-    from flaxdraft.evaluate.measure import Session, measure, texts_of
+    from flaxdraft.evaluate.measure import Guess, Session, measure, texts_of
     from flaxdraft.evaluate.questions import read_questions
-    from flaxdraft.evaluate.results import chain_result
+    from flaxdraft.evaluate.results import guess_result
     from flaxdraft.evaluate.walked import walk_answers
     from flaxdraft.fetch import content_of, sha256_of
     from flaxdraft.mesh import make_mesh
@@ -112,7 +117,9 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     from flaxdraft.stages import claim
     from flaxdraft.weights import write_json
 
-    Settings(a.max_new_tokens, 0, (), a.temperature, a.top_p)  # refuses wrong numbers before anything is loaded
+    guesses = [*(Guess(chain_length=chain) for chain in a.chain), *(Guess(tree=tuple(tree)) for tree in a.tree)]
+    for guess in guesses:  # refuses wrong numbers before anything is loaded
+        Settings(a.max_new_tokens, guess.chain_length, (), a.temperature, a.top_p, guess.tree).plan(None)
     questions = read_questions(a.prompts, None if a.split == "all" else a.split)[: a.limit]
     mesh = make_mesh(a.data) if a.data > 1 else None
     inputs = {
@@ -125,20 +132,22 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     loaded, draft = _load(a, directory)
     CONSOLE.print(
         f"{len(questions)} questions, {sum(len(q.turns) for q in questions)} turns, up to {a.max_new_tokens} tokens "
-        f"each; chains of {', '.join(map(str, a.chain))}, temperature {a.temperature:g}"
+        f"each; {', '.join(map(str, guesses))}; temperature {a.temperature:g}"
     )
     target, parts = loaded.model, draft.parts
     if mesh is not None:
         target, parts = jax.device_put((target, parts), jax.NamedSharding(mesh, jax.P()))
     settings = Settings(a.max_new_tokens, 0, tuple(loaded.stop_tokens), a.temperature, a.top_p)
     session = Session(target, parts, loaded.tokenizer, mesh, settings, a.rows)
-    runs = measure(session, questions, a.chain, a.seeds, a.out / "batches", inputs)
-    alone = [run for run in runs if run.chain_length == 0]
-    forced = walk_answers(loaded.model, draft, texts_of(alone[0]), a.chain, a.rows) if a.temperature == 0 else {}
+    runs = measure(session, questions, guesses, a.seeds, a.out / "batches", inputs)
+    alone, greedy = [run for run in runs if run.guess == Guess()], a.temperature == 0
+    forced = walk_answers(loaded.model, draft, texts_of(alone[0]), a.chain, a.rows) if greedy else {}
     category = {question.id: question.category for question in questions}
     results = [
-        chain_result([run for run in runs if run.chain_length == chain], alone, category, forced.get(chain))
-        for chain in a.chain
+        guess_result(
+            [run for run in runs if run.guess == guess], alone, category, forced.get(guess.chain_length), greedy
+        )
+        for guess in guesses
     ]
     facts = {
         "draft": f"{a.draft}, step {a.step}" if a.step else str(a.draft), "target": a.target,

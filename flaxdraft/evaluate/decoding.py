@@ -124,7 +124,9 @@ class Decoding:
         if plan.tree is not None:
             drafted, vocab_size = plan.tree.num_nodes - 1, nnx.merge(graphdef, state).config.draft_vocab_size
             if max(settings.tree) > vocab_size:
-                raise InputError(f"tree: found width {max(settings.tree)}, the draft has {vocab_size} tokens")
+                raise InputError(
+                    f"tree: found width {max(settings.tree)}, expected at most the draft's {vocab_size} tokens"
+                )
         num_slots = padded + round_up(settings.max_new_tokens + drafted, 8)
         prefill = dataclasses.replace(plan, chain_length=min(plan.depth, 1), tree=None)  # the same for all
         self._num = num

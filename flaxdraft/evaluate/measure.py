@@ -1,6 +1,6 @@
 """Questions decoded with and without the draft, batch by batch, on one clock; finished batches are kept on disk.
 
-Every batch is decoded by the target alone and by each chain length, one after the other, so that a machine that gets
+Every batch is decoded by the target alone and by each chain and tree, one after the other, so that a machine that gets
 slower is slower for all of them. What has to be compiled is compiled on a first run of a single pass, which is not
 timed.
 """
@@ -19,6 +19,7 @@ import numpy as np
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.decoding import Decoded, Decoding, Settings, padded_length
 from flaxdraft.evaluate.questions import Question
+from flaxdraft.evaluate.tree import Tree
 from flaxdraft.progress import Bar, bar
 from flaxdraft.stages import Stage
 
@@ -48,10 +49,33 @@ class Timing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """Everything decoded with one chain length and seed."""
+class Guess:
+    """What is drafted for each target pass: a chain, a tree, or nothing."""
 
-    chain_length: int  # 0: the target alone
+    chain_length: int = 0
+    tree: tuple[int, ...] = ()  # as in `Settings`
+
+    @property
+    def depth(self) -> int:
+        """The most draft tokens that a target pass accepts."""
+        return len(self.tree) or self.chain_length
+
+    @property
+    def num_tokens(self) -> int:
+        """Drafted, and verified, by each target pass."""
+        return Tree(self.tree).num_nodes - 1 if self.tree else self.chain_length
+
+    def __str__(self) -> str:
+        if self.tree:
+            return f"tree of {' '.join(map(str, self.tree))}"
+        return f"chain of {self.chain_length}" if self.chain_length else "target alone"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Everything decoded with one guess and seed."""
+
+    guess: Guess
     seed: int
     turns: list[Turn]
     timing: Timing
@@ -65,7 +89,7 @@ class Session:
     draft: tuple
     tokenizer: Any
     mesh: jax.sharding.Mesh | None
-    settings: Settings  # its chain length is replaced by each in turn
+    settings: Settings  # its chain or tree is replaced by each in turn
     num_rows: int  # conversations decoded together
 
     def render(self, question: Question, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -111,7 +135,7 @@ class Clock:
             num_rows=s.num_rows,
             least_length=LEAST_LENGTH,
         )
-        shape = settings.chain_length, padded_length(max(LEAST_LENGTH, *map(len, prompts)))
+        shape = settings.chain_length, settings.tree, padded_length(max(LEAST_LENGTH, *map(len, prompts)))
         if shape not in self._warm:
             start_one().advance(1)
             self._warm.add(shape)
@@ -166,55 +190,57 @@ def batches_of(session: Session, questions: Sequence[Question]) -> list[list[Que
 
 
 def measure(
-    session: Session, questions: Sequence[Question], chains: Sequence[int], seeds: Sequence[int], directory: Path,
+    session: Session, questions: Sequence[Question], guesses: Sequence[Guess], seeds: Sequence[int], directory: Path,
     inputs: dict[str, Any],
 ) -> list[Measured]:  # fmt: skip
-    """The target alone, then each chain length, for each seed.
+    """The target alone, then each guess, for each seed.
 
     Args:
         directory: where finished batches are kept.
         inputs: what a batch depends on; a batch from other inputs is decoded anew.
     """
     batches, clock = batches_of(session, questions), Clock(session)
-    cases = [(chain, seed) for seed in seeds for chain in (0, *chains)]
-    found: dict[tuple[int, int], list] = {case: [] for case in cases}
-    stages = {
-        (i, *case): Stage(directory / f"chain{case[0]}-seed{case[1]}-{i:05d}.json", inputs | {"part": [i, *case]})
-        for i in range(len(batches)) for case in cases
-    }  # fmt: skip
+    cases = [(guess, seed) for seed in seeds for guess in (Guess(), *guesses)]
+    found: dict[tuple[Guess, int], list] = {case: [] for case in cases}
+    stages = {(i, *case): _stage(directory, inputs, i, *case) for i in range(len(batches)) for case in cases}
     stored = {key: stage.load() for key, stage in stages.items()}
     done = sum(result is not None for result in stored.values())
     with bar("batches", len(stages), done) as progress:
-        for (i, chain, seed), stage in stages.items():
-            result = stored[i, chain, seed]
+        for (i, guess, seed), stage in stages.items():
+            result = stored[i, guess, seed]
             if result is None:
-                settings = dataclasses.replace(session.settings, chain_length=chain)
-                result = _pack(*_watched(session, clock, batches[i], settings, seed, progress))
+                result = _pack(*_watched(session, clock, batches[i], guess, seed, progress))
                 stage.store(result)
-            found[chain, seed].append(_unpack(result))
-    return [_joined(chain, seed, parts) for (chain, seed), parts in found.items()]
+            found[guess, seed].append(_unpack(result))
+    return [_joined(guess, seed, parts) for (guess, seed), parts in found.items()]
 
 
-def _watched(session: Session, clock: Clock, batch, settings: Settings, seed: int, progress: Bar):
-    name = f"chain of {settings.chain_length}" if settings.chain_length else "target alone"
+def _stage(directory: Path, inputs: dict[str, Any], i: int, guess: Guess, seed: int) -> Stage:
+    drafted = "-".join(map(str, guess.tree)) or guess.chain_length
+    kind = "tree" if guess.tree else "chain"
+    return Stage(directory / f"{kind}{drafted}-seed{seed}-{i:05d}.json", inputs | {"part": [i, drafted, seed]})
+
+
+def _watched(session: Session, clock: Clock, batch, guess: Guess, seed: int, progress: Bar):
+    settings = dataclasses.replace(session.settings, chain_length=guess.chain_length, tree=guess.tree)
     expected = settings.max_new_tokens * sum(len(question.turns) for question in batch)
     before, made = progress.done, 0
 
     def on_tokens(num):
         nonlocal made
         made += num
-        progress.advance(num / expected, f"{name}, {made} tokens")
+        progress.advance(num / expected, f"{guess}, {made} tokens")
 
     turns, timing = _decode_batch(session, clock, batch, settings, seed, on_tokens)
     progress.advance(
-        before + 1 - progress.done, f"{name}, {timing.decoded_tokens / timing.decode_seconds:.1f} tokens/s"
+        before + 1 - progress.done, f"{guess}, {timing.decoded_tokens / timing.decode_seconds:.1f} tokens/s"
     )
     return turns, timing
 
 
-def _joined(chain: int, seed: int, parts: Sequence[tuple[list[Turn], Timing]]) -> Measured:
+def _joined(guess: Guess, seed: int, parts: Sequence[tuple[list[Turn], Timing]]) -> Measured:
     turns = [turn for part, _ in parts for turn in part]
-    return Measured(chain, seed, turns, sum((timing for _, timing in parts), Timing()))
+    return Measured(guess, seed, turns, sum((timing for _, timing in parts), Timing()))
 
 
 def texts_of(measured: Measured) -> list[tuple[list[int], int]]:

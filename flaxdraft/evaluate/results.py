@@ -67,35 +67,40 @@ def _identical(run: Measured, alone: Measured) -> int:
     return sum(one.prompt == two.prompt and one.answer.tokens == two.answer.tokens for one, two in pairs)
 
 
-def chain_result(
-    runs: Sequence[Measured], alone: Sequence[Measured], category: Mapping[str, str], forced: TeacherForced | None
-) -> dict[str, Any]:
-    """Every figure of one chain length, its seeds taken together.
+def guess_result(
+    runs: Sequence[Measured], alone: Sequence[Measured], category: Mapping[str, str], forced: TeacherForced | None,
+    greedy: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Every figure of one chain or tree, its seeds taken together.
 
     Args:
         runs, alone: with the draft and without it, by seed.
         category: of each question's id.
-        forced: the walk over the target's own greedy answers; None where answers were sampled.
+        forced: the walk over the target's own greedy answers; None where answers were sampled, and for a tree.
 
     Raises:
         InputError: no answer has a second token, so no target pass was made.
     """
-    chain, turns = runs[0].chain_length, [turn for run in runs for turn in run.turns]
+    guess, turns = runs[0].guess, [turn for run in runs for turn in run.turns]
     yields = [turn.answer.yields for turn in turns]
     if not any(turn.answer.yields for run in alone for turn in run.turns):
         raise InputError("prompts: every answer ends with its first token, so there is nothing to measure")
     speed, before = _speed(_total(runs)), _speed(_total(alone))
     result = {
-        "chain_length": chain,
+        "name": str(guess),
+        "chain_length": guess.depth,
+        "tree": list(guess.tree),
+        "draft_tokens": guess.num_tokens,
         "answers": len(turns),
-        "decoded": acceptance(yields, chain)
+        "decoded": acceptance(yields, guess.depth)
         | {"accept_length_by_category": by_category(yields, [category[turn.question] for turn in turns])},
         "with_draft": speed,
         "alone": before,
         "speedup": speed["tokens_per_second"] / before["tokens_per_second"],
     }
-    if forced is not None:
+    if greedy:
         result["decoded"]["identical_answers"] = _identical(runs[0], alone[0])
+    if forced is not None:
         # The walk goes over the answers of the target alone; a turn counts where decoding gave the same one.
         result["teacher_forced"] = teacher_forced_figures(forced, yields)
     return result

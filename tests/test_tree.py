@@ -1,0 +1,220 @@
+"""Decoding with trees in float64: the target's own output, whichever branch is right, and never less than a chain."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from agreeing import V, make_draft, make_target, prompts
+from flax import nnx
+
+from flaxdraft.data.generation import answer_greedily
+from flaxdraft.errors import InputError
+from flaxdraft.evaluate import drafting, tree
+from flaxdraft.evaluate.acceptance import accept_length
+from flaxdraft.evaluate.decoding import Decoding, Settings, decode
+from flaxdraft.evaluate.tree import Tree
+from flaxdraft.mesh import make_mesh
+
+LIMIT, STOP, NUM = 24, 7, 104
+PROMPTS = prompts(NUM)
+SHALLOW, DEEP, WIDE = (2, 2, 1), (2, 2, 1, 1, 1, 1), (4,)  # what is DISTANCE back lies inside a deep tree
+
+
+@pytest.fixture(scope="module", autouse=True)
+def wide():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def target():
+    return functools.cache(lambda family: make_target(jnp.float64, family=family))
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    """One that knows the next token and is not sure of it: often its second or third is right."""
+
+    @functools.cache
+    def make(family, name):
+        unsure = make_draft(name, target(family))
+        kernel = unsure.lm_head.kernel
+        kernel[...] += 2 * np.random.default_rng(3).normal(size=kernel.shape)
+        return unsure
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone(target):
+    """The target's own answers, one token after the other."""
+
+    @functools.cache
+    def answers(family):
+        rows = answer_greedily(target(family), PROMPTS, LIMIT, STOP, NUM, lambda num: None)
+        return [row.tokens[row.num_prompt :].tolist() for row in rows]
+
+    return answers
+
+
+@pytest.fixture(scope="module")
+def run(target, draft):
+    @functools.cache
+    def call(family, name, widths, some=range(NUM), stops=(STOP, -1), chain=0):
+        settings = Settings(LIMIT, chain, stops, tree=widths)
+        parts = nnx.split(draft(family, name))
+        return decode(target(family), parts, [PROMPTS[i] for i in some], settings, num_rows=NUM)
+
+    return call
+
+
+def yields(decoded):
+    return [one.yields for one in decoded]
+
+
+QUICK = ("llama", "llama", SHALLOW)
+CASES = [
+    pytest.param(*case, marks=[] if case == QUICK else pytest.mark.slow)
+    for case in ((f, d, widths) for f in ("llama", "deepseek") for d in ("llama", "mla")
+                 for widths in (SHALLOW, DEEP, WIDE))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "name", "widths"), CASES)
+def test_output_is_the_targets_own(alone, run, family, name, widths):
+    decoded = run(family, name, widths)
+    assert [one.tokens for one in decoded] == alone(family)
+    assert [sum(one.yields) for one in decoded] == [len(answer) - 1 for answer in alone(family)]
+    # Paths of every length are accepted, and some are cut by a stop token and by the limit.
+    assert {y for one in decoded for y in one.yields} == set(range(1, len(widths) + 2))
+    lasts = {(one.tokens[-1] == STOP, one.yields[-1] > 1) for one in decoded if one.yields}
+    assert lasts == {(True, True), (True, False), (False, True), (False, False)}
+
+
+@pytest.mark.parametrize("widths", [SHALLOW, pytest.param(DEEP, marks=pytest.mark.slow)])
+def test_a_tree_gains_at_least_what_its_chain_does(run, widths):
+    """At a place that both come to, which the first pass is, never less; and more in all, so other branches count."""
+    branching, chain = run("llama", "llama", widths), run("llama", "llama", (), chain=len(widths))
+    assert [one.tokens for one in branching] == [one.tokens for one in chain]
+    assert all(one.yields[:1] >= two.yields[:1] for one, two in zip(branching, chain, strict=True))
+    assert accept_length(yields(branching)) > accept_length(yields(chain)) + 0.3
+
+
+@pytest.mark.slow
+def test_a_tree_that_does_not_branch_is_the_chain(run):
+    assert run("llama", "llama", (1, 1, 1)) == run("llama", "llama", (), chain=3)
+
+
+def test_stop_and_limit_cut_the_same_answer_anywhere(run):
+    """Each answer without stops, cut at each of its tokens in turn by making that token the stop."""
+    whole = run("llama", "llama", SHALLOW, stops=(-1, -1))
+    assert all(len(one.tokens) == LIMIT for one in whole)
+    cut_at = set()
+    for stop in range(1, V, 32):
+        for one, want in zip(run("llama", "llama", SHALLOW, stops=(-1, stop)), whole, strict=True):
+            end = want.tokens.index(stop) + 1 if stop in want.tokens else LIMIT
+            assert one.tokens == want.tokens[:end]
+            # The passes are those of the longer answer, the last one cut.
+            ends = np.cumsum([1, *want.yields])
+            assert np.cumsum([1, *one.yields]).tolist() == [*ends[ends < end], end]
+            cut_at.add(int(end - ends[ends < end].max(initial=1)))
+    assert {1, 2, 3, 4} <= cut_at
+
+
+def test_a_finished_row_stays_as_it_is_and_a_row_is_its_own(run):
+    together = run("llama", "llama", SHALLOW)
+    assert len({len(one.tokens) for one in together}) > 5
+    assert run("llama", "llama", SHALLOW, range(NUM - 9, 2, -1)) == together[NUM - 9 : 2 : -1]
+
+
+@pytest.mark.slow
+def test_many_devices_decode_the_same(target, draft, alone):
+    """Seven prompts over four devices; each device's loop ends by itself."""
+    mesh = make_mesh(4)
+    graphdef, state = nnx.split(draft("llama", "llama"))
+    placed, state = jax.device_put((target("llama"), state), jax.NamedSharding(mesh, jax.P()))
+    settings = Settings(LIMIT, 0, (STOP,), tree=(2, 1))
+    decoding = Decoding(placed, (graphdef, state), PROMPTS[:7], settings, mesh=mesh)
+    while decoding.advance():
+        pass
+    assert [one.tokens for one in decoding.answers()] == alone("llama")[:7]
+
+
+def paths_of(shape):
+    """int [leaves, T]: the nodes from the root to each leaf."""
+    return np.stack([np.flatnonzero(sees_N) for sees_N in shape.sees_NN[shape.level(len(shape.widths))]])
+
+
+def test_nodes_are_numbered_depth_by_depth():
+    shape = Tree((2, 2, 1))
+    assert shape.parent_Q.tolist() == [0, 0, 1, 1, 2, 2, 3, 4, 5, 6]
+    assert [shape.level(depth) for depth in range(4)] == [slice(0, 1), slice(1, 3), slice(3, 7), slice(7, 11)]
+    assert paths_of(shape).tolist() == [[0, 1, 3, 7], [0, 1, 4, 8], [0, 2, 5, 9], [0, 2, 6, 10]]
+
+
+@pytest.mark.parametrize("family", ["deepseek", pytest.param("llama", marks=pytest.mark.slow)])
+def test_a_node_is_what_its_path_alone_would_be(target, family):
+    """Features of every node, and the cache after each path was moved, against an extension by that path."""
+    shape, prefix, num_slots = Tree((2, 2, 1)), np.arange(9)[None] + 20, 24
+    paths_LT = paths_of(shape)
+    model, num = target(family), len(paths_LT)
+    tokens_1N = np.random.default_rng(0).integers(0, V, (1, shape.num_nodes))
+    cache, _ = model.extend(model.new_cache(1, num_slots), prefix, np.arange(9)[None], "all")
+    root_L = np.full(num, 9, np.int32)
+    at_LT = root_L[:, None] + np.arange(4, dtype=np.int32)[None]
+    chained, want = model.extend(model.fork_cache(cache, num), tokens_1N[0][paths_LT], at_LT, "all")
+    positions, placement = shape.place(jnp.asarray(root_L), slice(None), num_slots)
+    tokens_LN = tokens_1N.repeat(num, axis=0)
+    cache, got = model.extend(model.fork_cache(cache, num), tokens_LN, positions, "all", placement)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(a)[np.arange(num)[:, None], paths_LT], b, atol=1e-9)
+    moved = cache.moved(root_L[:, None] + paths_LT[:, 1:], at_LT[:, 1:])
+    np.testing.assert_allclose(moved.k_LBKHS[..., :13], chained.k_LBKHS[..., :13], atol=1e-9)
+    np.testing.assert_allclose(moved.v_LBKSC[..., :13, :], chained.v_LBKSC[..., :13, :], atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("mla", marks=pytest.mark.slow)])
+def test_children_are_the_drafts_likeliest_behind_their_path(target, draft, name):
+    """Each path of the tree, drafted as a chain that is told its tokens and says what it would have chosen."""
+    model, shape, num_slots, num_rows = draft("llama", name), Tree((2, 2, 2, 1, 1, 2)), 80, 3
+    rng = np.random.default_rng(0)
+    read = jnp.arange(7)[None].repeat(num_rows, 0)
+    taps = jnp.asarray(rng.normal(size=(num_rows, 7, 3, 32)))
+    cache, hidden_BD = drafting.extend(
+        model, drafting.new_draft_cache(model, num_rows, num_slots), taps, jnp.asarray(rng.integers(0, V, (3, 7))),
+        read, jnp.full(num_rows, 6),
+    )  # fmt: skip
+    row_B = jnp.full(num_rows, 6)
+    _, ids_BQ = jax.jit(tree.propose, static_argnums=4)(model, cache, hidden_BD, row_B, shape)
+    ids_BN = np.pad(ids_BQ, ((0, 0), (1, 0)))
+
+    @jax.jit
+    def told(ids_BT):
+        def choose(logits_BW, j):
+            return ids_BT[:, j], jax.lax.top_k(logits_BW, 2)[1]
+
+        return drafting.propose(model, cache, hidden_BD, row_B, len(shape.widths), choose)[2]
+
+    for path_T in paths_of(shape):
+        likeliest_BQ2 = np.asarray(told(jnp.asarray(ids_BN[:, path_T[1:]])))
+        for depth, (node, width) in enumerate(zip(path_T[:-1], shape.widths, strict=True)):
+            children = np.flatnonzero(shape.parent_Q == node) + 1
+            np.testing.assert_array_equal(ids_BN[:, children], likeliest_BQ2[:, depth, :width])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.5}, "tree: found one with temperature 0.5 and a chain of 0; .* verified greedily"),
+        ({"chain_length": 3}, "tree: found one with temperature 0 and a chain of 3; .* takes the place of a chain"),
+        ({"tree": (3, 0)}, "tree: found widths 3 0, expected each at least 1"),
+        ({"tree": (9, 9, 9)}, "tree: widths 9 9 9 make 819 draft tokens a target pass, expected at most 512"),
+        ({"tree": (60,)}, "tree: found width 60, expected at most the draft's 57 tokens"),
+    ],
+)
+def test_wrong_trees(target, draft, settings, message):
+    settings = {"max_new_tokens": LIMIT, "chain_length": 0, "stop_tokens": (), "tree": SHALLOW} | settings
+    with pytest.raises(InputError, match=message):
+        decode(target("llama"), nnx.split(draft("llama", "llama")), [[1]], Settings(**settings))
