@@ -77,6 +77,7 @@ def guess_result(
         runs, alone: with the draft and without it, by seed.
         category: of each question's id.
         forced: the walk over the target's own greedy answers; None where answers were sampled, and for a tree.
+        greedy: answers were not sampled, so those with the draft should be the target's own.
 
     Raises:
         InputError: no answer has a second token, so no target pass was made.

@@ -7,7 +7,7 @@ and sees what lies before the root, and its own ancestors: tree attention as in 
 chain would have left them, and the other branches are written over by the next pass.
 
 Shape letters: B rows, N nodes (the root, node 0, is the newest real token), Q nodes without the root, T nodes of one
-depth or of one path, S slots, D draft width, E target width.
+depth or of one path, S slots, X columns of a table, D draft width, E target width.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ class Tree:
             sees_NN[node] |= sees_NN[parent]
         return sees_NN
 
-    def place(
-        self, root_B: Int[Array, " B"], nodes: slice, num_slots: int
-    ) -> tuple[Int[Array, "B T"], Placement]:  # fmt: skip
+    def place(self, root_B: Int[Array, " B"], nodes: slice, num_slots: int) -> tuple[Int[Array, "B T"], Placement]:
         """Positions of some nodes, and their places in a cache whose slot `root_B` is the root's (the number of slots
         marks padding)."""
         sees_TN = self.sees_NN[nodes]

@@ -26,6 +26,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Features, Placement
 from flaxdraft.mesh import Sharding, check_divides, gathered, on_shards
 from flaxdraft.nn import vocabulary
+from flaxdraft.nn.cache import Cache
 from flaxdraft.nn.layers import RMSNorm
 from flaxdraft.nn.places import check_heads, place_of
 from flaxdraft.nn.rope import RopeConfig
@@ -201,28 +202,6 @@ def bytes_per_device(
     return total
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Slot s of a row holds the keys and values of its position s; what lies beyond the row's end is never seen."""
-
-    k_LBKHS: Float[Array, "L B K H S"]
-    v_LBKSC: Float[Array, "L B K S C"]
-
-    @property
-    def num_slots(self) -> int:
-        return self.k_LBKHS.shape[-1]
-
-    def moved(self, from_BT: Int[Array, "B T"], to_BT: Int[Array, "B T"]) -> Cache:
-        """What lay in slots `from_BT` put into `to_BT`, all at once; slots beyond the last are left out."""
-        rows_B1 = jnp.arange(from_BT.shape[0])[:, None]
-        k, v = self.k_LBKHS, self.v_LBKSC
-        return Cache(
-            k.at[:, rows_B1, :, :, to_BT].set(k[:, rows_B1, :, :, from_BT], mode="drop"),
-            v.at[:, rows_B1, :, to_BT].set(v[:, rows_B1, :, from_BT], mode="drop"),
-        )
-
-
 def _in_chunks(q_BTNH, k_BTKH, v_BTKC, first_BT, last_BT, scale: float):
     out, _ = range_attention.forward(
         q_BTNH, k_BTKH, v_BTKC, first_BT, last_BT, scale, range_attention.Chunks(256, 256)
@@ -238,25 +217,16 @@ def _uncached(q_BTNH, k_BTKH, v_BTKC, segments_BT, scale: float):
     return _in_chunks(q_BTNH, k_BTKH, v_BTKC, *document_ranges(segments_BT), scale)
 
 
-def _written(cache: Cache, layer, k_BTKH, v_BTKC, slots_BT) -> Cache:
-    """With the new keys and values. Slots out of range mark padding: their writes are dropped."""
-    rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
-    return Cache(
-        cache.k_LBKHS.at[layer, rows_B1, :, :, slots_BT].set(k_BTKH, mode="drop"),
-        cache.v_LBKSC.at[layer, rows_B1, :, slots_BT].set(v_BTKC, mode="drop"),
-    )
-
-
 def _placed(cache: Cache, layer, q_BTNH, k_BTKH, v_BTKC, placement: Placement, scale: float):
     """Writes the new keys and values where they belong and attends to what each row may see."""
-    cache = _written(cache, layer, k_BTKH, v_BTKC, placement.slots_BT)
+    cache = cache.written(layer, k_BTKH, v_BTKC, placement.slots_BT)
     k_BKHS, v_BKSC = cache.k_LBKHS[layer], cache.v_LBKSC[layer]
     return attend_cache(q_BTNH, k_BKHS, v_BKSC, placement.visible_BTS, scale), cache
 
 
 def _cached(cache: Cache, layer, q_BTNH, k_BTKH, v_BTKC, positions_BT, scale: float):
     """Writes the new keys and values and attends to all slots up to each position."""
-    cache = _written(cache, layer, k_BTKH, v_BTKC, positions_BT)
+    cache = cache.written(layer, k_BTKH, v_BTKC, positions_BT)
     num_slots, (num_batch, num_rows, num_heads, _) = cache.k_LBKHS.shape[-1], q_BTNH.shape
     if num_rows > 1 and num_batch * num_heads * num_rows * num_slots > DENSE_SCORES:
         k_BSKH, v_BSKC = jnp.moveaxis(cache.k_LBKHS[layer], 3, 1), jnp.moveaxis(cache.v_LBKSC[layer], 2, 1)

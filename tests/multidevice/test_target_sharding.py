@@ -11,6 +11,7 @@ from test_contracts import DEEPSEEK_FIELDS, TARGET_HF, TARGETS
 from tiny import random_weights
 
 from flaxdraft.errors import InputError
+from flaxdraft.evaluate.tree import Tree
 from flaxdraft.generate import generate
 from flaxdraft.interfaces import Batch
 from flaxdraft.mesh import Sharding, make_mesh
@@ -88,6 +89,23 @@ def test_one_and_eight_devices_agree(single, name, mesh):
     for end, parts in split.items():
         for leaf in (leaf for path, leaf in names.items() if path.endswith(end)):
             assert leaf.addressable_shards[0].data.size * parts == leaf.size
+
+
+@pytest.mark.parametrize("name", ["qwen3", pytest.param("deepseek v3", marks=pytest.mark.slow)])
+def test_a_tree_is_the_same_on_eight_devices(name):
+    """Nodes that lie apart from their positions."""
+
+    def grown(target):
+        at = np.tile(np.arange(12, dtype=np.int32), (8, 1))
+        tokens = np.random.default_rng(1).integers(0, target.config.vocab_size, (8, 19)).astype(np.int32)
+        cache, _ = target.extend(target.new_cache(8, 24), tokens[:, :12], at, "end")
+        positions, placement = Tree((2, 2)).place(jnp.full(8, 12), slice(None), 24)
+        cache, out = target.extend(cache, tokens[:, 12:], positions, "all", placement)
+        return jax.device_get((out, cache))
+
+    got, want = grown(make(name, MESHES["all"])), grown(make(name))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(np.abs(b).max())), rtol=0)
 
 
 @pytest.mark.parametrize("sampled", [{}, {"temperature": 1.5, "top_p": 0.9, "seeds": [7, 8, 9]}])
