@@ -73,7 +73,7 @@ class DraftConfig(_Section):
     vocab_map: Text | None = None  # a d2t.npy (offsets) to take instead of choosing from the data
     fields: dict[str, Any] = {}  # overrides of the architecture's Config, which follows the target by default
     warm_start: bool = True  # lm_head, norm and fc from the target's weights, in a draft that begins from nothing
-    init_from: Text | None = None  # a draft's directory: its config, weights and vocabulary map instead of new ones
+    init_from: Text | None = None  # a draft's directory or a run's checkpoint: its sizes, weights and map
 
 
 class AlgorithmConfig(_Section):
@@ -119,6 +119,7 @@ class TrainConfig(_Section):
 class EvaluateConfig(_Section):
     max_new_tokens: int = Field(default=64, ge=2)
     chain_length: int = Field(default=4, ge=1)  # draft tokens a target pass
+    decode_prompts: int = Field(default=0, ge=0)  # decoded for real at each evaluation in training; chooses the best
 
 
 class ExportConfig(_Section):

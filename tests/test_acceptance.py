@@ -22,7 +22,7 @@ from flaxdraft.evaluate.acceptance import (
 )  # fmt: skip
 from flaxdraft.train.state import split_draft
 
-STEPS = 4
+STEPS = 2
 
 
 def simulate(accepted, num_prompt, num_answer):
@@ -81,10 +81,10 @@ def assert_same(got: Part, want: Part):
 
 def test_any_batch_size_gives_the_same(held_out):
     accepted, rows, algorithm = held_out
-    want = evaluate_teacher_forced(accepted, rows, algorithm, 11)
-    assert 1.2 < want.accept_length < STEPS
+    want = evaluate_teacher_forced(accepted, rows, algorithm, 8)
+    assert 1.2 < want.accept_length < STEPS + 1
     assert want.sums.row_count_J[0] == sum(row.num_answer - 1 for row in rows)
-    for batch in (1, 3, 8):
+    for batch in (1, 3):
         got = evaluate_teacher_forced(accepted, rows, algorithm, batch)
         assert_same(got.total, want.total)
         assert got.yields == want.yields

@@ -110,6 +110,7 @@ def one_checkpoint(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's reads beside a failing one
+@pytest.mark.usefixtures("damaged_reads")
 def test_damaged_files_are_noticed_or_do_not_matter(one_checkpoint, tmp_path):
     """Every file cut in half, and with one bit flipped: reading either fails, or gives what was written (some files
     are copies and logs). TensorStore itself lets flipped bits of large arrays pass."""

@@ -101,7 +101,7 @@ def sampled(models, temperature, chain=CHAIN, seed=0):
     return [one.tokens for one in decoded], np.bincount([y for one in decoded for y in one.yields])
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+@pytest.mark.parametrize("temperature", [0.6, pytest.param(1.0, marks=pytest.mark.slow), 1.7])
 def test_answers_are_distributed_as_the_targets(models, temperature):
     answers, yields = sampled(models, temperature)
     assert len(answers) > 50_000
@@ -109,6 +109,7 @@ def test_answers_are_distributed_as_the_targets(models, temperature):
     assert excess(answers, exact(models[0], temperature)) < 4
 
 
+@pytest.mark.slow
 def test_the_target_alone_samples_what_generate_does(models):
     """So it is judged by the same test."""
     answers, _ = sampled(models, 1.0, chain=0)

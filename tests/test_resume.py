@@ -121,6 +121,7 @@ def damage(directory, step):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's reads beside a failing one
+@pytest.mark.usefixtures("damaged_reads")
 def test_auto_takes_the_newest_that_can_be_read(directory, capsys):
     damage(directory, 30)
     (directory / "20" / "_CHECKPOINT_METADATA").write_text("{")

@@ -46,7 +46,7 @@ def answers(rows):
     return [row.tokens[row.num_prompt :].tolist() for row in rows]
 
 
-QUICK = {("llama", 1), ("llama", 8), ("mla", 4)}
+QUICK = {("llama", 8), ("mla", 4)}
 CASES = [
     pytest.param(name, chain, marks=[] if (name, chain) in QUICK else pytest.mark.slow)
     for name in ("llama", "mla") for chain in range(1, 9)

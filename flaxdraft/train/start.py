@@ -1,4 +1,8 @@
-"""Beginning from another draft: what a run's configuration and its target must agree on with it."""
+"""Beginning from another draft: what a run's configuration and its target must agree on with it.
+
+`draft.init_from` is a serving directory, or a checkpoint of a run (RUN/llama/checkpoints/best), of which the weights
+and the vocabulary map are taken and nothing else: steps, moments and the position in the data begin anew.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,34 @@ from types import ModuleType
 from typing import Any
 
 from flaxdraft.config import DraftConfig
-from flaxdraft.drafts import LoadedDraft, from_pretrained
+from flaxdraft.drafts import LoadedDraft, from_pretrained, serving_files
 from flaxdraft.errors import InputError
+from flaxdraft.export import open_draft
+from flaxdraft.serving.record import DraftRecord
 from flaxdraft.serving.taps import outputs_of
+
+
+def _run_of(path: Path) -> Path | None:
+    """The draft folder of the run whose checkpoint the path is; None where it is none."""
+    return path.parent.parent if path.parent.name == "checkpoints" else None
+
+
+def start_files(directory: str) -> list[Path]:
+    """The files whose digests say which draft it is. A checkpoint's metadata hold the time of its save."""
+    path = Path(directory).expanduser()
+    return serving_files(path) if _run_of(path) is None else [path / "_CHECKPOINT_METADATA"]
 
 
 def load_start(config: DraftConfig, module: ModuleType) -> LoadedDraft:
     """The draft at `config.init_from`, whose sizes and vocabulary map replace the configured defaults.
 
     Raises:
-        InputError: it cannot be read (see `from_pretrained`), is of another architecture, or the configuration asks
-            for other sizes.
+        InputError: it cannot be read (see `from_pretrained` and `open_draft`), is of another architecture, or the
+            configuration asks for other sizes.
     """
-    start = from_pretrained(config.init_from)
+    path = Path(config.init_from).expanduser()
+    run = _run_of(path)
+    start = from_pretrained(path) if run is None else open_draft(run, step=path.name).draft
     if start.module is not module:
         raise InputError(
             f"draft.init_from: {config.init_from} holds a {start.module.__name__.rpartition('.')[2]} draft, "
@@ -44,8 +63,12 @@ def check_target(start: LoadedDraft, target: Any, directory: str) -> None:
     Raises:
         InputError: the draft was made for a target of another width or vocabulary, or for other tapped layers.
     """
-    written = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    taps = outputs_of(written, deepseek=hasattr(target, "kv_lora_rank"))
+    path = Path(directory).expanduser()
+    if (run := _run_of(path)) is not None:
+        taps = list(DraftRecord.read(run).tap_layers)
+    else:
+        written = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        taps = outputs_of(written, deepseek=hasattr(target, "kv_lora_rank"))
     for name, theirs, ours in (
         ("target_hidden_size", start.config.target_hidden_size, target.hidden_size),
         ("vocab_size", start.config.vocab_size, target.vocab_size),

@@ -87,6 +87,14 @@ class SmallRun(Run):
         return choose_vocab(self.documents.token_counts, [0, 1], self.config.draft.draft_vocab_size)
 
 
+def train(runs, name: str, *overrides: str):
+    """A small run in this process, on two devices where the overrides do not say otherwise; its parameters."""
+    config = load_config(str(runs.root / "run.yaml"), [f"output_dir={runs.root / name}", "mesh.data=2", *overrides])
+    run = SmallRun(config)
+    run.claim_folders()
+    return run.params
+
+
 def work(config, result: Path) -> None:
     run = SmallRun(config)
     run.claim_folders()

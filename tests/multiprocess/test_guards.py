@@ -1,41 +1,26 @@
-"""What ends a run early or is noticed on its way: broken steps, memory, SIGTERM, reads from the device, a trace, a plan."""
+"""What ends a run early or is noticed on its way: broken steps, memory, SIGTERM, reads from the device, plans."""
 
 import contextlib
 import json
 import os
 import re
 import signal
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from worker import E, SmallRun, V, rows, train
 
 from flaxdraft import reads
 from flaxdraft.config import load_config
+from flaxdraft.data.documents import AnsweredPrompts
+from flaxdraft.data.store import TARGET, FeatureStore, Source, finish, shard_name, write_shard
 from flaxdraft.errors import InputError
 from flaxdraft.train import loop
 from flaxdraft.train.guards import PreemptedError, Preemption, memory_advice
 from flaxdraft.train.plan import make_plan
-from flaxdraft.train.run import SHARDING
-
-sys.path.insert(0, str(Path(__file__).with_name("multiprocess")))
-from launch import SmallRuns
-from worker import SmallRun
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return SmallRuns(tmp_path_factory.mktemp("runs"))
-
-
-def train(runs, name, *overrides):
-    """A small run in this process, on two devices."""
-    config = load_config(str(runs.root / "run.yaml"), [f"output_dir={runs.root / name}", "mesh.data=2", *overrides])
-    run = SmallRun(config)
-    run.claim_folders()
-    return run.params
+from flaxdraft.weights import save_safetensors
 
 
 def test_reads_happen_in_logging_and_evaluating_steps_alone(runs, monkeypatch):
@@ -104,6 +89,31 @@ def test_sigterm_saves_and_stops(runs, monkeypatch):
     assert [line["step"] for line in runs.lines("asked")] == list(range(1, 13))
 
 
+def stored(directory: Path, documents) -> FeatureStore:
+    """The same documents as a store of six shards."""
+    directory.mkdir()
+    source = Source("t", "k", "d", "float32", (1, 3, 5), E, V, "float32", "float32")
+    for shard in range(6):
+        write_shard(directory, shard, [documents.row(4 * shard + i) for i in range(4)], source)
+    save_safetensors(directory / TARGET, {"embedding": np.ones((V, E), np.float32)})
+    finish(directory, source, 6)
+    return FeatureStore(directory)
+
+
+def test_a_shard_that_vanishes_ends_the_run_and_is_named(runs, monkeypatch, tmp_path):
+    """Once it is back, the same command goes on and trains what a run on the documents in memory does."""
+    train(runs, "in-memory")
+    store = stored(tmp_path / "store", AnsweredPrompts(rows(24, 2, []), V))
+    monkeypatch.setattr(SmallRun, "documents", store)
+    shard, away = tmp_path / "store" / shard_name(3), tmp_path / "away"
+    shard.rename(away)
+    with pytest.raises(InputError, match=shard.name):
+        train(runs, "stored")
+    away.rename(shard)
+    train(runs, "stored")
+    assert runs.losses("stored") == runs.losses("in-memory")
+
+
 def test_a_best_evaluation_between_saves_is_saved(runs):
     train(runs, "best", "train.eval_every=5", "train.checkpoint_every=100", "train.keep_latest=1")
     held_out = {line["step"]: line["accept_length"] for line in runs.lines("best", "held_out") if line["step"]}
@@ -138,13 +148,12 @@ def test_without_a_signal_nothing_is_due():
 
 def test_a_plan_says_what_a_step_holds_and_writes_nothing(runs):
     """Weights and moments in float32, three of each parameter, in as many pieces as the mesh has."""
-    for mesh, pieces in (("mesh.data=1", 1), ("mesh.fsdp=4", 4)):
-        config = load_config(str(runs.root / "run.yaml"), [f"output_dir={runs.root / 'planned'}", "mesh.data=1", mesh])
-        run = SmallRun(config)
-        plan = make_plan(config, run.mesh, run.draft_module, run.draft_config(), run.algorithm)
-        assert plan.trained * 12 / pieces == pytest.approx(plan.state_bytes, rel=0.03)  # norm scales are whole
-        assert plan.work_bytes > 0
-        assert (plan.rows, plan.length, plan.steps) == (8, 288, 12)
-        assert any(line.startswith("memory ") for line in plan.lines())
-    assert SHARDING.weight_df is not None
+    short = ("data.max_prompt_tokens=16", "data.max_answer_tokens=16", "mesh.data=1", "mesh.fsdp=4")
+    config = load_config(str(runs.root / "run.yaml"), [f"output_dir={runs.root / 'planned'}", *short])
+    run = SmallRun(config)
+    plan = make_plan(config, run.mesh, run.draft_module, run.draft_config(), run.algorithm)
+    assert plan.trained * 12 / 4 == pytest.approx(plan.state_bytes, rel=0.03)  # norm scales are whole
+    assert plan.work_bytes > 0
+    assert (plan.rows, plan.length, plan.steps) == (8, 32, 12)
+    assert any(line.startswith("mesh       fsdp 4 (4 of 8 visible") for line in plan.lines())
     assert not (runs.root / "planned").exists()
