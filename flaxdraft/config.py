@@ -119,6 +119,7 @@ class TrainConfig(_Section):
 class EvaluateConfig(_Section):
     max_new_tokens: int = Field(default=64, ge=2)
     chain_length: int = Field(default=4, ge=1)  # draft tokens a target pass
+    decode_prompts: int = Field(default=0, ge=0)  # decoded for real at each evaluation in training; chooses the best
 
 
 class ExportConfig(_Section):

@@ -237,7 +237,11 @@ def _verdict(result: dict[str, Any]) -> str:
     """One sentence on wall time that hides nothing."""
     chain, ratio, length = result["chain_length"], result["speedup"], result["decoded"]["accept_length"]
     if ratio >= 1:
-        return f"chain of {chain}: {ratio:.2f} times as fast as the target alone, {length:.2f} tokens a target pass"
+        doubt = "; that is more than the saved passes explain: too little was timed, or the machine was busy"
+        return (
+            f"chain of {chain}: {ratio:.2f} times as fast as the target alone, {length:.2f} tokens a target pass"
+            f"{doubt if ratio > length else ''}"
+        )
     return (
         f"chain of {chain}: SLOWER than the target alone ({ratio:.2f} times its speed) in spite of {length:.2f} tokens "
         "a target pass; drafting, and verifying several tokens at once, cost more here than the passes saved"

@@ -1,11 +1,13 @@
 """python kill_capture.py FOLDER KILLS SEED: captures that are killed at random points, each finished by another run.
 
-Every capture is a process of its own that gets SIGKILL; one process that has imported everything forks them. What they
-leave must be made whole by a restart, byte by byte what an uninterrupted capture writes.
+Every capture is a process of its own; one process that has imported everything forks them. Every other one gets SIGKILL
+after a random time, the rest die in the middle of writing a file, behind a random number of bytes. What they leave must
+be made whole by a restart, byte by byte what an uninterrupted capture writes.
 """
 
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -58,14 +60,20 @@ def main(root: Path, kills: int, seed: int) -> None:
     assert run(root / "whole")
     took, want = time.monotonic() - began, contents(root / "whole")
     early = 0
-    for _ in range(kills):
-        directory = root / "killed"
+    largest = max(map(len, want.values()))
+    for number in range(kills):
+        directory, in_a_file = root / "killed", number % 2 == 0
+        num_bytes = rng.randrange(1, largest)
         child = os.fork()
         if child == 0:
+            if in_a_file:
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python would make an error of it
+                resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
             run(directory)
             os._exit(0)
-        time.sleep(rng.uniform(0.05, 1) * took)
-        os.kill(child, signal.SIGKILL)
+        if not in_a_file:
+            time.sleep(rng.uniform(0.05, 1) * took)
+            os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         early += directory.exists() and not (directory / MANIFEST).exists()
         assert run(directory)

@@ -43,7 +43,7 @@ def workspace(tmp_path_factory, tiny_gguf):
             "num_steps": 8, "batch_size": 4, "learning_rate": 2e-3, "compute_dtype": "float32", "log_every": 2,
             "eval_every": 4, "checkpoint_every": 3,
         },
-        "evaluate": {"max_new_tokens": 10, "chain_length": 3},
+        "evaluate": {"max_new_tokens": 10, "chain_length": 3, "decode_prompts": 4},
         "export": {"dtype": "float32"},
     }  # fmt: skip
     (root / "run.yaml").write_text(yaml.safe_dump(config))
@@ -68,7 +68,9 @@ def test_every_stage_leaves_its_result(finished):
     assert evaluation["decoded"]["accept_length"] == evaluation["teacher_forced"]["accept_length"] >= 1.0
     steps = [json.loads(line) for line in (draft / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in steps if m["kind"] == "train"] == [2, 4, 6, 8]
-    assert [m["step"] for m in steps if m["kind"] == "held_out"] == [0, 4, 8]
+    held_out = [m for m in steps if m["kind"] == "held_out"]
+    assert [m["step"] for m in held_out] == [0, 4, 8]
+    assert all(m["accept_length_decoded"] == m["accept_length"] for m in held_out)  # of all four, by two ways
     assert steps[-2]["loss"] < steps[1]["loss"]
     report = (draft / "report" / "report.md").read_text()
     for name in ("loss", "accuracy", "accept_length", "acceptance", "accepted_lengths", "sample"):
@@ -318,6 +320,7 @@ def test_wrong_input_claims_nothing(tmp_path):
         ("evaluate.max_new_tokens=120", r"evaluate.max_new_tokens: found 120; after the longest .* context of 128"),
         ("name=data", r"name: found 'data'; .*folder name"),
         ("mesh.data=3", r"train.batch_size: 4 rows cannot be split over mesh.data=3"),
+        ("train.accumulate=8", r"train.batch_size: 4 rows cannot be split over train.accumulate=8; give a multiple"),
         ("draft.draft_vocab_size=999999", r"draft.draft_vocab_size"),
         ("draft.fields={hidden_sise: 8}", r"did you mean 'hidden_size'"),
     ],
@@ -447,7 +450,9 @@ def test_a_store_trains_without_the_target(workspace, trained_on_the_store, stor
         str(workspace / "run.yaml"), [f"data.store={store}", f"output_dir={trained_on_the_store}", *more]
     )
     monkeypatch.setattr("flaxdraft.targets.load_state", None)
-    run_module.Run(config).params  # noqa: B018 (training is what this property does)
+    stages = run_module.Run(config)
+    stages.claim_folders()
+    stages.params  # noqa: B018 (training is what this property does)
     text = " ".join(capfd.readouterr().out.split())
     assert re.search(r"14 documents packed into \d+ rows of 128 tokens", text), text
     assert "the draft vocabulary of 64 holds" in text

@@ -85,7 +85,8 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         layout = " x ".join(f"{axis} {size}" for axis, size in row["layout"].items())
         lines.append(
-            f"| {row['case']} | {row['devices']} | {layout} | {amount(row, 'all-reduce')} | {amount(row, 'all-gather')} | "
+            f"| {row['case']} | {row['devices']} | {layout} | "
+            f"{amount(row, 'all-reduce')} | {amount(row, 'all-gather')} | "
             f"{amount(row, 'reduce-scatter')} | {amount(row, 'all-to-all', 'collective-permute')} | "
             f"{row['compute_s'] * 1e3:.0f} | "
             f"{row['nvlink_s'] * 1e3:.1f}, {row['cluster_s'] * 1e3:.1f} | "

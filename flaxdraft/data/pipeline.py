@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
 
 import grain
 import jax
@@ -81,14 +80,6 @@ def check_supervision(num_answer: Sequence[int], algorithm: Algorithm) -> None:
         )
 
 
-class Batches(Protocol):
-    """What a run is trained on: a batch for every step, whatever was asked for before."""
-
-    steps_per_epoch: int
-
-    def batch(self, step: int) -> HostBatch: ...
-
-
 class Pipeline:
     """Random access to one host's share of the batches of a run."""
 
@@ -143,7 +134,7 @@ def make_pipeline(
     return Pipeline(documents, algorithm, layout, train.batch_size, part)
 
 
-def batches_from(pipeline: Batches, start: int, stop: int, prefetch: int) -> Iterator[HostBatch]:
+def batches_from(pipeline: Pipeline, start: int, stop: int, prefetch: int) -> Iterator[HostBatch]:
     """The batches of steps start .. stop - 1, in order, read by threads while the caller works.
 
     Args:

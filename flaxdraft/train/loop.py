@@ -17,7 +17,7 @@ from flaxdraft.config import TrainConfig
 from flaxdraft.data.generation import Row, round_up
 from flaxdraft.data.online import one_ahead
 from flaxdraft.data.pipeline import HostBatch, Pipeline, batches_from
-from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, TeacherForced, evaluate_teacher_forced, make_accepted
+from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
 from flaxdraft.interfaces import Algorithm, Example, Target, VocabMap
 from flaxdraft.progress import CONSOLE, bar
 from flaxdraft.train import counters as counting
@@ -46,6 +46,7 @@ class Trainer:
     resume: Resume
     prefetch: int  # batches that are read ahead
     target: Target | None = None  # reads batches that come without features; on the training mesh
+    decoded: Callable[[nnx.State], float] | None = None  # the accept length of a few prompts, by decoding
 
     def example(self, host: HostBatch) -> Example:
         """A batch on the devices, with the features that it brings or those that the target is asked for here."""
@@ -57,13 +58,19 @@ class Trainer:
 
     def evaluator(
         self, graphdef: nnx.GraphDef, frozen: nnx.State, held_out: list[Row]
-    ) -> Callable[[TrainState], TeacherForced]:
+    ) -> Callable[[TrainState], dict[str, Any]]:
+        """figures(state) of the held-out answers."""
         place = lambda host: evaluation_batch(own_rows(host, self.mesh), self.mesh)  # noqa: E731
         accepted = make_accepted(graphdef, self.evaluation, frozen, self.teacher_head_WE, place)
         num_rows = round_up(EVALUATION_ROWS, rows_multiple(self.mesh))
-        return lambda state: evaluate_teacher_forced(
-            accepted(evaluation_params(state)), held_out, self.evaluation, num_rows
-        )
+
+        def figures(state: TrainState) -> dict[str, Any]:
+            params = evaluation_params(state)
+            forced = evaluate_teacher_forced(accepted(params), held_out, self.evaluation, num_rows)
+            decoded = {} if self.decoded is None else {"accept_length_decoded": self.decoded(params)}
+            return held_out_figures(forced) | decoded
+
+        return figures
 
     def record(self, score: float | None) -> dict[str, Any]:
         """What a checkpoint says of itself."""
@@ -103,15 +110,16 @@ class Trainer:
                 return evaluation_params(run.steps(graphdef, frozen, arrays, start))
 
 
-def _evaluated(log: MetricsLog, step: int, result: TeacherForced) -> float:
-    """Writes a held-out result; returns its score."""
-    figures = held_out_figures(result)
+def _evaluated(log: MetricsLog, step: int, figures: dict[str, Any]) -> float:
+    """Writes held-out figures; returns the score by which the best checkpoint is chosen."""
     log.write(step, "held_out", figures)
+    decoded = figures.get("accept_length_decoded")
     CONSOLE.print(
-        f"  step {step}: held-out accept length {figures['accept_length']:.3f}, loss {figures['loss']:.3f}, "
-        f"accuracy {' '.join(f'{a:.2f}' for a in figures['accuracy'])}"
+        f"  step {step}: held-out accept length {figures['accept_length']:.3f}"
+        + ("" if decoded is None else f" (decoded {decoded:.3f})")
+        + f", loss {figures['loss']:.3f}, accuracy {' '.join(f'{a:.2f}' for a in figures['accuracy'])}"
     )
-    return figures["accept_length"]
+    return figures["accept_length"] if decoded is None else decoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +128,7 @@ class _Run:
 
     trainer: Trainer
     train_step: Callable
-    evaluate: Callable[[TrainState], TeacherForced]
+    evaluate: Callable[[TrainState], dict[str, Any]]
     checkpoints: Checkpoints
     log: MetricsLog
     pipeline: Pipeline

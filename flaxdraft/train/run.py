@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from flaxdraft.data.store import MANIFEST, FeatureStore
 from flaxdraft.data.vocab import choose_vocab, coverage, describe_sizes, read_map, source_of
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
+from flaxdraft.evaluate.decoding import Settings
+from flaxdraft.evaluate.during_training import make_decoded_accept_length
 from flaxdraft.evaluate.held_out import decode_held_out, summary
 from flaxdraft.export import check_servable, export
 from flaxdraft.fetch import content_of, digest_of, sha256_of
@@ -304,6 +306,7 @@ class Run:
         # Loaded before the mesh is set: target and vocabulary stay on one device, where decoding uses them.
         _, head_WE = self.vocab, self.teacher_head(config.compute_dtype)
         _say("train", f"{config.num_steps} steps of {config.batch_size} answers to {self.target.opened.path.name}")
+        decoded = self.decoded_in_training()
         graphdef, params, frozen = split_draft(self.make_draft(SHARDING, config.compute_dtype))
         check_heads(self.draft_config(), SHARDING, self.mesh.shape)
         with jax.set_mesh(self.mesh):
@@ -315,10 +318,21 @@ class Run:
             trainer = Trainer(
                 self.draft_dir, config, self.algorithm, self.evaluation, self.mesh, self.vocab,
                 weight_on_mesh("teacher head", head_WE, self.mesh, SHARDING.weight_ve), resume,
-                self.config.data.prefetch, self.reader,
+                self.config.data.prefetch, self.reader, decoded,
             )  # fmt: skip
             params = trainer.train(graphdef, params, frozen, pipeline, self.data_rows["held_out"])
         return jax.device_put(reads.read(params), jax.local_devices()[0])
+
+    def decoded_in_training(self) -> Callable[[nnx.State], float] | None:
+        """The accept length of `evaluate.decode_prompts` held-out prompts, by decoding in float32."""
+        config = self.config.evaluate
+        if not config.decode_prompts:
+            return None
+        graphdef, _, frozen = split_draft(self.make_draft(Sharding.none(), "float32"))
+        return make_decoded_accept_length(
+            self.target.loaded.model, graphdef, frozen, self.data_rows["held_out"], config.decode_prompts,
+            Settings(config.max_new_tokens, config.chain_length, (self.data()["eos"],)),
+        )  # fmt: skip
 
     @property
     def reader(self) -> Target | None:
