@@ -461,9 +461,9 @@ def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
     stages = Run(config, allowed)
     stages.claim_folders()
     log = process_log(stages.draft_dir / "logs" / f"process-{jax.process_index()}.log", speaks=hosts.is_main())
-    lock = DirectoryLock(stages.draft_dir) if hosts.is_main() else nullcontext()
-    with log, lock:
-        with hosts.main_first("data"):
+    lock = lambda directory: DirectoryLock(directory) if hosts.is_main() else nullcontext()  # noqa: E731
+    with log, lock(stages.draft_dir):
+        with hosts.main_first("data"), lock(stages.data_dir):  # other drafts share the answers
             stages.data()
         if hosts.agree(not (stages.evaluated() and stages.exported())):
             stages.params  # noqa: B018 (trains, in every process)
