@@ -26,7 +26,7 @@ from flaxdraft.interfaces import Features
 from flaxdraft.lock import DirectoryLock
 from flaxdraft.progress import process_log
 from flaxdraft.targets import llama
-from flaxdraft.train.run import Run
+from flaxdraft.train.run_draft import Run
 from flaxdraft.train.supervise import supervised
 
 V, E, LENGTH = 64, 32, 14
