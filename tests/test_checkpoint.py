@@ -115,12 +115,15 @@ def test_damaged_files_are_noticed_or_do_not_matter(one_checkpoint, tmp_path):
     """Every file cut in half, and with one bit flipped: reading either fails, or gives what was written (some files
     are copies and logs). TensorStore itself lets flipped bits of large arrays pass."""
     whole, state = one_checkpoint
-    rng, noticed, files = np.random.default_rng(0), set(), []
+    rng, noticed, said, files = np.random.default_rng(0), set(), set(), []
     for path in sorted(path for path in whole.rglob("*") if path.is_file() and path.stat().st_size):
         content = path.read_bytes()
-        flipped = bytearray(content)
-        flipped[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
-        files.append((path.relative_to(whole), {"cut": content[: len(content) // 2], "flip": bytes(flipped)}))
+        kinds = {"cut": content[: len(content) // 2]}
+        for kind in ("flip", "flip 2", "flip 3", "flip 4")[: 4 if len(content) > 4096 else 1]:
+            flipped = bytearray(content)
+            flipped[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+            kinds[kind] = bytes(flipped)
+        files.append((path.relative_to(whole), kinds))
     for name, kinds in files:
         for kind, content in kinds.items():
             copy = tmp_path / "copy"
@@ -129,14 +132,16 @@ def test_damaged_files_are_noticed_or_do_not_matter(one_checkpoint, tmp_path):
             try:
                 found = read_record(copy)
                 loaded = load(copy, abstract_like(state) | {"vocab": None})
-            except DamagedError:
+            except DamagedError as error:
                 noticed.add((kind, name.parts[0]))
+                said.add(str(error))
             else:
                 assert found["score"] == 1.5
                 assert words(loaded["state"]) == words(state["state"]), f"{kind} {name}"
                 assert words(loaded["counters"]) == words(state["counters"]), f"{kind} {name}"
                 np.testing.assert_array_equal(loaded["vocab"]["target_ids"], VOCAB.target_ids_W)
             shutil.rmtree(copy)
+    assert "state['w'] is not what was written" in said
     assert {("cut", "state"), ("flip", "state"), ("cut", "_CHECKPOINT_METADATA"), ("flip", "vocab")} <= noticed
 
 

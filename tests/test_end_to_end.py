@@ -25,7 +25,7 @@ from flaxdraft.mesh import Sharding
 from flaxdraft.precision import Precision
 from flaxdraft.stages import claim
 from flaxdraft.targets import deepseek
-from flaxdraft.train import run as run_module
+from flaxdraft.train import run_draft, run_results
 from flaxdraft.train.__main__ import main
 
 
@@ -43,7 +43,7 @@ def workspace(tmp_path_factory, tiny_gguf):
             "num_steps": 8, "batch_size": 4, "learning_rate": 2e-3, "compute_dtype": "float32", "log_every": 2,
             "eval_every": 4, "checkpoint_every": 3,
         },
-        "evaluate": {"max_new_tokens": 10, "chain_length": 3, "decode_prompts": 4},
+        "evaluate": {"max_new_tokens": 10, "chain_length": 3},
         "export": {"dtype": "float32"},
     }  # fmt: skip
     (root / "run.yaml").write_text(yaml.safe_dump(config))
@@ -56,7 +56,7 @@ def call(root: Path, *overrides: str) -> int:
 
 @pytest.fixture(scope="module")
 def finished(workspace):
-    assert call(workspace) == 0
+    assert call(workspace, "evaluate.decode_prompts=4") == 0
     return workspace / "out"
 
 
@@ -93,14 +93,16 @@ def test_a_second_run_does_nothing_again(finished, workspace, monkeypatch, capfd
     def never(*args, **kwargs):
         raise AssertionError("a finished stage ran again")
 
-    for name in ("capture", "Trainer", "decode_held_out", "export"):
-        monkeypatch.setattr(run_module, name, never)
+    for module, name in (
+        (run_draft, "capture"), (run_draft, "Trainer"), (run_results, "decode_held_out"), (run_results, "export"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, never)
     assert call(workspace) == 0
     assert "accept length" in capfd.readouterr().out
 
 
 def test_another_draft_shares_the_answers(finished, workspace, monkeypatch):
-    monkeypatch.setattr(run_module, "capture", None)
+    monkeypatch.setattr(run_draft, "capture", None)
     assert call(workspace, "draft.architecture=mla") == 0
     config = json.loads((finished / "mla" / "export" / "config.json").read_text())
     assert config["architectures"] == ["Eagle3DeepseekV2ForCausalLM"]
@@ -111,7 +113,7 @@ def test_another_draft_shares_the_answers(finished, workspace, monkeypatch):
 
 def test_training_goes_on_from_an_exported_draft(finished, workspace, monkeypatch, capfd):
     """Its first held-out loss is the last one of the run that made it; its vocabulary map comes along."""
-    monkeypatch.setattr(run_module, "capture", None)
+    monkeypatch.setattr(run_draft, "capture", None)
     source = finished / "llama" / "export"
     more = ("name=more", f"draft.init_from={source}", "train.num_steps=2")
     assert call(workspace, *more) == 0
@@ -158,7 +160,7 @@ def test_changed_evaluation_is_done_anew_and_training_is_not(finished, workspace
     before = json.loads((finished / "llama" / "evaluation.json").read_text())
     copy = finished.with_name("copy")
     shutil.copytree(finished, copy)
-    monkeypatch.setattr(run_module, "capture", None)
+    monkeypatch.setattr(run_draft, "capture", None)
     monkeypatch.setattr("flaxdraft.train.loop.make_train_step", lambda *args: None)
     assert call(workspace, f"output_dir={copy}", "evaluate.chain_length=2") == 0
     after = json.loads((copy / "llama" / "evaluation.json").read_text())
@@ -385,7 +387,7 @@ def test_a_directory_without_a_tokenizer_is_refused(workspace, deepseek_director
 
 
 def test_packed_rows_train(finished, workspace, monkeypatch, capfd):
-    monkeypatch.setattr(run_module, "capture", None)
+    monkeypatch.setattr(run_draft, "capture", None)
     assert call(workspace, "name=packed", "train.pack_length=128", "train.num_steps=4") == 0
     text = " ".join(capfd.readouterr().out.split())
     assert re.search(r"10 documents packed into \d+ rows of 128 tokens, \d+% full", text), text
@@ -450,7 +452,7 @@ def test_a_store_trains_without_the_target(workspace, trained_on_the_store, stor
         str(workspace / "run.yaml"), [f"data.store={store}", f"output_dir={trained_on_the_store}", *more]
     )
     monkeypatch.setattr("flaxdraft.targets.load_state", None)
-    stages = run_module.Run(config)
+    stages = run_draft.Run(config)
     stages.claim_folders()
     stages.params  # noqa: B018 (training is what this property does)
     text = " ".join(capfd.readouterr().out.split())

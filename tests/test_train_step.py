@@ -10,7 +10,9 @@ from test_contracts import DRAFTS, T, V, W, example, make_draft
 
 from flaxdraft.algorithms.eagle3 import Algorithm
 from flaxdraft.config import TrainConfig
+from flaxdraft.data.documents import AnsweredPrompts
 from flaxdraft.data.generation import Row
+from flaxdraft.data.layout import Buckets, Sizes
 from flaxdraft.data.pipeline import Pipeline
 from flaxdraft.interfaces import Example, Features
 from flaxdraft.train.optimizer import optimizer, schedule
@@ -131,8 +133,9 @@ def test_two_length_buckets_compile_twice():
         return Row(tokens, 4, Features(normal(3, 32), normal(32), tokens, normal() + 5))
 
     algorithm = Algorithm(2)
-    rows = [row(length) for length in (20, 21, 22, 23, 24, 25, 50, 51, 52)]
-    pipeline = Pipeline(rows, algorithm, batch_size=2, seed=0, num_buckets=2)
+    documents = AnsweredPrompts([row(length) for length in (20, 21, 22, 23, 24, 25, 50, 51, 52)], V)
+    sizes = Sizes(documents.lengths, documents.supervised)
+    pipeline = Pipeline(documents, algorithm, Buckets(sizes, batch_size=2, seed=0, num_buckets=2), 2)
     graphdef, params, frozen = split_draft(make_draft(DRAFTS["llama"]))
     tx = optimizer(CONFIG.model_copy(update={"learning_rate": 1e-3, "num_steps": 200}))
     step, head_WE = make_train_step(graphdef, algorithm, tx), jnp.asarray(rng.normal(size=(W, 32)), jnp.float32)

@@ -26,7 +26,7 @@ from flaxdraft.interfaces import Features
 from flaxdraft.lock import DirectoryLock
 from flaxdraft.progress import process_log
 from flaxdraft.targets import llama
-from flaxdraft.train.run import Run
+from flaxdraft.train.run_draft import Run
 from flaxdraft.train.supervise import supervised
 
 V, E, LENGTH = 64, 32, 14
@@ -53,16 +53,16 @@ def target_stub():
     )
 
 
-def rows(num: int, seed: int, broken: list[int]) -> list[Row]:
+def rows(num: int, seed: int, broken: list[int], length: int = LENGTH) -> list[Row]:
     """Answers whose features say something about the next tokens; those of `broken` rows are NaN."""
     rng = np.random.default_rng(seed)
     directions = np.random.default_rng(1).normal(size=(V, 3, E)).astype(np.float32)
     out = []
     for i in range(num):
-        tokens = rng.integers(0, V // 4, LENGTH).astype(np.int32)
-        taps = directions[np.roll(tokens, -2)] + 0.1 * rng.normal(size=(LENGTH, 3, E)).astype(np.float32)
-        last = rng.normal(size=(LENGTH, E)).astype(np.float32)
-        features = Features(taps * (np.nan if i in broken else 1), last, np.roll(tokens, -1), np.full(LENGTH, 4.0, "f"))
+        tokens = rng.integers(0, V // 4, length).astype(np.int32)
+        taps = directions[np.roll(tokens, -2)] + 0.1 * rng.normal(size=(length, 3, E)).astype(np.float32)
+        last = rng.normal(size=(length, E)).astype(np.float32)
+        features = Features(taps * (np.nan if i in broken else 1), last, np.roll(tokens, -1), np.full(length, 4.0, "f"))
         out.append(Row(tokens, 3, features))
     return out
 
