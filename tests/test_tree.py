@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from agreeing import V, make_draft, make_target, prompts
 from flax import nnx
+from test_serving import randomize
 
 from flaxdraft.data.generation import answer_greedily
 from flaxdraft.errors import InputError
@@ -176,9 +177,10 @@ def test_a_node_is_what_its_path_alone_would_be(target, family):
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("mla", marks=pytest.mark.slow)])
-def test_children_are_the_drafts_likeliest_behind_their_path(target, draft, name):
-    """Each path of the tree, drafted as a chain that is told its tokens and says what it would have chosen."""
-    model, shape, num_slots, num_rows = draft("llama", name), Tree((2, 2, 2, 1, 1, 2)), 80, 3
+def test_children_are_the_drafts_likeliest_behind_their_path(target, name):
+    """Each path of the tree, drafted as a chain that is told its tokens and says what it would have chosen. The draft
+    is a random one, which reads its hidden state and every token."""
+    model, shape, num_slots, num_rows = randomize(make_draft(name, target("llama"))), Tree((2, 2, 2, 1, 1, 2)), 80, 3
     rng = np.random.default_rng(0)
     read = jnp.arange(7)[None].repeat(num_rows, 0)
     taps = jnp.asarray(rng.normal(size=(num_rows, 7, 3, 32)))
