@@ -49,15 +49,16 @@ def draft(target):
 
 
 @pytest.fixture(scope="module")
-def alone(target):
-    """The target's own answers, one token after the other."""
+def rows(target):
+    """The target's own answers, one token after the other, with features."""
+    return functools.cache(
+        lambda family: answer_greedily(target(family), PROMPTS, LIMIT, STOP, NUM, lambda num: None)
+    )  # fmt: skip
 
-    @functools.cache
-    def answers(family):
-        rows = answer_greedily(target(family), PROMPTS, LIMIT, STOP, NUM, lambda num: None)
-        return [row.tokens[row.num_prompt :].tolist() for row in rows]
 
-    return answers
+@pytest.fixture(scope="module")
+def alone(rows):
+    return lambda family: [row.tokens[row.num_prompt :].tolist() for row in rows(family)]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,30 @@ def test_a_tree_gains_at_least_what_its_chain_does(run, widths):
     assert [one.tokens for one in branching] == [one.tokens for one in chain]
     assert all(one.yields[:1] >= two.yields[:1] for one, two in zip(branching, chain, strict=True))
     assert accept_length(yields(branching)) > accept_length(yields(chain)) + 0.3
+
+
+def test_a_pass_hands_on_what_the_target_says_along_its_path(target, draft, rows):
+    """Taps and next tokens of the first pass of every answer; its draft extend is fed with them."""
+    model, parts = target("llama"), nnx.split(draft("llama", "llama"))
+    carry = Decoding(model, parts, PROMPTS, Settings(LIMIT, 0, (STOP,), tree=SHALLOW))._carry
+    root_B = jnp.asarray([len(prompt) for prompt in PROMPTS])
+
+    @jax.jit
+    def first(model, state, carry):
+        caches, token_B1 = (carry.cache, carry.draft_cache), carry.answer_BM[:, :1]
+        draft = nnx.merge(parts[0], state)
+        return tree.tree_pass(model, draft, Tree(SHALLOW), *caches, carry.hidden_BD, root_B, token_B1)[2:]
+
+    seen = 0
+    for accepted, said_T, taps_T3E, row in zip(
+        *jax.device_get(first(model, parts[1], carry)), rows("llama"), strict=True
+    ):
+        end = min(row.num_prompt + accepted + 1, len(row.tokens) - 1)
+        here = slice(row.num_prompt, end)
+        seen += max(end - here.start - 1, 0)
+        np.testing.assert_array_equal(said_T[: end - here.start], row.tokens[here.start + 1 : end + 1])
+        np.testing.assert_allclose(taps_T3E[: end - here.start], row.features.taps_BT3E[here], atol=1e-5)
+    assert seen > NUM // 2
 
 
 @pytest.mark.slow
