@@ -112,7 +112,7 @@ def test_a_lost_peer_a_stopped_one_and_a_request_to_stop(undisturbed):
     assert_same_run(undisturbed, "disturbed", "undisturbed")
 
 
-@pytest.mark.parametrize(("num_processes", "num_kills"), [(1, 4), pytest.param(2, 30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("num_processes", "num_kills"), [(1, 4), pytest.param(2, 10, marks=pytest.mark.slow)])
 def test_kills_at_random_moments(request, num_processes, num_kills, capsys):
     """kill -9 of one process or of all; every restart goes on from a complete checkpoint. A run that is through is
     compared and begun anew."""
