@@ -53,6 +53,15 @@ def damaged_reads():
         sys.unraisablehook = hook
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What tests have to say of themselves (`record_property("note", ...)`), whichever worker ran them."""
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if name == "note":
+                    terminalreporter.write_line(f"{report.nodeid}: {value}")
+
+
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory) -> Path:
     """An eight-layer Llama with a byte-level tokenizer, as a GGUF file."""

@@ -113,7 +113,7 @@ def test_a_lost_peer_a_stopped_one_and_a_request_to_stop(undisturbed):
 
 
 @pytest.mark.parametrize(("num_processes", "num_kills"), [(1, 4), pytest.param(2, 10, marks=pytest.mark.slow)])
-def test_kills_at_random_moments(request, num_processes, num_kills, capsys):
+def test_kills_at_random_moments(request, num_processes, num_kills, record_property):
     """kill -9 of one process or of all; every restart goes on from a complete checkpoint. A run that is through is
     compared and begun anew."""
     like = {1: "alone", 2: "undisturbed"}[num_processes]
@@ -137,8 +137,8 @@ def test_kills_at_random_moments(request, num_processes, num_kills, capsys):
         kills += 1
     lives[-1].finish()
     assert_same_run(runs, lives[-1].name, like)
-    with capsys.disabled():
-        print(f"\n{kills} kills of {num_processes} processes, {sum(one.saves_hit for one in lives)} during a save")
+    saves_hit = sum(one.saves_hit for one in lives)
+    record_property("note", f"{kills} kills of {num_processes} processes, {saves_hit} during a save")
 
 
 def _wait_at_random(rng: random.Random, lives: Lives, processes) -> None:
