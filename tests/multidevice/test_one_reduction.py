@@ -78,6 +78,11 @@ def reduced_operands(text: str) -> tuple[collections.Counter, collections.Counte
     return counts
 
 
+def matrices(counts: collections.Counter) -> int:
+    """How many operands have the rank of a matrix gradient, or of a half of one; activations have more."""
+    return sum(number for shape, number in counts.items() if len(shape) == 2)
+
+
 def matrix_shapes(trained, tensor: int) -> collections.Counter:
     """Of each device's part of the gradients before the reduction: whole along fsdp, cut along tensor."""
     shapes = collections.Counter()
@@ -107,7 +112,7 @@ def test_every_matrix_gradient_is_reduced_once_after_the_loop(name, shape):
     wanted = matrix_shapes(trained, shape.get("tensor", 1))
     assert sum(wanted.values()) > 8
     assert {key: outside[key] for key in wanted} == dict(wanted)
-    assert not set(inside) & set(wanted), inside
+    assert not matrices(inside), inside
 
 
 @pytest.mark.slow
@@ -116,4 +121,4 @@ def test_the_plain_way_would_be_seen(monkeypatch):
     monkeypatch.setattr(step_module, "_together", lambda x, axes, trained: x)
     trained = train("llama", {"data": 8}, 2, rms_norm_eps=1.1e-5)  # a field of its own: not the other tests' program
     inside, _ = reduced_operands(trained.text)
-    assert set(matrix_shapes(trained, 1)) <= set(inside)
+    assert matrices(inside) >= sum(matrix_shapes(trained, 1).values()), inside
