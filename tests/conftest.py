@@ -58,7 +58,7 @@ def pytest_terminal_summary(terminalreporter):
     for reports in terminalreporter.stats.values():
         for report in reports:
             for name, value in getattr(report, "user_properties", ()):
-                if name == "note":
+                if name == "note" and report.when == "call":
                     terminalreporter.write_line(f"{report.nodeid}: {value}")
 
 

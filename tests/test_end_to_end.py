@@ -363,7 +363,8 @@ def deepseek_directory(tmp_path_factory, tiny_gguf):
     return directory
 
 
-@pytest.mark.parametrize("architecture", ["mla", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["mla", "llama"])
 def test_a_model_directory_of_another_family(workspace, deepseek_directory, tmp_path, architecture):
     few = ("train.num_steps=2", "train.eval_every=2", f"output_dir={tmp_path}", f"draft.architecture={architecture}")
     assert call(workspace, f"target.path={deepseek_directory}", *few) == 0

@@ -123,6 +123,7 @@ def test_acceptance_is_that_of_the_last_global_batch(averaged):
     assert step._cache_size() == 1
 
 
+@pytest.mark.slow  # by default the whole loop is watched for the same (tests/multiprocess/test_guards.py)
 def test_two_length_buckets_compile_twice():
     """200 steps through the batches of a pipeline."""
     rng = np.random.default_rng(0)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from teaching import Teaching, assert_close
 from tiny import write_tiny_gguf
 
 from flaxdraft.data.__main__ import main as data_main
 from flaxdraft.data.store import FeatureStore
 
+torch = pytest.importorskip("torch", reason="PyTorch is there with the extra `parity`")
 pytestmark = pytest.mark.parity
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "convert"))
