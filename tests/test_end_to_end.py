@@ -323,6 +323,7 @@ def test_wrong_input_claims_nothing(tmp_path):
         ("name=data", r"name: found 'data'; .*folder name"),
         ("mesh.data=3", r"train.batch_size: 4 rows cannot be split over mesh.data=3"),
         ("train.accumulate=8", r"train.batch_size: 4 rows cannot be split over train.accumulate=8; give a multiple"),
+        ("train.resume=stepp", r"train.resume: found 'stepp', which is no directory; expected auto, latest"),
         ("draft.draft_vocab_size=999999", r"draft.draft_vocab_size"),
         ("draft.fields={hidden_sise: 8}", r"did you mean 'hidden_size'"),
     ],

@@ -48,6 +48,20 @@ class Resume(NamedTuple):
         return self.request if self.request not in ("auto", "latest", "none") else ""
 
 
+def check_request(request: str) -> None:
+    """Of `train.resume`, before any time is spent on the run.
+
+    Raises:
+        InputError: it is neither a word that is known nor a directory.
+    """
+    known = request in ("auto", "latest", "best", "none") or re.fullmatch(r"step \d+", request)
+    if not known and not Path(request).expanduser().is_dir():
+        raise InputError(
+            f"train.resume: found {request!r}, which is no directory; expected auto, latest, best, none, `step N` "
+            "or the directory of a checkpoint"
+        )
+
+
 def wanted(request: str, checkpoints: Checkpoints) -> Saved | Path | None:
     """The checkpoint that is asked for; a path where it belongs to another run; None for a beginning from nothing.
 
@@ -66,12 +80,8 @@ def wanted(request: str, checkpoints: Checkpoints) -> Saved | Path | None:
         return None
     step = re.fullmatch(r"step (\d+)", request)
     if not (step or request in ("latest", "best")):
+        check_request(request)
         path = Path(request).expanduser()
-        if not path.is_dir():
-            raise InputError(
-                f"train.resume: found {request!r}, which is no directory; expected auto, latest, best, none, `step N` "
-                "or the directory of a checkpoint"
-            )
         if latest is None or latest.record["origin"] == request:
             return latest or path
         raise InputError(

@@ -45,7 +45,7 @@ from flaxdraft.stages import Stage, claim
 from flaxdraft.train.loop import Trainer
 from flaxdraft.train.metrics_log import check_wandb
 from flaxdraft.train.place import SHARDING, check_batch
-from flaxdraft.train.resume import Resume
+from flaxdraft.train.resume import Resume, check_request
 from flaxdraft.train.run_target import RunTarget
 from flaxdraft.train.start import check_target, load_start, start_files
 from flaxdraft.train.state import split_draft, warm_start
@@ -118,6 +118,7 @@ class Run:
             if field not in known:
                 raise InputError(f"--allow-change: no field {field!r}; {nearest(field, known)}")
         check_wandb(config.train.wandb)
+        check_request(config.train.resume)
         if jax.process_count() > 1 and self.mesh.size != jax.device_count():
             raise InputError(
                 f"mesh: {self.mesh.size} devices of {jax.device_count()}; a run of {jax.process_count()} processes "
