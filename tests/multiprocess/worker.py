@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import os
-import resource
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -116,8 +115,6 @@ def work(config, result: Path) -> None:
 def main() -> int:
     sys.modules["torch"] = None  # TensorBoard's writer would import it, which takes a quarter of a small run's time
     config = load_config(sys.argv[1], sys.argv[3:])
-    if limit := os.environ.get("WORKER_FILE_BYTES"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
     return supervised(config.hosts, lambda: work(config, Path(sys.argv[2])))
 
 
