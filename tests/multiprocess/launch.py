@@ -132,7 +132,7 @@ class SmallRuns:
             time.sleep(0.02)
 
 
-def finish(processes, timeout: float = 240.0) -> list[int]:
+def finish(processes, timeout: float = 500.0) -> list[int]:
     """Exit codes; whatever is left after the timeout is killed."""
     end = time.monotonic() + timeout
     try:
