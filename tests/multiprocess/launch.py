@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from compiling import FAST
 
 WORKER = Path(__file__).with_name("worker.py")
 TRAIN = {
@@ -48,7 +49,7 @@ class SmallRuns:
         for index in range(num_processes):
             own = os.environ | {
                 "JAX_NUM_CPU_DEVICES": str(devices // num_processes), "JAX_PLATFORMS": "cpu",
-                "PYTHONWARNINGS": "ignore", **environment,
+                "PYTHONWARNINGS": "ignore", **FAST, **environment,
             }  # fmt: skip
             if num_processes > 1:
                 own |= {
