@@ -41,7 +41,7 @@ from flaxdraft.nn.places import check_heads, on_mesh, weight_on_mesh
 from flaxdraft.precision import DTYPES, Precision
 from flaxdraft.progress import CONSOLE
 from flaxdraft.serving.record import DraftRecord
-from flaxdraft.stages import Stage, claim
+from flaxdraft.stages import Stage, check_claimed, claim
 from flaxdraft.train.loop import Trainer
 from flaxdraft.train.metrics_log import check_wandb
 from flaxdraft.train.place import SHARDING, check_batch
@@ -128,11 +128,12 @@ class Run:
     def claim_folders(self) -> None:
         """
         Raises:
-            InputError: see `claim`.
+            InputError: see `claim` and `check_claimed`.
         """
         with hosts.main_first("claim"):
-            claim(self.data_dir, self.data_inputs, "Give another output_dir, or remove it to start anew.")
-            claim(
+            own = claim if hosts.is_main() else check_claimed
+            own(self.data_dir, self.data_inputs, "Give another output_dir, or remove it to start anew.")
+            own(
                 self.draft_dir, self.draft_inputs, "Give another name= or output_dir=, or remove it to start anew.",
                 self.allowed,
             )  # fmt: skip
