@@ -42,6 +42,7 @@ def pytest_configure(config):
         os.environ |= FAST  # also of the processes that tests start
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in its own
 def pytest_collection_modifyitems(items):
     """One worker runs all of a file, and all files of one `pytestmark` group: they share fixtures and programs."""
     for item in items:
