@@ -42,14 +42,6 @@ def pytest_configure(config):
         os.environ |= FAST  # also of the processes that tests start
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in its own
-def pytest_collection_modifyitems(items):
-    """One worker runs all of a file, and all files of one `pytestmark` group: they share fixtures and programs."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-
-
 @pytest.fixture
 def damaged_reads():
     """For tests that read damaged checkpoints, or write to a full disk: Orbax leaves its other reads or writes behind,
