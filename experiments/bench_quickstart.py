@@ -151,7 +151,7 @@ class Theirs:
         draft = self.draft()
         loss, _ = draft(self.batch(host))
         loss.backward()
-        return float(loss), {name: parameter.grad.numpy() for name, parameter in draft.named_parameters()}
+        return loss.item(), {name: parameter.grad.numpy() for name, parameter in draft.named_parameters()}
 
     def step(self, host: HostBatch) -> Callable[[], float]:
         draft, batch, train = self.draft(), self.batch(host), self.run.config.train
@@ -216,7 +216,9 @@ def main() -> None:
     table = ["| batch | side | ms a step | tokens/s | flaxdraft is faster by |", "|---|---|---|---|---|"]
     for length, host in batch_of_each_length(run).items():
         off = [check(ours, theirs, host) for theirs in others]
-        print(f"rows of {length}: losses agree to {max(x for x, _ in off):.1e}, gradients to {max(x for _, x in off):.1e}")
+        print(
+            f"rows of {length}: losses agree to {max(x for x, _ in off):.1e}, gradients to {max(x for _, x in off):.1e}"
+        )
         seconds, losses = zip(*turns([side.step(host) for side in (ours, *others)], arguments.repeats), strict=True)
         print(f"  after {arguments.repeats + 3} steps the losses are " + ", ".join(f"{x:.5f}" for x in losses[-1]))
         seconds, num_tokens = np.array(seconds), int((host.batch.segments_BT > 0).sum())

@@ -15,7 +15,7 @@ import dataclasses
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 (its usual name)
+from torch.nn import functional as F
 
 from flaxdraft.drafts import llama
 

@@ -170,6 +170,7 @@ class Run:
         if result is None or not all(
             is_captured(self.data_dir, split, len(order), data.rows) for split, order in result["order"].items()
         ):
+            self.check_draft()
             target = self.target.loaded
             say("data", "the target answers the prompts")
             self._check_context()
@@ -287,6 +288,7 @@ class Run:
     def params(self) -> nnx.State:
         """The trained parameters, on one device; where training is done they come from its last checkpoint."""
         config = self.config.train
+        self.check_draft()
         self.record()
         rows = jax.NamedSharding(self.mesh, SHARDING.act_b)
         part = hosts.local_part(rows, config.batch_size)
@@ -330,10 +332,17 @@ class Run:
             return None
         return self.target.on(self.mesh, DTYPES[self.config.train.compute_dtype])
 
+    def check_draft(self) -> None:
+        """Before any time is spent on it.
+
+        Raises:
+            InputError: there is no such draft next to this target, or no server loads it.
+        """
+        check_servable(self.draft_config(), self.target.config.tap_layers, self.target.opened.source.config)
+
     def record(self) -> None:
-        """Refuses what no server loads before any time is spent on it, and keeps what a later export asks for."""
+        """Keeps what a later export asks for."""
         taps, target = self.target.config.tap_layers, self.target.opened.source.config
-        check_servable(self.draft_config(), taps, target)
         if hosts.is_main():
             DraftRecord(self.draft_config().to_hf(), taps, target, self.config.target.path).write(self.draft_dir)
 
