@@ -1,4 +1,4 @@
-"""Two runs of the same data side by side, from their metrics: loss over steps, held-out accept length, their difference.
+"""Two runs of the same data side by side, from their metrics: loss over steps and held-out accept length.
 
     python -m flaxdraft.train --config experiments/quickstart.yaml train.num_steps=600 train.compute_dtype=bfloat16 \
         train.log_every=1 output_dir=runs/float8 name=bfloat16
