@@ -16,7 +16,7 @@ from flaxdraft.data.generation import answer_greedily
 from flaxdraft.data.pipeline import collate
 from flaxdraft.drafts import llama
 from flaxdraft.evaluate.acceptance import accept_length
-from flaxdraft.evaluate.decoding import Settings, decode
+from flaxdraft.evaluate.decoding import Decoding, Settings
 from flaxdraft.evaluate.results import acceptance
 from flaxdraft.interfaces import Example, VocabMap
 from flaxdraft.mesh import Sharding
@@ -38,7 +38,7 @@ def rows(target):
 
 def gained(target, rows, draft):
     """Accept length; the answers are the target's own, whatever the draft is."""
-    decoded = decode(target, nnx.split(draft), PROMPTS, Settings(LIMIT, CHAIN, (STOP,)))
+    decoded = Decoding(target, nnx.split(draft), PROMPTS, Settings(LIMIT, CHAIN, (STOP,))).finish()
     assert [one.tokens for one in decoded] == [row.tokens[row.num_prompt :].tolist() for row in rows]
     return accept_length([one.yields for one in decoded])
 
@@ -115,7 +115,7 @@ def train(target):
         host = collate(rows, documents[0].features, len(PROMPTS), 32, 12, algorithm)
         params = trained(fresh(seed)[1], Example(host.batch, host.features, host.rows_BR, head_WE))
         parts = nnx.split(nnx.merge(graphdef, params, frozen))
-        decoded = decode(target, parts, templated(1000), Settings(LIMIT, CHAIN, (STOP,)))
+        decoded = Decoding(target, parts, templated(1000), Settings(LIMIT, CHAIN, (STOP,))).finish()
         return acceptance([one.yields for one in decoded], CHAIN)
 
     return run
