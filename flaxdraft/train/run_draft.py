@@ -333,7 +333,7 @@ class Run:
     def record(self) -> None:
         """Refuses what no server loads before any time is spent on it, and keeps what a later export asks for."""
         taps, target = self.target.config.tap_layers, self.target.opened.source.config
-        check_servable(self.draft_config(), taps, target)
+        check_servable(self.draft_config(), taps, target, self.config.export.engine)
         if hosts.is_main():
             DraftRecord(self.draft_config().to_hf(), taps, target, self.config.target.path).write(self.draft_dir)
 
