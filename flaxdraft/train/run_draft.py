@@ -338,7 +338,8 @@ class Run:
         Raises:
             InputError: there is no such draft next to this target, or no server loads it.
         """
-        check_servable(self.draft_config(), self.target.config.tap_layers, self.target.opened.source.config)
+        source, engine = self.target.opened.source.config, self.config.export.engine
+        check_servable(self.draft_config(), self.target.config.tap_layers, source, engine)
 
     def record(self) -> None:
         """Keeps what a later export asks for."""
