@@ -336,11 +336,13 @@ class DecoderTarget:
             return 1
         return math.prod(self.mesh.shape[axis] for axis in self.sharding.act_b[0])
 
-    def _on_mesh(self):
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+    def on_mesh(self) -> contextlib.AbstractContextManager:
+        """Where programs that run the target are to be called."""
+        there = self.mesh is None or jax.sharding.get_abstract_mesh() == self.mesh.abstract_mesh
+        return contextlib.nullcontext() if there else jax.set_mesh(self.mesh)
 
     def _run(self, tokens_BT, positions_BT, segments_BT, cache, head, placement=None):
-        with self._on_mesh():
+        with self.on_mesh():
             return _forward(self.graphdef, self.state, self.spans, self.config, self.sharding, tokens_BT,
                             positions_BT, segments_BT, cache, head, placement)  # fmt: skip
 
@@ -375,7 +377,7 @@ class DecoderTarget:
 
     def logits(self, last_BE: Float[Array, "B E"]) -> Float[Array, "B V"]:
         """Logits of post-norm last hidden states, at least float32, whole on every device."""
-        with self._on_mesh():
+        with self.on_mesh():
             return _logits(last_BE, self.head(), self.sharding)
 
     def embedding(self) -> Float[Array, "V E"]:
