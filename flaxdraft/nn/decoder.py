@@ -30,7 +30,7 @@ from flaxdraft.nn.cache import Cache
 from flaxdraft.nn.layers import RMSNorm
 from flaxdraft.nn.places import check_heads, place_of
 from flaxdraft.nn.rope import RopeConfig
-from flaxdraft.ops import range_attention
+from flaxdraft.ops import cudnn_attention, range_attention
 from flaxdraft.ops.attention import attend, attend_cache, causal_visibility, document_ranges
 from flaxdraft.precision import Precision
 
@@ -210,10 +210,13 @@ def _in_chunks(q_BTNH, k_BTKH, v_BTKC, first_BT, last_BT, scale: float):
 
 
 def _uncached(q_BTNH, k_BTKH, v_BTKC, segments_BT, scale: float):
-    """Causal attention inside each document; in chunks where whole scores would be many."""
+    """Causal attention inside each document; where whole scores would be many, by cuDNN or in chunks."""
     num_batch, num_rows, num_heads, _ = q_BTNH.shape
     if num_batch * num_heads * num_rows**2 <= DENSE_SCORES:
         return attend(q_BTNH, k_BTKH, v_BTKC, causal_visibility(segments_BT), scale)
+    if cudnn_attention.unavailable(q_BTNH, v_BTKC) is None:
+        out, _ = cudnn_attention.forward(q_BTNH, k_BTKH, v_BTKC, *document_ranges(segments_BT), scale, packed=True)
+        return out.astype(v_BTKC.dtype)
     return _in_chunks(q_BTNH, k_BTKH, v_BTKC, *document_ranges(segments_BT), scale)
 
 
