@@ -189,6 +189,7 @@ def generate_each(
     num_slots = -(-(max(map(len, prompts)) + max_new_tokens) // 128) * 128
     carry, waiting = rows.empty(total, num_slots, max_new_tokens), 0
     owner_B, made_B = np.full(total, -1), np.zeros(total, np.int64)  # -1: free
+    ready: list[tuple[int, list[int]]] = []
     while waiting < len(prompts) or (owner_B >= 0).any():
         fresh = np.flatnonzero(owner_B < 0)[: len(prompts) - waiting]
         if len(fresh):
@@ -198,13 +199,16 @@ def generate_each(
         # Once no prompt waits, nothing is gained by stopping for a free row.
         enough_free = max(total // REFILL_SHARE, 1) if waiting < len(prompts) else total + 1
         carry = rows.written(carry, enough_free)
+        yield from ready  # the caller works with them while the device writes
+        ready = []
         before_B, made_B, running_B = made_B, np.array(carry.made_B), np.asarray(carry.running_B)
         on_tokens(int((made_B - before_B).sum()))
         done = np.flatnonzero((owner_B >= 0) & ~running_B)
         if len(done) >= min(enough_free, int((owner_B >= 0).sum())):
             answers_BM = np.asarray(carry.answer_BM)
-            yield from ((int(owner_B[row]), answers_BM[row, : made_B[row]].tolist()) for row in done)
+            ready = [(int(owner_B[row]), answers_BM[row, : made_B[row]].tolist()) for row in done]
             owner_B[done] = -1
+    yield from ready
 
 
 def generate(target: Target, prompts: Sequence[Sequence[int]], **how: Any) -> list[list[int]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -280,6 +281,10 @@ def report(a: argparse.Namespace) -> None:
     ]  # fmt: skip
     a.out.mkdir(parents=True, exist_ok=True)
     write(a.out, found, read_json(a.work / "data.json"))
+    shutil.copy(a.work / "data.json", a.out)
+    for draft in found:
+        shutil.copy(a.work / f"evaluation-{draft.name}" / "results.json", a.out / f"results-{draft.name}.json")
+        shutil.copy(a.work / draft.name / "metrics.jsonl", a.out / f"metrics-{draft.name}.jsonl")
     say(f"report: {a.out}")
 
 

@@ -91,6 +91,7 @@ def regenerate(
             counts["without a question, left out"] += 1
     counts["answered"] = len(done)
     left = [talk for talk in talks if talk.source.id not in done]
+    num_rows = min(num_rows, max(len(left), 1))
     # By length, so that rows decoded together are padded little.
     left.sort(key=lambda talk: (sum(len(message["content"]) for message in talk.asked[0]), talk.number))
     with bar("conversations", len(talks), len(talks) - len(left)) as progress, path.open("ab") as file:
