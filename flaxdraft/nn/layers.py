@@ -12,6 +12,7 @@ from jax import P
 from jaxtyping import Array, Float
 
 from flaxdraft.mesh import Sharding, along, gathered, into_columns
+from flaxdraft.ops.float8 import float8_product
 from flaxdraft.precision import Precision
 
 WHOLE = Sharding.none()
@@ -44,7 +45,11 @@ class Linear(nnx.Module):
             inputs: which of the kernel's inputs x holds; the parts of an input may so be projected one by one.
         """
         kernel = gathered(self.kernel[...], self.spec)[inputs].astype(self.precision.compute)
-        y = jnp.einsum("...i,io->...o", x.astype(self.precision.compute), kernel, out_sharding=along(x, self.out_spec))
+        x, out_spec = x.astype(self.precision.compute), along(x, self.out_spec)
+        if self.precision.float8:
+            y = float8_product(x, kernel, out_spec)
+        else:
+            y = jnp.einsum("...i,io->...o", x, kernel, out_sharding=out_spec)
         if self.bias is None:
             return y
         return y + jnp.expand_dims(self.bias[...].astype(y.dtype), tuple(range(y.ndim - 1)))

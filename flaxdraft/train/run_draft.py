@@ -226,14 +226,14 @@ class Run:
                 )
         return self.draft_module.Config(**defaults | fields)
 
-    def make_draft(self, sharding: Sharding, compute: str) -> nnx.Module:
+    def make_draft(self, sharding: Sharding, compute: str, float8: bool = False) -> nnx.Module:
         """A draft as it is before training."""
         config = self.draft_config()
         same_width = config.hidden_size == config.target_hidden_size
         embedding = self.outer.embedding() if same_width else None
         draft = self.draft_module.make(
-            config, self.vocab, embedding, precision=Precision(compute=DTYPES[compute]), sharding=sharding,
-            rngs=nnx.Rngs(self.config.seed),
+            config, self.vocab, embedding, precision=Precision(compute=DTYPES[compute], float8=float8),
+            sharding=sharding, rngs=nnx.Rngs(self.config.seed),
         )  # fmt: skip
         if self.start is not None:
             nnx.update(draft, self.start.params)
@@ -296,7 +296,7 @@ class Run:
         _, head_WE = self.vocab, self.teacher_head(config.compute_dtype)
         say("train", f"{config.num_steps} steps of {config.batch_size} answers to {self.target.opened.path.name}")
         decoded = self.decoded_in_training()
-        graphdef, params, frozen = split_draft(self.make_draft(SHARDING, config.compute_dtype))
+        graphdef, params, frozen = split_draft(self.make_draft(SHARDING, config.compute_dtype, config.float8))
         check_heads(self.draft_config(), SHARDING, self.mesh.shape)
         with jax.set_mesh(self.mesh):
             params, frozen = (on_mesh(state, self.mesh, SHARDING) for state in (params, frozen))
