@@ -39,12 +39,21 @@ def pytest_configure(config):
     if "not slow" in config.getoption("markexpr"):
         jax.config.update("jax_disable_most_optimizations", True)
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start
+        if jax.__version_info__ < (0, 11):  # its kernels of fused loops are two thirds of compiling; later ones are not
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+
+
+def pytest_collection_modifyitems(items):
+    """One worker runs all of a file, and all files of one `pytestmark` group: they share fixtures and programs."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture
 def damaged_reads():
-    """For tests that read damaged checkpoints: Orbax leaves its other reads behind, whose warnings come when they are
-    collected. That is here, where they are told apart from anybody else's."""
+    """For tests that read damaged checkpoints, or write to a full disk: Orbax leaves its other reads or writes behind,
+    whose warnings come when they are collected. That is here, where they are told apart from anybody else's."""
     yield
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

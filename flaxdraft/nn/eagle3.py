@@ -223,7 +223,9 @@ class Eagle3Draft(nnx.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, precision, rngs, sharding)
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
-        self.lm_head = column(c.hidden_size, c.draft_vocab_size, precision, rngs, sharding)
+        # The loss reads the head's master weights; the logits of a served draft are as exact.
+        exact = dataclasses.replace(precision, float8=False)
+        self.lm_head = column(c.hidden_size, c.draft_vocab_size, exact, rngs, sharding)
         self.target_ids = Frozen(jnp.asarray(vocab.target_ids_W, jnp.int32))
         self.draft_ids = Frozen(jnp.asarray(vocab.to_draft()))
 

@@ -47,6 +47,25 @@ def test_reads_happen_in_logging_and_evaluating_steps_alone(runs, monkeypatch):
     assert set(guarded[1:]) == {"allow"}
 
 
+@pytest.mark.gpu
+def test_an_accelerator_s_runtime_refuses_other_reads(runs, monkeypatch):
+    """pytest -m gpu -n 0 tests/multiprocess/test_guards.py: the whole run passes under the runtime's own guard, and one
+    number that a step looks at does not."""
+    options = ("mesh.data=1", "train.log_every=4", "train.eval_every=6", "train.checkpoint_every=5")
+    train(runs, "guarded", *options)
+    assert len(runs.lines("guarded")) == 3
+    real_advanced = loop.counting.advanced
+
+    def looking(*args):
+        counters = real_advanced(*args)
+        assert int(counters["tokens"][0]) >= 0
+        return counters
+
+    monkeypatch.setattr(loop.counting, "advanced", looking)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed device-to-host transfer"):
+        train(runs, "looking", *options)
+
+
 def test_one_compile_for_each_length(runs, monkeypatch):
     """200 steps over documents of two lengths."""
     made, real = [], loop.make_train_step
