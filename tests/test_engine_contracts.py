@@ -181,6 +181,13 @@ ROPE_REFUSALS = {
         ("sglang-jax", "llama", {}, {"tap_layers": (2, 4, 6)}, r"no field of the draft's, .* outputs of \[1, 3, 4\]"),
         ("tpu-inference", "llama", {}, {"tap_layers": (2, 4, 6)}, r"the draft was trained on \[2, 4, 6\]"),
         ("tpu-inference", "llama", {}, {"target": TARGET_HF | {"model_type": "qwen3"}}, "it taps no qwen3 targets"),
+        (
+            "tpu-inference",
+            "llama",
+            {},
+            {"target": {}},
+            "it taps llama targets alone, .* type is not known; give --target",
+        ),
         ("tpu-inference", "llama", {"norm_output": True}, {}, "it ignores norm_output"),
         *(("vllm", "llama", {"rope": rope}, {}, reason) for rope, reason in ROPE_REFUSALS.values()),
     ],
