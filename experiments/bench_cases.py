@@ -49,7 +49,7 @@ CASES = {
 }
 
 
-def make_draft(case: str, compute: Any) -> nnx.Module:
+def make_draft(case: str, compute: Any, float8: bool = False) -> nnx.Module:
     """A random draft of that size; the target's frozen embedding is in the precision of the products."""
     module, config = CASES[case]
     vocab = VocabMap(np.arange(config.draft_vocab_size) * (config.vocab_size // config.draft_vocab_size),
@@ -57,8 +57,9 @@ def make_draft(case: str, compute: Any) -> nnx.Module:
     key = jax.random.key(1)
     embedding = jax.random.normal(key, (config.vocab_size, config.hidden_size), compute)
     return module.make(
-        config, vocab, embedding, precision=Precision(compute=compute), sharding=Sharding.none(), rngs=nnx.Rngs(0)
-    )
+        config, vocab, embedding, precision=Precision(compute=compute, float8=float8), sharding=Sharding.none(),
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
 
 
 def make_example(

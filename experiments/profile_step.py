@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--remat", default="none")
     parser.add_argument("--loss-chunk", type=int, default=1024)
     parser.add_argument("--compute", choices=DTYPES, default="float32")
+    parser.add_argument("--float8", action="store_true")
     parser.add_argument("--ttt-length", type=int, default=7)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--rows", type=int, default=60, help="lines of the table")
@@ -43,8 +44,9 @@ def main() -> None:
     arguments = parser.parse_args()
     algorithm = Algorithm(arguments.ttt_length, remat=arguments.remat, loss_chunk=arguments.loss_chunk, packed=False)
     compiled, call, _ = compiled_step(
-        arguments.case, arguments.compute, arguments.batch, arguments.length, 1.0, 1, algorithm
-    )
+        arguments.case, arguments.compute, arguments.batch, arguments.length, 1.0, 1, algorithm,
+        arguments.float8,
+    )  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "step.hlo.gz").write_bytes(gzip.compress(compiled.as_text().encode()))
     jax.block_until_ready(call())

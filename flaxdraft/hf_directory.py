@@ -6,7 +6,6 @@ and K2 as published) are dequantised slice by slice while they are read.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from flaxdraft.errors import InputError
 from flaxdraft.safetensors_file import SafetensorsFile
+from flaxdraft.weights import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -124,15 +124,7 @@ class HFDirectory:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); a model directory needs it") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected an object, found {type(value).__name__}")
-    return value
+    return read_json_object(path, "a model directory needs it", "fetch it again")
 
 
 def _block_size(quantisation: dict[str, Any], origin: Path) -> tuple[int, int]:

@@ -215,6 +215,26 @@ def load_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: not a readable safetensors file ({error}); remove it and make it again") from error
 
 
+def read_json_object(path: Path, role: str, mend: str) -> dict[str, Any]:
+    """
+    Args:
+        role: who needs the file, for the message where it is missing.
+        mend: what to do where it is damaged.
+
+    Raises:
+        InputError: missing, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {role}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); {mend}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected an object, found {type(value).__name__}; {mend}")
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON, through a temporary name."""
     temporary = path.with_name(path.name + ".tmp")

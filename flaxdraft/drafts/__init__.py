@@ -5,7 +5,6 @@ A new architecture is a new file; nothing else is edited. `from_pretrained` find
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from flaxdraft.mesh import Sharding
 from flaxdraft.nn.layers import Frozen
 from flaxdraft.precision import Precision
 from flaxdraft.serving.layout import BUFFERS, flat_name
-from flaxdraft.weights import load_safetensors, state_from_torch
+from flaxdraft.weights import load_safetensors, read_json_object, state_from_torch
 
 
 class LoadedDraft(NamedTuple):
@@ -105,17 +104,15 @@ def from_pretrained(directory: str | Path, vocab: VocabMap | None = None) -> Loa
             or its vocabulary map is missing or not the caller's.
     """
     config_path, *paths = serving_files(directory)
+    hf = read_json_object(config_path, "expected a draft's config.json", "write it again")
     try:
-        hf = json.loads(config_path.read_text(encoding="utf-8"))
         module = find_by_architecture("flaxdraft.drafts", hf, str(config_path))
         config = module.Config.from_hf(hf)
     except InputError:
         raise
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{config_path}: not valid JSON ({error}); write it again") from error
     except KeyError as error:
         raise InputError(f"{config_path}: no field {error}, which every {module.__name__} draft needs") from error
-    except (TypeError, ValueError, ArithmeticError, AttributeError, OSError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise InputError(f"{config_path}: a field has a type or value that no draft can have ({error})") from error
     origin = str(Path(directory))
     tensors = _read_tensors(paths)

@@ -5,13 +5,16 @@ Precision and place are decided here and nowhere else. Kernels are stored [in, o
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import P
 from jaxtyping import Array, Float
 
-from flaxdraft.mesh import Sharding, along, gathered, into_columns
+from flaxdraft.mesh import Sharding, along, gathered, into_columns, spec_of
+from flaxdraft.ops.float8 import float8_product
 from flaxdraft.precision import Precision
 
 WHOLE = Sharding.none()
@@ -44,10 +47,28 @@ class Linear(nnx.Module):
             inputs: which of the kernel's inputs x holds; the parts of an input may so be projected one by one.
         """
         kernel = gathered(self.kernel[...], self.spec)[inputs].astype(self.precision.compute)
-        y = jnp.einsum("...i,io->...o", x.astype(self.precision.compute), kernel, out_sharding=along(x, self.out_spec))
+        x, out_spec = x.astype(self.precision.compute), along(x, self.out_spec)
+        product = partial(_product, out_spec=out_spec)
+        y = float8_product(product, x, kernel) if self.precision.float8 else product(x, kernel)
         if self.bias is None:
             return y
         return y + jnp.expand_dims(self.bias[...].astype(y.dtype), tuple(range(y.ndim - 1)))
+
+
+def _product(x, kernel, out_spec: P | None):
+    """x @ kernel, batch and time as one axis wherever no device shares a row's time with another: the kernel's gradient
+    is then a product of two matrices. Summed over two axes, XLA's CPU code copies x into another order first, which
+    takes as long as the product."""
+    spec = spec_of(x)
+    if x.ndim != 3 or spec.partitions[1] is not None:
+        return jnp.einsum("...i,io->...o", x, kernel, out_sharding=out_spec)
+    batch, _, width = spec.partitions
+    rows_spec, flat_spec = None, None
+    if out_spec is not None:
+        rows_spec, flat_spec = P(batch, width, reduced=spec.reduced), P(batch, out_spec.partitions[2])
+    rows = jnp.reshape(x, (-1, x.shape[2]), out_sharding=rows_spec)
+    flat = jnp.einsum("mi,io->mo", rows, kernel, out_sharding=flat_spec)
+    return jnp.reshape(flat, (*x.shape[:2], kernel.shape[1]), out_sharding=out_spec)
 
 
 def latent(num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs, s: Sharding, *, use_bias=False) -> Linear:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from flaxdraft.errors import InputError
 from flaxdraft.gguf_file import GGUFCheckpoint
 from flaxdraft.safetensors_file import SafetensorsFile
+from flaxdraft.weights import read_json_object
 
 _NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -78,15 +78,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         InputError: missing, not JSON, or not an object.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a draft's config.json") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); write it again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected an object, found {type(value).__name__}")
-    return value
+    return read_json_object(path, "expected a draft's config.json", "write it again")
 
 
 def read_target_config(path: Path) -> dict[str, Any]:

@@ -78,7 +78,8 @@ def make_plan(
         draft_config: the draft's sizes; vocabulary and widths of the target are among them.
     """
     compute, length = DTYPES[config.train.compute_dtype], row_length(config)
-    graphdef, params, frozen = _abstract_draft(draft_module, draft_config, compute, mesh)
+    precision = Precision(compute=compute, float8=config.train.float8)
+    graphdef, params, frozen = _abstract_draft(draft_module, draft_config, precision, mesh)
     with jax.set_mesh(mesh):
         example = _described(_zeros(config, mesh, draft_config, algorithm, compute, length), mesh)
         tx, train = optimizer(config.train), config.train
@@ -119,14 +120,14 @@ def _bytes_a_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _abstract_draft(module: Any, config: Any, compute: Any, mesh: jax.sharding.Mesh):
+def _abstract_draft(module: Any, config: Any, precision: Precision, mesh: jax.sharding.Mesh):
     """Structure, parameters and frozen arrays of a draft, each described in its place."""
     vocab = VocabMap(np.arange(config.draft_vocab_size), config.vocab_size)
 
     def make():
         embedding = None if config.owns_embedding else jnp.zeros((config.vocab_size, config.hidden_size))
         return module.make(
-            config, vocab, embedding, precision=Precision(compute=compute), sharding=SHARDING, rngs=nnx.Rngs(0)
+            config, vocab, embedding, precision=precision, sharding=SHARDING, rngs=nnx.Rngs(0)
         )  # fmt: skip
 
     graphdef, *states = split_draft(nnx.eval_shape(make))

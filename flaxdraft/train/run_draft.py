@@ -171,6 +171,7 @@ class Run:
         if result is None or not all(
             is_captured(self.data_dir, split, len(order), data.rows) for split, order in result["order"].items()
         ):
+            self.check_draft()
             target = self.target.loaded
             say("data", "the target answers the prompts")
             self._check_context()
@@ -227,14 +228,14 @@ class Run:
                 )
         return self.draft_module.Config(**defaults | fields)
 
-    def make_draft(self, sharding: Sharding, compute: str) -> nnx.Module:
+    def make_draft(self, sharding: Sharding, compute: str, float8: bool = False) -> nnx.Module:
         """A draft as it is before training."""
         config = self.draft_config()
         same_width = config.hidden_size == config.target_hidden_size
         embedding = self.outer.embedding() if same_width else None
         draft = self.draft_module.make(
-            config, self.vocab, embedding, precision=Precision(compute=DTYPES[compute]), sharding=sharding,
-            rngs=nnx.Rngs(self.config.seed),
+            config, self.vocab, embedding, precision=Precision(compute=DTYPES[compute], float8=float8),
+            sharding=sharding, rngs=nnx.Rngs(self.config.seed),
         )  # fmt: skip
         if self.start is not None:
             nnx.update(draft, self.start.params)
@@ -288,6 +289,7 @@ class Run:
     def params(self) -> nnx.State:
         """The trained parameters, on one device; where training is done they come from its last checkpoint."""
         config = self.config.train
+        self.check_draft()
         self.record()
         rows = jax.NamedSharding(self.mesh, SHARDING.act_b)
         part = hosts.local_part(rows, config.batch_size)
@@ -297,7 +299,7 @@ class Run:
         _, head_WE = self.vocab, self.teacher_head(config.compute_dtype)
         say("train", f"{config.num_steps} steps of {config.batch_size} answers to {self.target.opened.path.name}")
         decoded = self.decoded_in_training()
-        graphdef, params, frozen = split_draft(self.make_draft(SHARDING, config.compute_dtype))
+        graphdef, params, frozen = split_draft(self.make_draft(SHARDING, config.compute_dtype, config.float8))
         check_heads(self.draft_config(), SHARDING, self.mesh.shape)
         with jax.set_mesh(self.mesh):
             params, frozen = (on_mesh(state, self.mesh, SHARDING) for state in (params, frozen))
@@ -331,10 +333,18 @@ class Run:
             return None
         return self.target.on(self.mesh, DTYPES[self.config.train.compute_dtype])
 
+    def check_draft(self) -> None:
+        """Before any time is spent on it.
+
+        Raises:
+            InputError: there is no such draft next to this target, or no server loads it.
+        """
+        source, engine = self.target.opened.source.config, self.config.export.engine
+        check_servable(self.draft_config(), self.target.config.tap_layers, source, engine)
+
     def record(self) -> None:
-        """Refuses what no server loads before any time is spent on it, and keeps what a later export asks for."""
+        """Keeps what a later export asks for."""
         taps, target = self.target.config.tap_layers, self.target.opened.source.config
-        check_servable(self.draft_config(), taps, target)
         if hosts.is_main():
             DraftRecord(self.draft_config().to_hf(), taps, target, self.config.target.path).write(self.draft_dir)
 

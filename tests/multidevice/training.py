@@ -60,7 +60,7 @@ class Setup:
         return training_example(host, self.mesh, algorithm.num_steps, self.teacher_head_WE)
 
 
-def setup(name: str, shape: dict[str, int], head_WE: np.ndarray, compute=jnp.float32, **fields) -> Setup:
+def setup(name: str, shape: dict[str, int], head_WE: np.ndarray, compute=jnp.float32, float8=False, **fields) -> Setup:
     """A draft with eight heads on a mesh of that shape; to be used inside `jax.set_mesh`."""
     mesh, module = make_mesh(**shape), DRAFTS[name]
     heads = {"num_attention_heads": 8} | ({"num_key_value_heads": 8} if name == "llama" else {})
@@ -69,8 +69,8 @@ def setup(name: str, shape: dict[str, int], head_WE: np.ndarray, compute=jnp.flo
     rng = np.random.default_rng(1)
     embedding = None if config.owns_embedding else jnp.asarray(rng.normal(size=(V, E)), compute) * 0.1
     draft = module.make(
-        config, VocabMap(np.arange(W) * 2, V), embedding, precision=Precision(compute=compute), sharding=SHARDING,
-        rngs=nnx.Rngs(0),
+        config, VocabMap(np.arange(W) * 2, V), embedding, precision=Precision(compute=compute, float8=float8),
+        sharding=SHARDING, rngs=nnx.Rngs(0),
     )  # fmt: skip
     graphdef, params, frozen = split_draft(draft)
     params, frozen = (on_mesh(state, mesh, SHARDING) for state in (params, frozen))

@@ -1,0 +1,103 @@
+"""What the training command refuses: one message that names the field, exit code 2, and nothing left behind."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from safetensors.numpy import save_file
+from test_contracts import TARGET_HF
+from tiny_runs import call, make_workspace
+
+from flaxdraft.config import load_config
+from flaxdraft.errors import InputError
+from flaxdraft.stages import claim
+from flaxdraft.train.run_draft import Run
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, tiny_gguf):
+    return make_workspace(tmp_path_factory.mktemp("run"), tiny_gguf)
+
+
+def test_wrong_input_claims_nothing(tmp_path):
+    claim(tmp_path / "x", {"a": 1}, "")
+    claim(tmp_path / "x", {"a": 2}, "")
+    (tmp_path / "x" / "result").write_text("")
+    claim(tmp_path / "x", {"a": 2}, "")
+    with pytest.raises(InputError, match=r"a: there 2, here 3"):
+        claim(tmp_path / "x", {"a": 3}, "")
+
+
+@pytest.fixture(scope="module")
+def claimed(workspace):
+    """Folders that another run has begun to fill."""
+    config = load_config(str(workspace / "run.yaml"), [])
+    Run(config).claim_folders()
+    (config.draft_dir / "metrics.jsonl").touch()
+    (config.draft_dir.parent / "data" / "train-00000.safetensors").touch()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.learning_rate=0.5", r"train.learning_rate: there 0.002, here 0.5.*name="),
+        ("data.max_answer_tokens=13", r"data.max_answer_tokens: there 12, here 13.*output_dir"),
+    ],
+)
+@pytest.mark.usefixtures("claimed")
+def test_another_configuration_is_refused(workspace, capfd, override, message):
+    assert call(workspace, override) == 2
+    error = capfd.readouterr().err
+    assert re.search(message, error), error
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("draft.architecture=mamba", r"draft.architecture: no 'mamba'"),
+        ("algorithm.name=eagle9", r"algorithm.name: no 'eagle9'"),
+        ("train.learning_rat=1", r"unknown key 'train.learning_rat'; did you mean 'learning_rate'"),
+        ("train.num_steps=many", r"train.num_steps: found 'many'"),
+        ("data.prompts=/nowhere.jsonl", r"data.prompts: cannot read /nowhere.jsonl"),
+        ("data.num_prompts=11", r"data.num_prompts: found 11, .* has 10"),
+        ("target.path=/nowhere.gguf", r"target.path: no file or directory /nowhere.gguf"),
+        ("target.sha256='00'", r"sha256 is .* target.sha256 says 00"),
+        ("output_dir=/proc/flaxdraft", r"output_dir: cannot write to /proc/flaxdraft"),
+        ("target.tap_layers=[0,4,7]", r"target.tap_layers: .* holds the last layer, which SGLang cannot capture"),
+        ("evaluate.max_new_tokens=120", r"evaluate.max_new_tokens: found 120; after the longest .* context of 128"),
+        ("name=data", r"name: found 'data'; .*folder name"),
+        ("mesh.data=3", r"train.batch_size: 4 rows cannot be split over mesh.data=3"),
+        ("train.accumulate=8", r"train.batch_size: 4 rows cannot be split over train.accumulate=8; give a multiple"),
+        ("train.resume=stepp", r"train.resume: found 'stepp', which is no directory; expected auto, latest"),
+        ("draft.draft_vocab_size=999999", r"draft.draft_vocab_size"),
+        ("draft.fields={hidden_sise: 8}", r"did you mean 'hidden_size'"),
+    ],
+)
+def test_wrong_input_is_one_message_and_exit_code_2(workspace, tmp_path, capfd, override, message):
+    fresh = [] if override.startswith("output_dir") else [f"output_dir={tmp_path}"]
+    assert call(workspace, *fresh, override) == 2
+    error = capfd.readouterr().err
+    assert re.search(message, error), error
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob("data/*.safetensors"))  # before the target is asked anything
+
+
+def test_the_command_itself_reports_without_a_traceback(workspace):
+    command = [sys.executable, "-m", "flaxdraft.train", "--config", str(workspace / "nothing.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONWARNINGS": ""})
+    assert done.returncode == 2
+    assert "nothing.yaml: cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_directory_without_a_tokenizer_is_refused(workspace, tmp_path, capfd):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    hf = TARGET_HF | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_theta": 1e4}
+    (bare / "config.json").write_text(json.dumps(hf))
+    save_file({}, bare / "model.safetensors")  # no weight is asked for
+    assert call(workspace, f"target.path={bare}", f"output_dir={tmp_path / 'out'}") == 2
+    assert "has no tokenizer, which it takes to ask the target" in capfd.readouterr().err.replace("\n", " ")
