@@ -29,7 +29,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     import orbax.checkpoint  # noqa: F401
 
-from tiny import write_tiny_gguf  # noqa: E402 (devices are set first)
+from compiling import FAST  # noqa: E402 (devices are set first)
+from tiny import write_tiny_gguf  # noqa: E402
 
 
 def pytest_configure(config):
@@ -38,9 +39,7 @@ def pytest_configure(config):
     # The default tests compile far more than they compute; the slow ones see programs as users run them.
     if "not slow" in config.getoption("markexpr"):
         jax.config.update("jax_disable_most_optimizations", True)
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start
-        if jax.__version_info__ < (0, 11):  # its kernels of fused loops are two thirds of compiling; later ones are not
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+        os.environ |= FAST  # also of the processes that tests start
 
 
 def pytest_collection_modifyitems(items):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from compiling import FAST
 
 WORKER = Path(__file__).with_name("worker.py")
 TRAIN = {
@@ -48,7 +49,7 @@ class SmallRuns:
         for index in range(num_processes):
             own = os.environ | {
                 "JAX_NUM_CPU_DEVICES": str(devices // num_processes), "JAX_PLATFORMS": "cpu",
-                "PYTHONWARNINGS": "ignore", **environment,
+                "PYTHONWARNINGS": "ignore", **FAST, **environment,
             }  # fmt: skip
             if num_processes > 1:
                 own |= {
@@ -132,7 +133,7 @@ class SmallRuns:
             time.sleep(0.02)
 
 
-def finish(processes, timeout: float = 240.0) -> list[int]:
+def finish(processes, timeout: float = 500.0) -> list[int]:
     """Exit codes; whatever is left after the timeout is killed."""
     end = time.monotonic() + timeout
     try:

@@ -59,7 +59,7 @@ def test_four_processes_go_on_to_the_bit(four_processes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_processes", "devices"), [(1, 1), (1, 2), (1, 8), (2, 2), (2, 8), (8, 8)])
+@pytest.mark.parametrize(("num_processes", "devices"), [(1, 1), (1, 8), (2, 2), (8, 8)])
 def test_other_processes_go_on_with_what_four_saved(four_processes, num_processes, devices):
     name = f"four-then-{num_processes}-of-{devices}"
     four_processes.copy_until("four", name, FROM)

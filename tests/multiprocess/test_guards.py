@@ -72,7 +72,7 @@ def test_one_compile_for_each_length(runs, monkeypatch):
     monkeypatch.setattr(loop, "make_train_step", lambda *args: made.append(real(*args)) or made[-1])
     monkeypatch.setattr(SmallRun, "documents", AnsweredPrompts([*rows(24, 2, []), *rows(8, 5, [], 40)], V))
     seldom = [f"train.{name}_every=200" for name in ("log", "eval", "checkpoint")]
-    train(runs, "compiles", "train.length_buckets=2", "train.num_steps=200", *seldom)
+    train(runs, "compiles", "mesh.data=1", "train.length_buckets=2", "train.num_steps=200", *seldom)
     assert made[0]._cache_size() == 2
     assert runs.lines("compiles")[-1]["tokens"] == 200 // 4 * (24 * 14 + 8 * 40)  # 50 epochs of 4 batches
 

@@ -35,8 +35,8 @@ def alone(runs):
 
 def test_two_processes_equal_one(undisturbed):
     assert undisturbed.digest("undisturbed", 0) == undisturbed.digest("undisturbed", 1)
-    train(undisturbed, "one", *OPTIONS, "mesh.data=4")
-    undisturbed.assert_agree("one", "undisturbed")
+    train(undisturbed, "one-process", *OPTIONS, "mesh.data=4")
+    undisturbed.assert_agree("one-process", "undisturbed")
     assert "held-out" not in undisturbed.said("undisturbed", 1)  # process 0 alone speaks
     assert "held-out" in (undisturbed.draft("undisturbed") / "logs" / "process-1.log").read_text()
 
@@ -94,11 +94,19 @@ class Lives:
         self.ended()
 
 
-def test_a_stopped_peer_and_a_request_to_stop(undisturbed):
-    """Each in turn befalls one run, which ends as the undisturbed one did."""
+def test_a_request_to_stop_and_a_stopped_peer(undisturbed):
+    """Both befall one run, one after the other."""
     lives = Lives(undisturbed, "disturbed", 2, "hosts.heartbeat_seconds=15")
+    processes = lives.start()  # process 1 is asked to stop: both save the same step and end
+    undisturbed.wait_for_step("disturbed", 2, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    assert finish(processes) == [RESTART, RESTART]
+    assert f"asked to stop: step {lives.last_step()} of {STEPS} is saved" in lives.output(0)
+    assert undisturbed.checkpoints("disturbed")[-1] == lives.last_step()
+    lives.ended()
+
     processes = lives.start()  # process 1 is stopped: noticed by its silence
-    undisturbed.wait_for_step("disturbed", 4, processes)
+    undisturbed.wait_for_step("disturbed", lives.last_step() + 1, processes)
     processes[1].send_signal(signal.SIGSTOP)
     try:
         assert processes[0].wait(60) == RESTART
@@ -107,16 +115,6 @@ def test_a_stopped_peer_and_a_request_to_stop(undisturbed):
         processes[1].wait()
     assert "has given no sign of life for 5 s" in lives.output(0)
     lives.ended()
-
-    processes = lives.start()  # process 1 is asked to stop: both save the same step and end
-    undisturbed.wait_for_step("disturbed", lives.last_step() + 3, processes)
-    processes[1].send_signal(signal.SIGTERM)
-    assert finish(processes) == [RESTART, RESTART]
-    assert f"asked to stop: step {lives.last_step()} of {STEPS} is saved" in lives.output(0)
-    assert undisturbed.checkpoints("disturbed")[-1] == lives.last_step()
-    lives.ended()
-    lives.finish()
-    undisturbed.assert_identical("disturbed", "undisturbed")
 
 
 @pytest.mark.parametrize(
