@@ -16,6 +16,7 @@ from flaxdraft.drafts import from_pretrained
 from flaxdraft.errors import InputError
 from flaxdraft.foreign.convert import Options, convert
 from flaxdraft.interfaces import VocabMap
+from flaxdraft.nn.eagle3 import SWITCHES
 from flaxdraft.nn.rope import RopeConfig
 from flaxdraft.weights import load_safetensors, save_safetensors, state_to_torch
 
@@ -147,7 +148,7 @@ TRAINERS = {
 def assert_same(directory, source, vocab=None):
     loaded = from_pretrained(directory)
     assert loaded.module is source.module
-    for field in ("hidden_size", "draft_vocab_size", "rope", "fc_norm", "norm_output", "num_attention_heads"):
+    for field in ("hidden_size", "draft_vocab_size", "rope", "num_attention_heads", *SWITCHES):
         assert getattr(loaded.config, field) == getattr(source.config, field)
     np.testing.assert_array_equal(loaded.vocab.target_ids_W, (vocab or source.vocab).target_ids_W)
     for (path, want), (_, got) in zip(
@@ -365,6 +366,8 @@ def test_speculators_norms_come_along(tmp_path, nested):
         config |= switches
     convert(tensors, config, tmp_path / "out", "there")
     assert_same(tmp_path / "out", source)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert switches.items() <= written.items()
 
 
 def test_speculators_must_say_where_the_residual_starts(tmp_path, llama):

@@ -73,6 +73,11 @@ def test_another_configuration_is_refused(workspace, capfd, override, message):
         ("train.accumulate=8", r"train.batch_size: 4 rows cannot be split over train.accumulate=8; give a multiple"),
         ("train.resume=stepp", r"train.resume: found 'stepp', which is no directory; expected auto, latest"),
         ("draft.draft_vocab_size=999999", r"draft.draft_vocab_size"),
+        ("export.engine=tensorrt", r"engine: no 'tensorrt'; known are hf, sglang, sglang-jax, tpu-inference, vllm"),
+        (
+            "draft.fields={norm_before_residual: true}",
+            r"export for SGLang .*: it ignores norm_before_residual; take .*export.engine",
+        ),
         ("draft.fields={hidden_sise: 8}", r"did you mean 'hidden_size'"),
     ],
 )

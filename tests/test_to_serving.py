@@ -33,6 +33,7 @@ CASES = [
     pytest.param(*case, marks=() if case in USUAL else pytest.mark.slow)
     for case in itertools.product(DRAFTS, FIELDS, (W, V))
 ]
+NORMS_BEFORE = {"norm_before_fc": True, "norm_before_residual": True}  # which vLLM alone serves
 EVALUATION = {
     "answers": 4, "chain_length": 3, "decoded": {
         "accept_length": 1.625, "acceptance_by_position": [0.5, 0.25, 0.125],
@@ -89,6 +90,15 @@ def test_a_checkpoint_comes_back_bit_by_bit(tmp_path, kind, fields, size):
     assert first.keys() == again.keys()
     for name, array in first.items():
         np.testing.assert_array_equal(again[name], array)
+
+
+def test_norms_before_fc_and_residual_come_back_bit_by_bit(tmp_path, capsys):
+    config, params = make_run(tmp_path / "run", "llama", NORMS_BEFORE)
+    assert call(tmp_path / "run", tmp_path / "refused") == 2
+    assert "export for SGLang 0.5.23: it ignores norm_before_residual" in capsys.readouterr().err
+    assert call(tmp_path / "run", tmp_path / "out", "--engine", "vllm", "--dtype", "fp32") == 0
+    assert_equal(from_pretrained(tmp_path / "out"), config, params[4])
+    assert lint.passes(lint.check(view_of_directory(tmp_path / "out", TARGET_HF)), ["vllm"])
 
 
 def test_a_checkpoint_of_eight_devices_is_read_on_one(tmp_path):

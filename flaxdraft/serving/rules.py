@@ -111,7 +111,11 @@ def switches(engine: Engine, view: DraftView) -> Iterator[Finding]:
         if not switch(view.config, name):
             continue
         if name not in honoured:
-            yield Finding("wrong", f"it ignores {name}", f"serve with an engine that has it, or train without {name}")
+            yield Finding(
+                "wrong",
+                f"it ignores {name}",
+                f"take an engine that has it (--engine, export.engine), or train without {name}",
+            )
         elif not view.config.get(name) and view.config.get("use_aux_norm") and "fc_norm" not in engine.other_names:
             yield Finding("wrong", "it does not read use_aux_norm, SGLang's other name", 'write "fc_norm": true')
 
