@@ -72,6 +72,8 @@ def test_another_configuration_is_refused(workspace, capfd, override, message):
         ("mesh.data=3", r"train.batch_size: 4 rows cannot be split over mesh.data=3"),
         ("train.accumulate=8", r"train.batch_size: 4 rows cannot be split over train.accumulate=8; give a multiple"),
         ("train.resume=stepp", r"train.resume: found 'stepp', which is no directory; expected auto, latest"),
+        ("train.resume=best", r"train.resume: best, but .*checkpoints holds no complete checkpoint"),
+        ("train.resume=step 3", r"train.resume: step 3, but .*checkpoints holds no complete checkpoint"),
         ("draft.draft_vocab_size=999999", r"draft.draft_vocab_size"),
         ("draft.fields={hidden_sise: 8}", r"did you mean 'hidden_size'"),
     ],

@@ -118,7 +118,7 @@ class Run:
             if field not in known:
                 raise InputError(f"--allow-change: no field {field!r}; {nearest(field, known)}")
         check_wandb(config.train.wandb)
-        check_request(config.train.resume)
+        check_request(config.train.resume, self.draft_dir / "checkpoints")
         if jax.process_count() > 1 and self.mesh.size != jax.device_count():
             raise InputError(
                 f"mesh: {self.mesh.size} devices of {jax.device_count()}; a run of {jax.process_count()} processes "
