@@ -87,6 +87,14 @@ def test_wrong_input_is_one_message_and_exit_code_2(workspace, tmp_path, capfd, 
     assert not list(tmp_path.glob("data/*.safetensors"))  # before the target is asked anything
 
 
+def test_a_map_that_is_none_is_refused_before_the_target_answers(workspace, tmp_path, capfd):
+    (tmp_path / "map.npy").write_text("d2t")
+    assert call(workspace, f"output_dir={tmp_path}", f"draft.vocab_map={tmp_path / 'map.npy'}") == 2
+    error = " ".join(capfd.readouterr().err.split())
+    assert "map.npy (not a whole .npy file); expected a .npy file of offsets" in error
+    assert not list(tmp_path.glob("data/*.safetensors"))
+
+
 def test_the_command_itself_reports_without_a_traceback(workspace):
     command = [sys.executable, "-m", "flaxdraft.train", "--config", str(workspace / "nothing.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONWARNINGS": ""})

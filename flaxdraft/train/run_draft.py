@@ -336,8 +336,10 @@ class Run:
         """Before any time is spent on it.
 
         Raises:
-            InputError: there is no such draft next to this target, or no server loads it.
+            InputError: there is no such draft or vocabulary map next to this target, or no server loads it.
         """
+        if self.start is None and self.config.draft.vocab_map is not None:
+            read_map(self.config.draft.vocab_map, self.target.config.vocab_size, self.config.draft.draft_vocab_size)
         check_servable(self.draft_config(), self.target.config.tap_layers, self.target.opened.source.config)
 
     def record(self) -> None:
