@@ -124,6 +124,9 @@ class EvaluateConfig(_Section):
 
 
 class ExportConfig(_Section):
+    engine: str = (
+        "sglang"  # whose contract the export meets, see flaxdraft/serving/engines; hf where no engine serves it
+    )
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
 

@@ -1,56 +1,156 @@
 """A target writes: batched decoding with a KV cache, greedy or sampled, each row ended by its own stop token.
 
-Shape letters: B rows, T tokens of a chunk, E target width, V vocabulary.
+The loop over tokens runs on the device, many at a time. Answers differ in length, so a row that is done gets the next
+prompt: whenever a share of the rows is free, they all read their new prompts in one go, beside the others, which pause.
+
+Shape letters: B rows, T tokens of a chunk, M answer tokens, E target width, V vocabulary, N stop tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import P, lax
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from flaxdraft.errors import InputError
-from flaxdraft.interfaces import Features, Target
+from flaxdraft.interfaces import Target
 from flaxdraft.ops.sampling import sample
 
-
-def prefill(target: Target, cache, prompts: Sequence[Sequence[int]], num_slots: int, chunk: int):
-    """The cache after every prompt, and each row's last hidden state [B, E] with its argmax [B].
-
-    Prompts are read `chunk` tokens at a time, which bounds memory and keeps the number of compiled shapes at one.
-    """
-    lengths = np.array([len(prompt) for prompt in prompts])
-    padded = -(-int(lengths.max()) // chunk) * chunk
-    tokens = np.zeros((len(prompts), padded), np.int32)
-    positions = np.full((len(prompts), padded), num_slots, np.int32)  # padding sits in no slot
-    for i, prompt in enumerate(prompts):
-        tokens[i, : len(prompt)] = prompt
-        positions[i, : len(prompt)] = np.arange(len(prompt))
-    rows, argmax = np.arange(len(prompts)), np.zeros(len(prompts), np.int32)
-    last = None
-    for start in range(0, padded, chunk):
-        span = slice(start, start + chunk)
-        cache, out = target.extend(cache, tokens[:, span], positions[:, span], "end")
-        ends = (lengths - 1) // chunk * chunk == start
-        if not ends.any():
-            continue
-        inside = np.where(ends, lengths - 1 - start, 0)
-        # On the host: the rows may be split over devices.
-        here = np.asarray(out.last_BTE)[rows, inside]
-        last = here if last is None else np.where(ends[:, None], here, last)
-        argmax = np.where(ends, np.asarray(out.argmax_BT)[rows, inside], argmax)
-    return cache, last, argmax
+REFILL_SHARE = (
+    4  # a 4th of the rows is free before prompts are read again: reading costs the same for one row as for all
+)
+TOKENS_AT_A_TIME = 64  # between two looks at the device
 
 
-@partial(jax.jit, static_argnames=("temperature", "top_p"))
-def _draw(logits_BV, seeds_B, step, temperature: float, top_p: float):
-    keys_B = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(seeds_B)
-    return sample(logits_BV, keys_B, temperature, top_p)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Carry:
+    """Between two tokens. The newest answer token has not been read by the target yet."""
+
+    cache: Any
+    length_B: Int[Array, " B"]  # of the prompt
+    seed_B: UInt32[Array, " B"]
+    answer_BM: Int[Array, "B M"]
+    made_B: Int[Array, " B"]  # answer tokens so far
+    running_B: Bool[Array, " B"]
 
 
-def generate(
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """What the compiled programs depend on besides shapes."""
+
+    temperature: float
+    top_p: float
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """On every device of the mesh, where there is one: rows of a batch may lie apart, those of a carry never do."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.reshard(x, P())
+
+
+def _chosen(target: Target, how: _How, last_BE: Float[Array, "B E"], argmax_B, seed_B, made_B) -> Int[Array, " B"]:
+    """The next token of each row: a sample by its own seed, so that it does not matter which rows are beside it."""
+    if how.temperature == 0:
+        return _whole(argmax_B)
+    keys_B = jax.vmap(lambda seed, made: jax.random.fold_in(jax.random.key(seed), made))(seed_B, made_B)
+    return sample(_whole(target.logits(_whole(last_BE))), keys_B, how.temperature, how.top_p)
+
+
+def _noted(carry: _Carry, token_B, rows_B: Bool[Array, " B"], stops_N) -> _Carry:
+    """With one more token in the answers of `rows_B`."""
+    num_rows, limit = carry.answer_BM.shape
+    at_B = jnp.where(rows_B, carry.made_B, limit)
+    made_B = carry.made_B + rows_B
+    stopped_B = jnp.any(token_B[:, None] == stops_N[None], axis=1) | (made_B >= limit)
+    return dataclasses.replace(
+        carry, answer_BM=carry.answer_BM.at[jnp.arange(num_rows), at_B].set(token_B, mode="drop"), made_B=made_B,
+        running_B=jnp.where(rows_B, ~stopped_B, carry.running_B),
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames="how", donate_argnames="carry")
+def _read_chunk(target: Target, how: _How, stops_N, tokens_BT, start, fresh_B, carry: _Carry) -> _Carry:
+    """Prompt tokens `start`, start + 1, ... of the fresh rows into the cache. Rows whose prompt ends among them make
+    their first answer token."""
+    length_B1, num_slots = carry.length_B[:, None], carry.cache.num_slots
+    at_1T = start + jnp.arange(tokens_BT.shape[1])[None]
+    positions_BT = jnp.where(fresh_B[:, None] & (at_1T < length_B1), at_1T, num_slots)
+    cache, out = target.extend(carry.cache, tokens_BT, positions_BT, "end")
+    here_BT = fresh_B[:, None] & (at_1T == length_B1 - 1)
+    last_BTE, argmax_BT = _whole(out.last_BTE), _whole(out.argmax_BT)
+    last_BE = jnp.sum(jnp.where(here_BT[..., None], last_BTE, 0), axis=1, dtype=last_BTE.dtype)
+    argmax_B = jnp.sum(jnp.where(here_BT, argmax_BT, 0), axis=1, dtype=jnp.int32)
+    token_B = _chosen(target, how, last_BE, argmax_B, carry.seed_B, jnp.zeros_like(carry.made_B))
+    return _noted(dataclasses.replace(carry, cache=cache), token_B, jnp.any(here_BT, axis=1), stops_N)
+
+
+@partial(jax.jit, static_argnames="how", donate_argnames="carry")
+def _write(target: Target, how: _How, stops_N, enough_free, carry: _Carry) -> _Carry:
+    """Tokens of all running rows, until so many rows are free or it is time for a look."""
+
+    def more(loop):
+        step, carry = loop
+        running = jnp.sum(carry.running_B, dtype=jnp.int32)
+        return (step < TOKENS_AT_A_TIME) & (running > 0) & (len(carry.running_B) - running < enough_free)
+
+    def one(loop):
+        step, carry = loop
+        running_B, made_B = carry.running_B, carry.made_B
+        newest_B1 = jnp.take_along_axis(carry.answer_BM, jnp.maximum(made_B - 1, 0)[:, None], axis=1)
+        at_B = jnp.where(running_B, carry.length_B + made_B - 1, carry.cache.num_slots)
+        cache, out = target.extend(carry.cache, newest_B1, at_B[:, None], "all")
+        token_B = _chosen(target, how, out.last_BTE[:, 0], out.argmax_BT[:, 0], carry.seed_B, made_B)
+        return step + 1, _noted(dataclasses.replace(carry, cache=cache), token_B, running_B, stops_N)
+
+    return lax.while_loop(more, one, (jnp.int32(0), carry))[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Prompts in the rows of one batch."""
+
+    target: Target
+    how: _How
+    stops_N: np.ndarray
+    chunk: int
+
+    def empty(self, num_rows: int, num_slots: int, limit: int) -> _Carry:
+        zeros = lambda *shape, dtype=np.int32: np.zeros((num_rows, *shape), dtype)  # noqa: E731
+        return _Carry(
+            self.target.new_cache(num_rows, num_slots), zeros(), zeros(dtype=np.uint32), zeros(limit), zeros(),
+            zeros(dtype=bool),
+        )  # fmt: skip
+
+    def with_prompts(self, carry: _Carry, fresh: dict[int, tuple[Sequence[int], int]]) -> _Carry:
+        """With new prompts and their seeds in some rows, and the first token of each answer."""
+        length_B, made_B, seed_B = (np.array(x) for x in (carry.length_B, carry.made_B, carry.seed_B))
+        longest = max(len(prompt) for prompt, _ in fresh.values())
+        tokens_BP = np.zeros((len(length_B), -(-longest // self.chunk) * self.chunk), np.int32)
+        fresh_B = np.zeros(len(length_B), bool)
+        for row, (prompt, seed) in fresh.items():
+            tokens_BP[row, : len(prompt)] = prompt
+            fresh_B[row], length_B[row], made_B[row], seed_B[row] = True, len(prompt), 0, seed
+        carry = dataclasses.replace(carry, length_B=length_B, made_B=made_B, seed_B=seed_B)
+        for start in range(0, tokens_BP.shape[1], self.chunk):
+            tokens_BT = tokens_BP[:, start : start + self.chunk]
+            with self.target.on_mesh():
+                carry = _read_chunk(self.target, self.how, self.stops_N, tokens_BT, np.int32(start), fresh_B, carry)
+        return carry
+
+    def written(self, carry: _Carry, enough_free: int) -> _Carry:
+        """See `_write`."""
+        with self.target.on_mesh():
+            return _write(self.target, self.how, self.stops_N, np.int32(enough_free), carry)
+
+
+def generate_each(
     target: Target,
     prompts: Sequence[Sequence[int]],
     *,
@@ -59,14 +159,20 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seeds: Sequence[int] | None = None,
-    prefill_chunk: int = 256,
-    on_step: Callable[[int], None] = lambda num: None,
-) -> list[list[int]]:
-    """The tokens after each prompt, its stop token included. A row depends on its own prompt and seed alone.
+    num_rows: int | None = None,
+    prefill_chunk: int = 64,
+    on_tokens: Callable[[int], None] = lambda num: None,
+) -> Iterator[tuple[int, list[int]]]:
+    """(number of the prompt, the tokens after it, its stop token included), each as soon as it is done. An answer
+    depends on its own prompt and seed alone.
+
+    Prompts are best ordered by length: those that are read together are padded to the longest of them.
 
     Args:
-        seeds: one for each row; their numbers 0, 1, ... by default.
-        on_step: called with the number of tokens that a decoding step made.
+        seeds: one for each prompt; their numbers 0, 1, ... by default.
+        num_rows: prompts that are answered at a time; all of them by default.
+        prefill_chunk: prompt tokens that are read at a time, which bounds memory.
+        on_tokens: called now and then with the number of tokens made since the last call.
 
     Raises:
         InputError: an empty prompt, or a temperature or top_p out of range.
@@ -75,31 +181,37 @@ def generate(
         raise InputError("prompts: found an empty one, expected at least one token each")
     if temperature < 0 or not 0 < top_p <= 1:
         raise InputError(f"sampling: found temperature {temperature} and top_p {top_p}, expected >= 0 and in (0, 1]")
-    num = len(prompts)
-    prompts = [*prompts, *([prompts[0]] * (-num % target.row_multiple))]
-    lengths = np.array([len(prompt) for prompt in prompts])
-    num_slots = -(-(int(lengths.max()) + max_new_tokens) // 64) * 64
-    seeds_B = np.zeros(len(prompts), np.uint32)
-    seeds_B[:num] = range(num) if seeds is None else seeds
+    seeds = range(len(prompts)) if seeds is None else seeds
+    total = num_rows or len(prompts)
+    total += -total % target.row_multiple
+    rows = _Rows(target, _How(temperature, top_p), np.asarray(stop_tokens, np.int32), prefill_chunk)
+    # Few different sizes, since each is compiled: a multiple of 128.
+    num_slots = -(-(max(map(len, prompts)) + max_new_tokens) // 128) * 128
+    carry, waiting = rows.empty(total, num_slots, max_new_tokens), 0
+    owner_B, made_B = np.full(total, -1), np.zeros(total, np.int64)  # -1: free
+    ready: list[tuple[int, list[int]]] = []
+    while waiting < len(prompts) or (owner_B >= 0).any():
+        fresh = np.flatnonzero(owner_B < 0)[: len(prompts) - waiting]
+        if len(fresh):
+            owner_B[fresh], made_B[fresh] = np.arange(waiting, waiting + len(fresh)), 0
+            carry = rows.with_prompts(carry, {row: (prompts[i], seeds[i]) for row, i in zip(fresh, owner_B[fresh])})  # noqa: B905
+            waiting += len(fresh)
+        # Once no prompt waits, nothing is gained by stopping for a free row.
+        enough_free = max(total // REFILL_SHARE, 1) if waiting < len(prompts) else total + 1
+        carry = rows.written(carry, enough_free)
+        yield from ready  # the caller works with them while the device writes
+        ready = []
+        before_B, made_B, running_B = made_B, np.array(carry.made_B), np.asarray(carry.running_B)
+        on_tokens(int((made_B - before_B).sum()))
+        done = np.flatnonzero((owner_B >= 0) & ~running_B)
+        if len(done) >= min(enough_free, int((owner_B >= 0).sum())):
+            answers_BM = np.asarray(carry.answer_BM)
+            ready = [(int(owner_B[row]), answers_BM[row, : made_B[row]].tolist()) for row in done]
+            owner_B[done] = -1
+    yield from ready
 
-    def choose(last_BE, argmax_B, step):
-        if temperature == 0:
-            return np.asarray(argmax_B)
-        return np.asarray(_draw(np.asarray(target.logits(last_BE)), seeds_B, step, temperature, top_p))
 
-    chunk = min(prefill_chunk, -(-int(lengths.max()) // 32) * 32)
-    cache, *found = prefill(target, target.new_cache(len(prompts), num_slots), prompts, num_slots, chunk)
-    stops, answers = np.asarray(stop_tokens, np.int64), []
-    running = np.arange(len(prompts)) < num
-    for step in range(max_new_tokens):
-        token = choose(*found, step)
-        answers.append(np.where(running, token, -1))
-        on_step(int(running.sum()))
-        running = running & ~np.isin(token, stops)
-        if not running.any() or step + 1 == max_new_tokens:
-            break
-        at = np.where(running, lengths + step, num_slots).astype(np.int32)
-        out: Features
-        cache, out = target.extend(cache, token[:, None].astype(np.int32), at[:, None], "all")
-        found = np.asarray(out.last_BTE)[:, 0], np.asarray(out.argmax_BT)[:, 0]
-    return [[int(token) for token in row if token >= 0] for row in np.stack(answers, axis=1)[:num]]
+def generate(target: Target, prompts: Sequence[Sequence[int]], **how: Any) -> list[list[int]]:
+    """The answers of `generate_each`, which says what the arguments are, in the order of the prompts."""
+    answers = dict(generate_each(target, prompts, **how))
+    return [answers[i] for i in range(len(prompts))]

@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
@@ -170,6 +171,10 @@ class Target(Protocol):
     @property
     def row_multiple(self) -> int:
         """The rows of every batch are a multiple of this: of the devices that share them out."""
+        ...
+
+    def on_mesh(self) -> AbstractContextManager:
+        """The context in which compiled programs that run the target are called."""
         ...
 
     def features(self, batch: Batch) -> Features:

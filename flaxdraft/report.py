@@ -20,6 +20,12 @@ from flaxdraft.progress import CONSOLE
 SAMPLE_COLUMNS = 96
 MARGINALS = "sum of products of marginal accuracies (reference trainers' simulated accept length)"
 # Light to dark: one token a pass is what the target does alone.
+FIRST_TOKEN = (("first pass of an answer", "first_pass"), ("later passes", "later_passes"))
+FIRST_PASS = (
+    "The first pass of an answer is drafted from the prompt's last token. Little accepted there, and later passes as "
+    "good as ever, is what a draft gives that was trained with an unshifted loss mask (tokens and labels moved on, the "
+    "mask left where it was), or on few answers."
+)
 PASS_COLORS = ("#ffffff", "#d7ecd9", "#a5d6a7", "#66bb6a", "#2e9e4f", "#1b7837", "#0f5a2a", "#083d1b")
 
 
@@ -158,11 +164,15 @@ def _markdown(evaluation: dict[str, Any], metrics: Sequence[dict[str, Any]], fac
             "answers whose walk has the decoded passes",
             f"{forced['answers_with_the_decoded_passes']} of {evaluation['answers']}",
         ),
+        *(
+            (f"first draft token accepted, {where}", f"{decoded['first_token_accepted'][name]:.3f}")
+            for where, name in FIRST_TOKEN
+        ),
         ("held-out loss", f"{forced['loss']:.3f}"),
         ("draft tokens a pass (chain)", str(evaluation["chain_length"])),
     ]
     lines = ["# Report", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
-    lines += ["| figure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
+    lines += ["| figure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), "", FIRST_PASS, ""]
     lines += ["| draft position | " + " | ".join(str(j + 1) for j in range(len(forced["accuracy"]))) + " |"]
     lines += ["|---|" + "---|" * len(forced["accuracy"])]
     for name, values in (
@@ -223,6 +233,13 @@ def _guess_table(results: Sequence[dict[str, Any]]) -> list[str]:
     lines += [
         row("target passes", decoded("target_passes"), "d"),
         row("tokens that they gave", decoded("target_passes_alone"), "d"),
+        *(
+            row(
+                f"first draft token accepted, {where}",
+                lambda result, name=name: decoded("first_token_accepted")(result)[name],
+            )
+            for where, name in FIRST_TOKEN
+        ),
         row("tokens/s with the draft", lambda result: result["with_draft"]["tokens_per_second"], ".1f"),
         row("tokens/s of the target alone", lambda result: result["alone"]["tokens_per_second"], ".1f"),
         row("ratio", lambda result: result["speedup"], ".2f"),
@@ -274,7 +291,7 @@ def write_evaluation(directory: Path, results: Sequence[dict[str, Any]], facts: 
     lines += [
         "Tokens/s count what target passes gave over the time that they took, drafting included; prefill and "
         "compilation are left out. Every batch was decoded with and without the draft, one after the other.",
-        "", "| category | " + " | ".join(names) + " |",
+        "", FIRST_PASS, "", "| category | " + " | ".join(names) + " |",
         "|---|" + "---|" * len(names),
     ]  # fmt: skip
     for name in decoded["accept_length_by_category"]:

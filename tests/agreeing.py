@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from test_contracts import TARGET_HF
 
+from flaxdraft.data.generation import answer_greedily
 from flaxdraft.drafts import llama, mla
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.mesh import Sharding
@@ -23,6 +24,8 @@ V, D, HEADS = 64, 32, 4
 DISTANCE, ANGLE = 4, 0.1  # tokens; of the rotary pair that finds them, radians a token
 VOCAB = VocabMap(np.delete(np.arange(V), np.arange(5, V, 9)), V)  # some tokens can never be drafted
 SHARP = 120.0  # of queries and keys
+STOP, LIMIT = 7, 24  # the token that ends an answer, and its longest one
+STOPS = (STOP, -1)  # as many everywhere, since programs are compiled for a number of them
 
 
 def seeks(width: int, pair: int, interleaved: bool = False) -> np.ndarray:
@@ -136,3 +139,42 @@ def _attend(attention, name, values, dtype):
 def prompts(num, seed=0, longest=24):
     rng = np.random.default_rng(seed)
     return [rng.integers(0, V, rng.integers(1, longest)).tolist() for _ in range(num)]
+
+
+def own_answers(target, some):
+    """Each prompt with the target's own answer, one token after the other, and features."""
+    return answer_greedily(target, some, LIMIT, STOP, len(some), lambda num: None)
+
+
+def answers(rows):
+    return [row.tokens[row.num_prompt :].tolist() for row in rows]
+
+
+def assert_lossless(decoded, rows, depth):
+    """The target's own answers. Runs of every length up to `depth` draft tokens are accepted, some cut by a stop token
+    and some by the limit."""
+    assert [one.tokens for one in decoded] == answers(rows)
+    assert [sum(one.yields) for one in decoded] == [row.num_answer - 1 for row in rows]
+    assert {gained for one in decoded for gained in one.yields} == set(range(1, depth + 2))
+    lasts = {(one.tokens[-1] == STOP, one.yields[-1] > 1) for one in decoded if one.yields}
+    assert lasts == {(True, True), (True, False), (False, True), (False, False)}
+
+
+def assert_stops_cut(run, stops, depth):
+    """Each answer without stops, cut at each of its tokens in turn by making that token the stop.
+
+    Args:
+        run: decodes, given two stop tokens.
+    """
+    whole = run((-1, -1))
+    assert all(len(one.tokens) == LIMIT for one in whole)
+    cut_at = set()
+    for stop in stops:
+        for one, want in zip(run((-1, stop)), whole, strict=True):
+            end = want.tokens.index(stop) + 1 if stop in want.tokens else LIMIT
+            assert one.tokens == want.tokens[:end]
+            # The passes are those of the longer answer, the last one cut.
+            ends = np.cumsum([1, *want.yields])
+            assert np.cumsum([1, *one.yields]).tolist() == [*ends[ends < end], end]
+            cut_at.add(int(end - ends[ends < end].max(initial=1)))
+    assert set(range(1, depth + 2)) <= cut_at

@@ -29,7 +29,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     import orbax.checkpoint  # noqa: F401
 
-from tiny import write_tiny_gguf  # noqa: E402 (devices are set first)
+from compiling import FAST  # noqa: E402 (devices are set first)
+from tiny import write_tiny_gguf  # noqa: E402
 
 
 def pytest_configure(config):
@@ -38,13 +39,20 @@ def pytest_configure(config):
     # The default tests compile far more than they compute; the slow ones see programs as users run them.
     if "not slow" in config.getoption("markexpr"):
         jax.config.update("jax_disable_most_optimizations", True)
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start
+        os.environ |= FAST  # also of the processes that tests start
+
+
+def pytest_collection_modifyitems(items):
+    """One worker runs all of a file, and all files of one `pytestmark` group: they share fixtures and programs."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture
 def damaged_reads():
-    """For tests that read damaged checkpoints: Orbax leaves its other reads behind, whose warnings come when they are
-    collected. That is here, where they are told apart from anybody else's."""
+    """For tests that read damaged checkpoints, or write to a full disk: Orbax leaves its other reads or writes behind,
+    whose warnings come when they are collected. That is here, where they are told apart from anybody else's."""
     yield
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -20,6 +20,7 @@ from flaxdraft.evaluate.acceptance import (
     make_accepted,
     walk,
 )  # fmt: skip
+from flaxdraft.evaluate.results import acceptance
 from flaxdraft.train.state import split_draft
 
 STEPS = 2
@@ -52,6 +53,14 @@ def test_accept_length_pools_over_answers():
     assert accept_length([[1, 1], [4]]) == 2.0  # not the mean of 1 and 4
     assert accept_length([[], []]) == 1.0
     assert histogram([[1, 3], [3]], 3).tolist() == [1, 0, 2, 0]
+
+
+def test_first_passes_are_told_from_later_ones():
+    """An answer that ended with its first token has no pass."""
+    found = acceptance([[3, 1], [], [1, 2, 2, 1]], 2)
+    assert found["first_token_accepted"] == {"first_pass": 1 / 2, "later_passes": 2 / 4}
+    assert found["acceptance_by_position"][0] == 3 / 6
+    assert acceptance([[2], []], 1)["first_token_accepted"] == {"first_pass": 1.0, "later_passes": 0.0}
 
 
 def test_nothing_accepted_is_one_and_all_accepted_is_the_chain_plus_one():

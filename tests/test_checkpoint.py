@@ -1,9 +1,11 @@
 """Checkpoints on disk: what stays, what is selected, what damage does, what a full disk does."""
 
+import contextlib
 import os
 import resource
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import jax
@@ -173,3 +175,41 @@ def test_a_full_disk_fails_the_save_and_keeps_the_last_checkpoint(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "latest"]
         checkpoints.save(3, arrays(mesh), VOCAB, record())  # once there is room again
     assert steps_on_disk(tmp_path) == [1, 3]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if shutil.which("mount") is None:
+        pytest.skip("no file systems are mounted here")
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"a small file system may not be mounted here ({done.stderr.strip()})")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's writes beside a failing one
+@pytest.mark.usefixtures("damaged_reads")
+def test_no_space_left_on_the_device(small_disk):
+    """The disk itself says so; what is complete can still be read, and with room again saving goes on."""
+    state, directory, filler = arrays(mesh_of(4, 2)), small_disk / "checkpoints", small_disk / "filler"
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(1, state, VOCAB, record())
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    message = r"2: the checkpoint could not be written \(the disk is full\); the checkpoint of step 1 is complete"
+    with pytest.raises(InputError, match=message), Checkpoints(directory) as checkpoints:
+        checkpoints.save(2, state, VOCAB, record())
+    assert steps_on_disk(directory) == [1]
+    loaded = load(directory / "1", abstract_like(state) | {"vocab": None})
+    assert words(loaded["state"]) == words(state["state"])
+    filler.unlink()
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(3, state, VOCAB, record())
+    assert steps_on_disk(directory) == [1, 3]

@@ -90,6 +90,8 @@ VARIANTS = {
     "plain": {},
     "fc_norm": {"fc_norm": True},
     "norm_output": {"norm_output": True},
+    "norm_before_fc": {"norm_before_fc": True},
+    "norm_before_residual": {"norm_before_residual": True},
     "narrow": {"hidden_size": 24},
 }
 every_variant = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)

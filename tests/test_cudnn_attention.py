@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from flaxdraft.errors import InputError
+from flaxdraft.nn import decoder
 from flaxdraft.ops import cudnn_attention
 from flaxdraft.ops.attention import MASKED, grouped_scores
 from flaxdraft.ops.suffix_attention import Cudnn, choose, dense, merged
@@ -101,6 +102,22 @@ def test_both_kernels_accept_these_arguments(packed):
     assert "dot_product_attention_fwd" in text
     assert "dot_product_attention_bwd" in text
     assert "cond" not in text  # the host waits for nothing
+
+
+def test_a_target_reads_packed_rows_with_it(monkeypatch):
+    """Documents with padding behind them, and one that fills its row."""
+    (q, k, v, *_), _, _ = make([0], num_keys=32)
+    q, k, v = (x[:, :16] for x in (q, k, v))
+    segments = jnp.asarray([[1] * 5 + [2] * 7 + [0] * 4, [1] * 16])
+    attention = lambda *x: jax.jit(lambda *x: decoder._uncached(*x, scale=0.4))(*x)  # noqa: E731 (traced anew)
+    want = attention(q, k, v, segments)
+    monkeypatch.setattr(decoder, "DENSE_SCORES", 0)
+    monkeypatch.setattr(cudnn_attention, "unavailable", lambda q, v: None)
+    calls = []
+    monkeypatch.setattr(cudnn_attention, "_call", lambda *x, **how: calls.append(1) or kernel(*x, **how))
+    got = attention(q, k, v, segments)
+    assert calls
+    np.testing.assert_allclose(got[segments > 0], want[segments > 0], rtol=2e-5, atol=2e-5)
 
 
 def test_a_jax_without_the_names_falls_back_with_a_warning(monkeypatch):

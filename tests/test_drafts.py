@@ -42,6 +42,34 @@ def test_fc_norm_norms_each_tapped_state_by_itself(name):
 
 
 @both
+def test_norm_before_fc_norms_the_tapped_states_together(name):
+    draft = scaled_norms(make_draft(DRAFTS[name], norm_before_fc=True))
+    taps = np.asarray(example(1).features.taps_BT3E) * np.array([1.0, 10.0, 100.0])[:, None]
+    normed = rms_norm(taps.reshape(1, T, -1), draft.input_norm.scale[...], draft.config.rms_norm_eps)
+    want = normed @ np.asarray(draft.fc.kernel[...], np.float64)
+    np.testing.assert_allclose(draft.project(jnp.asarray(taps, jnp.float32)), want, atol=2e-6)
+    with pytest.raises(InputError, match=r"norm_before_fc: found it true with fc_norm; .* expected one of the two"):
+        make_draft(DRAFTS[name], norm_before_fc=True, fc_norm=True)
+
+
+@both
+def test_norm_before_residual_adds_to_the_normed_state(name):
+    """Attention reads the same, so the layer differs in its residual alone."""
+    plain, switched = (scaled_norms(make_draft(DRAFTS[name], norm_before_residual=on)) for on in (False, True))
+    hidden, positions = example(1).features.taps_BT3E[:, :, 0], jnp.arange(T)[None]
+    projections = plain.projections(plain.token_projections(hidden), hidden)
+    num_heads, width = (
+        plain.query(projections, positions).shape[2],
+        plain.key_value(projections, positions)[1].shape[-1],
+    )
+    heads = jnp.asarray(np.random.default_rng(1).normal(size=(1, T, num_heads, width)), jnp.float32)
+    got = switched.finish(hidden, heads)
+    normed = rms_norm(hidden, plain.hidden_norm.scale[...], plain.config.rms_norm_eps)
+    np.testing.assert_allclose(got, plain.finish(jnp.asarray(normed, jnp.float32), heads), atol=2e-6)
+    assert np.abs(np.asarray(got - plain.finish(hidden, heads))).max() > 1e-2
+
+
+@both
 def test_norm_output_carries_the_normed_state_and_norms_it_once(name):
     """The first step's logits are the same; the second step reads the normed state."""
     plain = scaled_norms(make_draft(DRAFTS[name]))

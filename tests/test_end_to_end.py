@@ -177,15 +177,27 @@ def test_a_killed_capture_goes_on(workspace, finished, tmp_path):
             np.testing.assert_array_equal(got[key], want[key], err_msg=f"{name} {key}")
 
 
-def test_the_whole_command_on_two_devices(finished, workspace, tmp_path):
-    """Training is spread, decoding is on one device; also where a second run finds training done."""
-    out = tmp_path / "two"
-    shutil.copytree(finished / "data", out / "data")
-    assert call(workspace, f"output_dir={out}", "mesh.data=2", "train.num_steps=2") == 0
-    first = (out / "llama" / "evaluation.json").read_bytes()
-    (out / "llama" / "evaluation.json").unlink()
-    assert call(workspace, f"output_dir={out}", "mesh.data=2", "train.num_steps=2") == 0
-    assert (out / "llama" / "evaluation.json").read_bytes() == first
+@pytest.mark.parametrize(
+    "mesh",
+    [("mesh.fsdp=2", "mesh.tensor=2"), pytest.param(("mesh.data=2", "mesh.sequence=4"), marks=pytest.mark.slow)],
+)
+def test_the_whole_command_on_a_mesh(finished, workspace, tmp_path, mesh):
+    """Training is spread, in two micro-batches a step, and its held-out losses are those of one device; decoding is on
+    one device, also where a second run finds training done."""
+    shutil.copytree(finished / "data", tmp_path / "data")
+    assert call(workspace, f"output_dir={tmp_path}", *mesh, "train.accumulate=2") == 0
+    lines = [
+        [json.loads(line) for line in (out / "llama" / "metrics.jsonl").read_text().splitlines()]
+        for out in (finished, tmp_path)
+    ]
+    want, got = ([line["loss"] for line in each if line["kind"] == "held_out"] for each in lines)
+    assert got == pytest.approx(want, rel=1e-5)
+    first = (tmp_path / "llama" / "evaluation.json").read_bytes()
+    result = json.loads(first)["result"]
+    assert result["decoded"]["identical_answers"] == result["answers"] == 4
+    (tmp_path / "llama" / "evaluation.json").unlink()
+    assert call(workspace, f"output_dir={tmp_path}", *mesh, "train.accumulate=2") == 0
+    assert (tmp_path / "llama" / "evaluation.json").read_bytes() == first
 
 
 def test_a_damaged_export_is_made_again(finished, workspace):

@@ -4,6 +4,7 @@ The expectations are spelled out here, not taken from the tables that the export
 """
 
 import json
+import re
 
 import pytest
 from small_drafts import config_of, random_params, vocab_of
@@ -35,19 +36,33 @@ PORTABLE = {
     ("switches", W): common() | FC_NORM | TABLES,
     ("own width", W): common(40) | {"embed_tokens.weight": (V, 40)} | TABLES,
 }
-FIELDS = {"plain": {}, "switches": SWITCHES, "own width": {"hidden_size": 40}}
+FIELDS = {
+    "plain": {}, "switches": SWITCHES, "own width": {"hidden_size": 40}, "before fc": {"norm_before_fc": True},
+    "before residual": {"norm_before_residual": True},
+}  # fmt: skip
+# Of speculators' switches, which engines read for Llama drafts alone, and not all of them.
+BEFORE_FC = {("before fc", W): common() | {"input_norm.weight": (3 * E,)} | TABLES}
+BEFORE_RESIDUAL = {("before residual", W): common() | TABLES}
+NOT_BEFORE_FC, NOT_BEFORE_RESIDUAL = (
+    {key: f"it ignores norm_before_{key[0].removeprefix('before ')}" for key in case}
+    for case in (BEFORE_FC, BEFORE_RESIDUAL)
+)
 EXPECTED = {
-    ("sglang", "llama"): PORTABLE,
-    ("sglang", "mla"): PORTABLE,
-    ("vllm", "llama"): PORTABLE,
-    ("vllm", "mla"): PORTABLE,
+    ("sglang", "llama"): PORTABLE | BEFORE_FC | NOT_BEFORE_RESIDUAL,
+    ("sglang", "mla"): PORTABLE | NOT_BEFORE_FC | NOT_BEFORE_RESIDUAL,
+    ("vllm", "llama"): PORTABLE | BEFORE_FC | BEFORE_RESIDUAL,
+    ("vllm", "mla"): PORTABLE | NOT_BEFORE_FC | NOT_BEFORE_RESIDUAL,
     ("sglang-jax", "llama"): PORTABLE
+    | NOT_BEFORE_FC
+    | NOT_BEFORE_RESIDUAL
     | {("switches", W): "it ignores fc_norm", ("own width", W): "it takes the target's embedding .width 32. always"},
     ("sglang-jax", "mla"): dict.fromkeys(PORTABLE, "it serves no mla drafts"),
     ("tpu-inference", "llama"): PORTABLE
+    | NOT_BEFORE_FC
+    | BEFORE_RESIDUAL
     | {("plain", V): common() | FULL_HEAD | FULL_TABLES, ("switches", W): "it ignores fc_norm"},
     ("tpu-inference", "mla"): dict.fromkeys(PORTABLE, "it serves no mla drafts"),
-    ("hf", "llama"): PORTABLE | {("plain", V): common() | FULL_HEAD | FULL_TABLES},
+    ("hf", "llama"): PORTABLE | BEFORE_FC | BEFORE_RESIDUAL | {("plain", V): common() | FULL_HEAD | FULL_TABLES},
     ("hf", "mla"): PORTABLE | {("plain", V): common() | FULL_HEAD | FULL_TABLES},
 }
 ARCHITECTURE = {
@@ -76,9 +91,7 @@ def test_every_key_and_shape(tmp_path, engine, kind, variant, vocab_size):
     expected = EXPECTED[engine, kind][variant, vocab_size]
     out = tmp_path / "out"
     if isinstance(expected, str):
-        with pytest.raises(
-            InputError, match=f"export for {engine.split('-')[0]}.*: {expected}".replace("vllm", "vLLM")
-        ):
+        with pytest.raises(InputError, match=f"export for {re.escape(find_engine(engine).title)}: {expected}"):
             write(out, engine, kind, FIELDS[variant], vocab_size)
         assert not out.exists()
         return
@@ -168,6 +181,13 @@ ROPE_REFUSALS = {
         ("sglang-jax", "llama", {}, {"tap_layers": (2, 4, 6)}, r"no field of the draft's, .* outputs of \[1, 3, 4\]"),
         ("tpu-inference", "llama", {}, {"tap_layers": (2, 4, 6)}, r"the draft was trained on \[2, 4, 6\]"),
         ("tpu-inference", "llama", {}, {"target": TARGET_HF | {"model_type": "qwen3"}}, "it taps no qwen3 targets"),
+        (
+            "tpu-inference",
+            "llama",
+            {},
+            {"target": {}},
+            "it taps llama targets alone, .* type is not known; give --target",
+        ),
         ("tpu-inference", "llama", {"norm_output": True}, {}, "it ignores norm_output"),
         *(("vllm", "llama", {"rope": rope}, {}, reason) for rope, reason in ROPE_REFUSALS.values()),
     ],

@@ -107,6 +107,8 @@ def test_figures_add_up(finished):
     assert ["", *names] in table
     assert ["draft tokens a pass", "1", "3", "4"] in table
     assert ["whose walk has the decoded passes", "5", "5", ""] in table
+    first = [f"{result['decoded']['first_token_accepted']['first_pass']:.3f}" for result in results]
+    assert ["first draft token accepted, first pass of an answer", *first] in table
 
 
 def test_an_answer_stands_in_the_next_prompt(finished, tiny_gguf):

@@ -335,8 +335,8 @@ def say(**fields):
         (lambda tensors, config: tensors.pop("fc.weight"), "there: the weights do not fit.* missing: fc.weight"),
         (say(draft_vocab_size=20), "lm_head.weight has 24 rows, config.json says draft_vocab_size 20 of 64"),
         (say(intermediate_size=52), "there: the weights do not fit .* wrong shape: midlayer.mlp.gate_proj.weight"),
-        (say(norm_before_fc=True), "norm_before_fc is true; no draft of this project"),
-        (say(eagle_config={"norm_before_residual": True}), "norm_before_residual is true"),
+        (say(norm_before_fc=True), "missing: input_norm.weight"),
+        (add("input_norm.weight", np.ones(96, np.float32)), "that of norm_before_fc, which config.json does not name"),
         (say(embed_requires_grad=True), "embed_requires_grad is true"),
         (say(num_hidden_layers=2), "num_hidden_layers is 2, expected 1"),
         (say(hidden_size=None), "config.json: hidden_size is None, expected"),
@@ -352,24 +352,27 @@ def test_what_cannot_be_imported_is_an_error_and_leaves_nothing(tmp_path, llama,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        (
-            {"norm_before_residual": True},
-            "norm_before_residual is true: the residual stream starts from the normed state",
-        ),
-        ({"norm_before_residual": None}, "norm_before_residual is true"),
-        ({"norm_before_fc": True}, "norm_before_fc is true"),
-    ],
-)
-def test_speculators_defaults_are_theirs(tmp_path, llama, fields, message):
+@pytest.mark.parametrize("nested", [False, True])
+def test_speculators_norms_come_along(tmp_path, nested):
+    """Trainers write the switches at the top or in eagle_config."""
+    switches = {"norm_before_fc": True, "norm_before_residual": True}
+    source = Source(**switches)
+    if nested:
+        config = {name: value for name, value in source.hf.items() if name not in switches}
+        tensors, config = source.tensors | source.tables(), config | {"eagle_config": switches}
+    else:
+        tensors, config = speculators(source)
+        config |= switches
+    convert(tensors, config, tmp_path / "out", "there")
+    assert_same(tmp_path / "out", source)
+
+
+def test_speculators_must_say_where_the_residual_starts(tmp_path, llama):
     tensors, config = speculators(llama)
-    config |= fields
-    if fields.get("norm_before_residual", 0) is None:  # absent: engines take true
-        del config["norm_before_residual"]
-        message = "norm_before_residual is absent, which engines read as true"
-    with pytest.raises(InputError, match=message):
+    del config["norm_before_residual"]
+    with pytest.raises(
+        InputError, match="no norm_before_residual, which engines read as true and the trainer as false"
+    ):
         convert(tensors, config, tmp_path / "out", "there")
 
 

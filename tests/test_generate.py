@@ -6,7 +6,7 @@ import pytest
 
 from flaxdraft import targets
 from flaxdraft.errors import InputError
-from flaxdraft.generate import generate
+from flaxdraft.generate import generate, generate_each
 from flaxdraft.interfaces import Batch
 from flaxdraft.targets.__main__ import main
 
@@ -32,20 +32,34 @@ def greedy(target, prompt, num, stop=()):
 
 @pytest.mark.parametrize("chunk", [4, 16])
 def test_greedy_is_what_the_uncached_forward_says(target, chunk):
-    counted = []
-    got = generate(target, PROMPTS, max_new_tokens=6, stop_tokens=(), prefill_chunk=chunk, on_step=counted.append)
+    got = generate(target, PROMPTS, max_new_tokens=6, stop_tokens=(), prefill_chunk=chunk)
     assert got == [greedy(target, prompt, 6) for prompt in PROMPTS]
-    assert counted == [3] * 6
 
 
 def test_rows_end_by_themselves(target):
     whole = [greedy(target, prompt, 6) for prompt in PROMPTS]
     stop = whole[1][2]
     counted = []
-    got = generate(target, PROMPTS, max_new_tokens=6, stop_tokens=[stop], on_step=counted.append)
+    got = generate(target, PROMPTS, max_new_tokens=6, stop_tokens=[stop], on_tokens=counted.append)
     cut = [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in whole]
     assert got == cut
     assert sum(counted) == sum(map(len, cut))
+
+
+def test_rows_that_are_free_take_the_next_prompt(target):
+    """Eleven prompts in four rows, most of whose answers end early, at places of their own."""
+    prompts = [[5 + i, 9, 30 + i] * (1 + i % 3) for i in range(11)]
+    whole = [greedy(target, prompt, 9) for prompt in prompts]
+    stops = [whole[0][3], whole[4][6], whole[7][1]]
+    want = [greedy(target, prompt, 9, stops) for prompt in prompts]
+    assert len({*map(len, want)}) >= 3
+    counted, shared = [], {"max_new_tokens": 9, "stop_tokens": stops, "prefill_chunk": 4}
+    got = [*generate_each(target, prompts, num_rows=4, on_tokens=counted.append, **shared)]
+    assert dict(got) == dict(enumerate(want))
+    assert len(got) == len(prompts)
+    assert sum(counted) == sum(map(len, want))
+    sampled = shared | {"temperature": 20.0, "seeds": [*range(50, 61)]}
+    assert generate(target, prompts, num_rows=4, **sampled) == generate(target, prompts, **sampled)
 
 
 def test_a_row_depends_on_its_prompt_and_seed_alone(target):

@@ -12,7 +12,7 @@ from test_from_pytorch import Source, nemo, specforge
 from flaxdraft.data.generation import answer_greedily
 from flaxdraft.drafts import llama
 from flaxdraft.evaluate.acceptance import walk
-from flaxdraft.evaluate.decoding import Settings, decode
+from flaxdraft.evaluate.decoding import Decoding, Settings
 from flaxdraft.evaluate.inputs import load_draft
 from flaxdraft.foreign.convert import convert
 from flaxdraft.precision import Precision
@@ -48,7 +48,7 @@ def test_an_imported_draft_gains_what_its_formula_says(tmp_path, target, layout)
     convert(tensors, config, tmp_path / "out", "there")
     loaded = load_draft(tmp_path / "out", LoadedTarget(target, None, {}, tmp_path), Precision())
     rows = answer_greedily(target, PROMPTS, LIMIT, STOP, len(PROMPTS), lambda num: None)
-    decoded = decode(target, loaded.parts, PROMPTS, Settings(LIMIT, CHAIN, (STOP,)))
+    decoded = Decoding(target, loaded.parts, PROMPTS, Settings(LIMIT, CHAIN, (STOP,))).finish()
     embedding = np.asarray(target.embedding())
     want = [predicted(tensors, config, embedding, row) for row in rows]
     assert [one.yields for one in decoded] == want

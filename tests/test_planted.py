@@ -2,18 +2,28 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from agreeing import VOCAB, D, V, make_draft, make_target, prompts
 from flax import nnx
 
+from flaxdraft.algorithms.eagle3 import Algorithm
+from flaxdraft.data.documents import as_document
 from flaxdraft.data.generation import answer_greedily
+from flaxdraft.data.pipeline import collate
+from flaxdraft.drafts import llama
 from flaxdraft.evaluate.acceptance import accept_length
-from flaxdraft.evaluate.decoding import Settings, decode
-from flaxdraft.interfaces import VocabMap
+from flaxdraft.evaluate.decoding import Decoding, Settings
+from flaxdraft.evaluate.results import acceptance
+from flaxdraft.interfaces import Example, VocabMap
+from flaxdraft.mesh import Sharding
+from flaxdraft.precision import Precision
+from flaxdraft.train.state import split_draft
 
-PROMPTS, LIMIT, STOP = prompts(48), 24, 7
+PROMPTS, LIMIT, STOP, CHAIN = prompts(48), 24, 7, 4
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +38,7 @@ def rows(target):
 
 def gained(target, rows, draft):
     """Accept length; the answers are the target's own, whatever the draft is."""
-    decoded = decode(target, nnx.split(draft), PROMPTS, Settings(LIMIT, 4, (STOP,)))
+    decoded = Decoding(target, nnx.split(draft), PROMPTS, Settings(LIMIT, CHAIN, (STOP,))).finish()
     assert [one.tokens for one in decoded] == [row.tokens[row.num_prompt :].tolist() for row in rows]
     return accept_length([one.yields for one in decoded])
 
@@ -47,7 +57,7 @@ def identity_map(name, target, rows):
     return make_draft(name, target, vocab=VocabMap(np.arange(VOCAB.draft_vocab_size), V))
 
 
-def unshifted(name, target, rows):
+def unshifted_labels(name, target, rows):
     """Row p predicts x_{p+1}: features, tokens and labels of one place. It is right by its own measure."""
     draft = make_draft(name, target)
     draft.self_attn.o_proj.kernel[...] = jnp.zeros_like(draft.self_attn.o_proj.kernel[...])
@@ -59,9 +69,68 @@ def unshifted(name, target, rows):
     return draft
 
 
-@pytest.mark.parametrize("plant", [rope_base, norm_swapped, identity_map, unshifted])
+@pytest.mark.parametrize("plant", [rope_base, norm_swapped, identity_map, unshifted_labels])
 @pytest.mark.parametrize("name", ["llama", pytest.param("mla", marks=pytest.mark.slow)])
 def test_a_wrong_convention_loses_what_the_right_one_gains(target, rows, name, plant):
     right = gained(target, rows, make_draft(name, target))
     assert right > 2.5
     assert gained(target, rows, plant(name, target, rows)) - 1 < 0.5 * (right - 1)
+
+
+TEMPLATE = [3, 9, 20, 33]  # the end of every prompt, DISTANCE tokens long: what stands behind an answer's first token
+
+
+def templated(seed):
+    """Prompts as a chat template leaves them: its tokens stand nowhere else."""
+    bodies = prompts(len(PROMPTS), seed=seed, longest=16)
+    return [[token for token in body if token not in TEMPLATE] + TEMPLATE for body in bodies]
+
+
+@pytest.fixture(scope="module")
+def train(target):
+    """A fresh draft after a hundred steps over documents, and what an evaluation says of it on held-out prompts."""
+    config, algorithm, optimizer = make_draft("llama", target).config, Algorithm(1), optax.adam(1e-2)
+    head_WE, embedding_VD = target.head()[VOCAB.target_ids_W], target.embedding()
+
+    def fresh(seed):
+        more = {"precision": Precision(), "sharding": Sharding.none(), "rngs": nnx.Rngs(seed)}
+        return split_draft(llama.make(config, VOCAB, embedding_VD, **more))
+
+    graphdef, _, frozen = fresh(0)
+
+    @jax.jit
+    def trained(params, example):
+        def loss(params):
+            return algorithm.mean_loss(algorithm.loss_sums(nnx.merge(graphdef, params, frozen), example))
+
+        def step(_, carry):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.fori_loop(0, 100, step, (params, optimizer.init(params)))[0]
+
+    def run(documents, seed):
+        rows = ([document] for document in documents)
+        host = collate(rows, documents[0].features, len(PROMPTS), 32, 12, algorithm)
+        params = trained(fresh(seed)[1], Example(host.batch, host.features, host.rows_BR, head_WE))
+        parts = nnx.split(nnx.merge(graphdef, params, frozen))
+        decoded = Decoding(target, parts, templated(1000), Settings(LIMIT, CHAIN, (STOP,))).finish()
+        return acceptance([one.yields for one in decoded], CHAIN)
+
+    return run
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
+def test_an_unshifted_mask_shows_in_the_first_pass_of_answers(target, train, seed):
+    """Two drafts trained on the same answers; the other's mask lies one token late of its labels. Tokens and features
+    are right, so it learns all but the row before an answer, which nothing else can teach."""
+    answered = answer_greedily(target, templated(seed), 12, STOP, len(PROMPTS), lambda num: None)
+    documents = [as_document(row) for row in answered]
+    late = [
+        dataclasses.replace(document, assistant=document.assistant & np.roll(document.assistant, 1))
+        for document in documents
+    ]
+    right, wrong = (train(some, seed)["first_token_accepted"] for some in (documents, late))
+    assert right["first_pass"] > 0.5 > 0.1 > wrong["first_pass"]
+    assert wrong["later_passes"] > 0.7 * right["later_passes"]

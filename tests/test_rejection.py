@@ -10,7 +10,7 @@ from flax import nnx
 from test_contracts import TARGET_HF
 
 from flaxdraft.drafts import llama
-from flaxdraft.evaluate.decoding import Settings, decode
+from flaxdraft.evaluate.decoding import Decoding, Settings
 from flaxdraft.evaluate.speculative import advance
 from flaxdraft.generate import generate
 from flaxdraft.interfaces import Batch, VocabMap
@@ -97,7 +97,7 @@ def sampled(models, temperature, chain=CHAIN, seed=0):
     """NUM answers in one batch, and the tokens that each target pass gave."""
     target, draft = models
     settings = Settings(TOKENS, chain, (-1,), temperature)
-    decoded = decode(target, draft, [PROMPT] * NUM, settings, seeds=seed + np.arange(NUM))
+    decoded = Decoding(target, draft, [PROMPT] * NUM, settings, seeds=seed + np.arange(NUM)).finish()
     return [one.tokens for one in decoded], np.bincount([y for one in decoded for y in one.yields])
 
 

@@ -18,6 +18,11 @@ B, T, CHAIN = 2, 20, 4
 WIDTH = 8  # rows of one extension, padded: one compile
 SLOTS = T + CHAIN
 VARIANTS = {"3.0": {}, "3.1": {"fc_norm": True, "norm_output": True}}
+QUICK = {("3.0", "llama"), ("3.1", "mla")}
+CASES = [
+    pytest.param(name, fields, marks=[] if (version, name) in QUICK else pytest.mark.slow, id=f"{version}-{name}")
+    for version, fields in VARIANTS.items() for name in DRAFTS
+]  # fmt: skip
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -95,8 +100,7 @@ def unrolled(draft, tokens_BT, taps_BT3E, row_B):
     return jnp.stack(unroll(draft, batch, jnp.asarray(taps_BT3E), jnp.asarray(row_B[:, None]), CHAIN))[:, :, 0]
 
 
-@pytest.mark.parametrize("name", DRAFTS)
-@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(("name", "fields"), CASES)
 def test_an_engine_gives_the_unrolls_logits(name, fields):
     draft = randomize(make_draft(DRAFTS[name], **fields))
     rng = np.random.default_rng(1)

@@ -6,19 +6,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreeing import V, make_draft, make_target, prompts
+from agreeing import (
+    LIMIT,
+    STOPS,
+    V,
+    answers,
+    assert_lossless,
+    assert_stops_cut,
+    make_draft,
+    make_target,
+    own_answers,
+    prompts,
+)  # fmt: skip
 from flax import nnx
 from test_serving import randomize
 
-from flaxdraft.data.generation import answer_greedily
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate import drafting, tree
 from flaxdraft.evaluate.acceptance import accept_length
-from flaxdraft.evaluate.decoding import Decoding, Settings, decode
+from flaxdraft.evaluate.decoding import Decoding, Settings
 from flaxdraft.evaluate.tree import Tree
 from flaxdraft.mesh import make_mesh
 
-LIMIT, STOP, NUM = 24, 7, 104
+NUM = 104
 PROMPTS = prompts(NUM)
 SHALLOW, DEEP, WIDE = (2, 2, 1), (2, 2, 1, 1, 1, 1), (4,)  # what is DISTANCE back lies inside a deep tree
 
@@ -50,24 +60,16 @@ def draft(target):
 
 @pytest.fixture(scope="module")
 def rows(target):
-    """The target's own answers, one token after the other, with features."""
-    return functools.cache(
-        lambda family: answer_greedily(target(family), PROMPTS, LIMIT, STOP, NUM, lambda num: None)
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def alone(rows):
-    return lambda family: [row.tokens[row.num_prompt :].tolist() for row in rows(family)]
+    return functools.cache(lambda family: own_answers(target(family), PROMPTS))
 
 
 @pytest.fixture(scope="module")
 def run(target, draft):
     @functools.cache
-    def call(family, name, widths, some=range(NUM), stops=(STOP, -1), chain=0):
+    def call(family, name, widths, some=range(NUM), stops=STOPS, chain=0):
         settings = Settings(LIMIT, chain, stops, tree=widths)
         parts = nnx.split(draft(family, name))
-        return decode(target(family), parts, [PROMPTS[i] for i in some], settings, num_rows=NUM)
+        return Decoding(target(family), parts, [PROMPTS[i] for i in some], settings, num_rows=NUM).finish()
 
     return call
 
@@ -85,14 +87,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "name", "widths"), CASES)
-def test_output_is_the_targets_own(alone, run, family, name, widths):
-    decoded = run(family, name, widths)
-    assert [one.tokens for one in decoded] == alone(family)
-    assert [sum(one.yields) for one in decoded] == [len(answer) - 1 for answer in alone(family)]
-    # Paths of every length are accepted, and some are cut by a stop token and by the limit.
-    assert {y for one in decoded for y in one.yields} == set(range(1, len(widths) + 2))
-    lasts = {(one.tokens[-1] == STOP, one.yields[-1] > 1) for one in decoded if one.yields}
-    assert lasts == {(True, True), (True, False), (False, True), (False, False)}
+def test_output_is_the_targets_own(rows, run, family, name, widths):
+    assert_lossless(run(family, name, widths), rows(family), len(widths))
 
 
 @pytest.mark.parametrize("widths", [SHALLOW, pytest.param(DEEP, marks=pytest.mark.slow)])
@@ -107,7 +103,7 @@ def test_a_tree_gains_at_least_what_its_chain_does(run, widths):
 def test_a_pass_hands_on_what_the_target_says_along_its_path(target, draft, rows):
     """Taps and next tokens of the first pass of every answer; its draft extend is fed with them."""
     model, parts = target("llama"), nnx.split(draft("llama", "llama"))
-    carry = Decoding(model, parts, PROMPTS, Settings(LIMIT, 0, (STOP,), tree=SHALLOW))._carry
+    carry = Decoding(model, parts, PROMPTS, Settings(LIMIT, 0, STOPS, tree=SHALLOW))._carry
     root_B = jnp.asarray([len(prompt) for prompt in PROMPTS])
 
     @jax.jit
@@ -134,19 +130,7 @@ def test_a_tree_that_does_not_branch_is_the_chain(run):
 
 
 def test_stop_and_limit_cut_the_same_answer_anywhere(run):
-    """Each answer without stops, cut at each of its tokens in turn by making that token the stop."""
-    whole = run("llama", "llama", SHALLOW, stops=(-1, -1))
-    assert all(len(one.tokens) == LIMIT for one in whole)
-    cut_at = set()
-    for stop in range(1, V, 32):
-        for one, want in zip(run("llama", "llama", SHALLOW, stops=(-1, stop)), whole, strict=True):
-            end = want.tokens.index(stop) + 1 if stop in want.tokens else LIMIT
-            assert one.tokens == want.tokens[:end]
-            # The passes are those of the longer answer, the last one cut.
-            ends = np.cumsum([1, *want.yields])
-            assert np.cumsum([1, *one.yields]).tolist() == [*ends[ends < end], end]
-            cut_at.add(int(end - ends[ends < end].max(initial=1)))
-    assert {1, 2, 3, 4} <= cut_at
+    assert_stops_cut(lambda stops: run("llama", "llama", SHALLOW, stops=stops), range(1, V, 32), len(SHALLOW))
 
 
 def test_a_finished_row_stays_as_it_is_and_a_row_is_its_own(run):
@@ -156,16 +140,14 @@ def test_a_finished_row_stays_as_it_is_and_a_row_is_its_own(run):
 
 
 @pytest.mark.slow
-def test_many_devices_decode_the_same(target, draft, alone):
+def test_many_devices_decode_the_same(target, draft, rows):
     """Seven prompts over four devices; each device's loop ends by itself."""
     mesh = make_mesh(4)
     graphdef, state = nnx.split(draft("llama", "llama"))
     placed, state = jax.device_put((target("llama"), state), jax.NamedSharding(mesh, jax.P()))
-    settings = Settings(LIMIT, 0, (STOP,), tree=(2, 1))
+    settings = Settings(LIMIT, 0, STOPS, tree=(2, 1))
     decoding = Decoding(placed, (graphdef, state), PROMPTS[:7], settings, mesh=mesh)
-    while decoding.advance():
-        pass
-    assert [one.tokens for one in decoding.answers()] == alone("llama")[:7]
+    assert [one.tokens for one in decoding.finish()] == answers(rows("llama"))[:7]
 
 
 def paths_of(shape):
@@ -244,4 +226,4 @@ def test_children_are_the_drafts_likeliest_behind_their_path(target, name):
 def test_wrong_trees(target, draft, settings, message):
     settings = {"max_new_tokens": LIMIT, "chain_length": 0, "stop_tokens": (), "tree": SHALLOW} | settings
     with pytest.raises(InputError, match=message):
-        decode(target("llama"), nnx.split(draft("llama", "llama")), [[1]], Settings(**settings))
+        Decoding(target("llama"), nnx.split(draft("llama", "llama")), [[1]], Settings(**settings))

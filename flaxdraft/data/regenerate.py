@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ import numpy as np
 from flaxdraft.data.chat import ChatOptions, render
 from flaxdraft.data.conversations import Conversation
 from flaxdraft.errors import InputError
-from flaxdraft.generate import generate
+from flaxdraft.generate import generate_each
 from flaxdraft.interfaces import Target
 from flaxdraft.progress import bar
 
 FILE = "conversations.jsonl"
+GROUP = 8  # times the rows: conversations that are at the same turn together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,24 +91,24 @@ def regenerate(
             counts["without a question, left out"] += 1
     counts["answered"] = len(done)
     left = [talk for talk in talks if talk.source.id not in done]
+    num_rows = min(num_rows, max(len(left), 1))
     # By length, so that rows decoded together are padded little.
     left.sort(key=lambda talk: (sum(len(message["content"]) for message in talk.asked[0]), talk.number))
     with bar("conversations", len(talks), len(talks) - len(left)) as progress, path.open("ab") as file:
         made, start = 0, time.monotonic()
-        for at in range(0, len(left), num_rows):
-            batch = left[at : at + num_rows]
-            _answer(batch, target, tokenizer, stop_tokens, options)
-            for talk in batch:
+        for at in range(0, len(left), num_rows * GROUP):
+            group = left[at : at + num_rows * GROUP]
+            for talk in _answered(group, target, tokenizer, stop_tokens, options, num_rows):
                 if talk.answers:
                     counts["answered"] += 1
                     row = _row(talk, tokenizer)
                     made += sum(map(len, talk.answers))
                     file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
+                    file.flush()
                 if talk.ended:
                     counts[talk.ended] += 1
-            file.flush()
+                progress.advance(1, f"{made / (time.monotonic() - start):.0f} tokens/s")
             os.fsync(file.fileno())
-            progress.advance(len(batch), f"{made / (time.monotonic() - start):.0f} tokens/s")
     return counts
 
 
@@ -133,33 +134,39 @@ def _questions(conversation: Conversation) -> list[list[dict[str, Any]]]:
     return [run for run in runs if run]
 
 
-def _answer(batch: list[_Talk], target: Target, tokenizer: Any, stop_tokens, options: Answering) -> None:
-    """All turns of some conversations, those at the same turn together."""
-    for turn in range(max(len(talk.asked) for talk in batch)):
+def _answered(
+    group: list[_Talk], target: Target, tokenizer: Any, stop_tokens: Sequence[int], options: Answering, num_rows: int
+) -> Iterator[_Talk]:  # fmt: skip
+    """Conversations as they come to their end, their turns answered: first turns first, then second ones."""
+    for turn in range(max(len(talk.asked) for talk in group)):
         here = []
-        for talk in batch:
+        for talk in group:
             if talk.ended or turn >= len(talk.asked):
                 continue
             messages = [*talk.messages, *talk.asked[turn]]
             prompt = _prompt(tokenizer, talk.source, messages)
             if len(prompt) > options.max_prompt_tokens:
                 talk.ended = f"longer than {options.max_prompt_tokens} tokens, ended before the turn that was"
+                yield talk
                 continue
             talk.messages, talk.prompt = messages, prompt
             here.append(talk)
         if not here:
             return
-        seeds = [_seed(options.seed, talk.number, turn) for talk in here]
-        answers = generate(
+        answers = generate_each(
             target, [talk.prompt for talk in here], max_new_tokens=options.max_new_tokens, stop_tokens=stop_tokens,
-            temperature=options.temperature, top_p=options.top_p, seeds=seeds,
+            temperature=options.temperature, top_p=options.top_p,
+            seeds=[_seed(options.seed, talk.number, turn) for talk in here], num_rows=num_rows,
         )  # fmt: skip
-        for talk, answer in zip(here, answers, strict=True):
+        for i, answer in answers:
+            talk = here[i]
             talk.answers.append(answer)
             text = tokenizer.decode(answer, skip_special_tokens=True)
             talk.messages = [*talk.messages, {"role": "assistant", "content": text}]
             if answer[-1] not in stop_tokens:
                 talk.ended = f"not done after {options.max_new_tokens} tokens, ended there"
+            if talk.ended or turn + 1 == len(talk.asked):
+                yield talk
 
 
 def _prompt(tokenizer: Any, source: Conversation, messages: list[dict[str, Any]]) -> list[int]:

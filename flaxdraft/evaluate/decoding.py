@@ -152,6 +152,19 @@ class Decoding:
         self._carry = self._step(num_passes, self._carry)
         return bool(jax.device_get(self._carry.running_B).any())
 
+    def finish(self, on_passes: Callable[[int, int], None] = lambda num_passes, num_tokens: None) -> list[Decoded]:
+        """Every answer to its end.
+
+        Args:
+            on_passes: called now and then with the target passes (of single rows) and the tokens since the last call.
+        """
+        running, passes, tokens = True, self.num_passes, self.num_tokens
+        while running:
+            running = self.advance()
+            on_passes(self.num_passes - passes, self.num_tokens - tokens)
+            passes, tokens = self.num_passes, self.num_tokens
+        return self.answers()
+
     def answers(self) -> list[Decoded]:
         """As far as they are."""
         carry = self._carry
@@ -161,28 +174,3 @@ class Decoding:
         return [
             Decoded(answer_BM[i, : made_B[i]].tolist(), yield_BM[i, : passes_B[i]].tolist()) for i in range(self._num)
         ]
-
-
-def decode(
-    target: Target,
-    draft: tuple[nnx.GraphDef, nnx.State] | None,
-    prompts: Sequence[Sequence[int]],
-    settings: Settings,
-    *,
-    seeds: Sequence[int] | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-    num_rows: int | None = None,
-    on_passes: Callable[[int, int], None] = lambda num_passes, num_tokens: None,
-) -> list[Decoded]:
-    """Decodes all prompts as one batch; see `Decoding` for arguments and errors.
-
-    Args:
-        on_passes: called now and then with the target passes (of single rows) and the tokens since the last call.
-    """
-    decoding = Decoding(target, draft, prompts, settings, seeds=seeds, mesh=mesh, num_rows=num_rows)
-    running, passes, tokens = True, 0, decoding.num_tokens
-    while running:
-        running = decoding.advance()
-        on_passes(decoding.num_passes - passes, decoding.num_tokens - tokens)
-        passes, tokens = decoding.num_passes, decoding.num_tokens
-    return decoding.answers()

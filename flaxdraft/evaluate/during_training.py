@@ -11,7 +11,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from flaxdraft.data.generation import Row
-from flaxdraft.evaluate.decoding import Settings, decode
+from flaxdraft.evaluate.decoding import Decoding, Settings
 from flaxdraft.interfaces import Target
 
 _NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
@@ -56,7 +56,7 @@ def make_decoded_accept_length(
         with jax.set_mesh(_NO_MESH):  # the caller's mesh is the training's
             if own:
                 draft = nnx.split(nnx.merge(graphdef, params, frozen))
-                yields = [one.yields for one in decode(target, draft, own, settings)]
+                yields = [one.yields for one in Decoding(target, draft, own, settings).finish()]
                 counts[:] = sum(map(sum, yields)), sum(map(len, yields))
         gained, passes = np.asarray(multihost_utils.process_allgather(counts)).reshape(count, 2).sum(axis=0)
         return float(gained / passes) if passes else 1.0

@@ -9,7 +9,7 @@ from flax import nnx
 
 from flaxdraft.data.generation import Row
 from flaxdraft.evaluate.acceptance import TeacherForced
-from flaxdraft.evaluate.decoding import Decoded, Settings, decode
+from flaxdraft.evaluate.decoding import Decoded, Decoding, Settings
 from flaxdraft.evaluate.results import acceptance, by_category, teacher_forced_figures
 from flaxdraft.interfaces import Target
 from flaxdraft.progress import bar
@@ -40,7 +40,7 @@ def decode_held_out(
 
         for at in range(0, len(prompts), num_rows):
             chunk = prompts[at : at + num_rows]
-            decoded += decode(target, (graphdef, state), chunk, settings, on_passes=on_passes)
+            decoded += Decoding(target, (graphdef, state), chunk, settings).finish(on_passes)
     return decoded
 
 

@@ -22,7 +22,17 @@ def acceptance(yields: Sequence[Sequence[int]], chain_length: int) -> dict[str, 
         "target_passes_alone": int(sum(map(sum, yields))),
         "accepted_histogram": counts.tolist(),
         "acceptance_by_position": (at_least[1:] / max(at_least[0], 1)).tolist(),
+        "first_token_accepted": {
+            "first_pass": _first_token([one[:1] for one in yields]),
+            "later_passes": _first_token([one[1:] for one in yields]),
+        },
     }
+
+
+def _first_token(yields: Sequence[Sequence[int]]) -> float:
+    """Share of the passes whose first draft token was accepted. The first pass of an answer is drafted from the row
+    before the answer, which training reaches only where the loss mask is that of the token to predict."""
+    return float(np.mean([gained > 1 for one in yields for gained in one] or [False]))
 
 
 def by_category(yields: Sequence[Sequence[int]], categories: Sequence[str]) -> dict[str, float]:

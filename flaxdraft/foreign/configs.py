@@ -21,7 +21,8 @@ _LLAMA_DEFAULTS = {
     "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
 }  # fmt: skip
 _SPECULATORS_TOP = (
-    "draft_vocab_size", "target_hidden_size", "fc_norm", "norm_output", "norm_before_fc", taps.NAME,
+    "draft_vocab_size", "target_hidden_size", "fc_norm", "norm_output", "norm_before_fc", "norm_before_residual",
+    taps.NAME,
 )  # fmt: skip
 _TRUE_POST_NORM = ("flaxdraft", "nemo", "speculators")  # norm_output carries the normed state there
 
@@ -77,11 +78,10 @@ def _speculators(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
         raise InputError(f"{origin}: no transformer_layer_config, expected the layer's configuration")
     if layer.get("model_type", "llama") != "llama":
         raise InputError(f"{origin}: transformer_layer_config.model_type {layer['model_type']!r}, expected 'llama'")
-    if config.get("norm_before_residual", True):
-        said = "true" if "norm_before_residual" in config else "absent, which engines read as true"
+    if "norm_before_residual" not in config:
         raise InputError(
-            f"{origin}: norm_before_residual is {said}: the residual stream starts from the normed state. SGLang "
-            "ignores that, and no draft of this project is built so; write false if the draft was trained with false"
+            f"{origin}: no norm_before_residual, which engines read as true and the trainer as false: it says whether "
+            "the residual stream starts from the normed state; write what the draft was trained with"
         )
     top = {name: config[name] for name in _SPECULATORS_TOP if name in config}
     return (
@@ -91,8 +91,10 @@ def _speculators(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 def _switches(out: dict[str, Any], trainer: Trainer | None, recurrence, remarks: list[str], origin: str) -> None:
     for name in ("norm_before_fc", "norm_before_residual"):
-        if switch(out, name):
-            raise InputError(f"{origin}: {name} is true; no draft of this project is built so")
+        said = switch(out, name)
+        out.pop(name, None)
+        if said:
+            out[name] = True
     if trainer == "specforge" and out.get("norm_output") is False:
         raise InputError(f"{origin}: norm_output is false, which SpecForge reads as no norm before the head; engines "
                          "norm there always, so that this draft cannot be served")  # fmt: skip

@@ -23,7 +23,7 @@ _STRANGERS = {
     "mask_hidden": "a parallel-drafting (P-EAGLE) draft, another algorithm",
     _ATTENTION + "q_norm.weight": "a Qwen3 layer with norms over each head, which no draft of this project has",
     _ATTENTION + "k_norm.weight": "a Qwen3 layer with norms over each head, which no draft of this project has",
-    "input_norm.weight": "norm_before_fc, which no draft of this project has",
+    "input_norm.weight": "that of norm_before_fc, which config.json does not name",
 }
 
 

@@ -30,7 +30,7 @@ from flaxdraft.nn.cache import Cache
 from flaxdraft.nn.layers import RMSNorm
 from flaxdraft.nn.places import check_heads, place_of
 from flaxdraft.nn.rope import RopeConfig
-from flaxdraft.ops import range_attention
+from flaxdraft.ops import cudnn_attention, range_attention
 from flaxdraft.ops.attention import attend, attend_cache, causal_visibility, document_ranges
 from flaxdraft.precision import Precision
 
@@ -210,10 +210,13 @@ def _in_chunks(q_BTNH, k_BTKH, v_BTKC, first_BT, last_BT, scale: float):
 
 
 def _uncached(q_BTNH, k_BTKH, v_BTKC, segments_BT, scale: float):
-    """Causal attention inside each document; in chunks where whole scores would be many."""
+    """Causal attention inside each document; where whole scores would be many, by cuDNN or in chunks."""
     num_batch, num_rows, num_heads, _ = q_BTNH.shape
     if num_batch * num_heads * num_rows**2 <= DENSE_SCORES:
         return attend(q_BTNH, k_BTKH, v_BTKC, causal_visibility(segments_BT), scale)
+    if cudnn_attention.unavailable(q_BTNH, v_BTKC) is None:
+        out, _ = cudnn_attention.forward(q_BTNH, k_BTKH, v_BTKC, *document_ranges(segments_BT), scale, packed=True)
+        return out.astype(v_BTKC.dtype)
     return _in_chunks(q_BTNH, k_BTKH, v_BTKC, *document_ranges(segments_BT), scale)
 
 
@@ -336,11 +339,13 @@ class DecoderTarget:
             return 1
         return math.prod(self.mesh.shape[axis] for axis in self.sharding.act_b[0])
 
-    def _on_mesh(self):
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+    def on_mesh(self) -> contextlib.AbstractContextManager:
+        """Where programs that run the target are to be called."""
+        there = self.mesh is None or jax.sharding.get_abstract_mesh() == self.mesh.abstract_mesh
+        return contextlib.nullcontext() if there else jax.set_mesh(self.mesh)
 
     def _run(self, tokens_BT, positions_BT, segments_BT, cache, head, placement=None):
-        with self._on_mesh():
+        with self.on_mesh():
             return _forward(self.graphdef, self.state, self.spans, self.config, self.sharding, tokens_BT,
                             positions_BT, segments_BT, cache, head, placement)  # fmt: skip
 
@@ -375,7 +380,7 @@ class DecoderTarget:
 
     def logits(self, last_BE: Float[Array, "B E"]) -> Float[Array, "B V"]:
         """Logits of post-norm last hidden states, at least float32, whole on every device."""
-        with self._on_mesh():
+        with self.on_mesh():
             return _logits(last_BE, self.head(), self.sharding)
 
     def embedding(self) -> Float[Array, "V E"]:

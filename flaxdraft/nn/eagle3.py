@@ -4,7 +4,8 @@ One layer fed by three tapped target states (arXiv 2503.01840, section 3):
     x = concat(input_layernorm(embed), hidden_norm(h)); h = h + attn(x); h = h + mlp(post_attention_layernorm(h))
     logits = lm_head(norm(h))
 EAGLE-3.1 adds two switches: `fc_norm`, one RMSNorm for each tapped state before fc, and `norm_output`, by which the
-next step reads norm(h) instead of h.
+next step reads norm(h) instead of h. Drafts of the speculators project may have two more: `norm_before_fc`, one RMSNorm
+over all three tapped states, and `norm_before_residual`, by which the residual starts from hidden_norm(h).
 
 Shape letters: B batch, T time, D draft width, E target width, V target vocabulary, W draft vocabulary,
 N heads, K key/value heads, H head width, C value width.
@@ -44,7 +45,10 @@ FC_NORM_NAMES = (
     ("fc_norm_mid/scale", "fc_norm.1.weight", "copy"),
     ("fc_norm_high/scale", "fc_norm.2.weight", "copy"),
 )
+INPUT_NORM_NAMES = (("input_norm/scale", "input_norm.weight", "copy"),)
 OWN_EMBEDDING_NAMES = (("embed_tokens", "embed_tokens.weight", "copy"),)
+
+SWITCHES = ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")  # false where absent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,8 @@ class Eagle3Sizes:
     rms_norm_eps: float
     fc_norm: bool = False
     norm_output: bool = False
+    norm_before_fc: bool = False
+    norm_before_residual: bool = False
 
     @property
     def owns_embedding(self) -> bool:
@@ -78,6 +84,11 @@ class Eagle3Sizes:
                 continue
             if field.type.startswith("int") and not (isinstance(value, int) and number and value > 0):
                 raise InputError(f"{where} a positive integer{' or null' if field.type.endswith('| None') else ''}")
+        if self.fc_norm and self.norm_before_fc:
+            raise InputError(
+                "draft.fields.norm_before_fc: found it true with fc_norm; tapped states are normed each by itself or "
+                "all together, expected one of the two"
+            )
         if self.draft_vocab_size > self.vocab_size:
             raise InputError(
                 f"draft.draft_vocab_size: {self.draft_vocab_size} is larger than the target's vocabulary "
@@ -100,9 +111,7 @@ class Eagle3Sizes:
             raise InputError(f"draft config: num_hidden_layers is {config['num_hidden_layers']}, expected 1")
         if config.get("tie_word_embeddings"):
             raise InputError("draft config: tie_word_embeddings is true, expected false (a draft has its own head)")
-        for switch in ("norm_before_fc", "norm_before_residual"):
-            if config.get(switch) or (config.get("eagle_config") or {}).get(switch):
-                raise InputError(f"draft config: {switch} is true, expected false; such a draft is not supported")
+        nested = config.get("eagle_config") or {}
         hidden = config["hidden_size"]
         return {
             "hidden_size": hidden,
@@ -113,6 +122,8 @@ class Eagle3Sizes:
             "rms_norm_eps": config["rms_norm_eps"],
             "fc_norm": bool(config.get("fc_norm", config.get("use_aux_norm"))),  # SGLang reads both names
             "norm_output": bool(config.get("norm_output")),
+            "norm_before_fc": bool(config.get("norm_before_fc", nested.get("norm_before_fc"))),
+            "norm_before_residual": bool(config.get("norm_before_residual", nested.get("norm_before_residual"))),
         }
 
     @classmethod
@@ -125,8 +136,7 @@ class Eagle3Sizes:
             "vocab_size": target.vocab_size,
             "draft_vocab_size": draft_vocab_size,
             "rms_norm_eps": target.rms_norm_eps,
-            "fc_norm": False,
-            "norm_output": False,
+            **dict.fromkeys(SWITCHES, False),
         }
 
     def to_hf_sizes(self, architecture: str, model_type: str) -> dict[str, Any]:
@@ -148,12 +158,13 @@ class Eagle3Sizes:
         if self.owns_embedding:
             out["target_hidden_size"] = self.target_hidden_size
         # Only where true: a trainer exists that reads a false norm_output as "no norm before the head".
-        return out | {switch: True for switch in ("fc_norm", "norm_output") if getattr(self, switch)}
+        return out | {switch: True for switch in SWITCHES if getattr(self, switch)}
 
 
 def extra_names(config: Eagle3Sizes) -> tuple:
     """Name-table rows of the weights that only some configs have."""
-    return (FC_NORM_NAMES if config.fc_norm else ()) + (OWN_EMBEDDING_NAMES if config.owns_embedding else ())
+    norms = FC_NORM_NAMES if config.fc_norm else INPUT_NORM_NAMES if config.norm_before_fc else ()
+    return norms + (OWN_EMBEDDING_NAMES if config.owns_embedding else ())
 
 
 class Eagle3Draft(nnx.Module):
@@ -203,6 +214,8 @@ class Eagle3Draft(nnx.Module):
             self.fc_norm_low, self.fc_norm_mid, self.fc_norm_high = (
                 RMSNorm(c.target_hidden_size, c.rms_norm_eps, precision) for _ in range(3)
             )
+        if c.norm_before_fc:
+            self.input_norm = RMSNorm(3 * c.target_hidden_size, c.rms_norm_eps, precision)
         self.fc = column(3 * c.target_hidden_size, c.hidden_size, precision, rngs, sharding)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
         self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
@@ -225,7 +238,8 @@ class Eagle3Draft(nnx.Module):
         return lookup(self.embed_tokens[...], tokens_BT, self.sharding).astype(self.precision.compute)
 
     def project(self, taps_BT3E: Float[Array, "B T 3 E"]) -> Float[Array, "B T D"]:
-        """fc over the three tapped states, low, mid, high, each normed by itself where `fc_norm` says so.
+        """fc over the three tapped states, low, mid, high: as they are, each normed by itself (`fc_norm`), or all
+        together (`norm_before_fc`).
 
         Raises:
             InputError: the features are not those of the draft's target.
@@ -239,7 +253,8 @@ class Eagle3Draft(nnx.Module):
         if self.config.fc_norm:
             norms = self.fc_norm_low, self.fc_norm_mid, self.fc_norm_high
             taps_BT3E = jnp.stack([norm(taps_BT3E[:, :, i]) for i, norm in enumerate(norms)], axis=2)
-        hidden_BTD = self.fc(taps_BT3E.reshape(*taps_BT3E.shape[:2], -1))
+        joined = taps_BT3E.reshape(*taps_BT3E.shape[:2], -1)
+        hidden_BTD = self.fc(self.input_norm(joined) if self.config.norm_before_fc else joined)
         # Nobody sums over the taps' width, which every device holds: fc is split by its outputs, put together here.
         spec = along(hidden_BTD, self.sharding.act_btd)
         return hidden_BTD if spec is None else jax.reshard(hidden_BTD, spec)
@@ -265,8 +280,10 @@ class Eagle3Draft(nnx.Module):
         return self.self_attn.key_value(projections, positions_BT)
 
     def finish(self, hidden_BTD: Float[Array, "B T D"], heads_BTNC: Float[Array, "B T N C"]) -> Float[Array, "B T D"]:
-        """Output projection, residual and feed-forward: the hidden state that the recurrence carries, before the
-        final norm, or after it iff `norm_output`."""
+        """Output projection, residual (the layer's input, or its norm iff `norm_before_residual`) and feed-forward: the
+        hidden state that the recurrence carries, before the final norm, or after it iff `norm_output`."""
+        if self.config.norm_before_residual:
+            hidden_BTD = self.hidden_norm(hidden_BTD)
         hidden_BTD = hidden_BTD + self.self_attn.output(heads_BTNC)
         hidden_BTD = hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
         return self.norm(hidden_BTD) if self.config.norm_output else hidden_BTD

@@ -11,6 +11,8 @@ Shape letters: I inputs, O outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import P
@@ -53,12 +55,6 @@ def _narrow_slope(y):
 _narrow_slope.defvjp(lambda y: (y, None), lambda _, slope: (rounded(slope, BACKWARD),))
 
 
-def float8_product(
-    x: Float[Array, "*lead I"], kernel_IO: Float[Array, "I O"], out_spec: P | None = None
-) -> Float[Array, "*lead O"]:
-    """x @ kernel in the precision of both, from float8 numbers.
-
-    Args:
-        out_spec: where the result lives.
-    """
-    return _narrow_slope(jnp.einsum("...i,io->...o", _narrow(x), _narrow(kernel_IO), out_sharding=out_spec))
+def float8_product(product: Callable, x: Float[Array, "*lead I"], kernel_IO: Float[Array, "I O"]):
+    """product(x, kernel), which is linear in both, and its slopes, from float8 numbers."""
+    return _narrow_slope(product(_narrow(x), _narrow(kernel_IO)))

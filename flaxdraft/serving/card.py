@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxdraft.serving import taps
-from flaxdraft.serving.contract import kind_of
+from flaxdraft.serving.contract import SWITCHES, kind_of
 
 _SERVE = {
     "sglang": "python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 \\\n"
@@ -27,7 +27,7 @@ def model_card(config: Mapping[str, Any], target: str, run: Path | None) -> str:
         run: the folder of the run that made the draft; what it recorded of data, training and evaluation is shown.
     """
     kind = {"llama": "Llama", "mla": "DeepSeek-MLA"}[kind_of(config)]
-    switched = [name for name in ("fc_norm", "norm_output") if config.get(name)]
+    switched = [name for name in SWITCHES if config.get(name)]
     facts = {
         # A path of this machine says nothing elsewhere.
         "target": f"`{Path(target).name if Path(target).is_absolute() else target}`",

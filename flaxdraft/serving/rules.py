@@ -142,7 +142,12 @@ def tapped_layers(engine: Engine, view: DraftView) -> Iterator[Finding]:
         and view.target is not None
         and target.get("model_type") not in engine.target_types
     ):
-        yield Finding("refused", f"it taps no {target.get('model_type')} targets", "serve with another engine")
+        if "model_type" in target:
+            yield Finding("refused", f"it taps no {target['model_type']} targets", "serve with another engine")
+        else:
+            taps_alone = " and ".join(engine.target_types)
+            yield Finding("refused", f"it taps {taps_alone} targets alone, and the target's type is not known",
+                          "give --target")  # fmt: skip
     trained = taps.outputs_of(view.config, deepseek)
     if trained is None or len(trained) != layout.NUM_TAPS:
         return

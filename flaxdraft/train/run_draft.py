@@ -340,7 +340,8 @@ class Run:
         """
         if self.start is None and self.config.draft.vocab_map is not None:
             read_map(self.config.draft.vocab_map, self.target.config.vocab_size, self.config.draft.draft_vocab_size)
-        check_servable(self.draft_config(), self.target.config.tap_layers, self.target.opened.source.config)
+        source, engine = self.target.opened.source.config, self.config.export.engine
+        check_servable(self.draft_config(), self.target.config.tap_layers, source, engine)
 
     def record(self) -> None:
         """Keeps what a later export asks for."""

@@ -98,7 +98,8 @@ class Results:
         export(
             directory, self.run.draft_module, self.run.draft_config(), params, self.run.vocab,
             tap_layers=self.run.target.config.tap_layers, target_config=self.run.target.opened.source.config,
-            dtype=self.run.config.export.dtype, target_path=self.run.config.target.path, run=self.run.draft_dir,
+            engine=self.run.config.export.engine, dtype=self.run.config.export.dtype,
+            target_path=self.run.config.target.path, run=self.run.draft_dir,
         )  # fmt: skip
         stage.store(_digests(directory))
         return directory

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from flaxdraft.mesh import make_mesh
+from flaxdraft.nn import decoder
 from flaxdraft.ops.suffix_attention import dense, suffix_attention
 
 pytestmark = pytest.mark.gpu
@@ -86,3 +87,19 @@ def test_arrays_split_over_a_mesh():
         got = grad(*placed)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize("shape", ["narrow gqa", "gqa"])
+def test_a_target_reads_packed_rows_with_it(shape, monkeypatch):
+    num_keys, heads, kv_heads, width, value_width = SHAPES[shape]
+    rng = np.random.default_rng(0)
+    normal = lambda heads, width: jnp.asarray(rng.normal(size=(2, num_keys, heads, width)), jnp.bfloat16)  # noqa: E731
+    arrays = normal(heads, width), normal(kv_heads, width), normal(kv_heads, value_width)
+    segments = np.searchsorted([0, 40, 41, 150, 203], np.arange(num_keys), side="right")
+    segments = jnp.asarray(np.stack([segments, np.where(np.arange(num_keys) < 230, segments, 0)]), jnp.int32)
+    attention = lambda *x: jax.jit(lambda *x: decoder._uncached(*x, segments, width**-0.5))(*x)  # noqa: E731
+    with jax.default_matmul_precision("highest"):
+        want = attention(*(x.astype(jnp.float32) for x in arrays))
+    monkeypatch.setattr(decoder, "DENSE_SCORES", 0)
+    got, want = (np.asarray(x[segments > 0], np.float32) for x in (attention(*arrays), want))
+    assert np.linalg.norm(got - want) < 6e-3 * np.linalg.norm(want)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -9,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import yaml
+from compiling import FAST
 
 WORKER = Path(__file__).with_name("worker.py")
 TRAIN = {
@@ -36,7 +39,7 @@ class SmallRuns:
             "output_dir": str(root / "out"), "target": {"path": str(root / "target")},
             "data": {"prompts": str(root / "prompts.jsonl")}, "draft": {"draft_vocab_size": 24},
             "algorithm": {"ttt_length": 2}, "train": TRAIN, "evaluate": {"chain_length": 1},
-            "mesh": {"data": 4}, "hosts": {"heartbeat_seconds": 9},
+            "mesh": {"data": 4},
         }  # fmt: skip
         (root / "run.yaml").write_text(yaml.safe_dump(config))
 
@@ -46,7 +49,7 @@ class SmallRuns:
         for index in range(num_processes):
             own = os.environ | {
                 "JAX_NUM_CPU_DEVICES": str(devices // num_processes), "JAX_PLATFORMS": "cpu",
-                "PYTHONWARNINGS": "ignore", **environment,
+                "PYTHONWARNINGS": "ignore", **FAST, **environment,
             }  # fmt: skip
             if num_processes > 1:
                 own |= {
@@ -75,8 +78,16 @@ class SmallRuns:
     def output(self, name: str, index: int = 0) -> Path:
         return self.root / f"{name}.output-{index}.txt"
 
+    def said(self, name: str, index: int = 0) -> str:
+        """All that a process has printed, over all of its lives."""
+        return self.output(name, index).read_text()
+
     def digest(self, name: str, index: int = 0) -> str:
         return json.loads(self.result(name, index).read_text())["digest"]
+
+    def weights(self, name: str, index: int = 0) -> list[float]:
+        """The sum of magnitudes of every parameter at the end."""
+        return json.loads(self.result(name, index).read_text())["params"]
 
     def lines(self, name: str, kind: str = "train") -> list[dict]:
         text = (self.draft(name) / "metrics.jsonl").read_text()
@@ -89,16 +100,40 @@ class SmallRuns:
         folder = self.draft(name) / "checkpoints"
         return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
+    def copy_until(self, name: str, copy: str, step: int) -> None:
+        """A run as it was when it had saved that step."""
+        folder = shutil.copytree(self.draft(name), self.draft(copy), symlinks=True)
+        for later in self.checkpoints(copy):
+            if later > step:
+                shutil.rmtree(folder / "checkpoints" / str(later))
+        assert self.checkpoints(copy)[-1] == step
+
+    def assert_agree(self, name: str, like: str) -> None:
+        """The same steps and the same tokens; losses and held-out figures to rounding."""
+        for kind in ("train", "held_out"):
+            want, got = (self.lines(run, kind) for run in (like, name))
+            for counted in ("step", "tokens"):
+                assert [line.get(counted) for line in got] == [line.get(counted) for line in want]
+            np.testing.assert_allclose([line["loss"] for line in got], [line["loss"] for line in want], rtol=1e-5)
+
+    def assert_identical(self, name: str, like: str) -> None:
+        """Every logged loss and gradient norm, every held-out figure and the weights at the end, to the bit."""
+        trained, held_out = ("step", "loss", "grad_norm", "tokens"), ("step", "loss", "accuracy")
+        for kind, fields in (("train", trained), ("held_out", held_out)):
+            want, got = ([[line[field] for field in fields] for line in self.lines(run, kind)] for run in (like, name))
+            assert got == want
+        assert self.digest(name) == self.digest(like)
+
     def wait_for_step(self, name: str, step: int, processes) -> None:
         """Returns once that many steps are logged."""
         path = self.draft(name) / "metrics.jsonl"
         while not path.exists() or f'"step": {step}, "kind": "train"' not in path.read_text():
             codes = [process.poll() for process in processes]
-            assert codes == [None] * len(codes), f"ended too early: {codes}\n{self.output(name).read_text()[-3000:]}"
+            assert codes == [None] * len(codes), f"ended too early: {codes}\n{self.said(name)[-3000:]}"
             time.sleep(0.02)
 
 
-def finish(processes, timeout: float = 240.0) -> list[int]:
+def finish(processes, timeout: float = 500.0) -> list[int]:
     """Exit codes; whatever is left after the timeout is killed."""
     end = time.monotonic() + timeout
     try:

@@ -1,42 +1,70 @@
-"""A run goes on with another number of devices, another layout or other micro-batches."""
+"""A run goes on: on the same devices to the bit, on others with the same global batches."""
 
-import shutil
-
-import numpy as np
 import pytest
 from worker import train
 
-ELASTIC = ("train.keep_every=4", "train.checkpoint_every=4", "train.ema_decay=0.9")
+# Every batch is taken in parts, weights are averaged. Of 24 steps three make an epoch: the checkpoint that runs go on
+# from, that of step 4, lies in the middle of one, and 20 steps before the end.
+FROM = 4
+OPTIONS = (
+    "train.num_steps=24", "train.accumulate=2", "train.ema_decay=0.9", "train.checkpoint_every=4",
+    "train.keep_every=4",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(runs):
-    """Four devices, 12 steps; the checkpoint of step 4 stays: the middle of the second epoch."""
-    train(runs, "uninterrupted", *ELASTIC, "mesh.data=4")
+    """Four devices of one process."""
+    train(runs, "uninterrupted", *OPTIONS, "mesh.data=4")
     return runs
+
+
+@pytest.fixture(scope="module")
+def four_processes(runs):
+    """Of one device each."""
+    assert runs.run("four", 4, *OPTIONS) == [0] * 4, runs.said("four")
+    return runs
+
+
+def test_the_same_devices_go_on_to_the_bit(uninterrupted):
+    """Twenty more steps."""
+    uninterrupted.copy_until("uninterrupted", "same", FROM)
+    train(uninterrupted, "same", *OPTIONS, "mesh.data=4")
+    uninterrupted.assert_identical("same", "uninterrupted")
 
 
 @pytest.mark.parametrize(
     "layout",
     [
-        ("mesh.data=2", "train.accumulate=2"),
-        pytest.param(("mesh.data=1",), marks=pytest.mark.slow),
-        pytest.param(("mesh.data=8",), marks=pytest.mark.slow),
+        ("mesh.data=2", "train.accumulate=4"),
+        pytest.param(("mesh.data=1", "train.accumulate=1"), marks=pytest.mark.slow),
+        pytest.param(("mesh.data=8", "train.accumulate=1"), marks=pytest.mark.slow),
         pytest.param(("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
-def test_a_run_goes_on_with_other_devices(uninterrupted, layout):
+def test_other_devices_go_on(uninterrupted, layout):
     """From the same step, with the same global batches; losses and held-out figures agree to rounding."""
     name = "-".join(["elastic", *(part.partition("=")[2] for part in layout)])
-    source = uninterrupted.draft("uninterrupted")
-    folder = shutil.copytree(source, uninterrupted.draft(name), symlinks=True)
-    for step in (8, 12):
-        shutil.rmtree(folder / "checkpoints" / str(step))
-    train(uninterrupted, name, *ELASTIC, *layout)
-    for kind in ("train", "held_out"):
-        want, got = (uninterrupted.lines(run, kind) for run in ("uninterrupted", name))
-        assert [line["step"] for line in got] == [line["step"] for line in want]
-        np.testing.assert_allclose([line["loss"] for line in got], [line["loss"] for line in want], rtol=1e-5)
-    tokens = ([line["tokens"] for line in uninterrupted.lines(run)] for run in ("uninterrupted", name))
-    assert next(tokens) == next(tokens)
+    uninterrupted.copy_until("uninterrupted", name, FROM)
+    train(uninterrupted, name, *OPTIONS, *layout)
+    uninterrupted.assert_agree(name, "uninterrupted")
+
+
+@pytest.mark.slow
+def test_four_processes_go_on_to_the_bit(four_processes):
+    four_processes.copy_until("four", "four-again", FROM)
+    assert four_processes.run("four-again", 4, *OPTIONS) == [0] * 4, four_processes.said("four-again")
+    four_processes.assert_identical("four-again", "four")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_processes", "devices"), [(1, 1), (1, 8), (2, 2), (8, 8)])
+def test_other_processes_go_on_with_what_four_saved(four_processes, num_processes, devices):
+    name = f"four-then-{num_processes}-of-{devices}"
+    four_processes.copy_until("four", name, FROM)
+    options = (*OPTIONS, f"train.accumulate={1 if devices == 8 else 2}")
+    assert four_processes.run(name, num_processes, *options, devices=devices) == [0] * num_processes, (
+        four_processes.said(name)
+    )
+    four_processes.assert_agree(name, "four")

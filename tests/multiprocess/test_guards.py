@@ -47,13 +47,32 @@ def test_reads_happen_in_logging_and_evaluating_steps_alone(runs, monkeypatch):
     assert set(guarded[1:]) == {"allow"}
 
 
+@pytest.mark.gpu
+def test_an_accelerator_s_runtime_refuses_other_reads(runs, monkeypatch):
+    """pytest -m gpu -n 0 tests/multiprocess/test_guards.py: the whole run passes under the runtime's own guard, and one
+    number that a step looks at does not."""
+    options = ("mesh.data=1", "train.log_every=4", "train.eval_every=6", "train.checkpoint_every=5")
+    train(runs, "guarded", *options)
+    assert len(runs.lines("guarded")) == 3
+    real_advanced = loop.counting.advanced
+
+    def looking(*args):
+        counters = real_advanced(*args)
+        assert int(counters["tokens"][0]) >= 0
+        return counters
+
+    monkeypatch.setattr(loop.counting, "advanced", looking)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed device-to-host transfer"):
+        train(runs, "looking", *options)
+
+
 def test_one_compile_for_each_length(runs, monkeypatch):
     """200 steps over documents of two lengths."""
     made, real = [], loop.make_train_step
     monkeypatch.setattr(loop, "make_train_step", lambda *args: made.append(real(*args)) or made[-1])
     monkeypatch.setattr(SmallRun, "documents", AnsweredPrompts([*rows(24, 2, []), *rows(8, 5, [], 40)], V))
     seldom = [f"train.{name}_every=200" for name in ("log", "eval", "checkpoint")]
-    train(runs, "compiles", "train.length_buckets=2", "train.num_steps=200", *seldom)
+    train(runs, "compiles", "mesh.data=1", "train.length_buckets=2", "train.num_steps=200", *seldom)
     assert made[0]._cache_size() == 2
     assert runs.lines("compiles")[-1]["tokens"] == 200 // 4 * (24 * 14 + 8 * 40)  # 50 epochs of 4 batches
 

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import os
-import resource
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -88,11 +87,20 @@ class SmallRun(Run):
 
 
 def train(runs, name: str, *overrides: str):
-    """A small run in this process, on two devices where the overrides do not say otherwise; its parameters."""
+    """A small run in this process, on two devices where the overrides do not say otherwise; its parameters, whose
+    digest is kept like that of a run in a process of its own."""
     config = load_config(str(runs.root / "run.yaml"), [f"output_dir={runs.root / name}", "mesh.data=2", *overrides])
     run = SmallRun(config)
     run.claim_folders()
+    write_result(runs.result(name), run.params)
     return run.params
+
+
+def write_result(path: Path, params) -> None:
+    """A digest of the weights, and the sum of magnitudes of each."""
+    leaves = jax.tree.leaves(params)
+    digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in leaves)).hexdigest()
+    path.write_text(json.dumps({"digest": digest, "params": [float(np.abs(x).sum()) for x in leaves]}))
 
 
 def work(config, result: Path) -> None:
@@ -100,15 +108,13 @@ def work(config, result: Path) -> None:
     run.claim_folders()
     log = process_log(run.draft_dir / "logs" / f"process-{jax.process_index()}.log", speaks=hosts.is_main())
     with log, DirectoryLock(run.draft_dir) if hosts.is_main() else nullcontext():
-        params = jax.tree.leaves(run.params)
-    digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in params)).hexdigest()
-    result.write_text(json.dumps({"digest": digest, "params": [float(np.abs(x).sum()) for x in params]}))
+        params = run.params
+    write_result(result, params)
 
 
 def main() -> int:
+    sys.modules["torch"] = None  # TensorBoard's writer would import it, which takes a quarter of a small run's time
     config = load_config(sys.argv[1], sys.argv[3:])
-    if limit := os.environ.get("WORKER_FILE_BYTES"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
     return supervised(config.hosts, lambda: work(config, Path(sys.argv[2])))
 
 

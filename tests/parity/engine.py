@@ -119,12 +119,15 @@ class Draft:
                 hidden = torch.cat(
                     [self.norm(h, f"fc_norm.{i}") for i, h in enumerate(hidden.chunk(3, dim=-1))], dim=-1
                 )
+            if self.config.get("norm_before_fc"):
+                hidden = self.norm(hidden, "input_norm")
             hidden = self.linear(hidden, "fc")
-        x = torch.cat(
-            [self.norm(embeds, "midlayer.input_layernorm"), self.norm(hidden, "midlayer.hidden_norm")], dim=-1
-        )
+        residual, normed = hidden, self.norm(hidden, "midlayer.hidden_norm")
+        if self.config.get("norm_before_residual"):
+            residual = normed
+        x = torch.cat([self.norm(embeds, "midlayer.input_layernorm"), normed], dim=-1)
         attend = self.attend_latents if self.latent else self.attend_heads
-        x, residual = self.add_and_norm(attend(x, positions_T), hidden, "midlayer.post_attention_layernorm")
+        x, residual = self.add_and_norm(attend(x, positions_T), residual, "midlayer.post_attention_layernorm")
         gate, up = (self.linear(x, f"midlayer.mlp.{p}_proj") for p in ("gate", "up"))
         x = self.linear(F.silu(gate) * up, "midlayer.mlp.down_proj")
         normed, before = self.add_and_norm(x, residual, "norm")

@@ -33,6 +33,8 @@ ON = {"fc_norm": True, "norm_output": True}
 VARIANTS = [
     ("llama", "default", {}), ("llama", "linear", {"fc_norm": True}), ("llama", "llama3", {"norm_output": True}),
     ("llama", "yarn", ON), ("llama", "default", {"hidden_size": 40}), ("llama", "default", {"draft_vocab_size": 96}),
+    ("llama", "default", {"norm_before_fc": True, "norm_output": True}),
+    ("llama", "linear", {"norm_before_residual": True}),
     ("mla", "default", {}), ("mla", "yarn", {"norm_output": True}), ("mla", "yarn_mscale", {"fc_norm": True}),
     ("mla", "llama3", ON), ("mla", "default", {"hidden_size": 40}), ("mla", "default", {"draft_vocab_size": 96}),
 ]  # fmt: skip

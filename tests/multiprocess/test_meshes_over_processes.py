@@ -1,0 +1,40 @@
+"""Meshes whose axes run over processes: each holds a part of every row (`sequence`), of every weight (`fsdp`, `tensor`)
+or some of the rows whole."""
+
+import math
+
+import numpy as np
+import pytest
+from worker import train
+
+OPTIONS = ("train.num_steps=6", "train.eval_every=3", "train.accumulate=2", "train.ema_decay=0.9")
+
+
+@pytest.fixture(scope="module")
+def one_device(runs):
+    train(runs, "one-device", *OPTIONS, "mesh.data=1")
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "mesh"),
+    [
+        (2, {"sequence": 2}),
+        pytest.param(2, {"sequence": 4}, marks=pytest.mark.slow),
+        pytest.param(2, {"data": 2, "sequence": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"data": 2, "sequence": 2}, marks=pytest.mark.slow),
+        pytest.param(2, {"tensor": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_they_equal_one_device(one_device, num_processes, mesh):
+    """Losses, counts, held-out figures and the weights at the end."""
+    runs, devices = one_device, math.prod(mesh.values())
+    name = "-".join(map(str, (num_processes, *mesh, *mesh.values())))
+    overrides = [f"mesh.{axis}={mesh.get(axis, 1)}" for axis in ("data", "fsdp", "tensor", "sequence")]
+    codes = runs.run(name, num_processes, *OPTIONS, *overrides, devices=devices)
+    assert codes == [0] * num_processes, runs.said(name)
+    runs.assert_agree(name, "one-device")
+    for index in range(num_processes):
+        np.testing.assert_allclose(runs.weights(name, index), runs.weights("one-device"), rtol=1e-5)
