@@ -99,7 +99,6 @@ def test_another_run_s_checkpoint(written, tmp_path):
     [
         ("none", r"train.resume: none, but .* holds a checkpoint of step 30"),
         ("step 11", r"train.resume: step 11, but .* holds steps 10, 20, 30"),
-        ("newest", r"train.resume: found 'newest', which is no directory; expected auto, latest, best, none"),
     ],
 )
 def test_a_request_that_cannot_be_met(written, request_, message):
