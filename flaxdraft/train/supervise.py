@@ -49,8 +49,8 @@ def supervised(config: HostsConfig, work: Callable[[], None]) -> int:
 
 
 def _hear_of_a_lost_peer() -> None:
-    """A collective, or a save that all take part in, may fail before the watch has noticed why; it ends the process, with
-    its own code, while this waits."""
+    """A collective, or a save that all take part in, may fail before the watch has noticed why. It ends the process,
+    with its own code, while this waits."""
     if hosts.peers() is not None:
         time.sleep(_SECONDS_TO_HEAR)
 
