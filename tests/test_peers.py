@@ -114,6 +114,7 @@ def test_a_lost_peer_is_heard_of_before_an_error_that_it_caused(monkeypatch, err
     peers = Mock()
     monkeypatch.setattr(hosts, "join", lambda config: None)
     monkeypatch.setattr(hosts, "peers", lambda: peers)
+    monkeypatch.setattr(supervise, "leave", Mock())
     monkeypatch.setattr(supervise.time, "sleep", lambda seconds: sys.exit(RESTART))  # the watch ends the process
     with pytest.raises(SystemExit) as ended:
         supervise.supervised(HostsConfig(), Mock(side_effect=error))

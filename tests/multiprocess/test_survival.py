@@ -14,7 +14,7 @@ from flaxdraft.peers import RESTART
 # Every batch is taken in two parts, weights are averaged, and 3 steps make an epoch: saves fall in the middle of one.
 STEPS = 20
 OPTIONS = (
-    "train.accumulate=2", "train.ema_decay=0.9", "train.checkpoint_every=2", "train.batch_size=8",
+    "train.accumulate=2", "train.ema_decay=0.9", "train.checkpoint_every=2", "train.eval_every=10",
     f"train.num_steps={STEPS}",
 )  # fmt: skip
 
