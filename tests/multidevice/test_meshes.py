@@ -12,7 +12,6 @@ from training import E, train
 from flaxdraft.errors import InputError
 from flaxdraft.mesh import AXES, make_mesh
 
-pytestmark = pytest.mark.xdist_group("training on meshes")
 AXIS_NAMES = [axis for axis in AXES if axis != "expert"]
 COUNTS = ("loss_count_J", "row_count_J", "hit_J", "prefix_hit_J")
 DEFAULT = [{axis: 8} for axis in AXIS_NAMES] + [{"fsdp": 4, "tensor": 2}]

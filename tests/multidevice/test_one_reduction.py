@@ -12,8 +12,6 @@ from training import ALGORITHM, host_batch, setup, train
 from flaxdraft.train import step as step_module
 from flaxdraft.train.step import summed_gradients
 
-pytestmark = pytest.mark.xdist_group("training on meshes")
-
 
 def gradients(num_microbatches: int):
     """Loss and gradients of one global batch on one device."""
