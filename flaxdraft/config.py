@@ -188,6 +188,9 @@ def _explain(error: dict[str, Any], origin: str) -> str:
         return f"{origin}: unknown key {path!r}; {nearest(str(error['loc'][-1]), known)}"
     if error["type"] == "missing":
         return f"{origin}: {path} is missing"
+    if error["type"] == "model_type":
+        known = ", ".join(_known_keys(RunConfig, error["loc"]))
+        return f"{origin}: {path}: found {error['input']!r}; expected a section with some of the keys {known}"
     return f"{origin}: {path}: found {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
@@ -222,7 +225,8 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
     except _BAD_YAML as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
+        found = "nothing" if raw is None else type(raw).__name__
+        raise InputError(f"{path}: expected a mapping of sections (target, data, train, ...), found {found}")
     for text in overrides:
         _override(raw, text)
     try:

@@ -39,8 +39,25 @@ def claim(directory: Path, inputs: Mapping[str, Any], mend: str, allowed: Iterab
             raise InputError(f"output_dir: {directory} holds other files; choose another one. {mend}")
     except OSError as error:
         raise InputError(f"output_dir: cannot write to {directory} ({error.strerror}); choose another one") from error
+    if check_claimed(directory, inputs, mend, allowed) != inputs:
+        write_json(record, inputs)
+
+
+def check_claimed(
+    directory: Path, inputs: Mapping[str, Any], mend: str, allowed: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """The same check without a write: for the processes beside the one that claims. Returns the inputs found there.
+
+    Raises:
+        InputError: it holds another configuration, or what another process has written is not seen from here.
+    """
+    record = directory / "inputs.json"
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{record}: cannot be read ({error.strerror}); output_dir must lie where all processes of the run see it"
+        ) from error
     except ValueError as error:
         raise InputError(f"{record}: not valid JSON ({error}); remove {directory} to start anew") from error
     if differences := continuing.differing(found, inputs, allowed or ()):
@@ -49,8 +66,7 @@ def claim(directory: Path, inputs: Mapping[str, Any], mend: str, allowed: Iterab
         raise InputError(
             f"output_dir: {directory} was made with another configuration ({continuing.describe(differences)}). {mend}"
         )
-    if found != inputs:
-        write_json(record, inputs)
+    return found
 
 
 class Stage:

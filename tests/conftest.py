@@ -42,26 +42,6 @@ def pytest_configure(config):
         os.environ |= FAST  # also of the processes that tests start
 
 
-# Files whose programs are the same.
-TOGETHER = {"tests/multidevice/test_one_reduction.py": "tests/multidevice/test_meshes.py"}
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """One worker runs all of a file, and the files of TOGETHER: they share fixtures and programs. (Marks for
-    `--dist loadgroup` are lost in silence between pytest 9.2 and pytest-xdist 3.8.)"""
-    if config.getvalue("dist") != "loadfile":
-        return None
-    from xdist.scheduler import LoadFileScheduling
-
-    class ByProgram(LoadFileScheduling):
-        def _split_scope(self, nodeid):
-            file = super()._split_scope(nodeid)
-            return TOGETHER.get(file, file)
-
-    return ByProgram(config, log)
-
-
 @pytest.fixture
 def damaged_reads():
     """For tests that read damaged checkpoints, or write to a full disk: Orbax leaves its other reads or writes behind,

@@ -87,7 +87,11 @@ def test_numbers_inside_lists_too(load):
         ("target.path=''", "target.path: found ''; string should have at least 1 character"),
         ("draft.warm_start=1", "draft.warm_start: found 1; input should be a valid boolean"),
         ("algorithm.step_decay=1.5", "algorithm.step_decay: found 1.5; input should be less than or equal to 1"),
-        ("draft=llama", "draft: found 'llama'; "),
+        (
+            "draft=llama",
+            "draft: found 'llama'; expected a section with some of the keys architecture",
+        ),
+        ("train=[1]", "train: found [1]; expected a section with some of the keys num_steps, batch_size"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_found(load, override, message):
@@ -147,8 +151,8 @@ def test_a_bad_override_is_quoted(load, override, message):
         ("a: [1\n", "not valid YAML: "),
         ("a: b: c\n", "not valid YAML: mapping values are not allowed here"),
         ("x: !!python/object/apply:os.getcwd []\n", "not valid YAML: could not determine a constructor"),
-        ("- a\n", "expected a mapping of sections, found list"),
-        ("", "expected a mapping of sections, found NoneType"),
+        ("- a\n", "expected a mapping of sections (target, data, train, ...), found list"),
+        ("", "expected a mapping of sections (target, data, train, ...), found nothing"),
         (SMALLEST + "name: 2024-13-45\n", "not valid YAML: "),
     ],
 )

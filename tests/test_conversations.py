@@ -107,6 +107,13 @@ def test_a_file_that_is_not_there(tmp_path):
         list(read_conversations(tmp_path / "none.jsonl"))
 
 
+@pytest.mark.parametrize("content", ["", "\n \n"], ids=["empty", "blank"])
+def test_a_file_without_rows(tmp_path, content):
+    (tmp_path / "c.jsonl").write_text(content)
+    with pytest.raises(InputError, match=r"c.jsonl: holds no conversations; expected one a line, with messages"):
+        list(read_conversations(tmp_path / "c.jsonl"))
+
+
 def test_bytes_that_are_no_text(tmp_path):
     (tmp_path / "c.jsonl").write_bytes(b'{"messages": []}\n'[:5] + b"\xff\n")
     with pytest.raises(InputError, match=r"row 1: not UTF-8 text \(byte 5 of the row\)"):

@@ -74,9 +74,17 @@ def test_both_splits_are_needed(read, lines, split):
         read(*lines)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    lines = "".join(json.dumps(line) + "\n" for line in (GOOD, HELD_OUT))
+    (tmp_path / "marked.jsonl").write_text(lines, encoding="utf-8-sig")
+    assert [prompt.id for prompt in read_prompts(str(tmp_path / "marked.jsonl"))] == [GOOD["id"], HELD_OUT["id"]]
+
+
 def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe9"}\n')
-    for name, why in (("none.jsonl", "No such file"), ("latin.jsonl", "'utf-8' codec"), (".", "Is a directory")):
+    with pytest.raises(InputError, match=r"latin.jsonl line 1: not UTF-8 text \(byte 8 of the line\)"):
+        read_prompts(str(tmp_path / "latin.jsonl"))
+    for name, why in (("none.jsonl", "No such file"), (".", "Is a directory")):
         with pytest.raises(InputError, match=rf"data.prompts: cannot read .* \({why}"):
             read_prompts(str(tmp_path / name))
 

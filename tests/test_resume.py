@@ -12,7 +12,7 @@ from flaxdraft import continuing
 from flaxdraft.checkpoint import Checkpoints, abstract_like
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
-from flaxdraft.stages import claim
+from flaxdraft.stages import check_claimed, claim
 from flaxdraft.train.resume import Resume, begin
 
 INPUTS = {
@@ -99,7 +99,6 @@ def test_another_run_s_checkpoint(written, tmp_path):
     [
         ("none", r"train.resume: none, but .* holds a checkpoint of step 30"),
         ("step 11", r"train.resume: step 11, but .* holds steps 10, 20, 30"),
-        ("newest", r"train.resume: found 'newest', which is no directory; expected auto, latest, best, none"),
     ],
 )
 def test_a_request_that_cannot_be_met(written, request_, message):
@@ -177,3 +176,15 @@ def test_the_folder_remembers_the_newest_inputs(tmp_path):
     claim(tmp_path, changed(batch_size=16), "", ("train.batch_size",))
     with pytest.raises(InputError, match=r"train.batch_size: there 16, here 8.* add --allow-change train.batch_size"):
         claim(tmp_path, INPUTS, "", ())
+
+
+def test_other_processes_check_a_folder_and_write_nothing(tmp_path):
+    with pytest.raises(InputError, match=r"inputs.json: cannot be read .* output_dir must lie where all processes"):
+        check_claimed(tmp_path / "elsewhere", INPUTS, "", ())
+    assert not (tmp_path / "elsewhere").exists()
+    claim(tmp_path, INPUTS, "", ())
+    before = (tmp_path / "inputs.json").stat()
+    check_claimed(tmp_path, changed(accumulate=2), "", ())
+    with pytest.raises(InputError, match=r"train.batch_size: there 8, here 16"):
+        check_claimed(tmp_path, changed(batch_size=16), "", ())
+    assert (tmp_path / "inputs.json").stat() == before

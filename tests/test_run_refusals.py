@@ -72,6 +72,8 @@ def test_another_configuration_is_refused(workspace, capfd, override, message):
         ("mesh.data=3", r"train.batch_size: 4 rows cannot be split over mesh.data=3"),
         ("train.accumulate=8", r"train.batch_size: 4 rows cannot be split over train.accumulate=8; give a multiple"),
         ("train.resume=stepp", r"train.resume: found 'stepp', which is no directory; expected auto, latest"),
+        ("train.resume=best", r"train.resume: best, but .*checkpoints holds no complete checkpoint"),
+        ("train.resume=step 3", r"train.resume: step 3, but .*checkpoints holds no complete checkpoint"),
         ("draft.draft_vocab_size=999999", r"draft.draft_vocab_size"),
         ("export.engine=tensorrt", r"engine: no 'tensorrt'; known are hf, sglang, sglang-jax, tpu-inference, vllm"),
         (
@@ -88,6 +90,14 @@ def test_wrong_input_is_one_message_and_exit_code_2(workspace, tmp_path, capfd, 
     assert re.search(message, error), error
     assert "Traceback" not in error
     assert not list(tmp_path.glob("data/*.safetensors"))  # before the target is asked anything
+
+
+def test_a_map_that_is_none_is_refused_before_the_target_answers(workspace, tmp_path, capfd):
+    (tmp_path / "map.npy").write_text("d2t")
+    assert call(workspace, f"output_dir={tmp_path}", f"draft.vocab_map={tmp_path / 'map.npy'}") == 2
+    error = " ".join(capfd.readouterr().err.split())
+    assert "map.npy (not a whole .npy file); expected a .npy file of offsets" in error
+    assert not list(tmp_path.glob("data/*.safetensors"))
 
 
 def test_the_command_itself_reports_without_a_traceback(workspace):

@@ -107,7 +107,8 @@ def test_the_running_mean_is_what_is_evaluated(averaged):
     for _ in range(3):
         state, _ = step(state, frozen, example())
         means = jax.tree.map(lambda m, p: 0.75 * m + 0.25 * np.asarray(p), means, state.params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), evaluation_params(state), means)
+    for a, b in zip(jax.tree.leaves(evaluation_params(state)), jax.tree.leaves(means), strict=True):
+        assert np.linalg.norm(a - b) < 2e-7 * np.linalg.norm(b)  # single entries may cancel out to nearly 0
     plain = dataclasses.replace(state, ema=None)
     assert evaluation_params(plain) is plain.params
 

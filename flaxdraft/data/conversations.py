@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxdraft.data.json_lines import read_json_lines
 from flaxdraft.errors import InputError
 
 # ShareGPT's speakers.
@@ -49,36 +50,22 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
     """The rows of a .jsonl or .parquet file, one at a time.
 
     Raises:
-        InputError: the file cannot be read, or a row is broken: it is named by its number, with what was found there.
+        InputError: the file cannot be read or holds no row, or a row is broken: it is named by its number, with what
+            was found there.
     """
-    path = Path(path).expanduser()
+    path, number = Path(path).expanduser(), 0
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     for number, row in rows:
         yield parse(row, f"{path} row {number}", f"{path.name}:{number}")
+    if number == 0:
+        raise InputError(f"{path}: holds no conversations; expected one a line, with {SHAPES}")
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
-        # Read as bytes: text mode would also cut at separators that may stand inside JSON strings.
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _parse_json(line, f"{path} row {number}")
+        yield from read_json_lines(path, "row")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _parse_json(line: bytes, where: str) -> Any:
-    try:
-        row = json.loads(line.decode("utf-8"))
-        json.dumps(row, ensure_ascii=False).encode("utf-8")  # JSON may name halves of characters, which are no text
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 text (byte {error.start} of the row)") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not text in JSON ({error})") from error
-    return row
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flaxdraft.data.json_lines import read_json_lines
 from flaxdraft.errors import InputError
 
 SPLITS = ("train", "held_out")
@@ -28,34 +28,23 @@ def read_prompts(path: str, needed: Sequence[str] = SPLITS) -> list[Prompt]:
     Raises:
         InputError: the file is missing or has no prompts; a line is broken (its number is given); an id repeats.
     """
-    try:
-        # Not splitlines, which also cuts at separators that stand inside JSON strings.
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data.prompts: cannot read {path} ({getattr(error, 'strerror', None) or error})") from error
     prompts, seen = [], {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        prompt = _parse(line, f"{path} line {number}")
-        if prompt.id in seen:
-            raise InputError(f"{path} line {number}: id {prompt.id!r} stands in line {seen[prompt.id]} already")
-        seen[prompt.id] = number
-        prompts.append(prompt)
+    try:
+        for number, row in read_json_lines(Path(path), "line"):
+            prompt = _parse(row, f"{path} line {number}")
+            if prompt.id in seen:
+                raise InputError(f"{path} line {number}: id {prompt.id!r} stands in line {seen[prompt.id]} already")
+            seen[prompt.id] = number
+            prompts.append(prompt)
+    except OSError as error:
+        raise InputError(f"data.prompts: cannot read {path} ({error.strerror})") from error
     for split in needed:
         if not any(prompt.split == split for prompt in prompts):
             raise InputError(f"{path}: no prompt of split {split!r}; {' and '.join(needed)} are needed")
     return prompts
 
 
-def _parse(line: str, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode("utf-8")  # JSON may name halves of characters, which are no text
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not text in JSON ({error})") from error
+def _parse(row: Any, where: str) -> Prompt:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object, found {type(row).__name__}")
     for field in _FIELDS:

@@ -46,7 +46,9 @@ def read_map(path: str, vocab_size: int, draft_vocab_size: int) -> VocabMap:
     try:
         d2t = np.load(Path(path).expanduser(), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"draft.vocab_map: cannot read {path} ({error}); expected a .npy file of offsets") from error
+        # numpy's own words for a file that is none of its own advise to unpickle it.
+        why = getattr(error, "strerror", None) or "not a whole .npy file"
+        raise InputError(f"draft.vocab_map: cannot read {path} ({why}); expected a .npy file of offsets") from error
     if not isinstance(d2t, np.ndarray) or d2t.ndim != 1 or not np.issubdtype(d2t.dtype, np.integer):
         raise InputError(f"draft.vocab_map: {path} holds no vector of integers")
     if len(d2t) != draft_vocab_size:

@@ -5,8 +5,6 @@ Precision and place are decided here and nowhere else. Kernels are stored [in, o
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -48,24 +46,22 @@ class Linear(nnx.Module):
         """
         kernel = gathered(self.kernel[...], self.spec)[inputs].astype(self.precision.compute)
         x, out_spec = x.astype(self.precision.compute), along(x, self.out_spec)
-        product = partial(_product, out_spec=out_spec)
-        y = float8_product(product, x, kernel) if self.precision.float8 else product(x, kernel)
+        y = (float8_product if self.precision.float8 else _product)(x, kernel, out_spec)
         if self.bias is None:
             return y
         return y + jnp.expand_dims(self.bias[...].astype(y.dtype), tuple(range(y.ndim - 1)))
 
 
 def _product(x, kernel, out_spec: P | None):
-    """x @ kernel, batch and time as one axis wherever no device shares a row's time with another: the kernel's gradient
-    is then a product of two matrices. Summed over two axes, XLA's CPU code copies x into another order first, which
-    takes as long as the product."""
-    spec = spec_of(x)
-    if x.ndim != 3 or spec.partitions[1] is not None:
+    """x @ kernel; on one device with batch and time as one axis: the kernel's gradient is then a product of two
+    matrices. Summed over two axes, XLA's CPU code copies x into another order first, which takes as long as the
+    product."""
+    if x.ndim != 3 or jax.sharding.get_abstract_mesh().size > 1:
         return jnp.einsum("...i,io->...o", x, kernel, out_sharding=out_spec)
-    batch, _, width = spec.partitions
-    rows_spec, flat_spec = None, None
+    spec, rows_spec, flat_spec = spec_of(x), None, None
     if out_spec is not None:
-        rows_spec, flat_spec = P(batch, width, reduced=spec.reduced), P(batch, out_spec.partitions[2])
+        rows_spec = P(spec.partitions[0], spec.partitions[2], reduced=spec.reduced)
+        flat_spec = P(out_spec.partitions[0], out_spec.partitions[2])
     rows = jnp.reshape(x, (-1, x.shape[2]), out_sharding=rows_spec)
     flat = jnp.einsum("mi,io->mo", rows, kernel, out_sharding=flat_spec)
     return jnp.reshape(flat, (*x.shape[:2], kernel.shape[1]), out_sharding=out_spec)

@@ -48,14 +48,20 @@ class Resume(NamedTuple):
         return self.request if self.request not in ("auto", "latest", "none") else ""
 
 
-def check_request(request: str) -> None:
+def check_request(request: str, directory: Path) -> None:
     """Of `train.resume`, before any time is spent on the run.
 
+    Args:
+        directory: of the run's checkpoints.
+
     Raises:
-        InputError: it is neither a word that is known nor a directory.
+        InputError: it is neither a word that is known nor a directory; or it asks for one of the run's checkpoints, and
+            there are none.
     """
-    known = request in ("auto", "latest", "best", "none") or re.fullmatch(r"step \d+", request)
-    if not known and not Path(request).expanduser().is_dir():
+    own = request in ("latest", "best") or re.fullmatch(r"step \d+", request)
+    if own and not any(path.name.isdigit() for path in directory.glob("*")):
+        raise InputError(f"train.resume: {request}, but {directory} holds no complete checkpoint")
+    if not own and request not in ("auto", "none") and not Path(request).expanduser().is_dir():
         raise InputError(
             f"train.resume: found {request!r}, which is no directory; expected auto, latest, best, none, `step N` "
             "or the directory of a checkpoint"
@@ -80,7 +86,6 @@ def wanted(request: str, checkpoints: Checkpoints) -> Saved | Path | None:
         return None
     step = re.fullmatch(r"step (\d+)", request)
     if not (step or request in ("latest", "best")):
-        check_request(request)
         path = Path(request).expanduser()
         if latest is None or latest.record["origin"] == request:
             return latest or path

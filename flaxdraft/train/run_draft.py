@@ -41,7 +41,7 @@ from flaxdraft.nn.places import check_heads, on_mesh, weight_on_mesh
 from flaxdraft.precision import DTYPES, Precision
 from flaxdraft.progress import CONSOLE
 from flaxdraft.serving.record import DraftRecord
-from flaxdraft.stages import Stage, claim
+from flaxdraft.stages import Stage, check_claimed, claim
 from flaxdraft.train.loop import Trainer
 from flaxdraft.train.metrics_log import check_wandb
 from flaxdraft.train.place import SHARDING, check_batch
@@ -118,7 +118,7 @@ class Run:
             if field not in known:
                 raise InputError(f"--allow-change: no field {field!r}; {nearest(field, known)}")
         check_wandb(config.train.wandb)
-        check_request(config.train.resume)
+        check_request(config.train.resume, self.draft_dir / "checkpoints")
         if jax.process_count() > 1 and self.mesh.size != jax.device_count():
             raise InputError(
                 f"mesh: {self.mesh.size} devices of {jax.device_count()}; a run of {jax.process_count()} processes "
@@ -128,11 +128,12 @@ class Run:
     def claim_folders(self) -> None:
         """
         Raises:
-            InputError: see `claim`.
+            InputError: see `claim` and `check_claimed`.
         """
         with hosts.main_first("claim"):
-            claim(self.data_dir, self.data_inputs, "Give another output_dir, or remove it to start anew.")
-            claim(
+            own = claim if hosts.is_main() else check_claimed
+            own(self.data_dir, self.data_inputs, "Give another output_dir, or remove it to start anew.")
+            own(
                 self.draft_dir, self.draft_inputs, "Give another name= or output_dir=, or remove it to start anew.",
                 self.allowed,
             )  # fmt: skip
@@ -336,8 +337,10 @@ class Run:
         """Before any time is spent on it.
 
         Raises:
-            InputError: there is no such draft next to this target, or no server loads it.
+            InputError: there is no such draft or vocabulary map next to this target, or no server loads it.
         """
+        if self.start is None and self.config.draft.vocab_map is not None:
+            read_map(self.config.draft.vocab_map, self.target.config.vocab_size, self.config.draft.draft_vocab_size)
         source, engine = self.target.opened.source.config, self.config.export.engine
         check_servable(self.draft_config(), self.target.config.tap_layers, source, engine)
 

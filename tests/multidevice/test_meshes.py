@@ -1,4 +1,5 @@
-"""Training over every axis of the mesh: the loss curve, the counts and the weights of one device."""
+"""Training over every axis of the mesh: the loss curve, the counts and the weights of one device; and of the same
+programs, that every matrix gradient crosses devices once, after the loop over micro-batches."""
 
 import itertools
 import re
@@ -6,11 +7,13 @@ import re
 import jax
 import numpy as np
 import pytest
+from reductions import matrices, matrix_shapes, reduced_operands
 from test_contracts import DRAFTS
 from training import E, train
 
 from flaxdraft.errors import InputError
 from flaxdraft.mesh import AXES, make_mesh
+from flaxdraft.train import step as step_module
 
 AXIS_NAMES = [axis for axis in AXES if axis != "expert"]
 COUNTS = ("loss_count_J", "row_count_J", "hit_J", "prefix_hit_J")
@@ -76,3 +79,31 @@ def test_more_devices_than_there_are():
 def test_a_mesh_that_does_not_divide_is_refused(shape, fields, message):
     with pytest.raises(InputError, match=message):
         train("llama", shape, 1, **fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("llama", {"data": 8}),
+        ("llama", {"fsdp": 8}),
+        ("mla", {"fsdp": 4, "tensor": 2}),
+        pytest.param("llama", {"data": 2, "fsdp": 2, "sequence": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_every_matrix_gradient_is_reduced_once_after_the_loop(name, shape):
+    trained = train(name, shape, 2)
+    inside, outside = reduced_operands(trained.text)
+    wanted = matrix_shapes(trained, shape.get("tensor", 1))
+    assert sum(wanted.values()) > 8
+    assert {key: outside[key] for key in wanted} == dict(wanted)
+    assert not matrices(inside), inside
+
+
+@pytest.mark.slow
+def test_the_plain_way_would_be_seen(monkeypatch):
+    """Without the types that leave gradients unreduced, every micro-batch reduces them."""
+    monkeypatch.setattr(step_module, "_together", lambda x, axes, trained: x)
+    trained = train("llama", {"data": 8}, 2, rms_norm_eps=1.1e-5)  # a field of its own: not the other tests' program
+    inside, _ = reduced_operands(trained.text)
+    assert matrices(inside) >= sum(matrix_shapes(trained, 1).values()), inside

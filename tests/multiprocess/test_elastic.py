@@ -1,5 +1,7 @@
 """A run goes on: on the same devices to the bit, on others with the same global batches."""
 
+import math
+
 import pytest
 from worker import train
 
@@ -33,22 +35,11 @@ def test_the_same_devices_go_on_to_the_bit(uninterrupted):
     uninterrupted.assert_identical("same", "uninterrupted")
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        ("mesh.data=2", "train.accumulate=4"),
-        pytest.param(("mesh.data=1", "train.accumulate=1"), marks=pytest.mark.slow),
-        pytest.param(("mesh.data=8", "train.accumulate=1"), marks=pytest.mark.slow),
-        pytest.param(("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), marks=pytest.mark.slow),
-    ],
-    ids=" ".join,
-)
-def test_other_devices_go_on(uninterrupted, layout):
+def test_other_devices_go_on(uninterrupted):
     """From the same step, with the same global batches; losses and held-out figures agree to rounding."""
-    name = "-".join(["elastic", *(part.partition("=")[2] for part in layout)])
-    uninterrupted.copy_until("uninterrupted", name, FROM)
-    train(uninterrupted, name, *OPTIONS, *layout)
-    uninterrupted.assert_agree(name, "uninterrupted")
+    uninterrupted.copy_until("uninterrupted", "elastic", FROM)
+    train(uninterrupted, "elastic", *OPTIONS, "mesh.data=2", "train.accumulate=4")
+    uninterrupted.assert_agree("elastic", "uninterrupted")
 
 
 @pytest.mark.slow
@@ -59,12 +50,15 @@ def test_four_processes_go_on_to_the_bit(four_processes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_processes", "devices"), [(1, 1), (1, 8), (2, 2), (8, 8)])
-def test_other_processes_go_on_with_what_four_saved(four_processes, num_processes, devices):
-    name = f"four-then-{num_processes}-of-{devices}"
+@pytest.mark.parametrize(
+    ("num_processes", "mesh"),
+    [(1, {"data": 1}), (2, {"data": 2}), (1, {"data": 8}), (8, {"data": 8}), (1, {"data": 2, "fsdp": 2, "tensor": 2})],
+    ids=str,
+)
+def test_other_processes_go_on_with_what_four_saved(four_processes, num_processes, mesh):
+    name, devices = f"four-then-{num_processes}-{'-'.join(mesh)}-{mesh['data']}", math.prod(mesh.values())
     four_processes.copy_until("four", name, FROM)
-    options = (*OPTIONS, f"train.accumulate={1 if devices == 8 else 2}")
-    assert four_processes.run(name, num_processes, *options, devices=devices) == [0] * num_processes, (
-        four_processes.said(name)
-    )
+    options = [f"mesh.{axis}={size}" for axis, size in mesh.items()] + [f"train.accumulate={1 if devices == 8 else 2}"]
+    codes = four_processes.run(name, num_processes, *OPTIONS, *options, devices=devices)
+    assert codes == [0] * num_processes, four_processes.said(name)
     four_processes.assert_agree(name, "four")
