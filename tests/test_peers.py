@@ -1,14 +1,18 @@
 """The watch over other processes: silence, loss, failure, waiting, a farewell. Threads stand for processes."""
 
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import pytest
 
+from flaxdraft import hosts
 from flaxdraft.config import HostsConfig
 from flaxdraft.errors import InputError
 from flaxdraft.hosts import members
 from flaxdraft.peers import RESTART, Peers
+from flaxdraft.train import supervise
 
 
 class Group:
@@ -102,6 +106,19 @@ def test_the_others_wait_for_process_0_and_nobody_minds_a_farewell():
         assert not thread.is_alive()
     group.close()
     assert not any(event.wait(0.5) for event in group.ends)
+
+
+@pytest.mark.parametrize("error", [InputError("the checkpoint could not be written"), RuntimeError("gloo")])
+def test_a_lost_peer_is_heard_of_before_an_error_that_it_caused(monkeypatch, error):
+    """Such an error alone would end the run with a code on which nobody starts it again."""
+    peers = Mock()
+    monkeypatch.setattr(hosts, "join", lambda config: None)
+    monkeypatch.setattr(hosts, "peers", lambda: peers)
+    monkeypatch.setattr(supervise.time, "sleep", lambda seconds: sys.exit(RESTART))  # the watch ends the process
+    with pytest.raises(SystemExit) as ended:
+        supervise.supervised(HostsConfig(), Mock(side_effect=error))
+    assert ended.value.code == RESTART
+    peers.failed.assert_not_called()
 
 
 GIVEN = {"FLAXDRAFT_COORDINATOR": "a:1", "FLAXDRAFT_NUM_PROCESSES": "4", "FLAXDRAFT_PROCESS_ID": "2"}

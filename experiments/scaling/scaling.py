@@ -145,7 +145,8 @@ def main() -> None:
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             rows += [json.loads(line) for line in done.stdout.splitlines()]
             print(table(rows[-len(done.stdout.splitlines()) :]), flush=True)
-    write(rows)
+    if (tuple(arguments.case), tuple(arguments.devices)) == (CASES, SIZES):
+        write(rows)  # a part of the study is only printed
 
 
 def write(rows: list[dict]) -> None:

@@ -29,6 +29,7 @@ def supervised(config: HostsConfig, work: Callable[[], None]) -> int:
         CONSOLE.quiet = not hosts.is_main()
         work()
     except InputError as error:
+        _hear_of_a_lost_peer()
         return _fail(2, str(error))
     except PreemptedError as error:
         if hosts.is_main():
@@ -38,13 +39,20 @@ def supervised(config: HostsConfig, work: Callable[[], None]) -> int:
         if hosts.peers() is None:
             raise
         traceback.print_exc()
-        time.sleep(_SECONDS_TO_HEAR)
+        _hear_of_a_lost_peer()
         return _fail(1, f"{type(error).__name__}: {error}")
     else:
         code = 0
     if hosts.peers() is not None:
         hosts.peers().close()
     return code
+
+
+def _hear_of_a_lost_peer() -> None:
+    """A collective, or a save that all take part in, may fail before the watch has noticed why. It ends the process,
+    with its own code, while this waits."""
+    if hosts.peers() is not None:
+        time.sleep(_SECONDS_TO_HEAR)
 
 
 def _fail(code: int, why: str) -> int:
