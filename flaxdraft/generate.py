@@ -23,9 +23,8 @@ from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Target
 from flaxdraft.ops.sampling import sample
 
-REFILL_SHARE = (
-    4  # a 4th of the rows is free before prompts are read again: reading costs the same for one row as for all
-)
+# A 4th of the rows is free before prompts are read again: reading costs the same for one row as for all.
+REFILL_SHARE = 4
 TOKENS_AT_A_TIME = 64  # between two looks at the device
 
 
