@@ -193,7 +193,8 @@ def generate_each(
         fresh = np.flatnonzero(owner_B < 0)[: len(prompts) - waiting]
         if len(fresh):
             owner_B[fresh], made_B[fresh] = np.arange(waiting, waiting + len(fresh)), 0
-            carry = rows.with_prompts(carry, {row: (prompts[i], seeds[i]) for row, i in zip(fresh, owner_B[fresh])})  # noqa: B905
+            given = {row: (prompts[i], seeds[i]) for row, i in zip(fresh, owner_B[fresh], strict=True)}
+            carry = rows.with_prompts(carry, given)
             waiting += len(fresh)
         # Once no prompt waits, nothing is gained by stopping for a free row.
         enough_free = max(total // REFILL_SHARE, 1) if waiting < len(prompts) else total + 1
