@@ -23,9 +23,8 @@ from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Target
 from flaxdraft.ops.sampling import sample
 
-REFILL_SHARE = (
-    4  # a 4th of the rows is free before prompts are read again: reading costs the same for one row as for all
-)
+# A 4th of the rows is free before prompts are read again: reading costs the same for one row as for all.
+REFILL_SHARE = 4
 TOKENS_AT_A_TIME = 64  # between two looks at the device
 
 
@@ -194,7 +193,8 @@ def generate_each(
         fresh = np.flatnonzero(owner_B < 0)[: len(prompts) - waiting]
         if len(fresh):
             owner_B[fresh], made_B[fresh] = np.arange(waiting, waiting + len(fresh)), 0
-            carry = rows.with_prompts(carry, {row: (prompts[i], seeds[i]) for row, i in zip(fresh, owner_B[fresh])})  # noqa: B905
+            given = {row: (prompts[i], seeds[i]) for row, i in zip(fresh, owner_B[fresh], strict=True)}
+            carry = rows.with_prompts(carry, given)
             waiting += len(fresh)
         # Once no prompt waits, nothing is gained by stopping for a free row.
         enough_free = max(total // REFILL_SHARE, 1) if waiting < len(prompts) else total + 1

@@ -18,7 +18,7 @@ class Draft(NamedTuple):
     """One trained draft."""
 
     name: str
-    evaluation: dict[str, Any]  # results.json of `python -m flaxdraft.evaluate`
+    evaluation: dict[str, Any] | None  # results.json of `python -m flaxdraft.evaluate`; None before that
     metrics: list[dict[str, Any]]  # of its training
     plan: dict[str, Any]  # how the number of steps was found
     inputs: dict[str, Any]  # its configuration
@@ -97,21 +97,17 @@ def _training(drafts: Sequence[Draft], data: dict[str, Any]) -> list[str]:
     return _table(head, rows)
 
 
-def _plot(path: Path, drafts: Sequence[Draft]) -> None:
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+def _plot(path: Path, drafts: Sequence[Draft], decoded: bool) -> None:
+    figure, panels = plt.subplots(1, 3 if decoded else 1, figsize=(15 if decoded else 6, 4.2), layout="constrained")
+    panels = list(panels) if decoded else [panels]
     for draft in drafts:
-        color = COLORS[draft.name]
-        chains = draft.chains
-        lengths = [chain["chain_length"] for chain in chains]
-        left.plot(lengths, [chain["decoded"]["accept_length"] for chain in chains], "o-", color=color, label=draft.name)
-        shares = chains[-1]["decoded"]["acceptance_by_position"]
-        middle.plot(range(1, len(shares) + 1), shares, "o-", color=color, label=draft.name)
-        right.plot(*draft.by_tokens(), "o-", color=color, label=draft.name)
-    left.set(title="Accept length, real decoding", xlabel="draft tokens a target pass", ylabel="tokens a target pass")
-    middle.set(title="Draft tokens accepted, by position", xlabel="position in the chain", ylabel="share of passes")
-    right.set(title="Over training (walked)", xlabel="million tokens trained on", ylabel="tokens a target pass")
-    middle.set_ylim(0, 1)
-    for axes in (left, middle, right):
+        panels[-1].plot(*draft.by_tokens(), "o-", color=COLORS[draft.name], label=draft.name)
+    panels[-1].set(
+        title="Accept length over training (walked)", xlabel="million tokens trained on", ylabel="tokens a target pass"
+    )
+    if decoded:
+        _plot_decoded(*panels[:2], drafts)
+    for axes in panels:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend()
@@ -119,17 +115,23 @@ def _plot(path: Path, drafts: Sequence[Draft]) -> None:
     plt.close(figure)
 
 
-def write(directory: Path, drafts: Sequence[Draft], data: dict[str, Any]) -> None:
-    """Both files."""
+def _plot_decoded(left: Any, right: Any, drafts: Sequence[Draft]) -> None:
+    for draft in drafts:
+        how, chains = {"color": COLORS[draft.name], "label": draft.name}, draft.chains
+        lengths = [chain["chain_length"] for chain in chains]
+        left.plot(lengths, [chain["decoded"]["accept_length"] for chain in chains], "o-", **how)
+        shares = chains[-1]["decoded"]["acceptance_by_position"]
+        right.plot(range(1, len(shares) + 1), shares, "o-", **how)
+    left.set(title="Accept length, real decoding", xlabel="draft tokens a target pass", ylabel="tokens a target pass")
+    right.set(title="Draft tokens accepted, by position", xlabel="position in the chain", ylabel="share of passes")
+    right.set_ylim(0, 1)
+
+
+def _decoded(drafts: Sequence[Draft]) -> list[str]:
     facts, chain = drafts[0].evaluation["facts"], drafts[0].chains[-1]["chain_length"]
-    sizes = ", ".join(f"{size} {share:.1%}" for size, share in data["coverage"].items())
-    text = [
-        "# Flagship: SmolLM2-135M-Instruct, its own answers, one GPU",
-        "",
+    return [
         f"{facts['devices']}. Held-out prompts ({facts['prompts']}), decoded for real: {facts['decoding']}. Accept "
         "length is (generated tokens - 1) / target passes; without a draft it is 1.",
-        "",
-        "![accept length](flagship.png)",
         "",
         *_accept_table(drafts),
         f"Share of passes that accepted the draft token at each position, chain of {chain}:",
@@ -138,6 +140,33 @@ def write(directory: Path, drafts: Sequence[Draft], data: dict[str, Any]) -> Non
         "Accept length by category, the same chain:",
         "",
         *_by_category(drafts),
+    ]
+
+
+def _walked(drafts: Sequence[Draft]) -> list[str]:
+    rows = []
+    for draft in drafts:
+        held = draft.lines("held_out")[-1]
+        rows.append([draft.name, f"{held['accept_length']:.2f}", *(f"{share:.2f}" for share in held["accuracy"])])
+    steps = [str(i + 1) for i in range(len(rows[0]) - 2)]
+    return [
+        "Held-out prompts, the target's own answers walked with teacher forcing in the precision of training (real "
+        "decoding has not been run yet): accept length and accuracy by unroll step.",
+        "",
+        *_table(["draft", "accept length", *steps], rows),
+    ]
+
+
+def write(directory: Path, drafts: Sequence[Draft], data: dict[str, Any]) -> None:
+    """Both files; without the decoded figures where a draft has none."""
+    decoded = all(draft.evaluation is not None for draft in drafts)
+    sizes = ", ".join(f"{size} {share:.1%}" for size, share in data["coverage"].items())
+    text = [
+        "# Flagship: SmolLM2-135M-Instruct, its own answers, one GPU",
+        "",
+        "![accept length](flagship.png)",
+        "",
+        *(_decoded(drafts) if decoded else _walked(drafts)),
         "## Data",
         "",
         f"{data['answers']:,} greedy answers of the target, {data['answer_tokens']:,} tokens of its own (median "
@@ -158,4 +187,4 @@ def write(directory: Path, drafts: Sequence[Draft], data: dict[str, Any]) -> Non
         "",
     ]  # fmt: skip
     (directory / "results.md").write_text("\n".join(text), encoding="utf-8")
-    _plot(directory / "flagship.png", drafts)
+    _plot(directory / "flagship.png", drafts, decoded)

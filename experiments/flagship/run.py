@@ -249,6 +249,8 @@ def evaluate(a: argparse.Namespace) -> None:
     config, running = configured(a), []
     environment = os.environ | {
         "JAX_DEFAULT_MATMUL_PRECISION": "highest", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4",
+        # A chain length is decoded in seconds; choosing the best kernels for its products took more than a minute.
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }  # fmt: skip
     for name in drafts_of(a):
@@ -274,16 +276,18 @@ def drafts_of(a: argparse.Namespace) -> list[str]:
 def report(a: argparse.Namespace) -> None:
     from report import Draft, write
 
+    results = {name: a.work / f"evaluation-{name}" / "results.json" for name in drafts_of(a)}
     found = [
-        Draft(name, read_json(a.work / f"evaluation-{name}" / "results.json"), metrics_of(a.work / name),
+        Draft(name, read_json(path) if path.exists() else None, metrics_of(a.work / name),
               read_json(a.work / f"plan-{name}.json"), read_json(a.work / name / "inputs.json"))
-        for name in drafts_of(a) if (a.work / f"evaluation-{name}" / "results.json").exists()
+        for name, path in results.items()
     ]  # fmt: skip
     a.out.mkdir(parents=True, exist_ok=True)
     write(a.out, found, read_json(a.work / "data.json"))
     shutil.copy(a.work / "data.json", a.out)
     for draft in found:
-        shutil.copy(a.work / f"evaluation-{draft.name}" / "results.json", a.out / f"results-{draft.name}.json")
+        if draft.evaluation is not None:
+            shutil.copy(results[draft.name], a.out / f"results-{draft.name}.json")
         shutil.copy(a.work / draft.name / "metrics.jsonl", a.out / f"metrics-{draft.name}.jsonl")
     say(f"report: {a.out}")
 

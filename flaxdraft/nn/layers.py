@@ -5,8 +5,6 @@ Precision and place are decided here and nowhere else. Kernels are stored [in, o
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -48,8 +46,7 @@ class Linear(nnx.Module):
         """
         kernel = gathered(self.kernel[...], self.spec)[inputs].astype(self.precision.compute)
         x, out_spec = x.astype(self.precision.compute), along(x, self.out_spec)
-        product = partial(_product, out_spec=out_spec)
-        y = float8_product(product, x, kernel) if self.precision.float8 else product(x, kernel)
+        y = (float8_product if self.precision.float8 else _product)(x, kernel, out_spec)
         if self.bias is None:
             return y
         return y + jnp.expand_dims(self.bias[...].astype(y.dtype), tuple(range(y.ndim - 1)))

@@ -1,60 +1,80 @@
 """Matrix products of float8 numbers, forward and backward, with current scaling.
 
 Inputs and weights are rounded to e4m3, the gradients that come back to e5m2 (arXiv 2209.05433), each array by one scale
-made from its own largest number. Scales are powers of two, so that bringing the rounded numbers back is exact in
-bfloat16 and costs no second rounding. What is written here is the product of the numbers brought back; on GPUs that
-multiply float8 (Hopper and later), XLA turns it into their product, with the scales beside it. Elsewhere the same
-numbers come out, slower than without.
+made from its own largest number. Scales are powers of two, so that taking them out again is exact. GPUs that multiply
+float8 (Hopper and later) multiply these numbers as they are; elsewhere the same products come out, slower than without.
 
-Shape letters: I inputs, O outputs.
+Shape letters: B batch, T time, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import P
 from jaxtyping import Array, Float
 
-from flaxdraft.mesh import spec_of
+from flaxdraft.mesh import gradient_spec, scaled, spec_of
 
 FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
 
 
-def rounded(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
-    """x through float8 and back. What is not finite makes NaN of itself, as it should."""
+class Narrow(NamedTuple):
+    """numbers * scale is the array that was rounded."""
+
+    numbers: Float[Array, "*shape"]
+    scale: Float[Array, ""]
+
+
+def narrowed(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Narrow:
+    """x in float8, as large as that reaches; what is not finite makes NaN of itself, as it should."""
     spec = spec_of(x)
-    if spec.reduced:  # says how gradients come back, which is no matter here; no maximum is made of such an array
+    if spec.reduced:  # no maximum is made of such an array; it says how gradients come back, not where x is
         x = jax.reshard(x, P(*spec.partitions))
     largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
     _, exponent = jnp.frexp(largest / float(jnp.finfo(dtype).max))
     scale = jnp.ldexp(jnp.float32(1), exponent).astype(x.dtype)
-    # XLA takes a conversion there and back for excess precision and drops the pair, unless something is between them.
-    narrow = jax.lax.optimization_barrier((x / scale).astype(dtype))
-    x = narrow.astype(x.dtype) * scale
-    return jax.reshard(x, spec) if spec.reduced else x
+    numbers = (x / scale).astype(dtype)
+    return Narrow(jax.reshard(numbers, spec) if spec.reduced else numbers, scale)
 
 
-@jax.custom_vjp
-def _narrow(x):
-    """Rounded on the way forward; the slope passes."""
-    return rounded(x, FORWARD)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def float8_product(
+    x_BTI: Float[Array, "B T I"], kernel_IO: Float[Array, "I O"], out_spec: P | None = None
+) -> Float[Array, "B T O"]:
+    """x @ kernel, in the precision of both.
+
+    Args:
+        out_spec: where the result lives.
+    """
+    return _forward(x_BTI, kernel_IO, out_spec)[0]
 
 
-_narrow.defvjp(lambda x: (rounded(x, FORWARD), None), lambda _, slope: (slope,))
+def _forward(x_BTI, kernel_IO, out_spec):
+    x, kernel = narrowed(x_BTI, FORWARD), narrowed(kernel_IO, FORWARD)
+    return _product("bti,io->bto", x, kernel, out_spec), (x, kernel)
 
 
-@jax.custom_vjp
-def _narrow_slope(y):
-    """y; the slope is rounded on its way back."""
-    return y
+def _backward(out_spec, factors, slope_BTO):
+    (x, kernel), slope = factors, narrowed(slope_BTO, BACKWARD)
+    return (
+        _product("bto,io->bti", slope, kernel, gradient_spec(x.numbers)),
+        _product("bti,bto->io", x, slope, gradient_spec(kernel.numbers)),
+    )
 
 
-_narrow_slope.defvjp(lambda y: (y, None), lambda _, slope: (rounded(slope, BACKWARD),))
+def _product(how: str, a: Narrow, b: Narrow, out_spec: P | None) -> jax.Array:
+    mesh, dtype = jax.sharding.get_abstract_mesh(), a.scale.dtype
+    if mesh.empty:
+        out_spec, here = None, None
+    else:  # JAX lowers no unreduced product with a scale on a mesh of one device
+        here = out_spec if mesh.size > 1 else P(*out_spec.partitions)
+    product = jnp.einsum(how, a.numbers, b.numbers, preferred_element_type=dtype, out_sharding=here)
+    out = scaled(product, a.scale * b.scale, dtype)
+    return out if here == out_spec else jax.reshard(out, out_spec)
 
 
-def float8_product(product: Callable, x: Float[Array, "*lead I"], kernel_IO: Float[Array, "I O"]):
-    """product(x, kernel), which is linear in both, and its slopes, from float8 numbers."""
-    return _narrow_slope(product(_narrow(x), _narrow(kernel_IO)))
+float8_product.defvjp(_forward, _backward)

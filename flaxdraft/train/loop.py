@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -139,13 +138,10 @@ class _Run:
         tokens = counting.tokens(reads.read(counters))
         trace = Trace(config.profile, trainer.directory / "profile")
         batches = batches_from(self.pipeline, start, config.num_steps, trainer.prefetch)
-        examples = one_ahead(batches, trainer.example)
         with bar("train", config.num_steps, start) as progress, Preemption() as preemption, reads.only_counted():
             watch = Watch(self.log, progress, BrokenSteps(config.max_skipped), self.pipeline, tokens)
-            for step in range(start, config.num_steps):
-                asked = time.monotonic()
-                _, example = next(examples)
-                watch.waited += time.monotonic() - asked
+            examples = one_ahead(watch.waiting(batches), trainer.example)
+            for step, (_, example) in enumerate(examples, start):
                 if step == start:
                     draft = nnx.merge(graphdef, state.params, frozen)
                     CONSOLE.print(f"  {trainer.algorithm.describe(draft, example)}")

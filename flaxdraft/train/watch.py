@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from flaxdraft import reads
 from flaxdraft.data.pipeline import Pipeline
@@ -12,6 +13,8 @@ from flaxdraft.train import counters as counting
 from flaxdraft.train.guards import BrokenSteps
 from flaxdraft.train.metrics_log import MetricsLog, training_figures
 from flaxdraft.train.step import StepMetrics
+
+T = TypeVar("T")
 
 
 class Watch:
@@ -27,6 +30,18 @@ class Watch:
         self._pending: list[tuple[int, Any]] = []
         self.waited = 0.0  # seconds for data, since the last log
         self._clock = time.monotonic()
+
+    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches; what each takes to come is waiting for data. Placing it and the target's pass over it are not:
+        the device works meanwhile."""
+        iterator = iter(batches)
+        while True:
+            asked = time.monotonic()
+            batch = next(iterator, None)
+            self.waited += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
 
     def note(self, step: int, metrics: StepMetrics) -> None:
         """After each step (counted from 0); nothing is read."""
