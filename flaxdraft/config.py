@@ -103,7 +103,7 @@ class TrainConfig(_Section):
     clip_norm: Number = Field(default=0.5, gt=0)
     ema_decay: Number | None = Field(default=None, gt=0, lt=1)  # averaged weights, for evaluation and export
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    float8: bool = False  # round what the layer's products read further: faster on NVIDIA Hopper and later
+    float8: bool = False  # fc and the layer multiply float8 numbers, for NVIDIA Hopper and later
     pack_length: int | None = Field(default=None, ge=32)  # documents share rows of so many tokens; null: one a row
     length_buckets: int = Field(default=2, ge=1)  # padded lengths, each of which compiles once
     log_every: int = Field(default=10, ge=1)
@@ -124,9 +124,7 @@ class EvaluateConfig(_Section):
 
 
 class ExportConfig(_Section):
-    engine: str = (
-        "sglang"  # whose contract the export meets, see flaxdraft/serving/engines; hf where no engine serves it
-    )
+    engine: str = "sglang"  # whose contract is met (flaxdraft/serving/engines); hf where no engine serves the draft
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
 

@@ -22,6 +22,8 @@ FREE = (
     # Where an input lies; what it holds is compared by its digest.
     "target.path", "target.sha256",
 )  # fmt: skip
+# Fields that older runs do not name, and what they did.
+OLDER = {"train.float8": False}
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -47,7 +49,7 @@ def differing(
 
     A longer or shorter run is the same run as long as the learning rate does not depend on its length.
     """
-    old, new = (binding(json.loads(json.dumps(inputs))) for inputs in (there, here))  # as they are stored
+    old, new = (OLDER | binding(json.loads(json.dumps(inputs))) for inputs in (there, here))  # as they are stored
     fields = {field for field in {*old, *new} if old.get(field) != new.get(field)} - set(allowed)
     if old.get("train.schedule") == new.get("train.schedule") == "constant":
         fields.discard("train.num_steps")

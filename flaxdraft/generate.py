@@ -180,6 +180,8 @@ def generate_each(
         raise InputError("prompts: found an empty one, expected at least one token each")
     if temperature < 0 or not 0 < top_p <= 1:
         raise InputError(f"sampling: found temperature {temperature} and top_p {top_p}, expected >= 0 and in (0, 1]")
+    if not prompts:
+        return
     seeds = range(len(prompts)) if seeds is None else seeds
     total = num_rows or len(prompts)
     total += -total % target.row_multiple
@@ -204,7 +206,7 @@ def generate_each(
         before_B, made_B, running_B = made_B, np.array(carry.made_B), np.asarray(carry.running_B)
         on_tokens(int((made_B - before_B).sum()))
         done = np.flatnonzero((owner_B >= 0) & ~running_B)
-        if len(done) >= min(enough_free, int((owner_B >= 0).sum())):
+        if len(done) and (waiting == len(prompts) or len(done) >= enough_free):
             answers_BM = np.asarray(carry.answer_BM)
             ready = [(int(owner_B[row]), answers_BM[row, : made_B[row]].tolist()) for row in done]
             owner_B[done] = -1

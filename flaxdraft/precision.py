@@ -16,7 +16,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 @dataclasses.dataclass(frozen=True)
 class Precision:
     """compute: inputs of matrix products; param: master weights (float64 only in finite-difference tests); float8:
-    whether products round their inputs further, see ops/float8.py."""
+    whether products of [batch, time, width] round their inputs further, see ops/float8.py."""
 
     compute: jnp.dtype = jnp.float32
     param: jnp.dtype = jnp.float32

@@ -19,13 +19,13 @@ from flaxdraft.progress import CONSOLE
 
 SAMPLE_COLUMNS = 96
 MARGINALS = "sum of products of marginal accuracies (reference trainers' simulated accept length)"
-# Light to dark: one token a pass is what the target does alone.
 FIRST_TOKEN = (("first pass of an answer", "first_pass"), ("later passes", "later_passes"))
 FIRST_PASS = (
     "The first pass of an answer is drafted from the prompt's last token. Little accepted there, and later passes as "
     "good as ever, is what a draft gives that was trained with an unshifted loss mask (tokens and labels moved on, the "
     "mask left where it was), or on few answers."
 )
+# Light to dark: one token a pass is what the target does alone.
 PASS_COLORS = ("#ffffff", "#d7ecd9", "#a5d6a7", "#66bb6a", "#2e9e4f", "#1b7837", "#0f5a2a", "#083d1b")
 
 

@@ -36,7 +36,8 @@ from tiny import write_tiny_gguf  # noqa: E402
 def pytest_configure(config):
     if config.getoption("markexpr") != "gpu":
         jax.config.update("jax_platforms", "cpu")
-    # The default tests compile far more than they compute; the slow ones see programs as users run them.
+    # The default tests compile far more than they compute; the slow ones see programs as users run them, but for small
+    # runs in processes of their own (multiprocess/launch.py).
     if "not slow" in config.getoption("markexpr"):
         jax.config.update("jax_disable_most_optimizations", True)
         os.environ |= FAST  # also of the processes that tests start

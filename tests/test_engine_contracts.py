@@ -13,8 +13,9 @@ from test_export import E, common, llama_attention, mla_attention
 
 from flaxdraft.errors import InputError
 from flaxdraft.export import check_servable, export
+from flaxdraft.nn import eagle3
 from flaxdraft.nn.rope import RopeConfig
-from flaxdraft.serving import lint, taps
+from flaxdraft.serving import contract, lint, taps
 from flaxdraft.serving.contract import engines, find_engine
 from flaxdraft.serving.layout import extras, weights
 from flaxdraft.serving.view import read_config, view_of_directory
@@ -84,6 +85,10 @@ def write(directory, engine, kind, fields, vocab_size=W, *, tap_layers=DEFAULT_T
 
 def test_every_engine_and_draft_is_expected():
     assert EXPECTED.keys() == {(engine, kind) for engine in engines() for kind in DRAFTS}
+
+
+def test_the_switches_are_the_draft_s():
+    assert contract.SWITCHES == eagle3.SWITCHES
 
 
 @pytest.mark.parametrize(("engine", "kind", "variant", "vocab_size"), CASES)

@@ -67,8 +67,11 @@ def test_the_report(flagship, tmp_path):
         "tokens_per_second": 20.0, "seconds": 5.0, "prompts_asked": 9, "prompt_tokens": 90, "prompt_seconds": 2.0,
         "coverage": {"256": 0.75, "512": 1.0}, "draft_vocab_size": 512,
     }  # fmt: skip
-    flagship[1].write(tmp_path, drafts, data)
+    flagship[1].write(tmp_path, drafts, data, "one machine")
     text = (tmp_path / "results.md").read_text()
     assert "| 2 | 1.50 | 80 of 120 | 9 of 10 | 1.50 | 80 of 120 | 9 of 10 |" in text
     assert "| llama | 80 | 0.4 M | 2.0 | 100,000 | 1.0% | 0.1 |" in text
     assert (tmp_path / "flagship.png").stat().st_size > 10000
+    held[-1]["accuracy"] = [0.5, 0.25]
+    flagship[1].write(tmp_path, [draft._replace(evaluation=None) for draft in drafts], data, None)
+    assert "| llama | 1.80 | 0.50 | 0.25 |" in (tmp_path / "results.md").read_text()  # walked alone

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import flaxdraft.generate
 from flaxdraft import targets
 from flaxdraft.errors import InputError
 from flaxdraft.generate import generate, generate_each
@@ -60,6 +61,18 @@ def test_rows_that_are_free_take_the_next_prompt(target):
     assert sum(counted) == sum(map(len, want))
     sampled = shared | {"temperature": 20.0, "seeds": [*range(50, 61)]}
     assert generate(target, prompts, num_rows=4, **sampled) == generate(target, prompts, **sampled)
+
+
+def test_answers_are_handed_out_as_they_end(target, monkeypatch):
+    """Also where no prompt waits any more."""
+    monkeypatch.setattr(flaxdraft.generate, "TOKENS_AT_A_TIME", 2)
+    prompts = [[5 + i, 9, 30 + i] * (1 + i % 3) for i in range(11)]
+    whole = [greedy(target, prompt, 10) for prompt in prompts]
+    stops = [whole[0][3], whole[4][6], whole[7][1]]
+    got = [*generate_each(target, prompts, max_new_tokens=10, stop_tokens=stops)]
+    looks = [len(answer) // 2 for _, answer in got]  # the first token comes with the prompt
+    assert looks == sorted(looks)
+    assert [i for i, _ in got] != [*range(11)]
 
 
 def test_a_row_depends_on_its_prompt_and_seed_alone(target):

@@ -157,7 +157,7 @@ def _walked(drafts: Sequence[Draft]) -> list[str]:
     ]
 
 
-def write(directory: Path, drafts: Sequence[Draft], data: dict[str, Any]) -> None:
+def write(directory: Path, drafts: Sequence[Draft], data: dict[str, Any], note: str | None) -> None:
     """Both files; without the decoded figures where a draft has none."""
     decoded = all(draft.evaluation is not None for draft in drafts)
     sizes = ", ".join(f"{size} {share:.1%}" for size, share in data["coverage"].items())
@@ -166,6 +166,7 @@ def write(directory: Path, drafts: Sequence[Draft], data: dict[str, Any]) -> Non
         "",
         "![accept length](flagship.png)",
         "",
+        *([note, ""] if note else []),
         *(_decoded(drafts) if decoded else _walked(drafts)),
         "## Data",
         "",

@@ -179,8 +179,12 @@ def train(a: argparse.Namespace) -> None:
     vocabulary = f"draft.draft_vocab_size={read_json(a.work / 'data.json')['draft_vocab_size']}"
     shared = [f"draft.architecture={a.draft}", vocabulary]
     answers, plan = a.work / FILE, a.work / f"plan-{a.draft}.json"
-    if not plan.exists():
-        write_json(plan, trial(a, shared, answers) if a.steps is None else {"num_steps": a.steps})
+    try:
+        if not plan.exists():
+            write_json(plan, trial(a, shared, answers) if a.steps is None else {"num_steps": a.steps})
+    except PreemptedError as error:
+        say(str(error))
+        sys.exit(75)
     steps = read_json(plan)["num_steps"]
     every = max(steps // 10, 1)
     config = configured(
@@ -283,7 +287,7 @@ def report(a: argparse.Namespace) -> None:
         for name, path in results.items()
     ]  # fmt: skip
     a.out.mkdir(parents=True, exist_ok=True)
-    write(a.out, found, read_json(a.work / "data.json"))
+    write(a.out, found, read_json(a.work / "data.json"), a.note)
     shutil.copy(a.work / "data.json", a.out)
     for draft in found:
         if draft.evaluation is not None:
@@ -320,6 +324,7 @@ def parser() -> argparse.ArgumentParser:
     four = stages.add_parser("report")
     four.set_defaults(stage=report)
     four.add_argument("--out", type=Path, required=True)
+    four.add_argument("--note", help="a paragraph for the results: machine, versions, what was special")
     for each in (one, two, three, four):
         each.add_argument("--work", type=Path, required=True, help="a folder for everything; the same one goes on")
         each.add_argument(

@@ -27,7 +27,9 @@ from flaxdraft.interfaces import Target
 from flaxdraft.progress import bar
 
 FILE = "conversations.jsonl"
-GROUP = 8  # times the rows: conversations that are at the same turn together
+# Times the rows: conversations of one turn that share rows. Longer ones are answered by rows alone, first turns first:
+# none of a group is done, and on disk, before its last turn.
+GROUP = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +98,9 @@ def regenerate(
     left.sort(key=lambda talk: (sum(len(message["content"]) for message in talk.asked[0]), talk.number))
     with bar("conversations", len(talks), len(talks) - len(left)) as progress, path.open("ab") as file:
         made, start = 0, time.monotonic()
-        for at in range(0, len(left), num_rows * GROUP):
-            group = left[at : at + num_rows * GROUP]
+        size = num_rows * (GROUP if all(len(talk.asked) == 1 for talk in left) else 1)
+        for at in range(0, len(left), size):
+            group = left[at : at + size]
             for talk in _answered(group, target, tokenizer, stop_tokens, options, num_rows):
                 if talk.answers:
                     counts["answered"] += 1

@@ -15,6 +15,8 @@ from flaxdraft.evaluate.measure import Measured, Timing
 def acceptance(yields: Sequence[Sequence[int]], chain_length: int) -> dict[str, Any]:
     """What target passes gave."""
     counts = histogram(yields, chain_length)
+    # An answer may end with a draft token, the only one of its last pass; that pass does not say.
+    telling = [one[:-1] if one and one[-1] == 1 else one for one in yields]
     at_least = counts[::-1].cumsum()[::-1]
     return {
         "accept_length": accept_length(yields),
@@ -23,8 +25,8 @@ def acceptance(yields: Sequence[Sequence[int]], chain_length: int) -> dict[str, 
         "accepted_histogram": counts.tolist(),
         "acceptance_by_position": (at_least[1:] / max(at_least[0], 1)).tolist(),
         "first_token_accepted": {
-            "first_pass": _first_token([one[:1] for one in yields]),
-            "later_passes": _first_token([one[1:] for one in yields]),
+            "first_pass": _first_token([one[:1] for one in telling]),
+            "later_passes": _first_token([one[1:] for one in telling]),
         },
     }
 

@@ -52,7 +52,7 @@ class Linear(nnx.Module):
         return y + jnp.expand_dims(self.bias[...].astype(y.dtype), tuple(range(y.ndim - 1)))
 
 
-def _product(x, kernel, out_spec: P | None):
+def _product(x: Float[Array, "*lead I"], kernel: Float[Array, "I O"], out_spec: P | None) -> Float[Array, "*lead O"]:
     """x @ kernel; on one device with batch and time as one axis: the kernel's gradient is then a product of two
     matrices. Summed over two axes, XLA's CPU code copies x into another order first, which takes as long as the
     product."""

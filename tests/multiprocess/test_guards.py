@@ -153,6 +153,18 @@ def test_figures_go_to_tensorboard_and_json(runs):
     assert list((folder / "profile").rglob("*.xplane.pb"))
 
 
+def test_float8_is_asked_for_in_the_configuration(runs):
+    """Its losses are near those of a run without, and other ones."""
+    losses = []
+    for name in ("false", "true"):
+        train(runs, f"float8-{name}", "train.num_steps=4", "train.log_every=2", f"train.float8={name}")
+        losses.append([line["loss"] for line in runs.lines(f"float8-{name}") if line["kind"] == "train"])
+    exact, narrow = np.array(losses)
+    assert len(exact) == 2
+    assert (exact != narrow).all()
+    np.testing.assert_allclose(narrow, exact, rtol=0.05)
+
+
 def test_out_of_memory_says_what_to_change(tmp_path):
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
     advice = r"allocate 9 bytes.* raise train.accumulate, set algorithm.remat=full"

@@ -62,10 +62,12 @@ class Lives:
         self.saves_hit = 0
         self._folder = runs.draft(name) / "checkpoints"
         self._complete: list[int] = []  # as the present life began
+        self._stale: set = set()  # folders that an earlier life left behind
         self._said_before = 0
 
     def start(self):
         self._complete = self.runs.checkpoints(self.name)
+        self._stale = {*self._half_written()}
         self._said_before = len(self.output(0)) if self.runs.output(self.name).exists() else 0
         return self.runs.start(self.name, self.num_processes, *OPTIONS, *self.overrides)
 
@@ -74,8 +76,11 @@ class Lives:
         return lines[-1]["step"] if lines else 0
 
     def is_saving(self) -> bool:
-        """Whether a checkpoint is half written: now, or for good where the processes have ended."""
-        return any(self._folder.glob("*.orbax-checkpoint-tmp*"))
+        """Whether this life has a checkpoint half written: now, or for good where the processes have ended."""
+        return bool({*self._half_written()} - self._stale)
+
+    def _half_written(self):
+        return self._folder.glob("*.orbax-checkpoint-tmp*")
 
     def output(self, index: int) -> str:
         return self.runs.said(self.name, index)
@@ -117,6 +122,9 @@ def test_a_request_to_stop_and_a_stopped_peer(undisturbed):
     lives.ended()
 
 
+MOMENTS = "begin", "save", "save", "step", "step"
+
+
 @pytest.mark.parametrize(
     ("num_processes", "num_kills"),
     [(2, 4), pytest.param(2, 30, marks=pytest.mark.slow), pytest.param(1, 4, marks=pytest.mark.slow)],
@@ -131,7 +139,7 @@ def test_kills_at_random_moments(request, num_processes, num_kills, record_prope
     while kills < num_kills:
         one, all_of_them = lives[-1], kills % 2 == 1
         processes = one.start()
-        _wait_at_random(rng, one, processes)
+        _wait_at_random(rng, MOMENTS[kills % len(MOMENTS)], one, processes)
         if any(process.poll() is not None for process in processes):
             assert finish(processes) == [0] * num_processes, one.output(0)[-2000:]
             one.ended()
@@ -155,14 +163,13 @@ def test_kills_at_random_moments(request, num_processes, num_kills, record_prope
     record_property("note", f"{kills} kills of {num_processes} processes, {saves_hit} during a save")
 
 
-def _wait_at_random(rng: random.Random, lives: Lives, processes) -> None:
+def _wait_at_random(rng: random.Random, moment: str, lives: Lives, processes) -> None:
     """Up to a moment between the processes' finding each other and the first step, of the steps, or of a save."""
 
     def wait_until(condition) -> None:
         while not condition() and all(process.poll() is None for process in processes):
             time.sleep(0.002)
 
-    moment = rng.choice(["begin", "step", "step", "save", "save"])
     if moment == "begin":
         wait_until(lives.has_begun)
         time.sleep(4 * rng.random())
