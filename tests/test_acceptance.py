@@ -56,7 +56,7 @@ def test_accept_length_pools_over_answers():
 
 
 def test_first_passes_are_told_from_later_ones():
-    """An answer that ended with its first token has no pass; a last pass that made one token may have been cut there."""
+    """An answer that ended with its first token has no pass; a last one that made one token may have been cut there."""
     found = acceptance([[3, 1], [], [1, 2, 2, 1]], 2)
     assert found["first_token_accepted"] == {"first_pass": 1 / 2, "later_passes": 2 / 2}
     assert found["acceptance_by_position"][0] == 3 / 6
