@@ -172,7 +172,10 @@ class GGUFCheckpoint:
             weight = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         except NotImplementedError as error:
             kind = tensor.tensor_type.name
-            raise InputError(f"{self.path}: {tensor.name} is stored as {kind}, which cannot be read yet") from error
+            raise InputError(
+                f"{self.path}: {tensor.name} is stored as {kind}, which the gguf package cannot turn into "
+                "numbers; take a file in another quantisation, such as Q8_0 or F16"
+            ) from error
         if name.endswith("q_proj.weight"):
             weight = unpermute(weight, self.config["num_attention_heads"])
         if name.endswith("k_proj.weight"):

@@ -6,9 +6,10 @@ import re
 import numpy as np
 import pytest
 
+import flaxdraft.data.regenerate as regenerating
 from flaxdraft.data.__main__ import main
 from flaxdraft.data.chat import ChatOptions, render
-from flaxdraft.data.conversations import read_conversations
+from flaxdraft.data.conversations import Conversation, read_conversations
 from flaxdraft.data.regenerate import FILE, Answering, regenerate
 from flaxdraft.generate import generate
 from flaxdraft.targets import from_pretrained
@@ -55,6 +56,17 @@ def answered(file, tiny_gguf, tmp_path_factory):
     out = tmp_path_factory.mktemp("answers") / "out"
     assert call(file, out, tiny_gguf) == 0
     return out
+
+
+@pytest.mark.parametrize(("turns", "sizes"), [(1, [16, 4]), (2, [2] * 10)])
+def test_conversations_of_several_turns_reach_the_disk_a_few_at_a_time(monkeypatch, tmp_path, turns, sizes):
+    """All of a group are at the same turn: a group that was stopped has none of its longer ones done."""
+    groups = []
+    monkeypatch.setattr(regenerating, "_answered", lambda group, *_: groups.append(len(group)) or [])
+    messages = ({"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}) * turns
+    talks = [Conversation(f"row {i}", str(i), None, "train", messages) for i in range(20)]
+    regenerate(tmp_path, talks, None, None, (), Answering(), 2)
+    assert groups == sizes
 
 
 def produced(row):

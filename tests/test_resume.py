@@ -168,6 +168,11 @@ def test_a_run_on_a_constant_schedule_may_be_made_longer():
     assert continuing.differing(INPUTS, new)["train.num_steps"] == (100, 200)
 
 
+def test_a_run_of_before_a_field_goes_on_with_what_it_did():
+    assert not continuing.differing(INPUTS, changed(float8=False))
+    assert continuing.differing(INPUTS, changed(float8=True)) == {"train.float8": (False, True)}
+
+
 def test_the_folder_remembers_the_newest_inputs(tmp_path):
     """A free field may change back and forth; a binding one is compared with what was allowed last."""
     claim(tmp_path, INPUTS, "", ())

@@ -75,7 +75,10 @@ def test_another_configuration_is_refused(workspace, capfd, override, message):
         ("train.resume=best", r"train.resume: best, but .*checkpoints holds no complete checkpoint"),
         ("train.resume=step 3", r"train.resume: step 3, but .*checkpoints holds no complete checkpoint"),
         ("draft.draft_vocab_size=999999", r"draft.draft_vocab_size"),
-        ("export.engine=tensorrt", r"engine: no 'tensorrt'; known are hf, sglang, sglang-jax, tpu-inference, vllm"),
+        (
+            "export.engine=tensorrt",
+            r"export.engine: no 'tensorrt'; known are hf, sglang, sglang-jax, tpu-inference, vllm",
+        ),
         (
             "draft.fields={norm_before_residual: true}",
             r"export for SGLang .*: it ignores norm_before_residual; take .*export.engine",

@@ -55,7 +55,7 @@ class Linear(nnx.Module):
 def _product(x: Float[Array, "*lead I"], kernel: Float[Array, "I O"], out_spec: P | None) -> Float[Array, "*lead O"]:
     """x @ kernel; on one device with batch and time as one axis: the kernel's gradient is then a product of two
     matrices. Summed over two axes, XLA's CPU code copies x into another order first, which takes as long as the
-    product."""
+    product. Over several devices batch and time lie apart and stay two axes."""
     if x.ndim != 3 or jax.sharding.get_abstract_mesh().size > 1:
         return jnp.einsum("...i,io->...o", x, kernel, out_sharding=out_spec)
     spec, rows_spec, flat_spec = spec_of(x), None, None

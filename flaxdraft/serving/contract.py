@@ -58,14 +58,17 @@ def engines() -> dict[str, Engine]:
     return {name.replace("_", "-"): module.ENGINE for name, module in sorted(modules_of("flaxdraft.serving.engines"))}
 
 
-def find_engine(name: str) -> Engine:
+def find_engine(name: str, field: str = "engine") -> Engine:
     """
+    Args:
+        field: where the name was given, for the message.
+
     Raises:
         InputError: no such engine.
     """
     known = engines()
     if name not in known:
-        raise InputError(f"engine: no {name!r}; known are {', '.join(known)}. A new one is a new file in "
+        raise InputError(f"{field}: no {name!r}; known are {', '.join(known)}. A new one is a new file in "
                          "flaxdraft/serving/engines/")  # fmt: skip
     return known[name]
 

@@ -40,6 +40,7 @@ from flaxdraft.nn.decoder import DecoderConfig
 from flaxdraft.nn.places import check_heads, on_mesh, weight_on_mesh
 from flaxdraft.precision import DTYPES, Precision
 from flaxdraft.progress import CONSOLE
+from flaxdraft.serving.contract import find_engine
 from flaxdraft.serving.record import DraftRecord
 from flaxdraft.stages import Stage, check_claimed, claim
 from flaxdraft.train.loop import Trainer
@@ -70,6 +71,7 @@ class Run:
         """
         self.config = config
         self.draft_module = find_by_name("flaxdraft.drafts", config.draft.architecture, "draft.architecture")
+        find_engine(config.export.engine, "export.engine")
         algorithm = find_by_name("flaxdraft.algorithms", config.algorithm.name, "algorithm.name").Algorithm
         settings = config.algorithm.model_dump(exclude={"name", "ttt_length"})
         packed = config.train.pack_length is not None
