@@ -81,12 +81,12 @@ def test_shares_that_do_not_divide_the_rows(target, num_rows):
 
 
 def test_only_whole_shares_are_read_while_prompts_wait(target, monkeypatch):
-    """Two rows at a time of eight, even where three are free together."""
+    """Two rows at a time of nine, whose answers end together; all of them at once where no prompt has to wait."""
     sizes, with_group = [], _Rows._with_group
     monkeypatch.setattr(_Rows, "_with_group", lambda *args: sizes.append(len(args[2])) or with_group(*args))
     prompts = [[5 + i, 9, 30 + i] for i in range(13)]
     generate(target, prompts, max_new_tokens=3, stop_tokens=(), num_rows=9)
-    assert sizes == [2, 2, 2, 2, 2, 2, 1]  # nine answers end at once: eight rows, then three of the other five's
+    assert sizes == [2, 2, 2, 2, 2, 2, 1]  # of nine free rows eight, one is left; then two, two, and the last
     sizes.clear()
     generate(target, prompts, max_new_tokens=3, stop_tokens=())
     assert sizes == [13]

@@ -120,7 +120,7 @@ def test_answers_are_those_of_one_device(mesh, sampled):
 
 @pytest.mark.parametrize("name", ["qwen3", pytest.param("deepseek v3", marks=pytest.mark.slow)])
 def test_free_rows_of_all_devices_take_prompts(name):
-    """Eleven prompts in eight rows, two on each share of them; four read together, whichever devices their rows are on."""
+    """Eleven prompts in eight rows, two on each share of them; four read together, whichever devices they are on."""
     prompts = [[5 + i, 9, 30 + i] * (1 + i % 3) for i in range(11)]
     target = make(name, MESHES["rows"])
     settings = {"max_new_tokens": 6, "prefill_chunk": 8, "temperature": 1.5, "seeds": [*range(40, 51)]}
