@@ -1,7 +1,7 @@
 """What the walk needs of a chunk's draft logits: loss, its slope, top-1 hit, acceptance.
 
 The logits of all unroll steps of a chunk are hundreds of megabytes, so what counts is how often they are read. Three
-passes do: the maximum, and whether it is the target's; the sum of exponentials; what is made of probabilities.
+passes do: the maximum; the sum of exponentials and the place of the maximum; what is made of probabilities.
 The slope of the soft cross-entropy is written down (q - p) instead of found by differentiation, which would read more.
 
 Shape letters: Q rows of all steps of a chunk, W draft vocabulary, or a device's part of it (`TeacherRows.axis`).
@@ -44,7 +44,7 @@ def row_signals(
     """
     axis = teacher.axis
     top_Q1 = vocabulary_axis.highest(logits_QW, axis)[:, None]
-    hit_Q = vocabulary_axis.is_argmax(logits_QW, teacher.draft_argmax_C, axis)
+    hit_Q = vocabulary_axis.first_at(logits_QW, top_Q1[:, 0], axis) == teacher.draft_argmax_C
     if objective != "soft_cross_entropy":
         return _differentiated(objective, logits_QW, teacher, accepted_Q, weight_Q, hit_Q)
     total_Q = total(jnp.sum(jnp.exp(logits_QW - top_Q1), axis=-1), axis)

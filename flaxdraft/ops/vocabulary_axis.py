@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 
 def total(x: Float[Array, "*shape"], axis: str | None) -> Float[Array, "*shape"]:
@@ -60,28 +60,20 @@ def highest(logits_CW: Float[Array, "C W"], axis: str | None) -> Float[Array, " 
     return top_C if axis is None else lax.pmax(top_C, axis)
 
 
-def _own_ids(logits_CW: Float[Array, "C W"], axis: str | None) -> Int[Array, " W"]:
-    """The ids of this device's part."""
+def first_at(logits_CW: Float[Array, "C W"], value_C: Float[Array, " C"], axis: str | None) -> Int[Array, " C"]:
+    """The lowest id whose logit is that value, which some id has: argmax, given the maximum. An ordinary minimum, which
+    compilers make in one pass with other sums; a reduction that carries an index along is not."""
     own_W = jnp.arange(logits_CW.shape[-1], dtype=jnp.int32)
-    return own_W if axis is None else own_W + lax.axis_index(axis) * logits_CW.shape[-1]
-
-
-def argmax(logits_CW: Float[Array, "C W"], axis: str | None) -> Int[Array, " C"]:
-    """The lowest id among those with the highest logit, as jnp.argmax has it. An ordinary minimum, which compilers make
-    in one pass with other sums; a reduction that carries an index along is not."""
-    there_CW = logits_CW == highest(logits_CW, axis)[:, None]
-    first_C = jnp.min(jnp.where(there_CW, _own_ids(logits_CW, axis)[None], jnp.iinfo(jnp.int32).max), axis=-1)
+    if axis is not None:
+        own_W = own_W + lax.axis_index(axis) * logits_CW.shape[-1]
+    there_CW = jnp.where(logits_CW == value_C[:, None], own_W[None], jnp.iinfo(jnp.int32).max)
+    first_C = jnp.min(there_CW, axis=-1)
     return first_C if axis is None else lax.pmin(first_C, axis)
 
 
-def is_argmax(logits_CW: Float[Array, "C W"], id_C: Int[Array, " C"], axis: str | None) -> Bool[Array, " C"]:
-    """argmax == id, without its search: no lower id has as high a logit, no other a higher one. False for -1."""
-    known_C = id_C >= 0
-    own_1W, id_C1 = _own_ids(logits_CW, axis)[None], jnp.where(known_C, id_C, 0)[:, None]
-    logit_C1 = at(logits_CW, id_C1[:, 0], axis)[:, None]
-    behind_CW = (logits_CW < logit_C1) | ((logits_CW == logit_C1) & (own_1W >= id_C1))
-    first_C = jnp.all(behind_CW, axis=-1)
-    return known_C & (first_C if axis is None else lax.pmin(first_C.astype(jnp.int32), axis) == 1)
+def argmax(logits_CW: Float[Array, "C W"], axis: str | None) -> Int[Array, " C"]:
+    """The lowest id among those with the highest logit, as jnp.argmax has it."""
+    return first_at(logits_CW, highest(logits_CW, axis), axis)
 
 
 def at(logits_CW: Float[Array, "C W"], id_C: Int[Array, " C"], axis: str | None) -> Float[Array, " C"]:
