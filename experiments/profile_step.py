@@ -1,4 +1,5 @@
-"""Where the time of a training step goes: the device's kernels, longest first, grouped by the operation they came from.
+"""Where the time of a training step goes: the device's kernels, longest first, grouped by the operation they came from,
+and the time between them.
 
     python experiments/profile_step.py --case llama3-8b --batch 4 --length 2048 --compute bfloat16 --out trace/
 
@@ -28,6 +29,17 @@ def device_events(directory: Path) -> list[dict]:
     return [e for e in events if e.get("ph") == "X" and e["pid"] in devices and "hlo_op" in e.get("args", {})]
 
 
+def gaps(events: list[dict], steps: int) -> list[tuple[float, str]]:
+    """Milliseconds a step that the device waits between two kernels, longest first, and which two they are."""
+    found, end, last = defaultdict(float), None, None
+    for event in sorted(events, key=lambda e: e["ts"]):
+        if end is not None and event["ts"] > end:
+            found[f"{last} -> {event['name'][:50]}"] += (event["ts"] - end) / steps / 1e3
+        if end is None or event["ts"] + event["dur"] > end:
+            end, last = event["ts"] + event["dur"], event["name"][:50]
+    return sorted(((took, name) for name, took in found.items()), reverse=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, default="tiny")
@@ -55,7 +67,8 @@ def main() -> None:
             out = call()
         jax.block_until_ready(out)
     total, count, by_op = 0.0, 0, defaultdict(lambda: [0.0, 0])
-    for event in device_events(arguments.out):
+    events = device_events(arguments.out)
+    for event in events:
         name = f"{event['args']['hlo_op']}  [{event['name'][:60]}]"
         by_op[name][0] += event["dur"] / arguments.steps / 1e3
         by_op[name][1] += 1
@@ -63,6 +76,10 @@ def main() -> None:
     print(f"{arguments.case}: {total:.1f} ms of kernels a step, {count // arguments.steps} kernels")
     for name, (took, times) in sorted(by_op.items(), key=lambda item: -item[1][0])[: arguments.rows]:
         print(f"{took:8.2f} ms  {times // arguments.steps:5d} x  {name}")
+    between = gaps(events, arguments.steps)
+    print(f"{sum(took for took, _ in between):.1f} ms between kernels")
+    for took, name in between[:20]:
+        print(f"{took:8.2f} ms  {name}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """A target writes: batched decoding with a KV cache, greedy or sampled, each row ended by its own stop token.
 
 The loop over tokens runs on the device, many at a time. Answers differ in length, so a row that is done gets the next
-prompt: whenever a share of the rows is free, they all read their new prompts in one go, beside the others, which pause.
+prompt: whenever a share of the rows is free, these read their new prompts in a cache of their own, which is then put
+into theirs; the other rows pause and cost nothing meanwhile.
 
-Shape letters: B rows, T tokens of a chunk, M answer tokens, E target width, V vocabulary, N stop tokens.
+Shape letters: B rows, F fresh rows that read together, P tokens of the longest of their prompts, T tokens of a chunk,
+M answer tokens, E target width, V vocabulary, N stop tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Target
 from flaxdraft.ops.sampling import sample
 
-# A 4th of the rows is free before prompts are read again: reading costs the same for one row as for all.
+# A 4th of the rows reads prompts together: always as many, since each number of rows is compiled.
 REFILL_SHARE = 4
 TOKENS_AT_A_TIME = 64  # between two looks at the device
 
@@ -75,19 +77,27 @@ def _noted(carry: _Carry, token_B, rows_B: Bool[Array, " B"], stops_N) -> _Carry
 
 
 @partial(jax.jit, static_argnames="how", donate_argnames="carry")
-def _read_chunk(target: Target, how: _How, stops_N, tokens_BT, start, fresh_B, carry: _Carry) -> _Carry:
-    """Prompt tokens `start`, start + 1, ... of the fresh rows into the cache. Rows whose prompt ends among them make
-    their first answer token."""
-    length_B1, num_slots = carry.length_B[:, None], carry.cache.num_slots
-    at_1T = start + jnp.arange(tokens_BT.shape[1])[None]
-    positions_BT = jnp.where(fresh_B[:, None] & (at_1T < length_B1), at_1T, num_slots)
-    cache, out = target.extend(carry.cache, tokens_BT, positions_BT, "end")
-    here_BT = fresh_B[:, None] & (at_1T == length_B1 - 1)
-    last_BTE, argmax_BT = _whole(out.last_BTE), _whole(out.argmax_BT)
-    last_BE = jnp.sum(jnp.where(here_BT[..., None], last_BTE, 0), axis=1, dtype=last_BTE.dtype)
-    argmax_B = jnp.sum(jnp.where(here_BT, argmax_BT, 0), axis=1, dtype=jnp.int32)
-    token_B = _chosen(target, how, last_BE, argmax_B, carry.seed_B, jnp.zeros_like(carry.made_B))
-    return _noted(dataclasses.replace(carry, cache=cache), token_B, jnp.any(here_BT, axis=1), stops_N)
+def _read_chunk(target: Target, how: _How, stops_N, tokens_FT, start, carry: _Carry) -> _Carry:
+    """Prompt tokens `start`, start + 1, ... of all rows into the cache. Rows whose prompt ends among them make their
+    first answer token; rows of padding have no prompt and make none."""
+    length_F1, num_slots = carry.length_B[:, None], carry.cache.num_slots
+    at_1T = start + jnp.arange(tokens_FT.shape[1])[None]
+    cache, out = target.extend(carry.cache, tokens_FT, jnp.where(at_1T < length_F1, at_1T, num_slots), "end")
+    here_FT = at_1T == length_F1 - 1
+    last_FTE, argmax_FT = _whole(out.last_BTE), _whole(out.argmax_BT)
+    last_FE = jnp.sum(jnp.where(here_FT[..., None], last_FTE, 0), axis=1, dtype=last_FTE.dtype)
+    argmax_F = jnp.sum(jnp.where(here_FT, argmax_FT, 0), axis=1, dtype=jnp.int32)
+    token_F = _chosen(target, how, last_FE, argmax_F, carry.seed_B, jnp.zeros_like(carry.made_B))
+    return _noted(dataclasses.replace(carry, cache=cache), token_F, jnp.any(here_FT, axis=1), stops_N)
+
+
+@partial(jax.jit, donate_argnames="carry")
+def _joined(target: Target, rows_F, read: _Carry, carry: _Carry) -> _Carry:
+    """With all that `read` holds in some rows; numbers beyond the last row mark padding, which goes nowhere."""
+    cache = target.put_rows(carry.cache, rows_F, read.cache)
+    into, new = dataclasses.replace(carry, cache=None), dataclasses.replace(read, cache=None)
+    into = jax.tree.map(lambda x, x_F: x.at[rows_F].set(x_F, mode="drop"), into, new)
+    return dataclasses.replace(into, cache=cache)
 
 
 @partial(jax.jit, static_argnames="how", donate_argnames="carry")
@@ -119,6 +129,8 @@ class _Rows:
     how: _How
     stops_N: np.ndarray
     chunk: int
+    fresh: int  # rows that read together
+    prompt_slots: int  # of their cache
 
     def empty(self, num_rows: int, num_slots: int, limit: int) -> _Carry:
         zeros = lambda *shape, dtype=np.int32: np.zeros((num_rows, *shape), dtype)  # noqa: E731
@@ -127,21 +139,26 @@ class _Rows:
             zeros(dtype=bool),
         )  # fmt: skip
 
-    def with_prompts(self, carry: _Carry, fresh: dict[int, tuple[Sequence[int], int]]) -> _Carry:
+    def with_prompts(self, carry: _Carry, given: Sequence[tuple[int, Sequence[int], int]]) -> _Carry:
         """With new prompts and their seeds in some rows, and the first token of each answer."""
-        length_B, made_B, seed_B = (np.array(x) for x in (carry.length_B, carry.made_B, carry.seed_B))
-        longest = max(len(prompt) for prompt, _ in fresh.values())
-        tokens_BP = np.zeros((len(length_B), -(-longest // self.chunk) * self.chunk), np.int32)
-        fresh_B = np.zeros(len(length_B), bool)
-        for row, (prompt, seed) in fresh.items():
-            tokens_BP[row, : len(prompt)] = prompt
-            fresh_B[row], length_B[row], made_B[row], seed_B[row] = True, len(prompt), 0, seed
-        carry = dataclasses.replace(carry, length_B=length_B, made_B=made_B, seed_B=seed_B)
-        for start in range(0, tokens_BP.shape[1], self.chunk):
-            tokens_BT = tokens_BP[:, start : start + self.chunk]
-            with self.target.on_mesh():
-                carry = _read_chunk(self.target, self.how, self.stops_N, tokens_BT, np.int32(start), fresh_B, carry)
+        for at in range(0, len(given), self.fresh):
+            carry = self._with_group(carry, given[at : at + self.fresh])
         return carry
+
+    def _with_group(self, carry: _Carry, group: Sequence[tuple[int, Sequence[int], int]]) -> _Carry:
+        num_rows, limit = carry.answer_BM.shape
+        read = self.empty(self.fresh, self.prompt_slots, limit)
+        longest = max(len(prompt) for _, prompt, _ in group)
+        tokens_FP = np.zeros((self.fresh, -(-longest // self.chunk) * self.chunk), np.int32)
+        rows_F, length_F, seed_F = np.full(self.fresh, num_rows, np.int32), read.length_B, read.seed_B
+        for i, (row, prompt, seed) in enumerate(group):
+            tokens_FP[i, : len(prompt)] = prompt
+            rows_F[i], length_F[i], seed_F[i] = row, len(prompt), seed
+        with self.target.on_mesh():
+            for start in range(0, tokens_FP.shape[1], self.chunk):
+                tokens_FT = tokens_FP[:, start : start + self.chunk]
+                read = _read_chunk(self.target, self.how, self.stops_N, tokens_FT, np.int32(start), read)
+            return _joined(self.target, rows_F, read, carry)
 
     def written(self, carry: _Carry, enough_free: int) -> _Carry:
         """See `_write`."""
@@ -184,29 +201,36 @@ def generate_each(
         return
     seeds = range(len(prompts)) if seeds is None else seeds
     total = num_rows or len(prompts)
-    total += -total % target.row_multiple
-    rows = _Rows(target, _How(temperature, top_p), np.asarray(stop_tokens, np.int32), prefill_chunk)
-    # Few different sizes, since each is compiled: a multiple of 128.
-    num_slots = -(-(max(map(len, prompts)) + max_new_tokens) // 128) * 128
+    # Where every prompt has a row, all are read at once.
+    share = max(total // REFILL_SHARE, 1) if total < len(prompts) else total
+    total, share = (x + -x % target.row_multiple for x in (total, share))
+    # Few different sizes, since each is compiled: multiples of 128.
+    longest = max(map(len, prompts))
+    num_slots, prompt_slots = (-(-x // 128) * 128 for x in (longest + max_new_tokens, longest))
+    how, stops_N = _How(temperature, top_p), np.asarray(stop_tokens, np.int32)
+    rows = _Rows(target, how, stops_N, prefill_chunk, share, prompt_slots)
     carry, waiting = rows.empty(total, num_slots, max_new_tokens), 0
     owner_B, made_B = np.full(total, -1), np.zeros(total, np.int64)  # -1: free
     ready: list[tuple[int, list[int]]] = []
     while waiting < len(prompts) or (owner_B >= 0).any():
-        fresh = np.flatnonzero(owner_B < 0)[: len(prompts) - waiting]
-        if len(fresh):
+        fresh = np.flatnonzero(owner_B < 0)
+        if waiting < len(prompts):
+            # A few rows more than a share are left for the next time, when they cost no reading of their own.
+            whole = len(fresh) - len(fresh) % share if len(fresh) < len(prompts) - waiting else len(prompts) - waiting
+            fresh = fresh[:whole]
             owner_B[fresh], made_B[fresh] = np.arange(waiting, waiting + len(fresh)), 0
-            given = {row: (prompts[i], seeds[i]) for row, i in zip(fresh, owner_B[fresh], strict=True)}
+            given = [(row, prompts[i], seeds[i]) for row, i in zip(fresh, owner_B[fresh], strict=True)]
             carry = rows.with_prompts(carry, given)
             waiting += len(fresh)
         # Once no prompt waits, nothing is gained by stopping for a free row.
-        enough_free = max(total // REFILL_SHARE, 1) if waiting < len(prompts) else total + 1
+        enough_free = share if waiting < len(prompts) else total + 1
         carry = rows.written(carry, enough_free)
         yield from ready  # the caller works with them while the device writes
         ready = []
         before_B, made_B, running_B = made_B, np.array(carry.made_B), np.asarray(carry.running_B)
         on_tokens(int((made_B - before_B).sum()))
         done = np.flatnonzero((owner_B >= 0) & ~running_B)
-        if len(done) and (waiting == len(prompts) or len(done) >= enough_free):
+        if len(done) and (waiting == len(prompts) or (~running_B).sum() >= enough_free):
             answers_BM = np.asarray(carry.answer_BM)
             ready = [(int(owner_B[row]), answers_BM[row, : made_B[row]].tolist()) for row in done]
             owner_B[done] = -1

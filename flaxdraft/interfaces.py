@@ -190,6 +190,11 @@ class Target(Protocol):
         """The cache of one row, copied to many rows that begin alike."""
         ...
 
+    def put_rows(self, cache: Any, rows_F: Int[Array, " F"], other: Any) -> Any:
+        """The rows of another cache, of as many slots or fewer, put into rows `rows_F` of this one; numbers beyond its
+        last row drop theirs. Part of a program that is called `on_mesh`."""
+        ...
+
     def extend(
         self, cache: Any, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], head: str,
         placement: Placement | None = None,

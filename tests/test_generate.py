@@ -7,7 +7,7 @@ import pytest
 import flaxdraft.generate
 from flaxdraft import targets
 from flaxdraft.errors import InputError
-from flaxdraft.generate import generate, generate_each
+from flaxdraft.generate import _Rows, generate, generate_each
 from flaxdraft.interfaces import Batch
 from flaxdraft.targets.__main__ import main
 
@@ -61,6 +61,35 @@ def test_rows_that_are_free_take_the_next_prompt(target):
     assert sum(counted) == sum(map(len, want))
     sampled = shared | {"temperature": 20.0, "seeds": [*range(50, 61)]}
     assert generate(target, prompts, num_rows=4, **sampled) == generate(target, prompts, **sampled)
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 8])
+def test_shares_that_do_not_divide_the_rows(target, num_rows):
+    """Nine prompts of three lengths in one row; in five, read one by one; in eight, where two are read at a time, three
+    rows may be free at once, and the last prompt is read beside a row of padding. Samples tell seeds apart."""
+    prompts = [[5 + i, 9, 30 + i] * (1 + i % 3) for i in range(9)]
+    shared = {"max_new_tokens": 7, "prefill_chunk": 4, "temperature": 20.0, "seeds": [*range(70, 79)]}
+    whole = generate(target, prompts, stop_tokens=(), **shared)
+    stops = [whole[0][2], whole[1][4], whole[2][2], whole[6][1]]
+    want = generate(target, prompts, stop_tokens=stops, **shared)
+    assert len({*map(len, want)}) >= 3
+    counted = []
+    got = [*generate_each(target, prompts, num_rows=num_rows, stop_tokens=stops, on_tokens=counted.append, **shared)]
+    assert dict(got) == dict(enumerate(want))
+    assert len(got) == len(prompts)
+    assert sum(counted) == sum(map(len, want))
+
+
+def test_only_whole_shares_are_read_while_prompts_wait(target, monkeypatch):
+    """Two rows at a time of nine, whose answers end together; all of them at once where no prompt has to wait."""
+    sizes, with_group = [], _Rows._with_group
+    monkeypatch.setattr(_Rows, "_with_group", lambda *args: sizes.append(len(args[2])) or with_group(*args))
+    prompts = [[5 + i, 9, 30 + i] for i in range(13)]
+    generate(target, prompts, max_new_tokens=3, stop_tokens=(), num_rows=9)
+    assert sizes == [2, 2, 2, 2, 2, 2, 1]  # of nine free rows eight, one is left; then two, two, and the last
+    sizes.clear()
+    generate(target, prompts, max_new_tokens=3, stop_tokens=())
+    assert sizes == [13]
 
 
 def test_answers_are_handed_out_as_they_end(target, monkeypatch):

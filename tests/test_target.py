@@ -76,6 +76,19 @@ def test_end_head_gives_the_last_real_position_of_each_row(loaded, tokens):
         np.testing.assert_allclose(got.logsumexp_BT[row, end], want.logsumexp_BT[row, end], rtol=1e-5)
 
 
+def test_rows_of_another_cache_are_put_where_they_belong(loaded):
+    """Into rows 3 and 0 of four; the numbers of padding, at either end, touch nothing."""
+    number = lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape)  # noqa: E731
+    big = jax.tree.map(lambda x: -1 - number(x), loaded.model.new_cache(4, 16))
+    small = jax.tree.map(number, loaded.model.new_cache(4, 8))
+    got = loaded.model.put_rows(big, jnp.asarray([3, 4, 0, -1]), small)
+    for name, slots in (("k_LBKHS", (..., slice(0, 8))), ("v_LBKSC", (..., slice(0, 8), slice(None)))):
+        want, new = np.array(getattr(big, name)), np.asarray(getattr(small, name))
+        for row, source in ((3, 0), (0, 2)):
+            want[:, row][slots] = new[:, source]
+        np.testing.assert_array_equal(getattr(got, name), want)
+
+
 def padded(text):
     """One length for all, so that the forward compiles once; what follows a position does not reach it."""
     return jnp.asarray([text + [0] * (24 - len(text))])

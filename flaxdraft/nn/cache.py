@@ -1,6 +1,7 @@
 """The KV cache of a target: all its layers in two arrays, updated in place where the program owns them.
 
-Shape letters: L layers, B batch, T new rows, S slots, K key/value heads, H key width, C value width.
+Shape letters: L layers, B batch, F rows of a smaller batch, T new rows, S slots, K key/value heads, H key width,
+C value width.
 """
 
 from __future__ import annotations
@@ -42,4 +43,14 @@ class Cache:
         return Cache(
             k.at[:, rows_B1, :, :, to_BT].set(k[:, rows_B1, :, :, from_BT], mode="drop"),
             v.at[:, rows_B1, :, to_BT].set(v[:, rows_B1, :, from_BT], mode="drop"),
+        )
+
+    def with_rows(self, rows_F: Int[Array, " F"], other: Cache) -> Cache:
+        """With the rows of another cache, of as many slots or fewer, in rows `rows_F` of every layer; those that are
+        no row's number are dropped."""
+        rows_F = jnp.where(rows_F < 0, self.k_LBKHS.shape[1], rows_F)  # a negative one would count from the end
+        slots = slice(0, other.num_slots)
+        return Cache(
+            self.k_LBKHS.at[:, rows_F, :, :, slots].set(other.k_LBKHS, mode="drop"),
+            self.v_LBKSC.at[:, rows_F, :, slots].set(other.v_LBKSC, mode="drop"),
         )

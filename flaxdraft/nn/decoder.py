@@ -365,6 +365,22 @@ class DecoderTarget:
         """The cache of one row, copied to many rows that begin alike."""
         return jax.tree.map(lambda x: jnp.repeat(x, num_rows, axis=1), cache)
 
+    def put_rows(self, cache: Cache, rows_F: Int[Array, " F"], other: Cache) -> Cache:
+        """The rows of another cache put into rows `rows_F` of this one; numbers beyond its last row drop theirs. Every
+        device looks at all of them, and keeps those that are its own."""
+        s = self.sharding
+
+        def local(cache, row_B, rows_F, other):
+            return cache.with_rows(rows_F - row_B[0], other)
+
+        row_B = jnp.arange(cache.k_LBKHS.shape[1])
+        if s.cache_lbn is None:
+            return local(cache, row_B, rows_F, other)
+        whole = P(None, None, *s.cache_lbn[2:])
+        row_B, other = jax.reshard(row_B, s.act_b), jax.tree.map(lambda x: jax.reshard(x, whole), other)
+        place, from_place = Cache(s.cache_lbn, s.cache_lbn), Cache(whole, whole)
+        return on_shards(s, local, (place, s.act_b, P(), from_place), place)(cache, row_B, rows_F, other)
+
     def extend(
         self, cache: Cache, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], head: str = "all",
         placement: Placement | None = None,

@@ -8,8 +8,9 @@ vocabulary, each device makes the logits of its part, and numbers that run over 
 
 Shape letters: B batch, R rows, M = B R, J unroll steps, D draft width, E target width, V target vocabulary, W draft
 vocabulary, C rows of a chunk, S = C + J - 1 rows with their teachers: the teacher of row r at step j is the teacher of
-row r + j at step 0, since supervision asks rows r..r+j to be consecutive and each supervised by some step. Q = J C
-rows of all steps of a chunk, step by step.
+row r + j at step 0, since supervision asks rows r..r+j to be consecutive and each supervised by some step. Q = C J
+rows of all steps of a chunk, row by row: what follows each other has nearly the same teachers, which a GPU then reads
+once.
 """
 
 from __future__ import annotations
@@ -134,34 +135,34 @@ def _walk_shard(plan, want_gradients, axis, states, teacher, supervised_BRJ, hea
             full_SV = jnp.einsum("se,ve->sv", last_SE, teacher_head.full_VE, preferred_element_type=wide)
             logsumexp_S = logsumexp(full_SV, axis)
             argmax_S = teacher_head.draft_ids_V[argmax(full_SV, axis)]
-        at_Q = (jnp.arange(num_steps)[:, None] + jnp.arange(size)[None]).ravel()
+        at_Q = (jnp.arange(size)[:, None] + jnp.arange(num_steps)[None]).ravel()
         by_step = lambda x_S: x_S.at[at_Q].get(mode="promise_in_bounds")  # noqa: E731
         statistics = logsumexp(teacher_SW, axis), logsumexp_S, argmax_S
         rows = TeacherRows(*map(by_step, (teacher_SW, *statistics)), axis)
-        supervised_Q = take(supervised_MJ, at_C).T.ravel()
+        supervised_Q = take(supervised_MJ, at_C).ravel()
         in_draft_Q = supervised_Q & (rows.draft_argmax_C >= 0)
         # All steps in one product: its gradient to the head is then one product too, not J to be added up.
-        state_QD = jnp.concatenate([take(x, at_C) for x in states])
+        state_QD = jnp.stack([take(x, at_C) for x in states], axis=1).reshape(size * num_steps, -1)
         logits_QW = jnp.einsum("qd,dw->qw", state_QD, head, preferred_element_type=wide)
-        weight_Q = jnp.repeat(jnp.asarray(plan.step_weights, wide), size)
+        weight_Q = jnp.tile(jnp.asarray(plan.step_weights, wide), size)
         weight_Q = jnp.where(in_draft_Q, weight_Q, 0.0) if want_gradients else None
-        signals = row_signals(plan.objective, logits_QW, rows, jnp.repeat(accepted_J, size), weight_Q)
+        signals = row_signals(plan.objective, logits_QW, rows, jnp.tile(accepted_J, size), weight_Q)
         if want_gradients:
             # An unsupervised row may hold anything: nothing of it may reach the head.
             slope_QW = jnp.where(in_draft_Q[:, None], signals.slope_QW, 0.0).astype(head.dtype)
             state_QD = jnp.where(in_draft_Q[:, None], state_QD, 0)
             back_QD = jnp.einsum("qw,dw->qd", slope_QW, head, preferred_element_type=wide).astype(head.dtype)
-            backs = jnp.split(back_QD, num_steps)
+            back_CJD = back_QD.reshape(size, num_steps, -1)
             place = partial(lax.dynamic_update_slice_in_dim, start_index=i * size, axis=0)
-            gradients = tuple(place(x, y) for x, y in zip(gradients, backs, strict=True))
+            gradients = tuple(place(x, back_CJD[:, j]) for j, x in enumerate(gradients))
             head_gradient += jnp.einsum("qd,qw->dw", state_QD, slope_QW, preferred_element_type=wide)
-        apart = lambda x_Q: x_Q.reshape(num_steps, size)  # noqa: E731
-        hit_JC = apart(in_draft_Q & signals.hit_Q)
-        masks = apart(in_draft_Q), apart(supervised_Q), hit_JC, jnp.cumprod(hit_JC, axis=0, dtype=jnp.int32)
-        counts = (jnp.sum(x, axis=1, dtype=jnp.int32) for x in masks)
-        loss_J = jnp.sum(apart(jnp.where(in_draft_Q, signals.loss_Q, 0.0)), axis=1)
-        accept_J = jnp.sum(apart(jnp.where(supervised_Q, signals.accept_Q, 0.0)), axis=1)
-        hit_MJ = hit_MJ.at[at_C].set(hit_JC.T, mode="drop")
+        apart = lambda x_Q: x_Q.reshape(size, num_steps)  # noqa: E731
+        hit_CJ = apart(in_draft_Q & signals.hit_Q)
+        masks = apart(in_draft_Q), apart(supervised_Q), hit_CJ, jnp.cumprod(hit_CJ, axis=1, dtype=jnp.int32)
+        counts = (jnp.sum(x, axis=0, dtype=jnp.int32) for x in masks)
+        loss_J = jnp.sum(apart(jnp.where(in_draft_Q, signals.loss_Q, 0.0)), axis=0)
+        accept_J = jnp.sum(apart(jnp.where(supervised_Q, signals.accept_Q, 0.0)), axis=0)
+        hit_MJ = hit_MJ.at[at_C].set(hit_CJ, mode="drop")
         return sums + LossSums(loss_J, *counts, accept_J), hit_MJ, gradients, head_gradient
 
     zeros = jnp.zeros(num_steps, wide)

@@ -27,6 +27,7 @@ FIELDS = {
 }
 MESHES = {
     "data": (8, 1, 1, 1), "fsdp": (1, 8, 1, 1), "tensor": (1, 1, 8, 1), "expert": (1, 1, 1, 8), "all": (1, 2, 2, 2),
+    "rows": (2, 2, 2, 1),
 }  # fmt: skip
 T = 16
 
@@ -69,7 +70,7 @@ def single():
 QUICK = {("qwen2", "all"), ("qwen3", "all"), ("deepseek v3", "all"), ("deepseek v3", "tensor")}
 PAIRS = [
     pytest.param(name, mesh, marks=[] if (name, mesh) in QUICK else pytest.mark.slow)
-    for name in FIELDS for mesh in MESHES
+    for name in FIELDS for mesh in MESHES if mesh != "rows"
 ]  # fmt: skip
 
 
@@ -115,6 +116,19 @@ def test_answers_are_those_of_one_device(mesh, sampled):
     prompts = [[5, 9, 30, 7], [8] * 11, [40, 41, 6, 50, 51, 52, 53]]
     settings = {"max_new_tokens": 6, "stop_tokens": (), "prefill_chunk": 8} | sampled
     assert generate(make("qwen3", MESHES[mesh]), prompts, **settings) == generate(make("qwen3"), prompts, **settings)
+
+
+@pytest.mark.parametrize("name", ["qwen3", pytest.param("deepseek v3", marks=pytest.mark.slow)])
+def test_free_rows_of_all_devices_take_prompts(name):
+    """Eleven prompts in eight rows, two on each share of them; four read together, whichever devices they are on."""
+    prompts = [[5 + i, 9, 30 + i] * (1 + i % 3) for i in range(11)]
+    target = make(name, MESHES["rows"])
+    settings = {"max_new_tokens": 6, "prefill_chunk": 8, "temperature": 1.5, "seeds": [*range(40, 51)]}
+    alone = make(name)
+    whole = generate(alone, prompts, stop_tokens=(), **settings)
+    stops = [whole[0][1], whole[3][2], whole[5][1], whole[6][2]]
+    got = generate(target, prompts, stop_tokens=stops, num_rows=8, **settings)
+    assert got == generate(alone, prompts, stop_tokens=stops, **settings)
 
 
 @pytest.mark.parametrize("name", FIELDS)
