@@ -24,7 +24,7 @@ from flaxdraft.mesh import axes_of, spec_of
 from flaxdraft.train.state import TrainState
 
 # XLA's CPU backend gives products of matrices to YNNPACK; Eigen, which it has too, is faster in the shapes of a draft:
-# a step of the quickstart takes 0.89 to 0.97 of the time. Sums over an axis stay with YNNPACK, where they are faster;
+# a step of the quickstart takes a few per cent less time. Sums over an axis stay with YNNPACK, where they are faster;
 # see experiments/bench_results.md.
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
