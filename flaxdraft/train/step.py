@@ -23,11 +23,6 @@ from flaxdraft.interfaces import Algorithm, Example, LossSums
 from flaxdraft.mesh import axes_of, spec_of
 from flaxdraft.train.state import TrainState
 
-# XLA's CPU backend gives products of matrices to YNNPACK; Eigen, which it has too, is faster in the shapes of a draft:
-# a step of the quickstart takes a few per cent less time. Sums over an axis stay with YNNPACK, where they are faster;
-# see experiments/bench_results.md.
-CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -150,5 +145,4 @@ def make_train_step(
         state = TrainState(state.step + 1, params, opt_state, accepted_J, skipped, mean)
         return state, StepMetrics(loss, norm, sums, skipped)
 
-    options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
-    return jax.jit(train_step, donate_argnames="state", compiler_options=options)
+    return jax.jit(train_step, donate_argnames="state")
