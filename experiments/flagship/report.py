@@ -130,7 +130,7 @@ def _plot_decoded(left: Any, right: Any, drafts: Sequence[Draft]) -> None:
 def _decoded(drafts: Sequence[Draft]) -> list[str]:
     facts, chain = drafts[0].evaluation["facts"], drafts[0].chains[-1]["chain_length"]
     return [
-        f"{facts['devices']}. Held-out prompts ({facts['prompts']}), decoded for real: {facts['decoding']}. Accept "
+        f"Held-out prompts ({facts['prompts']}), decoded for real on {facts['devices']}: {facts['decoding']}. Accept "
         "length is (generated tokens - 1) / target passes; without a draft it is 1.",
         "",
         *_accept_table(drafts),
