@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flaxdraft.errors import InputError
-from flaxdraft.nn import decoder
+from flaxdraft.nn import target_attention
 from flaxdraft.ops import cudnn_attention
 from flaxdraft.ops.attention import MASKED, grouped_scores
 from flaxdraft.ops.suffix_attention import Cudnn, choose, dense, merged
@@ -109,9 +109,9 @@ def test_a_target_reads_packed_rows_with_it(monkeypatch):
     (q, k, v, *_), _, _ = make([0], num_keys=32)
     q, k, v = (x[:, :16] for x in (q, k, v))
     segments = jnp.asarray([[1] * 5 + [2] * 7 + [0] * 4, [1] * 16])
-    attention = lambda *x: jax.jit(lambda *x: decoder._uncached(*x, scale=0.4))(*x)  # noqa: E731 (traced anew)
+    attention = lambda *x: jax.jit(lambda *x: target_attention.uncached(*x, scale=0.4))(*x)  # noqa: E731 (traced anew)
     want = attention(q, k, v, segments)
-    monkeypatch.setattr(decoder, "DENSE_SCORES", 0)
+    monkeypatch.setattr(target_attention, "DENSE_SCORES", 0)
     monkeypatch.setattr(cudnn_attention, "unavailable", lambda q, v: None)
     calls = []
     monkeypatch.setattr(cudnn_attention, "_call", lambda *x, **how: calls.append(1) or kernel(*x, **how))

@@ -25,16 +25,12 @@ from jaxtyping import Array, Float, Int
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Features, Placement
 from flaxdraft.mesh import Sharding, check_divides, gathered, on_shards
-from flaxdraft.nn import vocabulary
+from flaxdraft.nn import target_attention, vocabulary
 from flaxdraft.nn.cache import Cache
 from flaxdraft.nn.layers import RMSNorm
 from flaxdraft.nn.places import check_heads, place_of
 from flaxdraft.nn.rope import RopeConfig
-from flaxdraft.ops import cudnn_attention, range_attention
-from flaxdraft.ops.attention import attend, attend_cache, causal_visibility, document_ranges
 from flaxdraft.precision import Precision
-
-DENSE_SCORES = 2**24  # of one device, up to which a forward without a cache builds them whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,43 +198,6 @@ def bytes_per_device(
     return total
 
 
-def _in_chunks(q_BTNH, k_BTKH, v_BTKC, first_BT, last_BT, scale: float):
-    out, _ = range_attention.forward(
-        q_BTNH, k_BTKH, v_BTKC, first_BT, last_BT, scale, range_attention.Chunks(256, 256)
-    )  # fmt: skip
-    return out.astype(v_BTKC.dtype)
-
-
-def _uncached(q_BTNH, k_BTKH, v_BTKC, segments_BT, scale: float):
-    """Causal attention inside each document; where whole scores would be many, by cuDNN or in chunks."""
-    num_batch, num_rows, num_heads, _ = q_BTNH.shape
-    if num_batch * num_heads * num_rows**2 <= DENSE_SCORES:
-        return attend(q_BTNH, k_BTKH, v_BTKC, causal_visibility(segments_BT), scale)
-    if cudnn_attention.unavailable(q_BTNH, v_BTKC) is None:
-        out, _ = cudnn_attention.forward(q_BTNH, k_BTKH, v_BTKC, *document_ranges(segments_BT), scale, packed=True)
-        return out.astype(v_BTKC.dtype)
-    return _in_chunks(q_BTNH, k_BTKH, v_BTKC, *document_ranges(segments_BT), scale)
-
-
-def _placed(cache: Cache, layer, q_BTNH, k_BTKH, v_BTKC, placement: Placement, scale: float):
-    """Writes the new keys and values where they belong and attends to what each row may see."""
-    cache = cache.written(layer, k_BTKH, v_BTKC, placement.slots_BT)
-    k_BKHS, v_BKSC = cache.k_LBKHS[layer], cache.v_LBKSC[layer]
-    return attend_cache(q_BTNH, k_BKHS, v_BKSC, placement.visible_BTS, scale), cache
-
-
-def _cached(cache: Cache, layer, q_BTNH, k_BTKH, v_BTKC, positions_BT, scale: float):
-    """Writes the new keys and values and attends to all slots up to each position."""
-    cache = cache.written(layer, k_BTKH, v_BTKC, positions_BT)
-    num_slots, (num_batch, num_rows, num_heads, _) = cache.k_LBKHS.shape[-1], q_BTNH.shape
-    if num_rows > 1 and num_batch * num_heads * num_rows * num_slots > DENSE_SCORES:
-        k_BSKH, v_BSKC = jnp.moveaxis(cache.k_LBKHS[layer], 3, 1), jnp.moveaxis(cache.v_LBKSC[layer], 2, 1)
-        last_BT = jnp.where(positions_BT < num_slots, positions_BT, -1)  # padding sees nothing
-        return _in_chunks(q_BTNH, k_BSKH, v_BSKC, jnp.zeros_like(last_BT), last_BT, scale), cache
-    visible = jnp.arange(num_slots)[None, None, :] <= positions_BT[:, :, None]
-    return attend_cache(q_BTNH, cache.k_LBKHS[layer], cache.v_LBKSC[layer], visible, scale), cache
-
-
 def _run_layers(
     model, spans, config: DecoderConfig, x_BTE, positions_BT, segments_BT, cache, placement, sharding: Sharding
 ):  # fmt: skip
@@ -262,10 +221,11 @@ def _run_layers(
             q, scale = layer.self_attn.query(projected, positions_BT), layer.self_attn.softmax_scale
             k, v = layer.self_attn.key_value(projected, positions_BT)
             if cache is None:
-                attention, specs = partial(_uncached, scale=scale), (heads_spec,) * 3 + (rows_spec,)
+                attention, specs = partial(target_attention.uncached, scale=scale), (heads_spec,) * 3 + (rows_spec,)
                 heads = on_shards(sharding, attention, specs, heads_spec)(q, k, v, segments_BT)
             else:
-                attention = partial(_cached if placement is None else _placed, scale=scale)
+                how = target_attention.cached if placement is None else target_attention.placed
+                attention = partial(how, scale=scale)
                 specs = (cache_spec, P(), heads_spec, heads_spec, heads_spec, rows_spec)
                 on_device = on_shards(sharding, attention, specs, (heads_spec, cache_spec))
                 heads, cache = on_device(cache, i, q, k, v, positions_BT if placement is None else placement)

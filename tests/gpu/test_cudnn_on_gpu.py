@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flaxdraft.mesh import make_mesh
-from flaxdraft.nn import decoder
+from flaxdraft.nn import target_attention
 from flaxdraft.ops.suffix_attention import dense, suffix_attention
 
 pytestmark = pytest.mark.gpu
@@ -97,9 +97,9 @@ def test_a_target_reads_packed_rows_with_it(shape, monkeypatch):
     arrays = normal(heads, width), normal(kv_heads, width), normal(kv_heads, value_width)
     segments = np.searchsorted([0, 40, 41, 150, 203], np.arange(num_keys), side="right")
     segments = jnp.asarray(np.stack([segments, np.where(np.arange(num_keys) < 230, segments, 0)]), jnp.int32)
-    attention = lambda *x: jax.jit(lambda *x: decoder._uncached(*x, segments, width**-0.5))(*x)  # noqa: E731
+    attention = lambda *x: jax.jit(lambda *x: target_attention.uncached(*x, segments, width**-0.5))(*x)  # noqa: E731
     with jax.default_matmul_precision("highest"):
         want = attention(*(x.astype(jnp.float32) for x in arrays))
-    monkeypatch.setattr(decoder, "DENSE_SCORES", 0)
+    monkeypatch.setattr(target_attention, "DENSE_SCORES", 0)
     got, want = (np.asarray(x[segments > 0], np.float32) for x in (attention(*arrays), want))
     assert np.linalg.norm(got - want) < 6e-3 * np.linalg.norm(want)

@@ -15,7 +15,7 @@ from flaxdraft.evaluate.tree import Tree
 from flaxdraft.generate import generate
 from flaxdraft.interfaces import Batch
 from flaxdraft.mesh import Sharding, make_mesh
-from flaxdraft.nn import decoder
+from flaxdraft.nn import decoder, target_attention
 from flaxdraft.precision import Precision
 from flaxdraft.weights import ArraySource, load_state
 
@@ -179,7 +179,7 @@ def test_long_rows_attend_in_chunks(monkeypatch):
     slots = np.where(np.arange(40) < 33, np.arange(40), 48)[None].astype(np.int32)  # the end is padding
     prefill = lambda: target.extend(target.new_cache(1, 48), tokens, slots, "all")[1]  # noqa: E731
     want, cached = target.features(batch), prefill()
-    monkeypatch.setattr(decoder, "DENSE_SCORES", 0)
+    monkeypatch.setattr(target_attention, "DENSE_SCORES", 0)
     monkeypatch.setattr(decoder.vocabulary, "LOGITS_AT_ONCE", 64 * 7)  # seven rows at a time
     decoder._forward.clear_cache()
     got, chunked = target.features(batch), prefill()
