@@ -30,7 +30,8 @@ def device_events(directory: Path) -> list[dict]:
 
 
 def gaps(events: list[dict], steps: int) -> list[tuple[float, str]]:
-    """Milliseconds a step that the device waits between two kernels, longest first, and which two they are."""
+    """Milliseconds a step between two kernels, longest first, and which two they are. On one device; copies outside the
+    program and the time between steps count as well."""
     found, end, last = defaultdict(float), None, None
     for event in sorted(events, key=lambda e: e["ts"]):
         if end is not None and event["ts"] > end:
@@ -78,7 +79,7 @@ def main() -> None:
         print(f"{took:8.2f} ms  {times // arguments.steps:5d} x  {name}")
     between = gaps(events, arguments.steps)
     print(f"{sum(took for took, _ in between):.1f} ms between kernels")
-    for took, name in between[:20]:
+    for took, name in between[: arguments.rows]:
         print(f"{took:8.2f} ms  {name}")
 
 

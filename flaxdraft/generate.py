@@ -25,7 +25,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Target
 from flaxdraft.ops.sampling import sample
 
-# A 4th of the rows reads prompts together: always as many, since each number of rows is compiled.
+# A quarter of the rows read prompts together, always the same number, since each number is compiled.
 REFILL_SHARE = 4
 TOKENS_AT_A_TIME = 64  # between two looks at the device
 
@@ -41,6 +41,12 @@ class _Carry:
     answer_BM: Int[Array, "B M"]
     made_B: Int[Array, " B"]  # answer tokens so far
     running_B: Bool[Array, " B"]
+
+
+def _empty(cache: Any, num_rows: int, limit: int) -> _Carry:
+    """No row has a prompt; on the host, to be filled in."""
+    zeros = lambda *shape, dtype=np.int32: np.zeros((num_rows, *shape), dtype)  # noqa: E731
+    return _Carry(cache, zeros(), zeros(dtype=np.uint32), zeros(limit), zeros(), zeros(dtype=bool))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,13 +138,6 @@ class _Rows:
     fresh: int  # rows that read together
     prompt_slots: int  # of their cache
 
-    def empty(self, num_rows: int, num_slots: int, limit: int) -> _Carry:
-        zeros = lambda *shape, dtype=np.int32: np.zeros((num_rows, *shape), dtype)  # noqa: E731
-        return _Carry(
-            self.target.new_cache(num_rows, num_slots), zeros(), zeros(dtype=np.uint32), zeros(limit), zeros(),
-            zeros(dtype=bool),
-        )  # fmt: skip
-
     def with_prompts(self, carry: _Carry, given: Sequence[tuple[int, Sequence[int], int]]) -> _Carry:
         """With new prompts and their seeds in some rows, and the first token of each answer."""
         for at in range(0, len(given), self.fresh):
@@ -147,7 +146,10 @@ class _Rows:
 
     def _with_group(self, carry: _Carry, group: Sequence[tuple[int, Sequence[int], int]]) -> _Carry:
         num_rows, limit = carry.answer_BM.shape
-        read = self.empty(self.fresh, self.prompt_slots, limit)
+        # Rows that all read together are all free, and get their prompts in their order: no second cache is needed.
+        in_place = self.fresh == num_rows
+        cache = carry.cache if in_place else self.target.new_cache(self.fresh, self.prompt_slots)
+        read = _empty(cache, self.fresh, limit)
         longest = max(len(prompt) for _, prompt, _ in group)
         tokens_FP = np.zeros((self.fresh, -(-longest // self.chunk) * self.chunk), np.int32)
         rows_F, length_F, seed_F = np.full(self.fresh, num_rows, np.int32), read.length_B, read.seed_B
@@ -158,7 +160,7 @@ class _Rows:
             for start in range(0, tokens_FP.shape[1], self.chunk):
                 tokens_FT = tokens_FP[:, start : start + self.chunk]
                 read = _read_chunk(self.target, self.how, self.stops_N, tokens_FT, np.int32(start), read)
-            return _joined(self.target, rows_F, read, carry)
+            return read if in_place else _joined(self.target, rows_F, read, carry)
 
     def written(self, carry: _Carry, enough_free: int) -> _Carry:
         """See `_write`."""
@@ -186,8 +188,9 @@ def generate_each(
 
     Args:
         seeds: one for each prompt; their numbers 0, 1, ... by default.
-        num_rows: prompts that are answered at a time; all of them by default.
-        prefill_chunk: prompt tokens that are read at a time, which bounds memory.
+        num_rows: prompts that are answered at a time; all of them by default. A quarter of the rows is read anew when
+            that many are free, beside a cache of its own; on a mesh a quarter should be at least a row a device.
+        prefill_chunk: prompt tokens that are read at a time, which bounds memory beside the cache.
         on_tokens: called now and then with the number of tokens made since the last call.
 
     Raises:
@@ -201,15 +204,16 @@ def generate_each(
         return
     seeds = range(len(prompts)) if seeds is None else seeds
     total = num_rows or len(prompts)
-    # Where every prompt has a row, all are read at once.
-    share = max(total // REFILL_SHARE, 1) if total < len(prompts) else total
-    total, share = (x + -x % target.row_multiple for x in (total, share))
+    total += -total % target.row_multiple
+    # Where every prompt has a row, all are read at once; else a share of the rows, which the devices divide.
+    multiple = target.row_multiple
+    share = total if total >= len(prompts) else max(total // (REFILL_SHARE * multiple), 1) * multiple
     # Few different sizes, since each is compiled: multiples of 128.
     longest = max(map(len, prompts))
     num_slots, prompt_slots = (-(-x // 128) * 128 for x in (longest + max_new_tokens, longest))
     how, stops_N = _How(temperature, top_p), np.asarray(stop_tokens, np.int32)
     rows = _Rows(target, how, stops_N, prefill_chunk, share, prompt_slots)
-    carry, waiting = rows.empty(total, num_slots, max_new_tokens), 0
+    carry, waiting = _empty(target.new_cache(total, num_slots), total, max_new_tokens), 0
     owner_B, made_B = np.full(total, -1), np.zeros(total, np.int64)  # -1: free
     ready: list[tuple[int, list[int]]] = []
     while waiting < len(prompts) or (owner_B >= 0).any():

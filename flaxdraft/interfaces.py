@@ -191,8 +191,8 @@ class Target(Protocol):
         ...
 
     def put_rows(self, cache: Any, rows_F: Int[Array, " F"], other: Any) -> Any:
-        """The rows of another cache, of as many slots or fewer, put into rows `rows_F` of this one; numbers beyond its
-        last row drop theirs. Part of a program that is called `on_mesh`."""
+        """The rows of another cache, of as many slots or fewer, put into rows `rows_F` of this one; numbers that are no
+        row's drop theirs. Part of a program that is called `on_mesh`."""
         ...
 
     def extend(

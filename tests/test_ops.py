@@ -53,8 +53,9 @@ def test_step_zero_is_plain_causal_attention(backend):
     np.testing.assert_allclose(got, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-6)
 
 
-@pytest.mark.parametrize("num_new", [1, 3])
-def test_cached_attention_equals_plain(num_new):
+@pytest.mark.parametrize(("num_new", "machine"), [(1, "cpu"), (1, "gpu"), (3, "cpu")])
+def test_cached_attention_equals_plain(num_new, machine, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: machine)  # decides how the scores of one query are written
     q, k, v = normal(B, num_new, N, H), normal(B, T, K, H, seed=1), normal(B, T, K, C, seed=2)
     visible = jnp.arange(T)[None, None, :] <= jnp.asarray([[3, 4, 5], [1, 2, 6]])[:, :num_new, None]
     got = attend_cache(q, jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2), visible, 0.3)

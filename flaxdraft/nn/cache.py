@@ -45,12 +45,13 @@ class Cache:
             v.at[:, rows_B1, :, to_BT].set(v[:, rows_B1, :, from_BT], mode="drop"),
         )
 
-    def with_rows(self, rows_F: Int[Array, " F"], other: Cache) -> Cache:
-        """With the rows of another cache, of as many slots or fewer, in rows `rows_F` of every layer; those that are
-        no row's number are dropped."""
+    def with_rows(self, layer: Int[Array, ""], rows_F: Int[Array, " F"], k_FKHS: Float[Array, "F K H S"],
+                  v_FKSC: Float[Array, "F K S C"]) -> Cache:  # fmt: skip
+        """With one layer's keys and values, of as many slots or fewer, in rows `rows_F`; those that are no row's number
+        are dropped."""
         rows_F = jnp.where(rows_F < 0, self.k_LBKHS.shape[1], rows_F)  # a negative one would count from the end
-        slots = slice(0, other.num_slots)
+        slots = slice(0, k_FKHS.shape[-1])
         return Cache(
-            self.k_LBKHS.at[:, rows_F, :, :, slots].set(other.k_LBKHS, mode="drop"),
-            self.v_LBKSC.at[:, rows_F, :, slots].set(other.v_LBKSC, mode="drop"),
+            self.k_LBKHS.at[layer, rows_F, :, :, slots].set(k_FKHS, mode="drop"),
+            self.v_LBKSC.at[layer, rows_F, :, slots].set(v_FKSC, mode="drop"),
         )

@@ -326,20 +326,26 @@ class DecoderTarget:
         return jax.tree.map(lambda x: jnp.repeat(x, num_rows, axis=1), cache)
 
     def put_rows(self, cache: Cache, rows_F: Int[Array, " F"], other: Cache) -> Cache:
-        """The rows of another cache put into rows `rows_F` of this one; numbers beyond its last row drop theirs. Every
-        device looks at all of them, and keeps those that are its own."""
-        s = self.sharding
+        """The rows of another cache put into rows `rows_F` of this one; numbers that are no row's drop theirs. Layer by
+        layer: every device is shown one layer of all of them, and keeps those that are its own."""
+        s, row_B = self.sharding, jnp.arange(cache.k_LBKHS.shape[1])
+        heads_spec = s.cache_lbn and P(None, *s.cache_lbn[2:])
+        row_B = row_B if s.cache_lbn is None else jax.reshard(row_B, s.act_b)
 
-        def local(cache, row_B, rows_F, other):
-            return cache.with_rows(rows_F - row_B[0], other)
+        def local(cache, layer, row_B, rows_F, k_FKHS, v_FKSC):
+            return cache.with_rows(layer, rows_F - row_B[0], k_FKHS, v_FKSC)
 
-        row_B = jnp.arange(cache.k_LBKHS.shape[1])
-        if s.cache_lbn is None:
-            return local(cache, row_B, rows_F, other)
-        whole = P(None, None, *s.cache_lbn[2:])
-        row_B, other = jax.reshard(row_B, s.act_b), jax.tree.map(lambda x: jax.reshard(x, whole), other)
-        place, from_place = Cache(s.cache_lbn, s.cache_lbn), Cache(whole, whole)
-        return on_shards(s, local, (place, s.act_b, P(), from_place), place)(cache, row_B, rows_F, other)
+        def put(layer, cache):
+            k_FKHS, v_FKSC = (
+                lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (other.k_LBKHS, other.v_LBKSC)
+            )
+            if s.cache_lbn is not None:
+                k_FKHS, v_FKSC = jax.reshard(k_FKHS, heads_spec), jax.reshard(v_FKSC, heads_spec)
+            place = Cache(s.cache_lbn, s.cache_lbn)
+            on_device = on_shards(s, local, (place, P(), s.act_b, P(), heads_spec, heads_spec), place)
+            return on_device(cache, layer, row_B, rows_F, k_FKHS, v_FKSC)
+
+        return lax.fori_loop(0, self.config.num_hidden_layers, put, cache)
 
     def extend(
         self, cache: Cache, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], head: str = "all",

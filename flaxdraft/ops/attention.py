@@ -47,8 +47,9 @@ def attend_cache(
     """`attend` over a cache, which keeps keys with the slots last.
 
     A single query row is a matrix-vector product for each head: written as multiply and reduce it reads the cache
-    once at memory speed, while XLA's batched product on CPU takes 1.6 times as long. On GPUs that holds for values; of
-    keys, whose slots lie last, XLA would make a copy in another order there.
+    once at memory speed, while XLA's batched product on CPU takes 1.6 times as long. Elsewhere values are still
+    multiplied and summed, but scores are a batched product: keys have their slots last, and XLA would first copy them
+    into another order.
     """
     heads, single = k_BKHS.shape[1], q_BTNH.shape[1] == 1
     q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], heads, -1, q_BTNH.shape[-1])

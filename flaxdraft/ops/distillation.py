@@ -9,7 +9,7 @@ vocabulary, each device makes the logits of its part, and numbers that run over 
 Shape letters: B batch, R rows, M = B R, J unroll steps, D draft width, E target width, V target vocabulary, W draft
 vocabulary, C rows of a chunk, S = C + J - 1 rows with their teachers: the teacher of row r at step j is the teacher of
 row r + j at step 0, since supervision asks rows r..r+j to be consecutive and each supervised by some step. Q = C J
-rows of all steps of a chunk, row by row: what follows each other has nearly the same teachers, which a GPU then reads
+rows of all steps of a chunk, row by row: neighbours have nearly the same teachers, which a GPU then reads from memory
 once.
 """
 
