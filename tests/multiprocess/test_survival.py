@@ -43,8 +43,8 @@ def test_two_processes_equal_one(undisturbed):
 
 @pytest.mark.slow
 def test_four_processes_equal_one(undisturbed):
-    assert undisturbed.run("four", 4, *OPTIONS) == [0] * 4, undisturbed.said("four")
-    undisturbed.assert_agree("four", "undisturbed")
+    assert undisturbed.run("four-as-one", 4, *OPTIONS) == [0] * 4, undisturbed.said("four-as-one")
+    undisturbed.assert_agree("four-as-one", "undisturbed")
 
 
 def test_one_process_goes_on_with_what_two_saved(undisturbed):
