@@ -136,9 +136,9 @@ def _walk_shard(plan, want_gradients, axis, states, teacher, supervised_BRJ, hea
             logsumexp_S = logsumexp(full_SV, axis)
             argmax_S = teacher_head.draft_ids_V[argmax(full_SV, axis)]
         at_Q = (jnp.arange(size)[:, None] + jnp.arange(num_steps)[None]).ravel()
-        by_step = lambda x_S: x_S.at[at_Q].get(mode="promise_in_bounds")  # noqa: E731
+        spread = lambda x_S: x_S.at[at_Q].get(mode="promise_in_bounds")  # noqa: E731
         statistics = logsumexp(teacher_SW, axis), logsumexp_S, argmax_S
-        rows = TeacherRows(*map(by_step, (teacher_SW, *statistics)), axis)
+        rows = TeacherRows(*map(spread, (teacher_SW, *statistics)), axis)
         supervised_Q = take(supervised_MJ, at_C).ravel()
         in_draft_Q = supervised_Q & (rows.draft_argmax_C >= 0)
         # All steps in one product: its gradient to the head is then one product too, not J to be added up.

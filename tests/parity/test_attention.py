@@ -39,7 +39,7 @@ def forward(attention, x_BTX, positions_BT, visible_BTT):
     return attention.output(attend(q, k, v, visible_BTT, attention.softmax_scale))
 
 
-def compare(oracle, name: str, hf: dict, layout: str, scale: float = 1.0, **fields) -> None:
+def assert_computes_the_same(oracle, name: str, hf: dict, layout: str, scale: float = 1.0, **fields) -> None:
     """Our attention, configured by hf and `fields`, against transformers', configured by hf."""
     module = DRAFTS[name]
     attention = module.attention(module.Config.from_hf(hf | fields), Precision(), nnx.Rngs(0), Sharding.none())
@@ -59,24 +59,24 @@ def compare(oracle, name: str, hf: dict, layout: str, scale: float = 1.0, **fiel
 @every_layout
 @every_rope
 def test_gqa_equals_transformers_llama(oracle, rope, layout):
-    compare(oracle, "llama", with_rope(LLAMA, rope), layout)
+    assert_computes_the_same(oracle, "llama", with_rope(LLAMA, rope), layout)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (4, 1, 6), (2, 2, 8)])
 def test_gqa_with_explicit_head_width(oracle, heads, kv_heads, head_dim):
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
-    compare(oracle, "llama", with_rope(LLAMA | sizes, "yarn_mscale"), "packed")
+    assert_computes_the_same(oracle, "llama", with_rope(LLAMA | sizes, "yarn_mscale"), "packed")
 
 
 @every_layout
 @every_rope
 def test_mla_equals_transformers_deepseek_v3(oracle, rope, layout):
-    compare(oracle, "mla", with_rope(MLA, rope), layout)
+    assert_computes_the_same(oracle, "mla", with_rope(MLA, rope), layout)
 
 
 @pytest.mark.parametrize("rope", ["default", "yarn", "yarn_mscale"])
 def test_mla_with_a_plain_query_projection(oracle, rope):
-    compare(oracle, "mla", with_rope(MLA | {"q_lora_rank": None}, rope), "packed")
+    assert_computes_the_same(oracle, "mla", with_rope(MLA | {"q_lora_rank": None}, rope), "packed")
 
 
 @pytest.mark.parametrize("q_lora_rank", [None, 24])
@@ -84,6 +84,6 @@ def test_mla_with_another_epsilon_in_the_latent_norms(oracle, q_lora_rank):
     """transformers hard-codes 1e-6 in q_a and kv_a norms, whatever rms_norm_eps says. Latents are small here, so
     that the wrong epsilon is seen."""
     hf = with_rope(MLA | {"rms_norm_eps": 1e-5, "q_lora_rank": q_lora_rank}, "yarn_mscale")
-    compare(oracle, "mla", hf, "plain", scale=3e-3, latent_norm_eps=1e-6)
+    assert_computes_the_same(oracle, "mla", hf, "plain", scale=3e-3, latent_norm_eps=1e-6)
     with pytest.raises(AssertionError, match="relative error"):
-        compare(oracle, "mla", hf, "plain", scale=3e-3)
+        assert_computes_the_same(oracle, "mla", hf, "plain", scale=3e-3)

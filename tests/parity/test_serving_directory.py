@@ -80,7 +80,7 @@ def inputs(vocab_size):
     return rng.integers(0, vocab_size, (PROMPTS, LENGTH)), normal(4, PROMPTS, LENGTH - 1, 3, HIDDEN)
 
 
-def compare(draft, chains, states, tokens, taps):
+def assert_computes_the_same(draft, chains, states, tokens, taps):
     """The unroll over the tokens that the engine drafted gives the engine's states and, greedily, its tokens."""
     num = LENGTH + STEPS
     row = np.full((PROMPTS, 1), LENGTH - 2)
@@ -119,7 +119,7 @@ def test_an_engine_drafts_the_same(tmp_path, engine, kind, rope, fields):
     tokens, taps = inputs(config.vocab_size)
     drafted = draft_with(engine, *engine.load_directory(tmp_path / "out"), embedding, tokens, taps)
     assert len(np.unique(drafted[0])) > PROMPTS  # no draft that says one thing always
-    compare(draft, *drafted, tokens, taps)
+    assert_computes_the_same(draft, *drafted, tokens, taps)
 
 
 def torch_tensors(tensors):
@@ -141,7 +141,7 @@ def test_an_imported_draft_computes_what_its_trainer_did(tmp_path, engine, train
     tokens, taps = inputs(source.config.vocab_size)
     original = torch_tensors(source.tensors | source.tables())
     drafted = draft_with(engine, source.hf, original, embedding, tokens, taps)
-    compare(draft, *drafted, tokens, taps)
+    assert_computes_the_same(draft, *drafted, tokens, taps)
 
 
 def test_nemos_mla_draft_computes_the_same_with_an_engines_scale(tmp_path, engine):
@@ -154,7 +154,7 @@ def test_nemos_mla_draft_computes_the_same_with_an_engines_scale(tmp_path, engin
     tokens, taps = inputs(source.config.vocab_size)
     original = torch_tensors(source.tensors | source.tables())
     trained = draft_with(engine, source.hf, original, embedding, tokens, taps, scale_like_nemo=True)
-    compare(draft, *trained, tokens, taps)
+    assert_computes_the_same(draft, *trained, tokens, taps)
     served = draft_with(engine, *engine.load_directory(tmp_path / "out"), embedding, tokens, taps)
     np.testing.assert_array_equal(served[0], trained[0])
     assert_close(served[1], trained[1])
