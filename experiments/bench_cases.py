@@ -18,6 +18,7 @@ from flaxdraft.data.generation import round_up
 from flaxdraft.drafts import llama, mla
 from flaxdraft.interfaces import Batch, Example, Features, VocabMap
 from flaxdraft.mesh import Sharding
+from flaxdraft.nn.layers import WHOLE
 from flaxdraft.nn.rope import RopeConfig
 from flaxdraft.precision import Precision
 
@@ -49,7 +50,7 @@ CASES = {
 }
 
 
-def make_draft(case: str, compute: Any, float8: bool = False) -> nnx.Module:
+def make_draft(case: str, compute: Any, float8: bool = False, sharding: Sharding = WHOLE) -> nnx.Module:
     """A random draft of that size; the target's frozen embedding is in the precision of the products."""
     module, config = CASES[case]
     vocab = VocabMap(np.arange(config.draft_vocab_size) * (config.vocab_size // config.draft_vocab_size),
@@ -57,7 +58,7 @@ def make_draft(case: str, compute: Any, float8: bool = False) -> nnx.Module:
     key = jax.random.key(1)
     embedding = jax.random.normal(key, (config.vocab_size, config.hidden_size), compute)
     return module.make(
-        config, vocab, embedding, precision=Precision(compute=compute, float8=float8), sharding=Sharding.none(),
+        config, vocab, embedding, precision=Precision(compute=compute, float8=float8), sharding=sharding,
         rngs=nnx.Rngs(0),
     )  # fmt: skip
 

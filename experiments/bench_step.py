@@ -11,23 +11,30 @@ run, and peak memory.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_cases import CASES, count_flops, make_draft, make_example
 from flax import nnx
+from jax.sharding import Mesh
 
 from flaxdraft.algorithms.eagle3 import Algorithm, supervision, unroll
 from flaxdraft.config import TrainConfig
 from flaxdraft.interfaces import Example
+from flaxdraft.mesh import make_mesh
+from flaxdraft.nn.layers import WHOLE
+from flaxdraft.nn.places import on_mesh, weight_on_mesh
 from flaxdraft.ops import distillation_reference
 from flaxdraft.ops.rows import take_rows
 from flaxdraft.train.optimizer import optimizer
+from flaxdraft.train.place import SHARDING, placed_rows
 from flaxdraft.train.state import init_state, split_draft
-from flaxdraft.train.step import make_train_step
+from flaxdraft.train.step import make_train_step, summed_gradients
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Largest relative error of any gradient, norm-wise, that passes for rounding.
@@ -49,44 +56,79 @@ def plain_loss(draft: nnx.Module, example: Example, algorithm: Algorithm) -> jax
     return algorithm.mean_loss(distillation_reference.sum_signals(steps, supervised, teacher))
 
 
+def on_devices(mesh: Mesh | None, params: nnx.State, frozen: nnx.State, example: Example) -> tuple:
+    """All three where training has them on that mesh; as they are where there is none."""
+    if mesh is None:
+        return params, frozen, example
+    rows = placed_rows((example.batch, example.features, example.rows_BR), mesh)
+    head_WE = weight_on_mesh("teacher head", example.teacher_head_WE, mesh, SHARDING.weight_ve)
+    return on_mesh(params, mesh, SHARDING), on_mesh(frozen, mesh, SHARDING), Example(*rows, head_WE)
+
+
+def setting(mesh: Mesh | None) -> AbstractContextManager:
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def gradients_of(loss, case: str, compute: str, float8: bool, example: Example, mesh: Mesh | None = None):
+    """A loss and its gradients, brought to the host.
+
+    Args:
+        loss: sums of an example by a draft, as `summed_gradients` has them.
+    """
+    draft = make_draft(case, DTYPES[compute], float8, WHOLE if mesh is None else SHARDING)
+    graphdef, *arrays = split_draft(draft)
+    # GPUs round float32 products to 10 bits unless told otherwise; the check is of the algorithm, not of that.
+    with setting(mesh), jax.default_matmul_precision("highest" if compute == "float32" else "default"):
+        value, gradients = jax.jit(lambda p, f, e: loss(graphdef, p, f, e))(*on_devices(mesh, *arrays, example))
+    return float(value), [np.asarray(x, np.float32).ravel() for x in jax.tree.leaves(gradients)]
+
+
 def check(
-    case: str, compute: str, float8: bool, num_steps: int, length: int, attention: str, documents: int
+    case: str,
+    compute: str,
+    float8: bool,
+    num_steps: int,
+    length: int,
+    attention: str,
+    documents: int,
+    mesh: Mesh | None,
 ) -> tuple[float, float, str]:
-    """What was found, the most that is allowed, and what it is: the fast path against the plain one, on short rows.
+    """What was found, the most that is allowed, and what it is: the fast path, as the step on that mesh has it, against
+    the plain one on one device, on short rows.
 
     Without float8, the largest relative error of a gradient. In float8 a difference in the last bit moves numbers to
     the next float8 one, and all of an array where it moves its scale: two orders of summation may differ by much. There
     each gradient of either path is as far from the one of plain `compute` as float8 makes it, and the fast one may not
     be further away than the plain one.
     """
-    example = make_example(case, 2, length, 0.7, DTYPES[compute], documents=documents)
+    batch = 2 if mesh is None else 2 * mesh.size
+    example = make_example(case, batch, length, 0.7, DTYPES[compute], documents=documents)
     algorithm = Algorithm(num_steps, attention=attention, loss_chunk=64, packed=documents > 1)
 
-    def fast(draft, example):
-        return algorithm.mean_loss(algorithm.loss_sums(draft, example))
+    def fast(graphdef, params, frozen, example):
+        def terms(params, part):
+            sums = algorithm.loss_sums(nnx.merge(graphdef, params, frozen), part)
+            return algorithm.loss_terms(sums)[0], sums
 
-    def plain(draft, example):
-        return plain_loss(draft, example, algorithm)
+        example = dataclasses.replace(example, accepted_J=jnp.zeros(num_steps))
+        sums, gradients = summed_gradients(terms, params, example, 1)
+        numerator, count = algorithm.loss_terms(sums)
+        return numerator / count, jax.tree.map(lambda g: g / count, gradients)
 
-    def found(loss, float8):
-        graphdef, params, frozen = split_draft(make_draft(case, DTYPES[compute], float8))
-        of_params = lambda p, frozen, example: loss(nnx.merge(graphdef, p, frozen), example)  # noqa: E731
-        # GPUs round float32 products to 10 bits unless told otherwise; the check is of the algorithm, not of that.
-        with jax.default_matmul_precision("highest" if compute == "float32" else "default"):
-            value, gradients = jax.jit(jax.value_and_grad(of_params))(params, frozen, example)
-        return value, jax.tree.leaves(gradients)
+    def plain(graphdef, params, frozen, example):
+        return jax.value_and_grad(lambda p: plain_loss(nnx.merge(graphdef, p, frozen), example, algorithm))(params)
 
     def apart(one, other):
-        norm = jnp.linalg.norm
-        return [float(norm((x - y).ravel()) / norm(y.ravel())) for x, y in zip(one, other, strict=True)]
+        return [float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in zip(one, other, strict=True)]
 
-    (a, got), (b, want) = found(fast, float8), found(plain, float8)
-    of_loss = abs(float(a - b) / float(b))
+    a, got = gradients_of(fast, case, compute, float8, example, mesh)
+    b, want = gradients_of(plain, case, compute, float8, example)
+    of_loss = abs((a - b) / b)
     if not float8:
         return float(np.max([of_loss, *apart(got, want)])), TOLERANCE[compute], "largest relative error"
     if not of_loss <= TOLERANCE["bfloat16"]:  # NaN does not pass
-        raise SystemExit(f"{case}: losses {float(a)} and {float(b)}; nothing is timed")
-    _, unrounded = found(plain, False)
+        raise SystemExit(f"{case}: losses {a} and {b}; nothing is timed")
+    _, unrounded = gradients_of(plain, case, compute, False, example)
     ratios = [x / y for x, y in zip(apart(got, unrounded), apart(want, unrounded), strict=True)]
     return float(np.max(ratios)), FLOAT8_RATIO, f"largest error in float8, fast beside plain, both from {compute}"
 
@@ -110,25 +152,36 @@ def ceiling(compute: str) -> float:
     return 2 * size**3 / seconds(lambda: product(a), 10)
 
 
-def compiled_step(case, compute, batch, length, supervised, documents, algorithm, float8=False):
-    """The compiled step, a call that takes one and returns its loss, and the example."""
-    example = make_example(case, batch, length, supervised, DTYPES[compute], documents=documents)
-    graphdef, params, frozen = split_draft(make_draft(case, DTYPES[compute], float8))
+def compiled_step(case, compute, batch, length, supervised, documents, algorithm, float8=False, mesh=None):
+    """The compiled step, a call that takes one and returns its loss, and the example.
+
+    Args:
+        batch: rows of one device.
+    """
+    rows = batch if mesh is None else batch * mesh.size
+    example = make_example(case, rows, length, supervised, DTYPES[compute], documents=documents)
+    graphdef, *arrays = split_draft(make_draft(case, DTYPES[compute], float8, WHOLE if mesh is None else SHARDING))
     tx = optimizer(TrainConfig(num_steps=1000))
-    state = jax.jit(lambda p: init_state(p, tx, algorithm.num_steps), donate_argnums=0)(params)
-    compiled = make_train_step(graphdef, algorithm, tx).lower(state, frozen, example).compile()
+    with setting(mesh):
+        params, frozen, example = on_devices(mesh, *arrays, example)
+        del arrays
+        state = jax.jit(lambda p: init_state(p, tx, algorithm.num_steps), donate_argnums=0)(params)
+        compiled = make_train_step(graphdef, algorithm, tx).lower(state, frozen, example).compile()
 
     def call():
         nonlocal state
-        state, metrics = compiled(state, frozen, example)
+        with setting(mesh):
+            state, metrics = compiled(state, frozen, example)
         return metrics.loss
 
     return compiled, call, example
 
 
-def measure(case, compute, float8, batch, length, supervised, documents, algorithm, repeats, top) -> str:
+def measure(case, compute, float8, batch, length, supervised, documents, algorithm, mesh, repeats, top) -> str:
     """One line of the table."""
-    compiled, call, example = compiled_step(case, compute, batch, length, supervised, documents, algorithm, float8)
+    compiled, call, example = compiled_step(
+        case, compute, batch, length, supervised, documents, algorithm, float8, mesh
+    )  # fmt: skip
     flops = count_flops(case, example, algorithm.num_steps)
     analysis = compiled.memory_analysis()
     took = seconds(call, repeats)
@@ -138,20 +191,35 @@ def measure(case, compute, float8, batch, length, supervised, documents, algorit
     planned = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes + analysis.output_size_in_bytes
     planned -= analysis.alias_size_in_bytes
     peak = f"{stats['peak_bytes_in_use'] / 1e9:.2f} GB" if "peak_bytes_in_use" in stats else "-"
-    rate = flops.total / took
+    rate, devices = flops.total / took, 1 if mesh is None else mesh.size
     products = "float8, " if float8 else ""
     how = f"{products}{algorithm.attention}, {algorithm.remat}, {algorithm.loss_chunk}/{algorithm.attention_chunk}"
     return (
-        f"| {case} | {batch} x {length} / {documents} | {supervised:.0%} | {how} | {took * 1e3:.1f} | "
-        f"{batch * length / took:,.0f} | "
-        f"{rate / 1e12:.2f} | {rate / top:.0%} | {planned / 1e9:.2f} GB | {peak} |"
+        f"| {case} | {name_of(mesh)} | {batch} x {length} / {documents} | {supervised:.0%} | {how} | "
+        f"{took * 1e3:.1f} | {devices * batch * length / took:,.0f} | {rate / 1e12:.2f} | {rate / (devices * top):.0%} | "
+        f"{planned / 1e9:.2f} GB | {peak} |"
     )
+
+
+def parse_mesh(text: str) -> Mesh | None:
+    """`one`, or AXIS=N of `data` and `fsdp`, joined by commas."""
+    if text == "one":
+        return None
+    shape = dict(part.split("=") for part in text.split(","))
+    if unknown := set(shape) - {"data", "fsdp"}:
+        raise argparse.ArgumentTypeError(f"{text}: no axis {', '.join(sorted(unknown))}; expected data and fsdp")
+    return make_mesh(**{axis: int(size) for axis, size in shape.items()})
+
+
+def name_of(mesh: Mesh | None) -> str:
+    return "one" if mesh is None else ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=CASES, default=["tiny", "tiny-mla"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[2])
+    parser.add_argument("--mesh", nargs="+", default=["one"], help="one, data=2, fsdp=2, data=2,fsdp=4 ...")
+    parser.add_argument("--batch", nargs="+", type=int, default=[2], help="rows of one device")
     parser.add_argument("--length", nargs="+", type=int, default=[512])
     parser.add_argument("--supervised", nargs="+", type=float, default=[1.0])
     parser.add_argument("--documents", nargs="+", type=int, default=[1], help="packed into one row")
@@ -165,32 +233,36 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--check-length", type=int, default=96)
     arguments = parser.parse_args()
-    device = jax.devices()[0]
+    device, meshes = jax.devices()[0], [parse_mesh(text) for text in arguments.mesh]
     top = ceiling(arguments.compute)
     print(
         f"jax {jax.__version__} on {device.device_kind}, {arguments.compute}; matrix product {top / 1e12:.2f} TFLOP/s"
     )
     # On short rows "auto" is dense attention, which is what it would be checked against.
     attentions = {"chunked" if name in ("auto", "dense") else name for name in arguments.attention}
-    for case, attention, documents in itertools.product(arguments.case, sorted(attentions), {1, *arguments.documents}):
+    for case, attention, documents, mesh in itertools.product(
+        arguments.case, sorted(attentions), sorted({1, *arguments.documents}), meshes
+    ):
         settings = arguments.compute, arguments.float8, arguments.ttt_length, arguments.check_length
-        error, allowed, what = check(case, *settings, attention, documents)
-        print(f"{case}, {documents} documents a row: {attention} attention against the plain path, {what} {error:.2g}",
-              flush=True)  # fmt: skip
+        error, allowed, what = check(case, *settings, attention, documents, mesh)
+        print(f"{case}, {name_of(mesh)}, {documents} documents a row: {attention} attention against the plain path, "
+              f"{what} {error:.2g}", flush=True)  # fmt: skip
         if not error <= allowed:  # NaN does not pass
             raise SystemExit(f"{case}: more than {allowed:.2g}; nothing is timed")
-    print("| case | batch x length / documents | supervised | attention, remat, chunks | ms | tokens/s | TFLOP/s | "
-          "of the product | planned memory | peak so far |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
-    for case, batch, length, supervised, documents, attention, remat, loss_chunk, attention_chunk in itertools.product(
-        arguments.case, arguments.batch, arguments.length, arguments.supervised, arguments.documents,
-        arguments.attention, arguments.remat, arguments.loss_chunk, arguments.attention_chunk,
+    print("| case | devices | batch x length / documents | supervised | attention, remat, chunks | ms | tokens/s | "
+          "TFLOP/s | of the product | planned memory | peak so far |\n" + 11 * "|---" + "|")  # fmt: skip
+    for case, mesh, batch, length, supervised, documents, attention, remat, loss_chunk, attention_chunk in (
+        itertools.product(
+            arguments.case, meshes, arguments.batch, arguments.length, arguments.supervised, arguments.documents,
+            arguments.attention, arguments.remat, arguments.loss_chunk, arguments.attention_chunk,
+        )
     ):  # fmt: skip
         algorithm = Algorithm(
             arguments.ttt_length, attention=attention, remat=remat, loss_chunk=loss_chunk,
             attention_chunk=attention_chunk, packed=documents > 1,
         )  # fmt: skip
         line = measure(
-            case, arguments.compute, arguments.float8, batch, length, supervised, documents, algorithm,
+            case, arguments.compute, arguments.float8, batch, length, supervised, documents, algorithm, mesh,
             arguments.repeats, top,
         )  # fmt: skip
         print(line, flush=True)
