@@ -196,8 +196,8 @@ def measure(case, compute, float8, batch, length, supervised, documents, algorit
     how = f"{products}{algorithm.attention}, {algorithm.remat}, {algorithm.loss_chunk}/{algorithm.attention_chunk}"
     return (
         f"| {case} | {name_of(mesh)} | {batch} x {length} / {documents} | {supervised:.0%} | {how} | "
-        f"{took * 1e3:.1f} | {devices * batch * length / took:,.0f} | {rate / 1e12:.2f} | {rate / (devices * top):.0%} | "
-        f"{planned / 1e9:.2f} GB | {peak} |"
+        f"{took * 1e3:.1f} | {devices * batch * length / took:,.0f} | {rate / 1e12:.2f} | "
+        f"{rate / (devices * top):.0%} | {planned / 1e9:.2f} GB | {peak} |"
     )
 
 

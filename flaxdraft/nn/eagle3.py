@@ -14,6 +14,7 @@ N heads, K key/value heads, H head width, C value width.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -259,6 +260,14 @@ class Eagle3Draft(nnx.Module):
         spec = along(hidden_BTD, self.sharding.act_btd)
         return hidden_BTD if spec is None else jax.reshard(hidden_BTD, spec)
 
+    def _inputs_anew(self, products: Callable) -> Callable:
+        """Of products whose inputs are norms of the argument, or element-wise in other products: the same, but these
+        inputs are made again for the gradient. The unroll keeps the layer's arrays for every step, and what the inputs
+        are made of is among them anyhow. Float8 factors are kept: they are narrow, and take longer to make."""
+        if self.precision.float8:
+            return products
+        return jax.checkpoint(products, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+
     def token_projections(self, embeds_BTD: Float[Array, "B T D"]) -> Any:
         """What the attention's first projections make of the normed embedding, the first half of their input. It does
         not depend on the unroll step, so one product serves all steps that read a token."""
@@ -268,7 +277,7 @@ class Eagle3Draft(nnx.Module):
     def projections(self, token_projections: Any, hidden_BTD: Float[Array, "B T D"]) -> Any:
         """The same of the whole input: normed embedding first, normed hidden state second."""
         half = slice(self.config.hidden_size, None)
-        of_hidden = self.self_attn.project(self.hidden_norm(hidden_BTD), half)
+        of_hidden = self._inputs_anew(lambda x: self.self_attn.project(self.hidden_norm(x), half))(hidden_BTD)
         return jax.tree.map(jnp.add, token_projections, of_hidden)
 
     def query(self, projections: Any, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
@@ -285,7 +294,7 @@ class Eagle3Draft(nnx.Module):
         if self.config.norm_before_residual:
             hidden_BTD = self.hidden_norm(hidden_BTD)
         hidden_BTD = hidden_BTD + self.self_attn.output(heads_BTNC)
-        hidden_BTD = hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
+        hidden_BTD = hidden_BTD + self._inputs_anew(lambda x: self.mlp(self.post_attention_layernorm(x)))(hidden_BTD)
         return self.norm(hidden_BTD) if self.config.norm_output else hidden_BTD
 
     def head_input(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
