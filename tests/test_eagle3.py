@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jitted import loss_sums, unroll
 from test_contracts import DRAFTS, T, V, example, make_draft
 
 from flaxdraft.algorithms.eagle3 import Algorithm, supervised_rows, supervision
+from flaxdraft.algorithms.eagle3 import unroll as algorithm_unroll
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch
+from flaxdraft.train.state import split_draft
 
 
 def brute_force_supervision(assistant, segments, num_steps):
@@ -55,6 +58,21 @@ def test_computing_only_supervised_rows_changes_nothing(name):
         a, b = getattr(some, field.name), getattr(loss_sums(algorithm, draft, all_rows), field.name)
         np.testing.assert_allclose(a, b, rtol=2e-6, err_msg=field.name)
     assert int(some.row_count_J[0]) == 2 * (T - 2 - 3)
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_of_the_feed_forward_each_step_keeps_only_what_products_gave(name):
+    draft, ex, num_steps = make_draft(DRAFTS[name], intermediate_size=47), example(), 3
+    graphdef, params, frozen = split_draft(draft)
+
+    def outputs(params):
+        draft = nnx.merge(graphdef, params, frozen)
+        return algorithm_unroll(draft, ex.batch, ex.features.taps_BT3E, ex.rows_BR, num_steps)
+
+    _, pull = jax.vjp(outputs, params)
+    at_rows = [x for x in jax.tree.leaves(pull) if x.size == 47 * ex.rows_BR.size]
+    # gate and up; neither their product nor the gate's slope
+    assert len(at_rows) == 2 * num_steps
 
 
 @pytest.mark.parametrize("name", DRAFTS)
