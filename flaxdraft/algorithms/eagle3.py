@@ -91,8 +91,8 @@ def unroll(
 
     Args:
         taps_BR3E: of `rows_BR`; None where `taps_BT3E` are whole along time, and rows take theirs from there.
-        remat: what the backward pass computes anew: nothing, all but the outputs of projections and attention, or the
-            whole step.
+        remat: what the backward pass computes anew: what the draft's layer leaves to it by itself, all but the outputs of
+            projections and attention, or the whole step.
         packed: whether a row may hold several documents; see `suffix_attention`.
     """
     # Past the end the reader finds token 0, like an engine's empty slot; no supervised row ever sees it.
