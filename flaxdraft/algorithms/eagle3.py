@@ -91,7 +91,7 @@ def unroll(
 
     Args:
         taps_BR3E: of `rows_BR`; None where `taps_BT3E` are whole along time, and rows take theirs from there.
-        remat: what the backward pass computes anew: what the draft's layer leaves to it by itself, all but the outputs of
+        remat: what the backward pass computes anew: what the draft's layer leaves to it, all but the outputs of
             projections and attention, or the whole step.
         packed: whether a row may hold several documents; see `suffix_attention`.
     """
