@@ -261,9 +261,9 @@ class Eagle3Draft(nnx.Module):
         return hidden_BTD if spec is None else jax.reshard(hidden_BTD, spec)
 
     def _inputs_anew(self, products: Callable) -> Callable:
-        """Of products whose inputs are norms of the argument, or element-wise in other products: the same, but these
-        inputs are made again for the gradient. The unroll keeps the layer's arrays for every step, and what the inputs
-        are made of is among them anyhow. Float8 factors are kept: they are narrow, and take longer to make."""
+        """`products`, with what they multiply (norms, the gated product) made again for the gradient: the unroll would
+        keep it for every step, beside the results of products that it is made of. Not in float8, whose factors are
+        narrow and take longer to make."""
         if self.precision.float8:
             return products
         return jax.checkpoint(products, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)

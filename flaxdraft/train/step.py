@@ -87,7 +87,7 @@ def summed_gradients(
     def one(batch, features, rows_BR, split):
         part = dataclasses.replace(example, batch=batch, features=features, rows_BR=rows_BR, split=split)
         # Widened again for the sake of the gradients: what every use of a matrix adds is summed in its master's
-        # precision. XLA drops the pair of conversions.
+        # precision. XLA drops the pair of conversions, but where the backward pass makes something again.
         wide = jax.tree.map(lambda w, p: w.astype(p.dtype), work, params)
         (_, sums), gradients = jax.value_and_grad(terms, has_aux=True)(wide, part)
         return sums, gradients
