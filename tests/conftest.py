@@ -10,8 +10,10 @@ import warnings
 from pathlib import Path
 
 # The same programs are compiled by many tests and by the processes that some of them start: once a session is enough.
-_COMPILED = tempfile.mkdtemp(prefix="flaxdraft-compiled-")
-atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
+# FLAXDRAFT_TEST_CACHE names a folder that keeps them from one session to the next.
+_COMPILED = os.environ.get("FLAXDRAFT_TEST_CACHE") or tempfile.mkdtemp(prefix="flaxdraft-compiled-")
+if "FLAXDRAFT_TEST_CACHE" not in os.environ:
+    atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
 os.environ |= {
     "JAX_COMPILATION_CACHE_DIR": _COMPILED,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
