@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flaxdraft.algorithms.eagle3 import Algorithm
-from flaxdraft.data.generation import round_up
-from flaxdraft.drafts import llama, mla
+from flaxdraft.algorithms.eagle3.drafts import llama, mla
+from flaxdraft.algorithms.eagle3.objective import Algorithm
+from flaxdraft.decode.greedy import round_up
+from flaxdraft.devices.mesh import Sharding
 from flaxdraft.interfaces import Batch, Example, Features, VocabMap
-from flaxdraft.mesh import Sharding
 from flaxdraft.nn.layers import WHOLE
+from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig
-from flaxdraft.precision import Precision
 
 _ROPE = RopeConfig(rope_theta=1e6, max_position_embeddings=32768)
 _COMMON = {"rms_norm_eps": 1e-5, "rope": _ROPE}

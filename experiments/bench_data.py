@@ -24,13 +24,13 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from flaxdraft.algorithms.eagle3 import Algorithm
+from flaxdraft.algorithms.eagle3.objective import Algorithm
 from flaxdraft.config import DataConfig, TrainConfig
 from flaxdraft.data.documents import Document
 from flaxdraft.data.pipeline import batches_from, make_pipeline
 from flaxdraft.data.store import TARGET, FeatureStore, Source, finish, write_shard
+from flaxdraft.files.name_tables import save_safetensors
 from flaxdraft.interfaces import Features
-from flaxdraft.weights import save_safetensors
 
 WIDTH, VOCAB, LENGTH, SHARD_ROWS = 576, 49152, 512, 48
 SOURCE = Source("bench", "bench", "bench", "bfloat16", (1, 14, 26), WIDTH, VOCAB, "bfloat16", "bfloat16")

@@ -14,7 +14,7 @@ from bench_cases import CASES, _llama, _mla, make_draft, make_example
 from bench_step import plain_loss
 from flax import nnx
 
-from flaxdraft.algorithms.eagle3 import Algorithm
+from flaxdraft.algorithms.eagle3.objective import Algorithm
 from flaxdraft.train.state import split_draft
 
 CASES |= {

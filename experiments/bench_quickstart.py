@@ -30,17 +30,17 @@ import torch
 from flax import nnx
 from pytorch_draft import TorchBatch, TorchDraft, training_step
 
-from flaxdraft.algorithms.eagle3 import supervision
+from flaxdraft.algorithms.eagle3.drafts import llama
+from flaxdraft.algorithms.eagle3.objective import supervision
 from flaxdraft.config import load_config
 from flaxdraft.data.pipeline import HostBatch, make_pipeline
-from flaxdraft.drafts import llama
-from flaxdraft.nn.places import on_mesh, weight_on_mesh
+from flaxdraft.devices.weight_places import on_mesh, weight_on_mesh
+from flaxdraft.files.name_tables import state_to_torch
+from flaxdraft.run.run_draft import Run
+from flaxdraft.train.batch_placement import SHARDING, training_example
 from flaxdraft.train.optimizer import optimizer, schedule
-from flaxdraft.train.place import SHARDING, training_example
-from flaxdraft.train.run_draft import Run
 from flaxdraft.train.state import init_state, split_draft
 from flaxdraft.train.step import make_train_step
-from flaxdraft.weights import state_to_torch
 
 QUICKSTART = Path(__file__).parent / "quickstart.yaml"
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}

@@ -26,17 +26,17 @@ from bench_cases import CASES, count_flops, make_draft, make_example
 from flax import nnx
 from jax.sharding import Mesh
 
-from flaxdraft.algorithms.eagle3 import Algorithm, supervision, unroll
+from flaxdraft.algorithms.eagle3.objective import Algorithm, supervision, unroll
 from flaxdraft.config import TrainConfig
+from flaxdraft.devices.mesh import make_mesh
+from flaxdraft.devices.weight_places import on_mesh, weight_on_mesh
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Example
-from flaxdraft.mesh import make_mesh
 from flaxdraft.nn.layers import WHOLE
-from flaxdraft.nn.places import on_mesh, weight_on_mesh
 from flaxdraft.ops import distillation_reference
 from flaxdraft.ops.rows import take_rows
+from flaxdraft.train.batch_placement import SHARDING, placed_rows
 from flaxdraft.train.optimizer import optimizer
-from flaxdraft.train.place import SHARDING, placed_rows
 from flaxdraft.train.state import init_state, split_draft
 from flaxdraft.train.step import make_train_step, summed_gradients
 

@@ -18,7 +18,7 @@ import jax
 from bench_cases import CASES
 from bench_step import DTYPES, compiled_step
 
-from flaxdraft.algorithms.eagle3 import Algorithm
+from flaxdraft.algorithms.eagle3.objective import Algorithm
 
 
 def device_events(directory: Path) -> list[dict]:

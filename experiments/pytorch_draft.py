@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flaxdraft.drafts import llama
+from flaxdraft.algorithms.eagle3.drafts import llama
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class MLP(nn.Module):
 
 
 class TorchDraft(nn.Module):
-    """The whole draft; see flaxdraft/nn/eagle3.py for the equations."""
+    """The whole draft; see flaxdraft/algorithms/eagle3/draft.py for the equations."""
 
     def __init__(self, c: llama.Config, embedding_VD: Tensor, head_WE: Tensor, step_weights: tuple[float, ...]):
         super().__init__()

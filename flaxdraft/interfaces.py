@@ -49,7 +49,7 @@ class Features:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SplitRows:
-    """What `rows_BR` of a batch read of its features, where devices share a batch row's rows (flaxdraft/data/split.py):
+    """What `rows_BR` of a batch read of its features, where devices share a batch row's rows (algorithms/eagle3/shared_rows.py):
     no device has to read another's."""
 
     taps_BR3E: Float[Array, "B R 3 E"]  # of each row

@@ -11,12 +11,12 @@ import numpy as np
 from flax import nnx
 from test_contracts import TARGET_HF
 
-from flaxdraft.data.generation import answer_greedily
-from flaxdraft.drafts import llama, mla
+from flaxdraft.algorithms.eagle3.drafts import llama, mla
+from flaxdraft.decode.greedy import answer_greedily
+from flaxdraft.devices.mesh import Sharding
 from flaxdraft.interfaces import VocabMap
-from flaxdraft.mesh import Sharding
-from flaxdraft.nn import decoder
-from flaxdraft.precision import Precision
+from flaxdraft.nn.precision import Precision
+from flaxdraft.targets import decoder
 from flaxdraft.targets import deepseek as deepseek_target
 from flaxdraft.targets import llama as llama_target
 

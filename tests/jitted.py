@@ -5,12 +5,12 @@ from functools import partial
 import jax
 from flax import nnx
 
-from flaxdraft.algorithms import eagle3
+from flaxdraft.algorithms.eagle3 import objective
 
 
 @partial(jax.jit, static_argnames=("graphdef", "num_steps"))
 def _unroll(graphdef, state, batch, taps_BT3E, rows_BR, num_steps):
-    return eagle3.unroll(nnx.merge(graphdef, state), batch, taps_BT3E, rows_BR, num_steps)
+    return objective.unroll(nnx.merge(graphdef, state), batch, taps_BT3E, rows_BR, num_steps)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "algorithm"))

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxdraft.data.chat import Rendered
 from flaxdraft.data.store import MANIFEST, Source
 from flaxdraft.data.store_capture import capture
 from flaxdraft.data.store_writer import make_plan
+from flaxdraft.data.templates import Rendered
 from flaxdraft.interfaces import Features
 
 E, V, ROWS = 128, 500, 96

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from test_contracts import DRAFTS, V, W, target_config
 
-from flaxdraft.drafts import abstract_params
+from flaxdraft.algorithms.loading import abstract_params
 from flaxdraft.interfaces import VocabMap
 
 

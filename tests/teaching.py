@@ -5,17 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flaxdraft.algorithms.eagle3 import Algorithm
+from flaxdraft.algorithms.eagle3.drafts import llama
+from flaxdraft.algorithms.eagle3.objective import Algorithm
 from flaxdraft.config import DataConfig, TrainConfig
+from flaxdraft.data.draft_vocabulary import choose_vocab
 from flaxdraft.data.pipeline import batches_from, make_pipeline
-from flaxdraft.data.vocab import choose_vocab
-from flaxdraft.drafts import llama
-from flaxdraft.mesh import make_mesh
-from flaxdraft.nn.places import on_mesh, weight_on_mesh
-from flaxdraft.precision import Precision
+from flaxdraft.devices.mesh import make_mesh
+from flaxdraft.devices.weight_places import on_mesh, weight_on_mesh
+from flaxdraft.nn.precision import Precision
 from flaxdraft.targets import from_pretrained
+from flaxdraft.train.batch_placement import SHARDING
 from flaxdraft.train.loop import Trainer
-from flaxdraft.train.place import SHARDING
 from flaxdraft.train.state import split_draft
 
 STEPS, WIDTH = 3, 64

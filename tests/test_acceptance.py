@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from agreeing import VOCAB, make_draft, make_target, prompts
 
-from flaxdraft.algorithms.eagle3 import Algorithm
-from flaxdraft.data.generation import answer_greedily
-from flaxdraft.evaluate.acceptance import (
+from flaxdraft.algorithms.eagle3.objective import Algorithm
+from flaxdraft.decode.greedy import answer_greedily
+from flaxdraft.evaluate.results import acceptance
+from flaxdraft.evaluate.walk import (
     Part,
     TeacherForced,
     accept_length,
@@ -20,7 +21,6 @@ from flaxdraft.evaluate.acceptance import (
     make_accepted,
     walk,
 )  # fmt: skip
-from flaxdraft.evaluate.results import acceptance
 from flaxdraft.train.state import split_draft
 
 STEPS = 2

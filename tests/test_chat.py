@@ -7,8 +7,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from flaxdraft.data.chat import ChatOptions, render
 from flaxdraft.data.conversations import Conversation, parse
+from flaxdraft.data.templates import ChatOptions, render
 from flaxdraft.errors import InputError
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from test_contracts import DEEPSEEK_FIELDS, TARGET_HF, V, W
 from test_engine_contracts import SWITCHES, write
 
+from flaxdraft.algorithms.eagle3.foreign.configs import understand
+from flaxdraft.algorithms.eagle3.serving.fields import malformed
 from flaxdraft.errors import InputError
-from flaxdraft.foreign.configs import understand
+from flaxdraft.files.name_tables import load_safetensors, save_safetensors
 from flaxdraft.serving import lint
 from flaxdraft.serving.view import view_of_arrays
-from flaxdraft.serving.wellformed import malformed
-from flaxdraft.weights import load_safetensors, save_safetensors
 
 check = tool("convert/check")
 Q_PROJ, NORM = "midlayer.self_attn.q_proj.weight", "midlayer.hidden_norm.weight"

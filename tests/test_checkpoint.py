@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from jax import P
 
-from flaxdraft import retention
-from flaxdraft.checkpoint import Checkpoints, DamagedError, abstract_like, fingerprint, load, read_record
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
+from flaxdraft.train import retention
+from flaxdraft.train.checkpoint import Checkpoints, DamagedError, abstract_like, fingerprint, load, read_record
 
 VOCAB = VocabMap(np.arange(5) * 2, 20)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from flaxdraft.devices.mesh import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import (
     Batch,
@@ -19,12 +20,11 @@ from flaxdraft.interfaces import (
     find_by_name,
     modules_of,
 )  # fmt: skip
-from flaxdraft.mesh import Sharding
-from flaxdraft.nn import decoder
-from flaxdraft.precision import Precision
+from flaxdraft.nn.precision import Precision
+from flaxdraft.targets import decoder
 from flaxdraft.train.state import split_draft
 
-DRAFTS = dict(modules_of("flaxdraft.drafts"))
+DRAFTS = dict(modules_of("flaxdraft.algorithms.eagle3.drafts"))
 ALGORITHMS = dict(modules_of("flaxdraft.algorithms"))
 TARGETS = dict(modules_of("flaxdraft.targets"))
 V, W, T = 64, 24, 12
@@ -116,7 +116,7 @@ def test_config_round_trips_through_config_json(name, fields):
     config = module.Config(**module.Config.for_target(target_config(), W) | fields)
     written = config.to_hf()
     assert module.Config.from_hf(written) == config
-    assert find_by_architecture("flaxdraft.drafts", written, "x") is module
+    assert find_by_architecture("flaxdraft.algorithms.eagle3.drafts", written, "x") is module
     assert module.SERVING_ARCHITECTURE in module.ARCHITECTURES
 
 
@@ -140,7 +140,7 @@ def test_target_abstract_state_is_covered_by_its_table(name, tied):
 
 def test_unknown_names_list_what_there_is():
     with pytest.raises(InputError, match=r"draft.architecture: no 'mamba'.*llama, mla.*drafts/mamba.py"):
-        find_by_name("flaxdraft.drafts", "mamba", "draft.architecture")
+        find_by_name("flaxdraft.algorithms.eagle3.drafts", "mamba", "draft.architecture")
     with pytest.raises(InputError, match=r"MambaForCausalLM.*supported are.*LlamaForCausalLM"):
         find_by_architecture("flaxdraft.targets", {"architectures": ["MambaForCausalLM"]}, "config.json")
 

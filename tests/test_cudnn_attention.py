@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxdraft.algorithms.eagle3.suffix_attention import Cudnn, choose, dense, merged
 from flaxdraft.errors import InputError
-from flaxdraft.nn import target_attention
 from flaxdraft.ops import cudnn_attention
 from flaxdraft.ops.attention import MASKED, grouped_scores
-from flaxdraft.ops.suffix_attention import Cudnn, choose, dense, merged
+from flaxdraft.targets import target_attention
 
 
 def scores_of(q, k, length_B, scale):

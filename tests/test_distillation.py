@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxdraft.algorithms.eagle3 import supervision
+from flaxdraft.algorithms.eagle3.objective import supervision
 from flaxdraft.ops import distillation_reference as reference
 from flaxdraft.ops.distillation import Plan, TeacherHead, TeacherStates, distill
 from flaxdraft.ops.objectives import LK_ETA, OBJECTIVES, TeacherRows, acceptance

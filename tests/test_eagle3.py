@@ -11,8 +11,8 @@ from flax import nnx
 from jitted import loss_sums, unroll
 from test_contracts import DRAFTS, T, V, example, make_draft
 
-from flaxdraft.algorithms.eagle3 import Algorithm, supervised_rows, supervision
-from flaxdraft.algorithms.eagle3 import unroll as algorithm_unroll
+from flaxdraft.algorithms.eagle3.objective import Algorithm, supervised_rows, supervision
+from flaxdraft.algorithms.eagle3.objective import unroll as algorithm_unroll
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch
 from flaxdraft.train.state import split_draft

@@ -15,13 +15,13 @@ from test_contracts import DEEPSEEK_FIELDS, TARGET_HF
 from tiny import random_weights
 from tiny_runs import call, make_workspace, metrics
 
+from flaxdraft.devices.mesh import Sharding
 from flaxdraft.errors import InputError
-from flaxdraft.gguf_file import GGUFCheckpoint
-from flaxdraft.lock import DirectoryLock
-from flaxdraft.mesh import Sharding
-from flaxdraft.precision import Precision
+from flaxdraft.files.gguf_file import GGUFCheckpoint
+from flaxdraft.nn.precision import Precision
+from flaxdraft.run import run_draft, run_results
+from flaxdraft.stages.directory_lock import DirectoryLock
 from flaxdraft.targets import deepseek
-from flaxdraft.train import run_draft, run_results
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,16 @@ from small_drafts import config_of, random_params, vocab_of
 from test_contracts import DEEPSEEK_FIELDS, DRAFTS, TARGET_HF, V, W
 from test_export import E, common, llama_attention, mla_attention
 
+from flaxdraft.algorithms.eagle3 import draft
+from flaxdraft.algorithms.eagle3.serving import contract, layer_ids
+from flaxdraft.algorithms.eagle3.serving.contract import engines, find_engine
+from flaxdraft.algorithms.eagle3.serving.tensors import extras, weights
 from flaxdraft.errors import InputError
-from flaxdraft.export import check_servable, export
-from flaxdraft.nn import eagle3
+from flaxdraft.files.name_tables import load_safetensors
 from flaxdraft.nn.rope import RopeConfig
-from flaxdraft.serving import contract, lint, taps
-from flaxdraft.serving.contract import engines, find_engine
-from flaxdraft.serving.layout import extras, weights
+from flaxdraft.serving import lint
+from flaxdraft.serving.export import check_servable, export
 from flaxdraft.serving.view import read_config, view_of_directory
-from flaxdraft.weights import load_safetensors
 
 DEFAULT_TAPS = (1, 3, 4)  # of the eight layers of TARGET_HF
 DEEPSEEK_HF = TARGET_HF | DEEPSEEK_FIELDS | {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
@@ -88,7 +89,7 @@ def test_every_engine_and_draft_is_expected():
 
 
 def test_the_switches_are_the_draft_s():
-    assert contract.SWITCHES == eagle3.SWITCHES
+    assert contract.SWITCHES == draft.SWITCHES
 
 
 @pytest.mark.parametrize(("engine", "kind", "variant", "vocab_size"), CASES)
@@ -163,7 +164,7 @@ def test_layer_ids_follow_the_targets_family(tmp_path, outputs, model, nested, t
     config = json.loads((out / "config.json").read_text())
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == nested
     assert config["eagle_aux_hidden_state_layer_ids"] == top
-    assert taps.outputs_of(config, taps.is_deepseek(model)) == list(outputs)
+    assert layer_ids.outputs_of(config, layer_ids.is_deepseek(model)) == list(outputs)
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "max_position_embeddings": 64, "factor": 4.0}

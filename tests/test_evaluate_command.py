@@ -10,15 +10,15 @@ from safetensors.numpy import load_file, save_file
 from tiny import write_prompts
 
 from flaxdraft import targets
-from flaxdraft.drafts import llama
+from flaxdraft.algorithms.eagle3.drafts import llama
+from flaxdraft.devices.mesh import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate import measure as measure_module
 from flaxdraft.evaluate.__main__ import main
 from flaxdraft.evaluate.questions import read_questions
-from flaxdraft.export import export
 from flaxdraft.interfaces import VocabMap
-from flaxdraft.mesh import Sharding
-from flaxdraft.precision import Precision
+from flaxdraft.nn.precision import Precision
+from flaxdraft.serving.export import export
 from flaxdraft.train.state import warm_start
 
 QUESTIONS = [

@@ -10,11 +10,11 @@ from flax import nnx
 from test_contracts import DRAFTS, TARGET_HF, V, W, make_draft
 
 from flaxdraft.errors import InputError
-from flaxdraft.export import export
+from flaxdraft.files.name_tables import load_safetensors, state_from_torch
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.rope import RopeConfig
+from flaxdraft.serving.export import export
 from flaxdraft.train.state import split_draft
-from flaxdraft.weights import load_safetensors, state_from_torch
 
 D = E = 32  # draft and target width
 FFN, HEADS, KV_HEADS, WIDTH = 48, 4, 2, 8

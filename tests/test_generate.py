@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import flaxdraft.generate
+import flaxdraft.decode.generation
 from flaxdraft import targets
+from flaxdraft.decode.generation import _Rows, generate, generate_each
 from flaxdraft.errors import InputError
-from flaxdraft.generate import _Rows, generate, generate_each
 from flaxdraft.interfaces import Batch
 from flaxdraft.targets.__main__ import main
 
@@ -94,7 +94,7 @@ def test_only_whole_shares_are_read_while_prompts_wait(target, monkeypatch):
 
 def test_answers_are_handed_out_as_they_end(target, monkeypatch):
     """Also where no prompt waits any more."""
-    monkeypatch.setattr(flaxdraft.generate, "TOKENS_AT_A_TIME", 2)
+    monkeypatch.setattr(flaxdraft.decode.generation, "TOKENS_AT_A_TIME", 2)
     prompts = [[5 + i, 9, 30 + i] * (1 + i % 3) for i in range(11)]
     whole = [greedy(target, prompt, 10) for prompt in prompts]
     stops = [whole[0][3], whole[4][6], whole[7][1]]

@@ -8,7 +8,7 @@ from tiny import CONTROL, MERGES, permute, write_tiny_gguf
 from tokenizers import pre_tokenizers
 
 from flaxdraft.errors import InputError
-from flaxdraft.gguf_file import _SPLITS, GGUFCheckpoint, unpermute
+from flaxdraft.files.gguf_file import _SPLITS, GGUFCheckpoint, unpermute
 from flaxdraft.nn.rope import RopeConfig, inverse_frequencies
 
 HIDDEN, HEADS, KV_HEADS, FFN, LAYERS = 32, 4, 2, 64, 8

@@ -14,12 +14,12 @@ from tiny import random_weights
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from flaxdraft.devices.mesh import Sharding
 from flaxdraft.errors import InputError
-from flaxdraft.hf_directory import HFDirectory
+from flaxdraft.files.hugging_face import HFDirectory
+from flaxdraft.files.safetensors_file import SafetensorsFile
 from flaxdraft.interfaces import Batch
-from flaxdraft.mesh import Sharding
-from flaxdraft.precision import Precision
-from flaxdraft.safetensors_file import SafetensorsFile
+from flaxdraft.nn.precision import Precision
 from flaxdraft.targets import from_pretrained, llama
 
 CONFIG = TARGET_HF | {"num_hidden_layers": 8}

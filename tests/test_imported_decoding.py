@@ -9,13 +9,13 @@ import pytest
 from agreeing import DISTANCE, VOCAB, make_draft, make_target, prompts
 from test_from_pytorch import Source, nemo, specforge
 
-from flaxdraft.data.generation import answer_greedily
-from flaxdraft.drafts import llama
-from flaxdraft.evaluate.acceptance import walk
-from flaxdraft.evaluate.decoding import Decoding, Settings
-from flaxdraft.evaluate.inputs import load_draft
-from flaxdraft.foreign.convert import convert
-from flaxdraft.precision import Precision
+from flaxdraft.algorithms.eagle3.drafts import llama
+from flaxdraft.algorithms.eagle3.foreign.convert import convert
+from flaxdraft.decode.decoding import Decoding, Settings
+from flaxdraft.decode.greedy import answer_greedily
+from flaxdraft.evaluate.loading import load_draft
+from flaxdraft.evaluate.walk import walk
+from flaxdraft.nn.precision import Precision
 from flaxdraft.targets import LoadedTarget
 
 LAG = DISTANCE + 1  # of the token that decides, behind the one that is said

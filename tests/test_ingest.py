@@ -17,8 +17,8 @@ from teaching import Teaching, assert_close
 from tiny import write_tiny_gguf
 
 from flaxdraft.data.__main__ import main as data_main
+from flaxdraft.data.draft_vocabulary import read_map
 from flaxdraft.data.store import FeatureStore
-from flaxdraft.data.vocab import read_map
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch
 from flaxdraft.targets import from_pretrained

@@ -26,8 +26,8 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp
-from flaxdraft.mesh import make_mesh
-from flaxdraft.precision import Precision
+from flaxdraft.devices.mesh import make_mesh
+from flaxdraft.nn.precision import Precision
 from flaxdraft.targets import from_pretrained
 
 def anonymous():

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from flaxdraft.errors import InputError
-from flaxdraft.lock import DirectoryLock
+from flaxdraft.stages.directory_lock import DirectoryLock
 
 
 def test_a_second_run_is_refused_and_the_holder_named(tmp_path):
@@ -26,7 +26,7 @@ def test_a_second_run_is_refused_and_the_holder_named(tmp_path):
 
 
 def test_the_lock_of_a_killed_process_is_stale(tmp_path):
-    script = f"from pathlib import Path; from flaxdraft.lock import DirectoryLock; import os, signal\n" \
+    script = f"from pathlib import Path; from flaxdraft.stages.directory_lock import DirectoryLock; import os, signal\n" \
              f"DirectoryLock(Path({str(tmp_path)!r})).__enter__(); os.kill(os.getpid(), signal.SIGKILL)"  # fmt: skip
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
     assert json.loads((tmp_path / "lock").read_text())["host"] == socket.gethostname()

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxdraft.algorithms.eagle3.suffix_attention import suffix_attention
 from flaxdraft.ops.attention import attend, attend_cache, causal_visibility
 from flaxdraft.ops.range_attention import Chunks
-from flaxdraft.ops.suffix_attention import suffix_attention
 
 B, T, N, K, H, C = 2, 7, 4, 2, 6, 5
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from test_contracts import DRAFTS, V, W, make_draft
 from test_pipeline import assert_equal, bucketed, make_row, make_rows
 
-from flaxdraft.algorithms.eagle3 import Algorithm, supervision
+from flaxdraft.algorithms.eagle3.objective import Algorithm, supervision
+from flaxdraft.data.batching import Buckets, Packed, Sizes, first_fit
 from flaxdraft.data.documents import AnsweredPrompts
-from flaxdraft.data.layout import Buckets, Packed, Sizes, first_fit
 from flaxdraft.data.pipeline import Pipeline
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Example, Features

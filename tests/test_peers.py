@@ -7,12 +7,12 @@ from unittest.mock import Mock
 
 import pytest
 
-from flaxdraft import hosts
 from flaxdraft.config import HostsConfig
+from flaxdraft.devices import hosts
+from flaxdraft.devices.hosts import members
+from flaxdraft.devices.watchdog import RESTART, Peers
 from flaxdraft.errors import InputError
-from flaxdraft.hosts import members
-from flaxdraft.peers import RESTART, Peers
-from flaxdraft.train import supervise
+from flaxdraft.run import supervise
 
 
 class Group:

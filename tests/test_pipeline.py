@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from flaxdraft.algorithms.eagle3 import Algorithm, supervision
+from flaxdraft.algorithms.eagle3.objective import Algorithm, supervision
 from flaxdraft.config import DataConfig, TrainConfig
 from flaxdraft.data.documents import AnsweredPrompts, Document, as_document
-from flaxdraft.data.generation import Row
 from flaxdraft.data.pipeline import batches_from, collate, make_pipeline
+from flaxdraft.decode.greedy import Row
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Features
 

@@ -10,17 +10,17 @@ import pytest
 from agreeing import VOCAB, D, V, make_draft, make_target, prompts
 from flax import nnx
 
-from flaxdraft.algorithms.eagle3 import Algorithm
+from flaxdraft.algorithms.eagle3.drafts import llama
+from flaxdraft.algorithms.eagle3.objective import Algorithm
 from flaxdraft.data.documents import as_document
-from flaxdraft.data.generation import answer_greedily
 from flaxdraft.data.pipeline import collate
-from flaxdraft.drafts import llama
-from flaxdraft.evaluate.acceptance import accept_length
-from flaxdraft.evaluate.decoding import Decoding, Settings
+from flaxdraft.decode.decoding import Decoding, Settings
+from flaxdraft.decode.greedy import answer_greedily
+from flaxdraft.devices.mesh import Sharding
 from flaxdraft.evaluate.results import acceptance
+from flaxdraft.evaluate.walk import accept_length
 from flaxdraft.interfaces import Example, VocabMap
-from flaxdraft.mesh import Sharding
-from flaxdraft.precision import Precision
+from flaxdraft.nn.precision import Precision
 from flaxdraft.train.state import split_draft
 
 PROMPTS, LIMIT, STOP, CHAIN = prompts(48), 24, 7, 4

@@ -9,7 +9,7 @@ from tiny import write_prompts
 
 from flaxdraft.data.prompts import Prompt, read_prompts, render
 from flaxdraft.errors import InputError
-from flaxdraft.gguf_file import GGUFCheckpoint
+from flaxdraft.files.gguf_file import GGUFCheckpoint
 
 SHIPPED = Path(__file__).parents[1] / "experiments" / "data" / "prompts.jsonl"
 GOOD = {"id": "a", "category": "c", "split": "train", "prompt": "p"}

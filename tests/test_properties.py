@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jitted import loss_sums, unroll
 from test_contracts import DRAFTS, V, W, make_draft
 
-from flaxdraft.algorithms.eagle3 import Algorithm, supervised_rows, supervision
+from flaxdraft.algorithms.eagle3.objective import Algorithm, supervised_rows, supervision
 from flaxdraft.interfaces import Batch, Example, Features
 
 B, T, J = 2, 16, 3

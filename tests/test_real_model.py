@@ -11,9 +11,9 @@ import yaml
 
 from flaxdraft import targets
 from flaxdraft.config import load_config
-from flaxdraft.data.generation import answer_greedily
 from flaxdraft.data.prompts import Prompt, render
-from flaxdraft.generate import generate
+from flaxdraft.decode.generation import generate
+from flaxdraft.decode.greedy import answer_greedily
 from flaxdraft.interfaces import Batch
 from flaxdraft.train.__main__ import main
 

@@ -9,15 +9,15 @@ import pytest
 from flax import nnx
 from test_contracts import TARGET_HF
 
-from flaxdraft.drafts import llama
-from flaxdraft.evaluate.decoding import Decoding, Settings
-from flaxdraft.evaluate.speculative import advance
-from flaxdraft.generate import generate
+from flaxdraft.algorithms.eagle3.drafts import llama
+from flaxdraft.decode.decoding import Decoding, Settings
+from flaxdraft.decode.generation import generate
+from flaxdraft.decode.speculative import advance
+from flaxdraft.devices.mesh import Sharding
 from flaxdraft.interfaces import Batch, VocabMap
-from flaxdraft.mesh import Sharding
-from flaxdraft.nn import decoder
+from flaxdraft.nn.precision import Precision
 from flaxdraft.ops import rejection
-from flaxdraft.precision import Precision
+from flaxdraft.targets import decoder
 from flaxdraft.targets import llama as llama_target
 
 V, NUM, TOKENS, CHAIN = 6, 52_000, 4, 2

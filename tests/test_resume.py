@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax import P
 
-from flaxdraft import continuing
-from flaxdraft.checkpoint import Checkpoints, abstract_like
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
-from flaxdraft.stages import check_claimed, claim
+from flaxdraft.stages import same_inputs
+from flaxdraft.stages.claims import check_claimed, claim
+from flaxdraft.train.checkpoint import Checkpoints, abstract_like
 from flaxdraft.train.resume import Resume, begin
 
 INPUTS = {
@@ -164,13 +164,13 @@ def test_another_vocabulary_map_is_refused(written):
 
 def test_a_run_on_a_constant_schedule_may_be_made_longer():
     old, new = changed(schedule="constant"), changed(schedule="constant", num_steps=200)
-    assert not continuing.differing(old, new)
-    assert continuing.differing(INPUTS, new)["train.num_steps"] == (100, 200)
+    assert not same_inputs.differing(old, new)
+    assert same_inputs.differing(INPUTS, new)["train.num_steps"] == (100, 200)
 
 
 def test_a_run_of_before_a_field_goes_on_with_what_it_did():
-    assert not continuing.differing(INPUTS, changed(float8=False))
-    assert continuing.differing(INPUTS, changed(float8=True)) == {"train.float8": (False, True)}
+    assert not same_inputs.differing(INPUTS, changed(float8=False))
+    assert same_inputs.differing(INPUTS, changed(float8=True)) == {"train.float8": (False, True)}
 
 
 def test_the_folder_remembers_the_newest_inputs(tmp_path):

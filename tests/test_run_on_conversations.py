@@ -9,7 +9,7 @@ from tiny_runs import call, make_workspace, metrics
 
 from flaxdraft.config import load_config
 from flaxdraft.data.__main__ import main as data_main
-from flaxdraft.train import run_draft
+from flaxdraft.run import run_draft
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from tiny_runs import call, make_workspace
 
 from flaxdraft.config import load_config
 from flaxdraft.errors import InputError
-from flaxdraft.stages import claim
-from flaxdraft.train.run_draft import Run
+from flaxdraft.run.run_draft import Run
+from flaxdraft.stages.claims import claim
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from flax import nnx
 from jitted import unroll
 from test_contracts import DRAFTS, V, make_draft
 
-from flaxdraft.evaluate import drafting
+from flaxdraft.algorithms.eagle3 import drafter
 from flaxdraft.interfaces import Batch
 
 B, T, CHAIN = 2, 20, 4
@@ -28,12 +28,12 @@ CASES = [
 @partial(jax.jit, static_argnames="graphdef")
 def draft_step(graphdef, state, cache, tokens_B1, hidden_B1D, positions_B1):
     draft = nnx.merge(graphdef, state)
-    return drafting.cached_layer(draft, cache, draft.embed(tokens_B1), hidden_B1D, positions_B1)
+    return drafter.cached_layer(draft, cache, draft.embed(tokens_B1), hidden_B1D, positions_B1)
 
 
 @partial(jax.jit, static_argnames="graphdef")
 def extend(graphdef, state, *rest):
-    return drafting.extend(nnx.merge(graphdef, state), *rest)
+    return drafter.extend(nnx.merge(graphdef, state), *rest)
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -42,7 +42,7 @@ def propose(graphdef, state, cache, hidden_BD, row_B):
         return jnp.argmax(logits_BW, axis=-1).astype(jnp.int32), None
 
     draft = nnx.merge(graphdef, state)
-    cache, chain_BQ, _ = drafting.propose(draft, cache, hidden_BD, row_B, CHAIN, highest)
+    cache, chain_BQ, _ = drafter.propose(draft, cache, hidden_BD, row_B, CHAIN, highest)
     return cache, draft.target_ids[...][chain_BQ]
 
 
@@ -70,7 +70,7 @@ class Engine:
     def __init__(self, draft, tokens_BT, taps_BT3E):
         self.parts = nnx.split(draft)
         self.tokens_BT, self.taps_BT3E = tokens_BT, taps_BT3E
-        self.cache = drafting.new_draft_cache(draft, B, SLOTS)
+        self.cache = drafter.new_draft_cache(draft, B, SLOTS)
 
     def extend(self, start_B, end_B):
         """Rows start..end (inclusive) of each batch entry from real states; what is left over is padding."""

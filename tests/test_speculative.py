@@ -20,12 +20,12 @@ from agreeing import (
 )  # fmt: skip
 from flax import nnx
 
-from flaxdraft.algorithms.eagle3 import Algorithm
+from flaxdraft.algorithms.eagle3.objective import Algorithm
+from flaxdraft.decode.decoding import Decoding, Settings
+from flaxdraft.decode.speculative import begin
+from flaxdraft.devices.mesh import make_mesh
 from flaxdraft.errors import InputError
-from flaxdraft.evaluate.acceptance import accept_length, evaluate_teacher_forced, make_accepted
-from flaxdraft.evaluate.decoding import Decoding, Settings
-from flaxdraft.evaluate.speculative import begin
-from flaxdraft.mesh import make_mesh
+from flaxdraft.evaluate.walk import accept_length, evaluate_teacher_forced, make_accepted
 from flaxdraft.train.state import split_draft
 
 NUM, CHAIN = 104, 6  # a chain longer than DISTANCE reads its own tokens
@@ -131,7 +131,7 @@ def test_long_prompts_are_read_in_pieces(run, monkeypatch):
     chunk, want = 8, run(PROMPTS)
     assert {0, 1, chunk - 1} <= {len(prompt) % chunk for prompt in PROMPTS}
     assert {1, 2, 3} <= {-(-len(prompt) // chunk) for prompt in PROMPTS}
-    monkeypatch.setattr("flaxdraft.evaluate.speculative.PREFILL_CHUNK", chunk)
+    monkeypatch.setattr("flaxdraft.decode.speculative.PREFILL_CHUNK", chunk)
     begin.clear_cache()
     assert run(PROMPTS) == want
     begin.clear_cache()

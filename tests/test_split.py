@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from flaxdraft.algorithms.eagle3.shared_rows import dealt, split_rows
 from flaxdraft.data.pipeline import HostBatch
-from flaxdraft.data.split import dealt, split_rows
 from flaxdraft.interfaces import Batch, Features
 
 

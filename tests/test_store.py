@@ -12,8 +12,8 @@ from flaxdraft.data import store as module
 from flaxdraft.data.documents import Document
 from flaxdraft.data.store import FeatureStore, Source, finish, shard_name, write_shard
 from flaxdraft.errors import InputError
+from flaxdraft.files.name_tables import save_safetensors
 from flaxdraft.interfaces import Features
-from flaxdraft.weights import save_safetensors
 
 E, V = 8, 50
 SOURCE = Source("t" * 8, "k" * 8, "d" * 8, "bfloat16", (1, 3, 5), E, V, "bfloat16", "bfloat16")

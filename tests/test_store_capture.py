@@ -14,9 +14,9 @@ import pytest
 
 from flaxdraft.data import store_capture, store_writer
 from flaxdraft.data.__main__ import main
-from flaxdraft.data.chat import ChatOptions, render, render_all
 from flaxdraft.data.conversations import read_conversations
 from flaxdraft.data.store import MANIFEST, TARGET, FeatureStore, Source, shard_name
+from flaxdraft.data.templates import ChatOptions, render, render_all
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch
 from flaxdraft.targets import from_pretrained

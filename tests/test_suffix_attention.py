@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from flaxdraft.algorithms.eagle3.suffix_attention import dense, merged
 from flaxdraft.ops.range_attention import Chunks
-from flaxdraft.ops.suffix_attention import dense, merged
 
 # (batch, query rows, key rows, query heads, key/value heads, q/k width, value width, suffix steps)
 SHAPES = {

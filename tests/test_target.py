@@ -9,13 +9,12 @@ import pytest
 from flax import nnx
 
 from flaxdraft import targets
-from flaxdraft.data.generation import answer_greedily, common_prefix
+from flaxdraft.decode.greedy import answer_greedily, common_prefix
+from flaxdraft.devices.mesh import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch
-from flaxdraft.mesh import Sharding
-from flaxdraft.nn import decoder
-from flaxdraft.precision import Precision
-from flaxdraft.targets import llama
+from flaxdraft.nn.precision import Precision
+from flaxdraft.targets import decoder, llama
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,14 @@ from small_drafts import config_of, random_params, vocab_of
 from test_contracts import DRAFTS, TARGET_HF, V, W
 from test_engine_contracts import DEFAULT_TAPS, SWITCHES
 
-from flaxdraft.checkpoint import Checkpoints
-from flaxdraft.drafts import from_pretrained
+from flaxdraft.algorithms.loading import from_pretrained
+from flaxdraft.files.name_tables import load_safetensors
 from flaxdraft.serving import lint
 from flaxdraft.serving.record import DraftRecord
 from flaxdraft.serving.view import view_of_directory
-from flaxdraft.train.counters import zero
+from flaxdraft.train.checkpoint import Checkpoints
 from flaxdraft.train.state import init_state
-from flaxdraft.weights import load_safetensors
+from flaxdraft.train.token_counter import zero
 
 to_serving = tool("convert/to_serving")
 FIELDS = {"plain": {}, "switches": SWITCHES, "own width": {"hidden_size": 40}}

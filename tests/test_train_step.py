@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from test_contracts import DRAFTS, T, V, W, example, make_draft
 
-from flaxdraft.algorithms.eagle3 import Algorithm
+from flaxdraft.algorithms.eagle3.objective import Algorithm
 from flaxdraft.config import TrainConfig
+from flaxdraft.data.batching import Buckets, Sizes
 from flaxdraft.data.documents import AnsweredPrompts
-from flaxdraft.data.generation import Row
-from flaxdraft.data.layout import Buckets, Sizes
 from flaxdraft.data.pipeline import Pipeline
+from flaxdraft.decode.greedy import Row
 from flaxdraft.interfaces import Example, Features
 from flaxdraft.train.optimizer import optimizer, schedule
 from flaxdraft.train.state import evaluation_params, init_state, split_draft

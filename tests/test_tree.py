@@ -21,12 +21,13 @@ from agreeing import (
 from flax import nnx
 from test_serving import randomize
 
+from flaxdraft.algorithms.eagle3 import drafter
+from flaxdraft.decode import tree
+from flaxdraft.decode.decoding import Decoding, Settings
+from flaxdraft.decode.tree import Tree
+from flaxdraft.devices.mesh import make_mesh
 from flaxdraft.errors import InputError
-from flaxdraft.evaluate import drafting, tree
-from flaxdraft.evaluate.acceptance import accept_length
-from flaxdraft.evaluate.decoding import Decoding, Settings
-from flaxdraft.evaluate.tree import Tree
-from flaxdraft.mesh import make_mesh
+from flaxdraft.evaluate.walk import accept_length
 
 NUM = 104
 PROMPTS = prompts(NUM)
@@ -191,8 +192,8 @@ def test_children_are_the_drafts_likeliest_behind_their_path(target, name):
     rng = np.random.default_rng(0)
     read = jnp.arange(7)[None].repeat(num_rows, 0)
     taps = jnp.asarray(rng.normal(size=(num_rows, 7, 3, 32)))
-    cache, hidden_BD = drafting.extend(
-        model, drafting.new_draft_cache(model, num_rows, num_slots), taps, jnp.asarray(rng.integers(0, V, (3, 7))),
+    cache, hidden_BD = drafter.extend(
+        model, drafter.new_draft_cache(model, num_rows, num_slots), taps, jnp.asarray(rng.integers(0, V, (3, 7))),
         read, jnp.full(num_rows, 6),
     )  # fmt: skip
     row_B = jnp.full(num_rows, 6)
@@ -204,7 +205,7 @@ def test_children_are_the_drafts_likeliest_behind_their_path(target, name):
         def choose(logits_BW, j):
             return ids_BT[:, j], jax.lax.top_k(logits_BW, 2)[1]
 
-        return drafting.propose(model, cache, hidden_BD, row_B, len(shape.widths), choose)[2]
+        return drafter.propose(model, cache, hidden_BD, row_B, len(shape.widths), choose)[2]
 
     for path_T in paths_of(shape):
         likeliest_BQ2 = np.asarray(told(jnp.asarray(ids_BN[:, path_T[1:]])))

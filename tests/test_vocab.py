@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxdraft.checkpoint import Checkpoints, abstract_like
-from flaxdraft.data.vocab import choose_vocab, coverage, coverage_by_size, describe_sizes, source_of
+from flaxdraft.data.draft_vocabulary import choose_vocab, coverage, coverage_by_size, describe_sizes, source_of
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
+from flaxdraft.train.checkpoint import Checkpoints, abstract_like
 from flaxdraft.train.resume import Resume, begin
 
 V = 50

@@ -2,12 +2,12 @@
 
 from unittest.mock import Mock
 
-from flaxdraft.train import watch
+from flaxdraft.train import meters
 
 
 def test_the_pipeline_s_time_counts_and_the_caller_s_does_not(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(meters.time, "monotonic", lambda: now[0])
 
     def batches():
         for i in range(3):
@@ -15,7 +15,7 @@ def test_the_pipeline_s_time_counts_and_the_caller_s_does_not(monkeypatch):
             yield i
         now[0] += 1  # to find that there are no more
 
-    one = watch.Watch(Mock(), Mock(), Mock(), Mock(), 0)
+    one = meters.Watch(Mock(), Mock(), Mock(), Mock(), 0)
     found = []
     for batch in one.waiting(batches()):
         found.append(batch)

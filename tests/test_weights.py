@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from flaxdraft.errors import InputError
-from flaxdraft.weights import load_safetensors, save_safetensors, state_from_torch, state_to_torch, write_json
+from flaxdraft.files.name_tables import load_safetensors, save_safetensors, state_from_torch, state_to_torch, write_json
 
 STACKED = (
     ("norm", "norm.weight", "copy"),

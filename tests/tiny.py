@@ -8,8 +8,8 @@ import numpy as np
 from flax import nnx
 from tokenizers import pre_tokenizers
 
-from flaxdraft.nn import decoder
-from flaxdraft.precision import Precision
+from flaxdraft.nn.precision import Precision
+from flaxdraft.targets import decoder
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["t h", "th e", "a n", "an d", "Ġ a", "i n", "Ġ the"]

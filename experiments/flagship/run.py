@@ -33,10 +33,10 @@ def say(text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    from flaxdraft import weights
+    from flaxdraft.files import name_tables
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights.write_json(path, value)
+    name_tables.write_json(path, value)
 
 
 def read_json(path: Path) -> Any:
@@ -56,7 +56,7 @@ def configured(a: argparse.Namespace, *more: str):
 def generate(a: argparse.Namespace) -> None:
     """Prompts until there are enough or time is up, then answers until all are there or time is up."""
     from flaxdraft import targets
-    from flaxdraft.precision import DTYPES, Precision
+    from flaxdraft.nn.precision import DTYPES, Precision
 
     config, started = configured(a), time.monotonic()
     precision = Precision(DTYPES[a.dtype], DTYPES[a.dtype])
@@ -72,7 +72,7 @@ def write_prompts(a: argparse.Namespace, config: Any, loaded: Any) -> list[dict[
     """The project's training prompts, and those that the target wrote, a wave a file."""
     import prompts as writing
 
-    from flaxdraft.generate import generate_each
+    from flaxdraft.decode.generation import generate_each
 
     own = [row for row in writing.read_lines(ROOT / config.data.prompts)]
     training = [row for row in own if row["split"] == "train"]
@@ -137,8 +137,8 @@ def statistics(a: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     import numpy as np
     from prompts import read_lines
 
+    from flaxdraft.data.draft_vocabulary import coverage_by_size
     from flaxdraft.data.regenerate import FILE
-    from flaxdraft.data.vocab import coverage_by_size
 
     counts, lengths, total, categories = np.zeros(len(tokenizer), np.int64), [], 0, {}
     for row in read_lines(a.work / FILE):
@@ -201,8 +201,8 @@ def train(a: argparse.Namespace) -> None:
 
 def fitted(config: Any, *, export: bool) -> None:
     """A run's training, and its export; the evaluation is a stage of its own here."""
-    from flaxdraft.train.run_draft import Run
-    from flaxdraft.train.run_results import Results
+    from flaxdraft.run.run_draft import Run
+    from flaxdraft.run.run_results import Results
 
     stages = Run(config)
     stages.claim_folders()

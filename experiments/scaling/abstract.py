@@ -11,14 +11,14 @@ import numpy as np
 from bench_cases import CASES, count_flops
 from flax import nnx
 
-from flaxdraft.algorithms.eagle3 import Algorithm
+from flaxdraft.algorithms.eagle3.objective import Algorithm
 from flaxdraft.config import TrainConfig
+from flaxdraft.devices.mesh import make_mesh
+from flaxdraft.devices.weight_places import place_of
 from flaxdraft.interfaces import Batch, Example, Features, SplitRows, VocabMap
-from flaxdraft.mesh import make_mesh
-from flaxdraft.nn.places import place_of
-from flaxdraft.precision import Precision
+from flaxdraft.nn.precision import Precision
+from flaxdraft.train.batch_placement import SHARDING
 from flaxdraft.train.optimizer import optimizer
-from flaxdraft.train.place import SHARDING
 from flaxdraft.train.state import init_state, split_draft
 from flaxdraft.train.step import make_train_step
 

@@ -79,8 +79,8 @@ def show(arguments: argparse.Namespace) -> None:
     from rich.text import Text
 
     from flaxdraft import targets
-    from flaxdraft.data.chat import ChatOptions, render
     from flaxdraft.data.conversations import read_conversations
+    from flaxdraft.data.templates import ChatOptions, render
     from flaxdraft.progress import CONSOLE
 
     tokenizer = targets.open_target(arguments.target).source.tokenizer()
@@ -120,10 +120,10 @@ def answer_all(arguments: argparse.Namespace) -> None:
     from flaxdraft import targets
     from flaxdraft.data.conversations import read_conversations
     from flaxdraft.data.regenerate import FILE, Answering, regenerate
-    from flaxdraft.fetch import content_of, sha256_of
-    from flaxdraft.precision import DTYPES, Precision
+    from flaxdraft.files.fetch import content_of, sha256_of
+    from flaxdraft.nn.precision import DTYPES, Precision
     from flaxdraft.progress import CONSOLE
-    from flaxdraft.stages import claim
+    from flaxdraft.stages.claims import claim
 
     options = Answering(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Answering)})
     if not arguments.file.is_file():
@@ -157,14 +157,14 @@ def capture_all(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from flaxdraft import targets
-    from flaxdraft.data.chat import ChatOptions, render_all, tokenizer_digest
     from flaxdraft.data.conversations import read_conversations
+    from flaxdraft.data.draft_vocabulary import describe_sizes
     from flaxdraft.data.store import Source
     from flaxdraft.data.store_capture import capture
     from flaxdraft.data.store_writer import make_plan, start
-    from flaxdraft.data.vocab import describe_sizes
-    from flaxdraft.fetch import content_of
-    from flaxdraft.precision import DTYPES, Precision
+    from flaxdraft.data.templates import ChatOptions, render_all, tokenizer_digest
+    from flaxdraft.files.fetch import content_of
+    from flaxdraft.nn.precision import DTYPES, Precision
     from flaxdraft.progress import CONSOLE
 
     opened = targets.open_target(arguments.target)

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from flaxdraft.data.json_lines import read_json_lines
 from flaxdraft.errors import InputError
+from flaxdraft.files.json_lines import read_json_lines
 
 # ShareGPT's speakers.
 _SPEAKERS = {

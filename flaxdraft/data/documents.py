@@ -12,8 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from flaxdraft.data.chat import Rendered, rows_digest
-from flaxdraft.data.generation import Row
+from flaxdraft.data.templates import Rendered, rows_digest
+from flaxdraft.decode.greedy import Row
 from flaxdraft.interfaces import Features
 
 

@@ -17,19 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxdraft.data.chat import Rendered, rows_digest, tokenizer_digest
 from flaxdraft.data.documents import Document
-from flaxdraft.data.generation import round_up
-from flaxdraft.data.outer import OuterWeights
 from flaxdraft.data.store import Source
 from flaxdraft.data.store_writer import Plan, fill, make_plan
+from flaxdraft.data.templates import Rendered, rows_digest, tokenizer_digest
+from flaxdraft.decode.greedy import round_up
+from flaxdraft.devices.mesh import Sharding
 from flaxdraft.errors import InputError
-from flaxdraft.fetch import content_of
+from flaxdraft.files.fetch import content_of
 from flaxdraft.interfaces import Features
-from flaxdraft.mesh import Sharding
 from flaxdraft.nn import vocabulary
 from flaxdraft.progress import CONSOLE
 from flaxdraft.targets import OpenedTarget
+from flaxdraft.targets.embedding_and_head import OuterWeights
 
 STORED = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}  # a dtype of a file, and of the store
 

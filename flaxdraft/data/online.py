@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from flaxdraft.config import DataConfig
-from flaxdraft.data.chat import ChatOptions, render_all
 from flaxdraft.data.conversations import read_conversations
 from flaxdraft.data.documents import Conversations
+from flaxdraft.data.templates import ChatOptions, render_all
 from flaxdraft.progress import CONSOLE
 
 In, Out = TypeVar("In"), TypeVar("Out")

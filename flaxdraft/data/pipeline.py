@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from flaxdraft.config import DataConfig, TrainConfig
+from flaxdraft.data.batching import Buckets, Layout, Packed, Sizes
 from flaxdraft.data.documents import Document, Documents
-from flaxdraft.data.layout import Buckets, Layout, Packed, Sizes
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Algorithm, Batch, Features
 

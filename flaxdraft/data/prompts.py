@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxdraft.data.json_lines import read_json_lines
 from flaxdraft.errors import InputError
+from flaxdraft.files.json_lines import read_json_lines
 
 SPLITS = ("train", "held_out")
 _FIELDS = ("id", "category", "split", "prompt")

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from flaxdraft.data.chat import ChatOptions, render
 from flaxdraft.data.conversations import Conversation
+from flaxdraft.data.templates import ChatOptions, render
+from flaxdraft.decode.generation import generate_each
 from flaxdraft.errors import InputError
-from flaxdraft.generate import generate_each
 from flaxdraft.interfaces import Target
 from flaxdraft.progress import bar
 

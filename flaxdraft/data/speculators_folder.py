@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxdraft.data.chat import Rendered
 from flaxdraft.data.ingest import States, token_row
+from flaxdraft.data.templates import Rendered
 from flaxdraft.errors import InputError
-from flaxdraft.weights import load_safetensors
+from flaxdraft.files.name_tables import load_safetensors
 
 _PREPARE = "give the folder that prepare_data.py wrote"
 

@@ -32,9 +32,9 @@ import safetensors.numpy
 
 from flaxdraft.data.documents import Document
 from flaxdraft.errors import InputError
+from flaxdraft.files.name_tables import load_safetensors, write_json
+from flaxdraft.files.safetensors_file import Entry, SafetensorsFile
 from flaxdraft.interfaces import Features
-from flaxdraft.safetensors_file import Entry, SafetensorsFile
-from flaxdraft.weights import load_safetensors, write_json
 
 SCHEMA = 1
 TAP_CONVENTION = "residual stream after these layers (0-based), un-normed; last hidden state after the final norm"

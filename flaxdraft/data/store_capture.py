@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from flaxdraft.data.chat import Rendered
 from flaxdraft.data.documents import Document
 from flaxdraft.data.store_writer import Plan, fill
+from flaxdraft.data.templates import Rendered
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Target
 

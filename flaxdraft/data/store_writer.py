@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from flaxdraft.continuing import flatten
 from flaxdraft.data.documents import Document
 from flaxdraft.data.store import DTYPES, MANIFEST, PLAN, TARGET, Source, finish, save, shard_name, write_shard
 from flaxdraft.errors import InputError
+from flaxdraft.files.name_tables import write_json
 from flaxdraft.progress import bar
-from flaxdraft.weights import write_json
+from flaxdraft.stages.same_inputs import flatten
 
 _EXTRA_BYTES = 4 + 1 + 4 + 4  # token, mask, argmax, logsumexp
 

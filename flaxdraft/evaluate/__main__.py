@@ -89,7 +89,7 @@ def _draft_files(path: Path, step: str | None) -> Iterator[Path]:
             f"draft {path}: found neither config.json nor {'export/ nor ' * (step is None)}checkpoints/; expected an "
             "exported draft, what tools/convert writes, or a run's draft folder"
         )
-    from flaxdraft.export import export_again
+    from flaxdraft.serving.export import export_again
 
     with tempfile.TemporaryDirectory() as scratch:
         export_again(path, Path(scratch) / "draft", engine="hf", dtype="float32", step=step or "latest")
@@ -104,18 +104,18 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     """
     import jax
 
-    from flaxdraft.drafts import serving_files
-    from flaxdraft.evaluate.decoding import Settings
+    from flaxdraft.algorithms.loading import serving_files
+    from flaxdraft.decode.decoding import Settings
+    from flaxdraft.devices.mesh import make_mesh
     from flaxdraft.evaluate.measure import Guess, Session, measure, texts_of
     from flaxdraft.evaluate.questions import read_questions
+    from flaxdraft.evaluate.report import print_evaluation, write_evaluation
     from flaxdraft.evaluate.results import guess_result
-    from flaxdraft.evaluate.walked import walk_answers
-    from flaxdraft.fetch import content_of, sha256_of
-    from flaxdraft.mesh import make_mesh
+    from flaxdraft.evaluate.walk_answers import walk_answers
+    from flaxdraft.files.fetch import content_of, sha256_of
+    from flaxdraft.files.name_tables import write_json
     from flaxdraft.progress import CONSOLE
-    from flaxdraft.report import print_evaluation, write_evaluation
-    from flaxdraft.stages import claim
-    from flaxdraft.weights import write_json
+    from flaxdraft.stages.claims import claim
 
     guesses = [*(Guess(chain_length=chain) for chain in a.chain), *(Guess(tree=tuple(tree)) for tree in a.tree)]
     for guess in guesses:  # refuses wrong numbers before anything is loaded
@@ -168,8 +168,8 @@ def _load(a: argparse.Namespace, directory: Path):
         InputError: the target cannot be asked, or the two do not belong together.
     """
     from flaxdraft import targets
-    from flaxdraft.evaluate.inputs import load_draft, tapped_layers
-    from flaxdraft.precision import DTYPES, Precision
+    from flaxdraft.evaluate.loading import load_draft, tapped_layers
+    from flaxdraft.nn.precision import DTYPES, Precision
 
     precision = Precision(compute=DTYPES[a.dtype], param=DTYPES[a.dtype])
     taps = tapped_layers(directory, targets.open_target(a.target))

@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from flaxdraft.data.generation import Row
-from flaxdraft.evaluate.decoding import Decoding, Settings
+from flaxdraft.decode.decoding import Decoding, Settings
+from flaxdraft.decode.greedy import Row
 from flaxdraft.interfaces import Target
 
 _NO_MESH = jax.sharding.Mesh(np.empty((), object), ())

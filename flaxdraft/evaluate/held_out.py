@@ -7,10 +7,10 @@ from typing import Any
 
 from flax import nnx
 
-from flaxdraft.data.generation import Row
-from flaxdraft.evaluate.acceptance import TeacherForced
-from flaxdraft.evaluate.decoding import Decoded, Decoding, Settings
+from flaxdraft.decode.decoding import Decoded, Decoding, Settings
+from flaxdraft.decode.greedy import Row
 from flaxdraft.evaluate.results import acceptance, by_category, teacher_forced_figures
+from flaxdraft.evaluate.walk import TeacherForced
 from flaxdraft.interfaces import Target
 from flaxdraft.progress import bar
 

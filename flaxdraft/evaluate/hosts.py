@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flaxdraft.evaluate.acceptance import Part
+from flaxdraft.evaluate.walk import Part
 
 
 def gather_parts(part: Part) -> list[Part]:

@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from flaxdraft.decode.decoding import Decoded, Decoding, Settings, padded_length
+from flaxdraft.decode.tree import Tree
 from flaxdraft.errors import InputError
-from flaxdraft.evaluate.decoding import Decoded, Decoding, Settings, padded_length
 from flaxdraft.evaluate.questions import Question
-from flaxdraft.evaluate.tree import Tree
 from flaxdraft.progress import Bar, bar
-from flaxdraft.stages import Stage
+from flaxdraft.stages.claims import Stage
 
 LEAST_LENGTH = 128  # of padded prompts
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from flaxdraft.errors import InputError
-from flaxdraft.evaluate.acceptance import TeacherForced, accept_length, histogram
 from flaxdraft.evaluate.measure import Measured, Timing
+from flaxdraft.evaluate.walk import TeacherForced, accept_length, histogram
 
 
 def acceptance(yields: Sequence[Sequence[int]], chain_length: int) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.mesh import Sharding, along
+from flaxdraft.devices.mesh import Sharding, along
 from flaxdraft.nn.layers import WHOLE, RMSNorm, column, latent, row
+from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig, cos_sin, rotate_interleaved
-from flaxdraft.precision import Precision
 
 
 @dataclasses.dataclass(frozen=True)

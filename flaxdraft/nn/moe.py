@@ -19,9 +19,9 @@ from flax import nnx
 from jax import P, lax
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.mesh import EXPERT_AXIS, TENSOR_AXIS, Sharding, gathered, on_shards
+from flaxdraft.devices.mesh import EXPERT_AXIS, TENSOR_AXIS, Sharding, gathered, on_shards
 from flaxdraft.nn.layers import WHOLE, GatedMLP
-from flaxdraft.precision import Precision
+from flaxdraft.nn.precision import Precision
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from flaxdraft.devices.mesh import added_up, axes_of, gradient_spec, per_device, scaled, spec_of
 from flaxdraft.interfaces import LossSums
-from flaxdraft.mesh import added_up, axes_of, gradient_spec, per_device, scaled, spec_of
 from flaxdraft.ops.objectives import TeacherRows
 from flaxdraft.ops.row_signals import row_signals
 from flaxdraft.ops.vocabulary_axis import argmax, logsumexp

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flaxdraft.serving import taps
-from flaxdraft.serving.contract import SWITCHES, kind_of
+from flaxdraft.algorithms.eagle3.serving import layer_ids
+from flaxdraft.algorithms.eagle3.serving.contract import SWITCHES, kind_of
 
 _SERVE = {
     "sglang": "python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 \\\n"
@@ -34,7 +34,7 @@ def model_card(config: Mapping[str, Any], target: str, run: Path | None) -> str:
         "draft": f"EAGLE-3, one {kind} layer of width {config['hidden_size']}"
                  + (f", {' and '.join(switched)}" if switched else ""),
         "draft vocabulary": f"{config['draft_vocab_size']:,} of {config['vocab_size']:,} tokens",
-        "reads the outputs of layers": ", ".join(str(layer - 1) for layer in config[taps.NAME]) + " (0-based)",
+        "reads the outputs of layers": ", ".join(str(layer - 1) for layer in config[layer_ids.NAME]) + " (0-based)",
         "context": f"{config['max_position_embeddings']:,} tokens",
         "weights": config["torch_dtype"],
     }  # fmt: skip

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.table import Table
 
-from flaxdraft.serving import rules, sanity
-from flaxdraft.serving.contract import Engine, engines
+from flaxdraft.algorithms.eagle3.serving import rules, sanity
+from flaxdraft.algorithms.eagle3.serving.contract import Engine, engines
+from flaxdraft.algorithms.eagle3.serving.fields import malformed, sizeless
 from flaxdraft.serving.finding import Finding, few
 from flaxdraft.serving.view import DraftView
-from flaxdraft.serving.wellformed import malformed, sizeless
 
 DIRECTORY = "the directory"
 PORTABLE = ("sglang", "vllm")  # what one directory can satisfy at once for every draft

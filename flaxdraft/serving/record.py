@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from flaxdraft.errors import InputError
+from flaxdraft.files.name_tables import write_json
 from flaxdraft.serving.view import read_config
-from flaxdraft.weights import write_json
 
 NAME = "draft.json"
 

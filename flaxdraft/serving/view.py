@@ -11,9 +11,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from flaxdraft.errors import InputError
-from flaxdraft.gguf_file import GGUFCheckpoint
-from flaxdraft.safetensors_file import SafetensorsFile
-from flaxdraft.weights import read_json_object
+from flaxdraft.files.gguf_file import GGUFCheckpoint
+from flaxdraft.files.name_tables import read_json_object
+from flaxdraft.files.safetensors_file import SafetensorsFile
 
 _NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",

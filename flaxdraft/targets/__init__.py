@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from flaxdraft.devices.mesh import Sharding
 from flaxdraft.errors import InputError
-from flaxdraft.fetch import fetch
-from flaxdraft.gguf_file import GGUFCheckpoint
-from flaxdraft.hf_directory import HFDirectory
+from flaxdraft.files.fetch import fetch
+from flaxdraft.files.gguf_file import GGUFCheckpoint
+from flaxdraft.files.hugging_face import HFDirectory
+from flaxdraft.files.name_tables import load_state
 from flaxdraft.interfaces import find_by_architecture
-from flaxdraft.mesh import Sharding
-from flaxdraft.nn import decoder
-from flaxdraft.precision import Precision
-from flaxdraft.weights import load_state
+from flaxdraft.nn.precision import Precision
+from flaxdraft.targets import decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -34,10 +34,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def show(arguments: argparse.Namespace) -> None:
     from flaxdraft import targets
-    from flaxdraft.mesh import Sharding, make_mesh
-    from flaxdraft.nn import decoder
-    from flaxdraft.precision import DTYPES, Precision
+    from flaxdraft.devices.mesh import Sharding, make_mesh
+    from flaxdraft.nn.precision import DTYPES, Precision
     from flaxdraft.progress import CONSOLE
+    from flaxdraft.targets import decoder
 
     precision = Precision(compute=DTYPES[arguments.dtype], param=DTYPES[arguments.dtype])
     opened = targets.open_target(arguments.address)
@@ -69,7 +69,7 @@ def show(arguments: argparse.Namespace) -> None:
         return
     if tokenizer is None or not tokenizer.chat_template:
         raise InputError(f"{opened.path}: no sample without a tokenizer and its chat template; give --new-tokens 0")
-    from flaxdraft.generate import generate
+    from flaxdraft.decode.generation import generate
 
     mesh = make_mesh(**shape) if math.prod(shape.values()) > 1 else None
     loaded = targets.from_pretrained(arguments.address, precision=precision, mesh=mesh)

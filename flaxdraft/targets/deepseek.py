@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from flaxdraft.devices.mesh import Sharding
 from flaxdraft.errors import InputError
-from flaxdraft.mesh import Sharding
-from flaxdraft.nn.decoder import DecoderConfig, Group, Layer
 from flaxdraft.nn.layers import GatedMLP
 from flaxdraft.nn.mla import MLA, MLAConfig
 from flaxdraft.nn.moe import MoE, MoEConfig
-from flaxdraft.precision import Precision
+from flaxdraft.nn.precision import Precision
+from flaxdraft.targets.decoder import DecoderConfig, Group, Layer
 
 ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from flaxdraft.devices.mesh import Sharding
 from flaxdraft.errors import InputError
-from flaxdraft.mesh import Sharding
-from flaxdraft.nn.decoder import DecoderConfig, Group, Layer
 from flaxdraft.nn.gqa import GQA, GQAConfig
 from flaxdraft.nn.layers import GatedMLP
-from flaxdraft.precision import Precision
+from flaxdraft.nn.precision import Precision
+from flaxdraft.targets.decoder import DecoderConfig, Group, Layer
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 MODEL_TYPES = ("llama", "qwen2", "qwen3")

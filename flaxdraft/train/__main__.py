@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"flaxdraft: {error}", file=sys.stderr)
         return 2
     # JAX starts only once the configuration is known to be good.
-    from flaxdraft.train.run import plan, run
-    from flaxdraft.train.supervise import supervised
+    from flaxdraft.run.run import plan, run
+    from flaxdraft.run.supervise import supervised
 
     work = (lambda: plan(config)) if arguments.plan else (lambda: run(config, arguments.allow_change))
     return supervised(config.hosts, work)

@@ -10,25 +10,26 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flaxdraft import provenance, reads
-from flaxdraft.checkpoint import Checkpoints, abstract_like
 from flaxdraft.config import TrainConfig
-from flaxdraft.data.generation import Row, round_up
 from flaxdraft.data.online import one_ahead
 from flaxdraft.data.pipeline import HostBatch, Pipeline, batches_from
-from flaxdraft.evaluate.acceptance import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
+from flaxdraft.decode.greedy import Row, round_up
+from flaxdraft.devices import host_reads
+from flaxdraft.evaluate.walk import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
 from flaxdraft.interfaces import Algorithm, Example, Target, VocabMap
 from flaxdraft.progress import CONSOLE, bar
-from flaxdraft.train import counters as counting
+from flaxdraft.stages import provenance
+from flaxdraft.train import token_counter as counting
+from flaxdraft.train.batch_placement import evaluation_batch, own_rows, placed_rows, rows_multiple, training_example
+from flaxdraft.train.checkpoint import Checkpoints, abstract_like
 from flaxdraft.train.guards import BrokenSteps, PreemptedError, Preemption, memory_advice
+from flaxdraft.train.meters import Watch
 from flaxdraft.train.metrics_log import MetricsLog, held_out_figures
 from flaxdraft.train.optimizer import optimizer
-from flaxdraft.train.place import evaluation_batch, own_rows, placed_rows, rows_multiple, training_example
 from flaxdraft.train.profiling import Trace
 from flaxdraft.train.resume import Resume, begin
 from flaxdraft.train.state import TrainState, evaluation_params, init_state
 from flaxdraft.train.step import make_train_step
-from flaxdraft.train.watch import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +136,10 @@ class _Run:
     def steps(self, graphdef: nnx.GraphDef, frozen: nnx.State, arrays: Mapping[str, Any], start: int) -> TrainState:
         trainer, config = self.trainer, self.trainer.config
         state, counters = arrays["state"], arrays["counters"]
-        tokens = counting.tokens(reads.read(counters))
+        tokens = counting.tokens(host_reads.read(counters))
         trace = Trace(config.profile, trainer.directory / "profile")
         batches = batches_from(self.pipeline, start, config.num_steps, trainer.prefetch)
-        with bar("train", config.num_steps, start) as progress, Preemption() as preemption, reads.only_counted():
+        with bar("train", config.num_steps, start) as progress, Preemption() as preemption, host_reads.only_counted():
             watch = Watch(self.log, progress, BrokenSteps(config.max_skipped), self.pipeline, tokens)
             examples = one_ahead(watch.waiting(batches), trainer.example)
             for step, (_, example) in enumerate(examples, start):
@@ -165,13 +166,13 @@ class _Run:
     def _evaluate_and_save(self, done: int, arrays: Mapping[str, Any], watch: Watch, force: bool) -> None:
         config, score = self.trainer.config, None
         if evaluated := done % config.eval_every == 0 or done == config.num_steps:
-            with reads.allowed():
+            with host_reads.allowed():
                 score = _evaluated(self.log, done, self.evaluate(arrays["state"]))
         is_best = score is not None and score > self.checkpoints.best_score
         due = done % config.checkpoint_every == 0
         self.checkpoints.poll()
         if due or is_best or force:
-            with reads.allowed():
+            with host_reads.allowed():
                 self.checkpoints.save(done, arrays, self.trainer.vocab, self.trainer.record(score))
                 if force:
                     self.checkpoints.finish()

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from flaxdraft import hosts
+from flaxdraft.devices import hosts
 from flaxdraft.errors import InputError
-from flaxdraft.evaluate.acceptance import TeacherForced
+from flaxdraft.evaluate.walk import TeacherForced
 from flaxdraft.train.step import StepMetrics
 
 

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flaxdraft import continuing
-from flaxdraft.checkpoint import Checkpoints, DamagedError, Saved, load, read_record
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.progress import CONSOLE
+from flaxdraft.stages import same_inputs
+from flaxdraft.train.checkpoint import Checkpoints, DamagedError, Saved, load, read_record
 
 
 class Begun(NamedTuple):
@@ -158,10 +158,10 @@ def _say_damaged(checkpoints: Checkpoints, step: int, why: str) -> None:
 
 
 def _load(path: Path, record: Mapping[str, Any], resume: Resume, abstract: Mapping[str, Any]) -> dict[str, Any]:
-    if differences := continuing.differing(record["inputs"], resume.inputs, resume.allowed):
+    if differences := same_inputs.differing(record["inputs"], resume.inputs, resume.allowed):
         raise InputError(
-            f"train.resume: {path} was made by another configuration ({continuing.describe(differences)}). Put it "
-            f"back, or give another name=. To go on regardless, add {continuing.flags(differences)}."
+            f"train.resume: {path} was made by another configuration ({same_inputs.describe(differences)}). Put it "
+            f"back, or give another name=. To go on regardless, add {same_inputs.flags(differences)}."
         )
     target_ids = np.asarray(load(path, {"vocab": None})["vocab"]["target_ids"])
     vocab = resume.vocab

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from flaxdraft.algorithms.eagle3.draft import Eagle3Draft
 from flaxdraft.interfaces import Target, VocabMap
-from flaxdraft.nn.eagle3 import Eagle3Draft
 from flaxdraft.nn.layers import Frozen
 
 

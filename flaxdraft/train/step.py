@@ -19,8 +19,8 @@ import optax
 from flax import nnx
 from jax import P
 
+from flaxdraft.devices.mesh import axes_of, spec_of
 from flaxdraft.interfaces import Algorithm, Example, LossSums
-from flaxdraft.mesh import axes_of, spec_of
 from flaxdraft.train.state import TrainState
 
 

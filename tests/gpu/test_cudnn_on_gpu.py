@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxdraft.mesh import make_mesh
-from flaxdraft.nn import target_attention
-from flaxdraft.ops.suffix_attention import dense, suffix_attention
+from flaxdraft.algorithms.eagle3.suffix_attention import dense, suffix_attention
+from flaxdraft.devices.mesh import make_mesh
+from flaxdraft.targets import target_attention
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import P
 from training import host_batch, setup, train
 
-from flaxdraft.mesh import make_mesh
+from flaxdraft.devices.mesh import make_mesh
 from flaxdraft.ops.float8 import float8_product
 
 ROWS = P(("data", "fsdp"), None, None)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from test_distillation import ACCEPTED, WEIGHTS, make, weighted
 
-from flaxdraft.mesh import BATCH_AXIS, make_mesh
+from flaxdraft.devices.mesh import BATCH_AXIS, make_mesh
 from flaxdraft.ops.distillation import Plan, distill
 
 NUM_BATCHES = 3

@@ -11,8 +11,8 @@ from reductions import matrices, matrix_shapes, reduced_operands
 from test_contracts import DRAFTS
 from training import E, train
 
+from flaxdraft.devices.mesh import AXES, make_mesh
 from flaxdraft.errors import InputError
-from flaxdraft.mesh import AXES, make_mesh
 from flaxdraft.train import step as step_module
 
 AXIS_NAMES = [axis for axis in AXES if axis != "expert"]

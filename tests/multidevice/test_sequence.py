@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from training import host_batch, setup
 
-from flaxdraft.algorithms.eagle3 import Algorithm
+from flaxdraft.algorithms.eagle3.objective import Algorithm
 from flaxdraft.interfaces import Batch
 from flaxdraft.train.step import summed_gradients
 

@@ -6,7 +6,7 @@ import numpy as np
 from jax import P
 from test_distillation import ACCEPTED, WEIGHTS, make, weighted
 
-from flaxdraft.mesh import TENSOR_AXIS, make_mesh, per_device
+from flaxdraft.devices.mesh import TENSOR_AXIS, make_mesh, per_device
 from flaxdraft.ops.distillation import Plan, TeacherHead, distill
 from flaxdraft.ops.objectives import OBJECTIVES
 from flaxdraft.ops.vocabulary_axis import argmax

@@ -10,14 +10,14 @@ import pytest
 from test_contracts import DEEPSEEK_FIELDS, TARGET_HF, TARGETS
 from tiny import random_weights
 
+from flaxdraft.decode.generation import generate
+from flaxdraft.decode.tree import Tree
+from flaxdraft.devices.mesh import Sharding, make_mesh
 from flaxdraft.errors import InputError
-from flaxdraft.evaluate.tree import Tree
-from flaxdraft.generate import generate
+from flaxdraft.files.name_tables import ArraySource, load_state
 from flaxdraft.interfaces import Batch
-from flaxdraft.mesh import Sharding, make_mesh
-from flaxdraft.nn import decoder, target_attention
-from flaxdraft.precision import Precision
-from flaxdraft.weights import ArraySource, load_state
+from flaxdraft.nn.precision import Precision
+from flaxdraft.targets import decoder, target_attention
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 5}
 FIELDS = {

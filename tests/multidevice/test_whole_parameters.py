@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
+from flaxdraft.devices.mesh import make_mesh
 from flaxdraft.evaluate.during_training import spread, whole_on_one_device
-from flaxdraft.mesh import make_mesh
 
 
 def test_split_and_replicated_arrays_come_whole():

@@ -9,15 +9,15 @@ import numpy as np
 from flax import nnx
 from test_contracts import DRAFTS, V, W, target_config
 
-from flaxdraft.algorithms.eagle3 import Algorithm
+from flaxdraft.algorithms.eagle3.objective import Algorithm
 from flaxdraft.config import TrainConfig
 from flaxdraft.data.pipeline import HostBatch
+from flaxdraft.devices.mesh import make_mesh
+from flaxdraft.devices.weight_places import check_heads, on_mesh, weight_on_mesh
 from flaxdraft.interfaces import Batch, Features, VocabMap
-from flaxdraft.mesh import make_mesh
-from flaxdraft.nn.places import check_heads, on_mesh, weight_on_mesh
-from flaxdraft.precision import Precision
+from flaxdraft.nn.precision import Precision
+from flaxdraft.train.batch_placement import SHARDING, training_example
 from flaxdraft.train.optimizer import optimizer
-from flaxdraft.train.place import SHARDING, training_example
 from flaxdraft.train.state import init_state, split_draft
 from flaxdraft.train.step import make_train_step
 

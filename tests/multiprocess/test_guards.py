@@ -12,23 +12,23 @@ import numpy as np
 import pytest
 from worker import E, SmallRun, V, rows, train
 
-from flaxdraft import reads
 from flaxdraft.config import load_config
 from flaxdraft.data.documents import AnsweredPrompts
 from flaxdraft.data.store import TARGET, FeatureStore, Source, finish, shard_name, write_shard
+from flaxdraft.devices import host_reads
 from flaxdraft.errors import InputError
+from flaxdraft.files.name_tables import save_safetensors
+from flaxdraft.run.estimate import make_plan
 from flaxdraft.train import loop
 from flaxdraft.train.guards import PreemptedError, Preemption, memory_advice
-from flaxdraft.train.plan import make_plan
-from flaxdraft.weights import save_safetensors
 
 
 def test_reads_happen_in_logging_and_evaluating_steps_alone(runs, monkeypatch):
     """Of 12 steps, 4, 8 and 12 log, 6 and 12 evaluate. Nothing else reads a number off the device, also where a
     checkpoint is saved at every step."""
     at_step, seen = [], []
-    real_read, real_advanced = reads.read, loop.counting.advanced
-    monkeypatch.setattr(reads, "read", lambda tree: (seen.append(len(at_step)), real_read(tree))[1])
+    real_read, real_advanced = host_reads.read, loop.counting.advanced
+    monkeypatch.setattr(host_reads, "read", lambda tree: (seen.append(len(at_step)), real_read(tree))[1])
     monkeypatch.setattr(loop.counting, "advanced", lambda *args: (at_step.append(0), real_advanced(*args))[1])
     guarded = []
 
@@ -38,11 +38,11 @@ def test_reads_happen_in_logging_and_evaluating_steps_alone(runs, monkeypatch):
         yield
 
     monkeypatch.setattr(jax, "transfer_guard_device_to_host", guard)
-    before = reads.count()
+    before = host_reads.count()
     train(runs, "reads", "train.log_every=4", "train.eval_every=6", "train.checkpoint_every=1")
     # The counters as the run begins, the first evaluation, the log steps, the evaluations; the weights at the end.
     assert sorted(seen) == [0, 0, 4, 6, 8, 12, 12, 12]
-    assert reads.count() - before == len(seen)
+    assert host_reads.count() - before == len(seen)
     assert guarded[0] == "disallow"  # holds for the whole loop; only saving and evaluating lift it
     assert set(guarded[1:]) == {"allow"}
 

@@ -9,7 +9,7 @@ import pytest
 from launch import finish
 from worker import train
 
-from flaxdraft.peers import RESTART
+from flaxdraft.devices.watchdog import RESTART
 
 # Every batch is taken in two parts, weights are averaged, and 3 steps make an epoch: saves fall in the middle of one.
 STEPS = 20

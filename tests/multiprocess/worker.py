@@ -16,17 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxdraft import hosts
 from flaxdraft.config import load_config
 from flaxdraft.data.documents import AnsweredPrompts
-from flaxdraft.data.generation import Row
-from flaxdraft.data.vocab import choose_vocab
+from flaxdraft.data.draft_vocabulary import choose_vocab
+from flaxdraft.decode.greedy import Row
+from flaxdraft.devices import hosts
 from flaxdraft.interfaces import Features
-from flaxdraft.lock import DirectoryLock
 from flaxdraft.progress import process_log
+from flaxdraft.run.run_draft import Run
+from flaxdraft.run.supervise import supervised
+from flaxdraft.stages.directory_lock import DirectoryLock
 from flaxdraft.targets import llama
-from flaxdraft.train.run_draft import Run
-from flaxdraft.train.supervise import supervised
 
 V, E, LENGTH = 64, 32, 14
 

@@ -22,11 +22,11 @@ from cases import (
 )
 from flax import nnx
 
-from flaxdraft.drafts import llama, mla
-from flaxdraft.mesh import Sharding
+from flaxdraft.algorithms.eagle3.drafts import llama, mla
+from flaxdraft.devices.mesh import Sharding
+from flaxdraft.files.name_tables import state_to_torch
+from flaxdraft.nn.precision import Precision
 from flaxdraft.ops.attention import attend
-from flaxdraft.precision import Precision
-from flaxdraft.weights import state_to_torch
 
 pytestmark = pytest.mark.parity
 DRAFTS = {"llama": llama, "mla": mla}

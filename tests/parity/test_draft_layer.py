@@ -7,13 +7,13 @@ from cases import HIDDEN, LAYOUTS, LLAMA, MLA, B, T, assert_close, every_rope, n
 from flax import nnx
 from jitted import unroll
 
-from flaxdraft.drafts import llama, mla
+from flaxdraft.algorithms.eagle3.drafts import llama, mla
+from flaxdraft.devices.mesh import Sharding
+from flaxdraft.files.name_tables import state_to_torch
 from flaxdraft.interfaces import Batch, VocabMap
-from flaxdraft.mesh import Sharding
+from flaxdraft.nn.precision import Precision
 from flaxdraft.ops.attention import causal_visibility
-from flaxdraft.precision import Precision
 from flaxdraft.train.state import split_draft
-from flaxdraft.weights import state_to_torch
 
 pytestmark = pytest.mark.parity
 CASES = {"llama": (llama, LLAMA), "mla": (mla, MLA)}

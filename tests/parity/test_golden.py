@@ -14,13 +14,13 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from flaxdraft.algorithms import eagle3
+from flaxdraft.algorithms.eagle3 import objective
+from flaxdraft.devices.mesh import Sharding
+from flaxdraft.files.name_tables import state_from_torch, state_to_torch
 from flaxdraft.interfaces import Batch, VocabMap, find_by_architecture
-from flaxdraft.mesh import Sharding
 from flaxdraft.nn.layers import Frozen
+from flaxdraft.nn.precision import Precision
 from flaxdraft.ops import distillation, distillation_reference
-from flaxdraft.precision import Precision
-from flaxdraft.weights import state_from_torch, state_to_torch
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("eagle3_llama_gqa", "eagle3_mla_qlora", "eagle3_mla_yarn")
@@ -31,7 +31,7 @@ def run_case(name: str, attention: str, chunked_loss: bool):
     meta = json.loads((GOLDEN / f"{name}.json").read_text())
     golden = load_file(GOLDEN / f"{name}.safetensors")
     hf = meta["config"] | {"architectures": [meta["architecture"]]}
-    module = find_by_architecture("flaxdraft.drafts", hf, name)
+    module = find_by_architecture("flaxdraft.algorithms.eagle3.drafts", hf, name)
     config = module.Config.from_hf(hf)
     weights = {key.removeprefix("weights/"): value for key, value in golden.items() if key.startswith("weights/")}
     vocab = VocabMap.from_d2t(weights.pop("d2t"), config.vocab_size)
@@ -65,7 +65,7 @@ def run_case(name: str, attention: str, chunked_loss: bool):
 
     def total_loss(params):
         draft = nnx.merge(graphdef, params, frozen)
-        hidden = eagle3.unroll(draft, batch, taps, rows, num_steps, attention)
+        hidden = objective.unroll(draft, batch, taps, rows, num_steps, attention)
         if chunked_loss:
             inputs = tuple(draft.head_input(h) for h in hidden)
             sums, _ = distillation.distill(plan, inputs, draft.head(), states, head, supervised, jnp.zeros(num_steps))

@@ -14,13 +14,14 @@ from flax import nnx
 from jitted import unroll
 from test_from_pytorch import TRAINERS, Source
 
-from flaxdraft.drafts import from_pretrained, llama, mla
-from flaxdraft.export import export
-from flaxdraft.foreign.convert import Options, convert
+from flaxdraft.algorithms.eagle3.drafts import llama, mla
+from flaxdraft.algorithms.eagle3.foreign.convert import Options, convert
+from flaxdraft.algorithms.loading import from_pretrained
+from flaxdraft.devices.mesh import Sharding
 from flaxdraft.interfaces import Batch, VocabMap
-from flaxdraft.mesh import Sharding
+from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig
-from flaxdraft.precision import Precision
+from flaxdraft.serving.export import export
 from flaxdraft.train.state import split_draft
 
 pytestmark = pytest.mark.parity

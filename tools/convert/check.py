@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the findings as JSON instead of a table")
     arguments = parser.parse_args(argv)
     try:
+        from flaxdraft.algorithms.eagle3.serving.contract import find_engine
         from flaxdraft.progress import CONSOLE
         from flaxdraft.serving import lint
-        from flaxdraft.serving.contract import find_engine
         from flaxdraft.serving.view import read_target_config, view_of_directory
 
         wanted = arguments.engine or lint.PORTABLE

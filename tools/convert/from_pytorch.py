@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
-        from flaxdraft.foreign.convert import Options, convert
+        from flaxdraft.algorithms.eagle3.foreign.convert import Options, convert
         from flaxdraft.serving.view import read_config
 
         folder = arguments.source if arguments.source.is_dir() else arguments.source.parent
@@ -71,7 +71,7 @@ def read_tensors(source: Path) -> tuple[dict[str, np.ndarray], bool]:
     Raises:
         InputError: nothing to read, or it cannot be read.
     """
-    from flaxdraft.weights import load_safetensors
+    from flaxdraft.files.name_tables import load_safetensors
 
     if not source.exists():
         raise InputError(f"{source}: no such file or directory")

@@ -18,8 +18,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from flaxdraft.data.chat import Rendered
 from flaxdraft.data.ingest import States, token_row
+from flaxdraft.data.templates import Rendered
 from flaxdraft.errors import InputError
 
 SUFFIXES = (".ckpt", ".ckpt.gz")

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
-        from flaxdraft.export import export_again, open_draft
+        from flaxdraft.serving.export import export_again, open_draft
         from flaxdraft.serving.view import read_target_config
 
         target = None if arguments.target is None else read_target_config(arguments.target)

@@ -1,0 +1,1 @@
+"""EAGLE-3's draft architectures, one a file."""

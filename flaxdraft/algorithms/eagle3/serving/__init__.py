@@ -1,0 +1,1 @@
+"""What serving engines ask of an EAGLE-3 draft's directory."""

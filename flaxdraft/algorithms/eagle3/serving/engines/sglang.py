@@ -1,0 +1,20 @@
+"""SGLang (srt/models/llama_eagle3.py, kimi_k25_eagle3.py; srt/speculative/)."""
+
+from flaxdraft.algorithms.eagle3.serving.contract import Engine
+
+ENGINE = Engine(
+    title="SGLang 0.5.23",
+    architectures={"llama": ("LlamaForCausalLMEagle3",), "mla": ("Eagle3DeepseekV2ForCausalLM",)},
+    model_prefix=("llama",),
+    unknown_key="skipped",
+    missing_key="random",
+    embedding="replaced",
+    switches={"llama": ("fc_norm", "norm_output", "norm_before_fc"), "mla": ("fc_norm", "norm_output")},
+    other_names={"fc_norm": "use_aux_norm"},
+    required_fields=("draft_vocab_size",),
+    not_null=("target_hidden_size", "draft_vocab_size"),
+    # Its capture reads this place alone; whatever goes wrong there makes it fall back to its default in silence.
+    tap_fields=("eagle_config.eagle_aux_hidden_state_layer_ids",),
+    rope_dialects=("rope_parameters", "rope_theta"),
+    max_layers=None,
+)

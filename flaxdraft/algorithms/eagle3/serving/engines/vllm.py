@@ -1,0 +1,34 @@
+"""vLLM (model_executor/models/llama_eagle3.py, deepseek_eagle3.py; v1/worker/gpu/spec_decode/eagle/)."""
+
+from flaxdraft.algorithms.eagle3.serving.contract import Engine
+
+ENGINE = Engine(
+    title="vLLM 0.33.0",
+    architectures={
+        "llama": (
+            "LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3MiniMaxM2ForCausalLM",
+            "Eagle3Qwen2_5vlForCausalLM", "Eagle3Qwen3vlForCausalLM", "LlamaForCausalLM",
+        ),
+        "mla": (
+            "Eagle3DeepseekV2ForCausalLM", "Eagle3DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM",
+            "DeepseekV3ForCausalLM",
+        ),
+    },
+    unknown_key="refused",
+    missing_key="random",
+    embedding="kept",
+    shares_head=True,
+    full_d2t="refused",
+    switches={
+        "llama": ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual"),
+        "mla": ("fc_norm", "norm_output"),
+    },
+    not_null=("target_hidden_size", "draft_vocab_size"),
+    reads_tied_head=False,
+    attention_bias=True,
+    # Its default runner reads the top level, and inside eagle_config another key.
+    tap_fields=("eagle_aux_hidden_state_layer_ids", "eagle_config.layer_ids"),
+    last_layer=True,
+    rope_dialects=("rope_parameters",),
+    max_layers=None,
+)  # fmt: skip

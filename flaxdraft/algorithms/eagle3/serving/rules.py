@@ -1,0 +1,241 @@
+"""An engine's contract applied to a draft: one function a clause, each yielding what it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from flaxdraft.algorithms.eagle3.serving import layer_ids, tensors
+from flaxdraft.algorithms.eagle3.serving.contract import SWITCHES, Engine, kind_of, switch
+from flaxdraft.serving import rope_fields
+from flaxdraft.serving.finding import Finding, few
+from flaxdraft.serving.view import DraftView
+
+Rule = Callable[[Engine, DraftView], Iterator[Finding]]
+
+
+def architecture(engine: Engine, view: DraftView) -> Iterator[Finding]:
+    kind, named = kind_of(view.config), (view.config.get("architectures") or [None])[0]
+    names = engine.architectures.get(kind)
+    if names is None:
+        yield Finding("refused", f"it serves no {kind} drafts", "serve it with SGLang or vLLM")
+    elif named not in names:
+        yield Finding("refused", f"architectures names {named!r}, it knows {' and '.join(names)}",
+                      f'write "architectures": ["{names[0]}"], or export with --engine for it')  # fmt: skip
+
+
+def layers(engine: Engine, view: DraftView) -> Iterator[Finding]:
+    count = view.config.get("num_hidden_layers") or 1
+    if engine.max_layers is not None and count > engine.max_layers:
+        yield Finding("refused", f"num_hidden_layers is {count}, it builds {engine.max_layers}", "train one layer")
+    elif count > 1:
+        yield Finding("wrong", f"{count} layers: SGLang norms the residual stream of the later ones with hidden_norm, "
+                      "vLLM with input_layernorm", "train one layer; drafts of several are not portable")  # fmt: skip
+
+
+def understood(engine: Engine, view: DraftView, key: str) -> str | None:
+    """The flat name under which the engine takes a key, None where it does not."""
+    if key.startswith("model."):
+        if kind_of(view.config) not in engine.model_prefix:
+            return None
+        key = key.removeprefix("model.")
+    if key.startswith(("midlayer.", "layers.")) and not key.startswith(engine.layer_prefixes):
+        return None
+    return tensors.flat_name(key)
+
+
+def keys(engine: Engine, view: DraftView) -> Iterator[Finding]:
+    """Names that it does not understand, and weights that it therefore lacks."""
+    wanted = tensors.weights(view.config)
+    known = {*wanted, *tensors.extras(view.config)}
+    biases = {f"{tensors.LAYER}self_attn.{p}_proj.bias" for p in "qkv"} if engine.attention_bias else set()
+    taken, strange = set(), []
+    for key in view.shapes:
+        name = understood(engine, view, key)
+        if tensors.BUFFERS.search(key):
+            continue
+        if name in known | biases:
+            taken.add(name)
+        else:
+            strange.append(key)
+    if strange:
+        verb = {"refused": "it stops at", "skipped": "it passes over", "unread": "it never looks at"}
+        bias_only = engine.unknown_key == "refused" and all(key.endswith(".bias") for key in strange)
+        level = "refused" if engine.unknown_key == "refused" and not bias_only else "wrong"
+        mend = "write them as `midlayer.*` (tools/convert/from_pytorch.py does)"
+        if any(tensors.flat_name(key) not in known for key in strange):
+            mend = (
+                "remove what the architecture does not have; a trained weight that is not served makes another network"
+            )
+        yield Finding(level, f"{verb['skipped' if bias_only else engine.unknown_key]} {few(strange)}", mend)
+    missing = [name for name in wanted if name not in taken and _needs(engine, view, name)]
+    if missing:
+        effect = {"random": "and serves with random values for", "fails": "and stops without"}[engine.missing_key]
+        level = "wrong" if engine.missing_key == "random" else "refused"
+        yield Finding(level, f"it finds no weights {effect} {few(missing)}", "export or convert the draft again")
+
+
+def _needs(engine: Engine, view: DraftView, name: str) -> bool:
+    if name == "lm_head.weight" and engine.shares_head:
+        _, _, vocab, draft_vocab = tensors.sizes(view.config)
+        return draft_vocab != vocab
+    return not (name == "embed_tokens.weight" and engine.embedding == "unread")
+
+
+def embedding(engine: Engine, view: DraftView) -> Iterator[Finding]:
+    hidden, target_hidden, _, _ = tensors.sizes(view.config)
+    if hidden != target_hidden and engine.embedding == "unread":
+        yield Finding("refused", f"it takes the target's embedding (width {target_hidden}) always, the draft has its "
+                      f"own of width {hidden}", "train a draft of the target's width")  # fmt: skip
+    held = any(understood(engine, view, key) == "embed_tokens.weight" for key in view.shapes)
+    if hidden == target_hidden and held and engine.embedding == "kept":
+        yield Finding("note", "it keeps embed_tokens.weight where that differs from the target's; SGLang never does",
+                      "remove it, unless the draft was trained with an embedding of its own")  # fmt: skip
+
+
+def vocabulary(engine: Engine, view: DraftView) -> Iterator[Finding]:
+    _, _, vocab, draft_vocab = tensors.sizes(view.config)
+    present = any(understood(engine, view, key) == "d2t" for key in view.shapes)
+    if draft_vocab < vocab and not present:
+        level = "refused" if engine.full_d2t == "required" else "wrong"
+        yield Finding(level, f"no d2t with {draft_vocab} of {vocab} tokens: draft token i is taken for target token i",
+                      "export again with the vocabulary map")  # fmt: skip
+    if draft_vocab == vocab and present and engine.full_d2t == "refused":
+        yield Finding("refused", "it stops at d2t where the draft has the whole vocabulary", "remove d2t and t2d")
+    if draft_vocab == vocab and not present and engine.full_d2t == "required":
+        yield Finding("refused", "it needs d2t, of zeros where the draft has the whole vocabulary",
+                      "export with --engine for it")  # fmt: skip
+
+
+def switches(engine: Engine, view: DraftView) -> Iterator[Finding]:
+    honoured = engine.switches.get(kind_of(view.config), ())
+    for name in SWITCHES:
+        if not switch(view.config, name):
+            continue
+        if name not in honoured:
+            yield Finding(
+                "wrong",
+                f"it ignores {name}",
+                f"take an engine that has it (--engine, export.engine), or train without {name}",
+            )
+        elif not view.config.get(name) and view.config.get("use_aux_norm") and "fc_norm" not in engine.other_names:
+            yield Finding("wrong", "it does not read use_aux_norm, SGLang's other name", 'write "fc_norm": true')
+
+
+def config_fields(engine: Engine, view: DraftView) -> Iterator[Finding]:
+    for name in engine.required_fields:
+        if name not in view.config:
+            yield Finding("refused", f"config.json has no {name}", "write it, also where the vocabulary is whole")
+    for name in engine.not_null:
+        if name in view.config and view.config[name] is None:
+            yield Finding(
+                "refused", f"{name} is null, which is not the same as absent", f"write a number, or no {name}"
+            )
+    if engine.reads_tied_head and view.config.get("tie_word_embeddings", True):
+        said = "true" if "tie_word_embeddings" in view.config else "absent"
+        yield Finding("wrong", f"tie_word_embeddings is {said}: its head is then the embedding, not lm_head.weight",
+                      'write "tie_word_embeddings": false')  # fmt: skip
+    if view.config.get("attention_bias") and not engine.attention_bias:
+        yield Finding("wrong", "it ignores attention_bias and the biases", "train without them")
+
+
+def tapped_layers(engine: Engine, view: DraftView) -> Iterator[Finding]:
+    """What the engine would capture against what the draft was trained on."""
+    target = view.target or {}
+    deepseek, num_layers = layer_ids.is_deepseek(target), target.get("num_hidden_layers")
+    if (
+        engine.target_types is not None
+        and view.target is not None
+        and target.get("model_type") not in engine.target_types
+    ):
+        if "model_type" in target:
+            yield Finding("refused", f"it taps no {target['model_type']} targets", "serve with another engine")
+        else:
+            taps_alone = " and ".join(engine.target_types)
+            yield Finding("refused", f"it taps {taps_alone} targets alone, and the target's type is not known",
+                          "give --target")  # fmt: skip
+    trained = layer_ids.outputs_of(view.config, deepseek)
+    if trained is None or len(trained) != tensors.NUM_TAPS:
+        return
+    if num_layers is not None and trained[-1] == num_layers - 1 and not engine.last_layer:
+        yield Finding("refused", f"layer {trained[-1]} is the target's last, whose output it cannot capture",
+                      f"train with layers up to {num_layers - 2} (target.tap_layers)")  # fmt: skip
+    captured = _captured(engine, view, num_layers or trained[-1] + 4, deepseek)
+    if captured != trained:
+        where = " or ".join(engine.tap_fields) or "no field of the draft's"
+        mend = "train with the default layers 1, n//2-1, n-4"
+        if engine.tap_fields:
+            mend = "write both places (tools/convert/to_serving.py does)"
+        yield Finding("wrong", f"it takes layer ids from {where}, hence the outputs of {captured}; the draft was "
+                      f"trained on {trained}", mend)  # fmt: skip
+
+
+def _captured(engine: Engine, view: DraftView, num_layers: int, deepseek: bool) -> list[int]:
+    for field in engine.tap_fields:
+        place, _, name = field.rpartition(".")
+        source = view.config.get(place) if place else view.config
+        ids = source.get(name) if isinstance(source, dict) else None
+        if ids is None:
+            continue
+        if name == layer_ids.NAME and place:
+            return layer_ids.sglang_outputs(ids, deepseek)
+        return [layer - 1 for layer in ids]
+    return layer_ids.default_outputs(num_layers)
+
+
+def rope(engine: Engine, view: DraftView) -> Iterator[Finding]:
+    meant, read = (rope_fields.parameters(view.config, d) for d in (rope_fields.DIALECTS, engine.rope_dialects))
+    if (meant["rope_type"], meant["rope_theta"]) != (read["rope_type"], read["rope_theta"]):
+        missing = " nor ".join(engine.rope_dialects)
+        yield Finding("wrong", f"config.json has no {missing}, so it turns with {read['rope_type']} RoPE of base "
+                      f"{read['rope_theta']:g} instead of {meant['rope_type']}, {meant['rope_theta']:g}",
+                      "write both dialects (rope_parameters; rope_theta and rope_scaling)")  # fmt: skip
+        return
+    if meant["rope_type"] not in engine.rope_types:
+        why = ": it stretches the base at every length, training only beyond the window" * (
+            meant["rope_type"] == "dynamic"
+        )
+        yield Finding("wrong", f"rope_type {meant['rope_type']!r} is not what was trained{why}", "train with another")
+    if meant["rope_type"] == "yarn" and engine.serves:
+        yield from _yarn(kind_of(view.config), meant)
+
+
+def _yarn(kind: str, meant: dict) -> Iterator[Finding]:
+    if "original_max_position_embeddings" not in meant:
+        yield Finding("refused", "yarn without original_max_position_embeddings", "write it")
+    if "attention_factor" in meant:
+        yield Finding("wrong", "it ignores yarn's attention_factor", "train without it")
+    mscale, all_dim = meant.get("mscale"), meant.get("mscale_all_dim")
+    if kind == "mla" and (mscale is None or all_dim is None):
+        yield Finding("wrong", "yarn with one of mscale and mscale_all_dim absent: readers differ in the default",
+                      "write both, 1.0 and 0.0 where there is none")  # fmt: skip
+    if kind == "llama" and all_dim and mscale != all_dim and mscale:
+        yield Finding("wrong", f"it ignores mscale {mscale} and mscale_all_dim {all_dim} of a Llama draft",
+                      "train with rope parameters that have neither")  # fmt: skip
+
+
+def latent_attention(engine: Engine, view: DraftView) -> Iterator[Finding]:
+    config = view.config
+    if kind_of(config) == "llama" or not engine.serves:
+        return
+    if config.get("q_lora_rank") is None:
+        yield Finding("refused", "an MLA draft without q_lora_rank cannot be served; SGLang and vLLM both need it",
+                      "train with draft.fields.q_lora_rank")  # fmt: skip
+    eps = config["rms_norm_eps"]
+    if config.get("latent_norm_eps", eps) != eps:
+        yield Finding("wrong", f"latent_norm_eps {config['latent_norm_eps']} differs from rms_norm_eps {eps}; it uses "
+                      "rms_norm_eps for both", "train with equal ones")  # fmt: skip
+    if not config.get("rope_interleave", True):
+        yield Finding("wrong", "rope_interleave is false; vLLM turns interleaved pairs always", "train interleaved")
+
+
+def widths(engine: Engine, view: DraftView) -> Iterator[Finding]:
+    hidden, target_hidden, _, _ = tensors.sizes(view.config)
+    if engine.serves and tensors.NUM_TAPS * target_hidden == hidden:
+        yield Finding("refused", f"hidden_size {hidden} equals 3 x the target's {target_hidden}: tapped states and "
+                      "draft states are told apart by width, fc would be left out", "train another width")  # fmt: skip
+
+
+CONFIG_RULES: tuple[Rule, ...] = (
+    architecture, layers, embedding, switches, config_fields, tapped_layers, rope, latent_attention, widths,
+)  # fmt: skip
+TENSOR_RULES: tuple[Rule, ...] = (keys, vocabulary)

@@ -1,0 +1,163 @@
+"""What is wrong with a draft's directory whatever reads it: one function a question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from flaxdraft.algorithms.eagle3.serving import layer_ids, tensors
+from flaxdraft.algorithms.eagle3.serving.contract import switch
+from flaxdraft.serving import rope_fields
+from flaxdraft.serving.finding import Finding, few
+from flaxdraft.serving.view import DraftView
+
+WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
+SHORT_CONTEXT = 2048  # what trainers write when they mean the length of their rows
+MARK = "draft_trainer"  # what an export of this project says of itself
+
+
+def shapes(view: DraftView) -> Iterator[Finding]:
+    """Sizes in config.json against the weights."""
+    expected = tensors.extras(view.config) | tensors.weights(view.config)
+    wrong = [
+        f"{key} {view.shapes[key]}, config.json says {expected[name]}"
+        for key in view.shapes
+        if (name := tensors.flat_name(key)) in expected and view.shapes[key] != expected[name]
+    ]
+    if wrong:
+        yield Finding("refused", f"config.json and weights differ in size: {few(wrong)}", "correct config.json")
+    if view.twice:
+        yield Finding("wrong", f"two files hold {few([*view.twice])}", "remove one of them")
+
+
+def nulls(view: DraftView) -> Iterator[Finding]:
+    found = [name for name, value in view.config.items() if value is None]
+    if found:
+        yield Finding("note", f"null in config.json: {few(found)}", "leave the fields out")
+
+
+def values(view: DraftView) -> Iterator[Finding]:
+    """Every weight is finite and of a type that engines load."""
+    bad, kinds = [], {}
+    for key, dtype in view.dtypes.items():
+        if tensors.flat_name(key) in ("d2t", "t2d") or tensors.BUFFERS.search(key):
+            continue
+        kinds.setdefault(dtype, []).append(key)
+        if dtype in WEIGHT_DTYPES and not np.isfinite(view.read(key).astype(np.float32)).all():
+            bad.append(key)
+    if bad:
+        yield Finding("wrong", f"NaN or infinity in {few(bad)}", "export from a checkpoint before the loss broke")
+    for dtype in kinds.keys() - set(WEIGHT_DTYPES):
+        yield Finding("wrong", f"{few(kinds[dtype])} stored as {dtype}", f"write {', '.join(WEIGHT_DTYPES)}")
+    said = view.config.get("torch_dtype") or view.config.get("dtype")
+    if said is not None and len(kinds) == 1 and said not in kinds:
+        yield Finding("note", f"config.json says {said}, the weights are {next(iter(kinds))}", "make them agree")
+
+
+def vocabulary(view: DraftView) -> Iterator[Finding]:
+    """d2t holds offsets to ascending target ids, and t2d is their mask."""
+    names = {tensors.flat_name(key): key for key in view.shapes}
+    _, _, vocab, draft_vocab = tensors.sizes(view.config)
+    if "d2t" not in names or view.shapes[names["d2t"]] != (draft_vocab,):
+        return
+    d2t = view.read(names["d2t"]).astype(np.int64)
+    ids = d2t + np.arange(draft_vocab)
+    member = view.read(names["t2d"]).astype(bool) if "t2d" in names else None
+    if member is not None and member.shape != (vocab,):
+        member = None
+    inside = bool((ids >= 0).all() and (ids < vocab).all())
+    if not inside or len(np.unique(ids)) < draft_vocab:
+        reason = "leave the target's vocabulary" if not inside else "name a target token twice"
+        yield Finding("wrong", f"i + d2t[i] {reason}: d2t holds ids where offsets belong, or is of another model",
+                      "convert with tools/convert/from_pytorch.py")  # fmt: skip
+        return
+    if member is not None and not np.array_equal(np.flatnonzero(member), np.sort(ids)):
+        absolute = np.array_equal(np.flatnonzero(member), np.sort(d2t))
+        reason = (
+            "d2t holds target ids where offsets belong" if absolute else "d2t and t2d belong to different vocabularies"
+        )
+        yield Finding("wrong", f"t2d is not the mask of i + d2t[i]: {reason}",
+                      "convert with tools/convert/from_pytorch.py")  # fmt: skip
+    if draft_vocab < vocab and np.array_equal(ids, np.arange(draft_vocab)):
+        yield Finding("wrong", f"d2t is the identity: the draft's tokens are the target's first {draft_vocab}, which "
+                      "is what a lost vocabulary map looks like", "export it with its own map")  # fmt: skip
+    if member is None and draft_vocab < vocab and (np.diff(d2t) > 0).all():
+        yield Finding("note", "d2t ascends strictly and no t2d tells whether it holds offsets or ids", "add t2d")
+    if (np.diff(ids) <= 0).any():
+        yield Finding("note", "target ids do not ascend; engines do not mind, other trainers refuse such a map",
+                      "convert with tools/convert/from_pytorch.py, which sorts them")  # fmt: skip
+
+
+def post_norm(view: DraftView) -> Iterator[Finding]:
+    if switch(view.config, "norm_output") and MARK not in view.config:
+        yield Finding("wrong", "norm_output is true: engines feed the normed state back, while SpecForge trains on "
+                      "the state before the norm whatever the field says (there it means a norm before the head)",
+                      "remove norm_output if SpecForge trained the draft; else nothing is to do")  # fmt: skip
+
+
+def context(view: DraftView) -> Iterator[Finding]:
+    length = view.config.get("max_position_embeddings")
+    target = (view.target or {}).get("max_position_embeddings")
+    if length is None:
+        yield Finding("wrong", "no max_position_embeddings: readers take 2048", "write the target's")
+    elif target is not None and length < target:
+        yield Finding("wrong", f"max_position_embeddings is {length}, the target's {target}: positions beyond are "
+                      "clamped and acceptance dies there", f"write {target}")  # fmt: skip
+    elif target is None and length <= SHORT_CONTEXT:
+        yield Finding("note", f"max_position_embeddings is {length}, which some trainers write for the length of "
+                      "their rows", "give --target to compare")  # fmt: skip
+
+
+def rope(view: DraftView) -> Iterator[Finding]:
+    """The target's base is what a draft should have been trained with, and nearly always was."""
+    if view.target is None:
+        if not rope_fields.spoken(view.config):
+            yield Finding("note", "no RoPE parameters in either dialect: base 10000", "give --target to compare")
+        return
+    ours, theirs = rope_fields.parameters(view.config), rope_fields.parameters(view.target)
+    if ours["rope_theta"] != theirs["rope_theta"]:
+        yield Finding("wrong", f"rope_theta is {ours['rope_theta']:g}, the target's {theirs['rope_theta']:g}",
+                      "write the base that the draft was trained with; some trainers use 10000 whatever the config "
+                      "says, such a draft keeps it")  # fmt: skip
+    elif ours["rope_type"] != theirs["rope_type"]:
+        yield Finding("note", f"rope_type is {ours['rope_type']!r}, the target's {theirs['rope_type']!r}",
+                      "check that the draft was trained so")  # fmt: skip
+
+
+def target(view: DraftView) -> Iterator[Finding]:
+    if view.target is None:
+        return
+    _, hidden, vocab, _ = tensors.sizes(view.config)
+    for name, ours, theirs in (
+        ("target_hidden_size", hidden, view.target.get("hidden_size")),
+        ("vocab_size", vocab, view.target.get("vocab_size")),
+    ):
+        if theirs is not None and ours != theirs:
+            yield Finding("refused", f"{name} is {ours}, the target's {theirs}", "this draft is for another target")
+
+
+def tapped_layers(view: DraftView) -> Iterator[Finding]:
+    """Both places, one meaning."""
+    top, nested = view.config.get(layer_ids.NAME), layer_ids.nested_ids(view.config)
+    for ids in (top, nested):
+        if ids is not None and (sorted(set(ids)) != list(ids) or len(ids) != tensors.NUM_TAPS):
+            yield Finding("wrong", f"layer ids {ids} are not {tensors.NUM_TAPS} ascending ones: engines hand the states "
+                          "over in layer order", "write ascending ids, and fc's columns in that order")  # fmt: skip
+            return
+    if (top is None) != (nested is None):
+        there, missing = ("top level", "eagle_config") if nested is None else ("eagle_config", "top level")
+        yield Finding("note", f"layer ids stand in the {there} and not in the {missing}", "write both places")
+    if top is None or nested is None:
+        return
+    families = [layer_ids.is_deepseek(view.target)] if view.target is not None else [False, True]
+    wanted = [layer - 1 for layer in top]
+    if not any(layer_ids.sglang_outputs(nested, deepseek) == wanted for deepseek in families):
+        yield Finding("wrong", f"the top level names the inputs of layers {top}, eagle_config {nested}: different "
+                      "states", "write the layers that the draft was trained on in both")  # fmt: skip
+
+
+CONFIG_RULES: tuple[Callable[[DraftView], Iterator[Finding]], ...] = (
+    nulls, post_norm, context, rope, target, tapped_layers,
+)  # fmt: skip
+TENSOR_RULES: tuple[Callable[[DraftView], Iterator[Finding]], ...] = (shapes, values, vocabulary)

@@ -1,0 +1,67 @@
+"""Answered rows with their features on disk: one safetensors file for each decoded chunk.
+
+Rows lie end to end; `lengths` and `num_prompt` cut them apart. A file is written under a temporary name and renamed,
+so that what is there is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from flaxdraft.decode.greedy import Row
+from flaxdraft.errors import InputError
+from flaxdraft.files.name_tables import load_safetensors, save_safetensors
+from flaxdraft.interfaces import Features
+
+_NARROW = ("taps_BT3E", "last_BTE")  # the wide ones are stored in the configured dtype
+_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+
+
+def write_rows(path: Path, rows: Sequence[Row], dtype: str) -> None:
+    """One chunk of rows; taps and last hidden states in `dtype`, the rest as it is."""
+    tensors = {
+        "tokens": np.concatenate([row.tokens for row in rows]),
+        "lengths": np.array([len(row.tokens) for row in rows], np.int32),
+        "num_prompt": np.array([row.num_prompt for row in rows], np.int32),
+    }
+    for field in dataclasses.fields(Features):
+        joined = np.concatenate([getattr(row.features, field.name) for row in rows])
+        tensors[field.name] = joined.astype(_DTYPES[dtype]) if field.name in _NARROW else joined
+    save_safetensors(path, tensors)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of one chunk.
+
+    Raises:
+        InputError: the file is damaged, its arrays disagree about their length, or a feature is not finite.
+    """
+    tensors = load_safetensors(path)
+    names = {"tokens", "lengths", "num_prompt", *(field.name for field in dataclasses.fields(Features))}
+    if names != set(tensors):
+        raise InputError(f"{path}: found tensors {sorted(tensors)}, expected {sorted(names)}; remove it and run again")
+    total = int(tensors["lengths"].sum())
+    for name in names - {"lengths", "num_prompt"}:
+        if len(tensors[name]) != total:
+            raise InputError(
+                f"{path}: {name} has {len(tensors[name])} rows, lengths say {total}; remove it and run again"
+            )
+    if len(tensors["num_prompt"]) != len(tensors["lengths"]):
+        raise InputError(
+            f"{path}: num_prompt has {len(tensors['num_prompt'])} rows, lengths has {len(tensors['lengths'])}; "
+            "remove it and run again"
+        )
+    for name in _NARROW:
+        if not np.isfinite(tensors[name]).all():
+            raise InputError(f"{path}: {name} holds values that are not finite; remove it and run again")
+    ends = np.cumsum(tensors["lengths"])
+    rows = []
+    for start, end, num_prompt in zip(ends - tensors["lengths"], ends, tensors["num_prompt"], strict=True):
+        features = Features(**{field.name: tensors[field.name][start:end] for field in dataclasses.fields(Features)})
+        rows.append(Row(tensors["tokens"][start:end], int(num_prompt), features))
+    return rows

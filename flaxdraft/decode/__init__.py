@@ -1,0 +1,1 @@
+"""Generation and lossless speculative decoding on the device."""

@@ -1,0 +1,1 @@
+"""Meshes, hosts, where arrays live, reads back to the host."""

@@ -1,0 +1,87 @@
+"""A draft from disk next to its target, with everything checked that would otherwise show as a low accept length."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flaxdraft.algorithms import loading
+from flaxdraft.algorithms.eagle3.serving.layer_ids import is_deepseek, outputs_of
+from flaxdraft.devices.mesh import Sharding
+from flaxdraft.errors import InputError
+from flaxdraft.interfaces import VocabMap
+from flaxdraft.nn.layers import Frozen
+from flaxdraft.nn.precision import Precision
+from flaxdraft.targets import LoadedTarget, OpenedTarget
+
+
+def tapped_layers(directory: Path, opened: OpenedTarget) -> list[int] | None:
+    """The layers that a draft's config.json names, by output; None where it leaves them to the default.
+
+    Raises:
+        InputError: config.json is no JSON, or has something else in these fields.
+    """
+    path = directory / "config.json"
+    try:
+        return outputs_of(json.loads(path.read_text(encoding="utf-8")), is_deepseek(opened.source.config))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: its layer ids cannot be read ({error})") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadyDraft:
+    """A draft that can decode with its target."""
+
+    graphdef: nnx.GraphDef
+    params: nnx.State
+    frozen: nnx.State
+    vocab: VocabMap
+
+    @property
+    def parts(self) -> tuple[nnx.GraphDef, nnx.State]:
+        """Structure and state, as `decoding` takes them."""
+        return nnx.split(nnx.merge(self.graphdef, self.params, self.frozen))
+
+
+def check_finite(state: nnx.State, origin: str) -> None:
+    """
+    Raises:
+        InputError: a weight holds NaN or infinity.
+    """
+    for path, variable in nnx.to_flat_state(state):
+        if not jnp.isfinite(variable[...]).all():
+            name = "/".join(map(str, path))
+            raise InputError(
+                f"{origin}: {name} holds values that are not finite; the file was damaged, or training diverged"
+            )
+
+
+def load_draft(directory: Path, target: LoadedTarget, precision: Precision) -> ReadyDraft:
+    """
+    Raises:
+        InputError: the directory is no draft (see `loading.from_pretrained`), a weight is not finite, or the draft was
+            made for a target of another vocabulary or width.
+    """
+    loaded, c = loading.from_pretrained(directory), target.model.config
+    for name, theirs, ours in (
+        ("vocab_size", loaded.config.vocab_size, c.vocab_size),
+        ("target_hidden_size", loaded.config.target_hidden_size, c.hidden_size),
+    ):
+        if theirs != ours:
+            raise InputError(
+                f"draft {directory}: its {name} is {theirs}, that of the target {target.path} is {ours}; the draft was "
+                "made for another target"
+            )
+    check_finite(loaded.params, f"draft {directory}")
+    check_finite(target.model.state, f"target {target.path}")
+    embedding = None if loaded.config.owns_embedding else target.model.embedding()
+    draft = loaded.module.make(
+        loaded.config, loaded.vocab, embedding, precision=precision, sharding=Sharding.none(), rngs=nnx.Rngs(0)
+    )  # fmt: skip
+    nnx.update(draft, jax.tree.map(lambda x: x.astype(precision.param), loaded.params))
+    return ReadyDraft(*nnx.split(draft, nnx.Param, Frozen), loaded.vocab)

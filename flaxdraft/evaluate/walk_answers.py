@@ -1,0 +1,68 @@
+"""The walk over answers that the target gave itself: their features come from one forward without a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from flaxdraft.algorithms.eagle3.objective import Algorithm
+from flaxdraft.decode.greedy import Row, round_up
+from flaxdraft.evaluate.loading import ReadyDraft
+from flaxdraft.evaluate.walk import Part, TeacherForced, combine, evaluate_part, make_accepted
+from flaxdraft.interfaces import Batch, Target
+from flaxdraft.progress import bar
+
+MULTIPLE = 128  # of padded lengths, each of which compiles once
+
+
+def featured(target: Target, texts: Sequence[tuple[list[int], int]], num_rows: int, length: int) -> list[Row]:
+    """Texts (tokens, and how many are the prompt's) with the target's features.
+
+    Args:
+        num_rows, length: of the compiled batch.
+    """
+    tokens = np.zeros((num_rows, length), np.int32)
+    inside = np.zeros((num_rows, length), np.int32)
+    for i, (text, _) in enumerate(texts):
+        tokens[i, : len(text)], inside[i, : len(text)] = text, 1
+    positions = np.tile(np.arange(length, dtype=np.int32), (num_rows, 1))
+    features = jax.device_get(target.features(Batch(tokens, inside > 0, inside, positions)))
+    return [
+        Row(tokens[i, : len(text)], num_prompt, jax.tree.map(lambda x: x[i, : len(text)], features))  # noqa: B023
+        for i, (text, num_prompt) in enumerate(texts)
+    ]
+
+
+def walk_answers(
+    target: Target, draft: ReadyDraft, texts: Sequence[tuple[list[int], int]], chains: Sequence[int], num_rows: int
+) -> dict[int, TeacherForced]:
+    """What teacher forcing says of each chain length.
+
+    Args:
+        target: on one device; so is the draft.
+        texts: prompts with the target's own greedy answers; for others the walk is no decoding.
+    """
+    head_WE = target.head()[draft.vocab.target_ids_W]
+    algorithms = {chain: Algorithm(chain) for chain in chains}
+    calls = {
+        chain: make_accepted(draft.graphdef, algorithm, draft.frozen, head_WE)(draft.params)
+        for chain, algorithm in algorithms.items()
+    }
+    parts: dict[int, list[Part]] = {chain: [Part.empty(chain)] for chain in chains}
+    yields: dict[int, list[list[int]]] = {chain: [] for chain in chains}
+    with bar("walk", len(texts)) as progress:
+        for at in range(0, len(texts), num_rows):
+            chunk = texts[at : at + num_rows]
+            rows = featured(target, chunk, num_rows, round_up(max(len(text) for text, _ in chunk), MULTIPLE))
+            for chain, algorithm in algorithms.items():
+                part, walks = evaluate_part(calls[chain], rows, algorithm, num_rows, MULTIPLE)
+                parts[chain].append(part)
+                yields[chain] += walks
+            progress.advance(len(chunk), "answers")
+    return {chain: _forced(combine(parts[chain]), yields[chain], algorithms[chain]) for chain in chains}
+
+
+def _forced(total: Part, yields: list[list[int]], algorithm: Algorithm) -> TeacherForced:
+    return TeacherForced(total, float(algorithm.mean_loss(total.sums)), yields)

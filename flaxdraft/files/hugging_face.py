@@ -1,0 +1,139 @@
+"""A Hugging Face model directory: config.json, safetensors (one file or many with an index), tokenizer.
+
+config.json is read as it is: new model types are unknown to transformers. Block-wise float8 weights (DeepSeek-V3, R1
+and K2 as published) are dequantised slice by slice while they are read.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flaxdraft.errors import InputError
+from flaxdraft.files.name_tables import read_json_object
+from flaxdraft.files.safetensors_file import SafetensorsFile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_SCALES = "_scale_inv"
+
+
+class HFDirectory:
+    """A `weights.TensorSource`; nothing is read before it is asked for."""
+
+    def __init__(self, directory: Path):
+        """
+        Raises:
+            InputError: a file is missing, cut or altered, the index and the files disagree, or the weights are
+                quantised in a way that is not supported.
+        """
+        self.origin = str(directory)
+        self.path = directory
+        self.config = _read_json(directory / "config.json")
+        self._files = self._open()
+        quantisation = self.config.get("quantization_config") or {}
+        self._block = _block_size(quantisation, directory / "config.json") if quantisation else None
+
+    def _open(self) -> dict[str, SafetensorsFile]:
+        if not (self.path / INDEX).exists():
+            if not (self.path / SINGLE).exists():
+                raise InputError(f"{self.path}: holds neither {SINGLE} nor {INDEX}; other formats are not read")
+            file = SafetensorsFile(self.path / SINGLE)
+            return dict.fromkeys(file.entries, file)
+        index = self.path / INDEX
+        where = _read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+            raise InputError(f"{index}: weight_map: expected a file name for each tensor; fetch it again")
+        files = {}
+        for name in sorted(set(where.values())):
+            path = self.path / name
+            if path.resolve().parent != self.path.resolve() and not path.is_symlink():
+                raise InputError(f"{index}: names {name!r}, which is outside the directory")
+            if not path.is_file():
+                raise InputError(f"{index}: names {name}, which is not there; fetch it, or the whole model, again")
+            files[name] = SafetensorsFile(path)
+        held: dict[str, str] = {}
+        for file_name, file in files.items():
+            for tensor in file.entries:
+                if tensor in held:
+                    raise InputError(
+                        f"{self.path}: {tensor} is in {held[tensor]} and in {file_name}; fetch the model again"
+                    )
+                held[tensor] = file_name
+        for tensor, name in where.items():
+            if tensor not in files[name].entries:
+                raise InputError(f"{index}: says that {tensor} is in {name}, which does not hold it; fetch it again")
+        return {tensor: files[name] for tensor, name in held.items()}
+
+    def names(self) -> list[str]:
+        return [name for name in self._files if not (self._block and name.endswith(_SCALES))]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._files[name].entries[name].shape
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """That part of a tensor; float32 where it is stored as float8 with scales.
+
+        Raises:
+            InputError: float8 without its scales, or a type that no weight has.
+        """
+        file = self._files[name]
+        values = file.read(name, index)
+        if not file.entries[name].dtype.startswith("F8"):
+            return values
+        scales = name + _SCALES
+        if self._block is None or scales not in self._files:
+            raise InputError(f"{file.path}: {name} is float8 and its scales ({scales}) are not there")
+        return values.astype(np.float32) * self._scales(name, scales, index)
+
+    def _scales(self, name: str, scales: str, index: tuple[slice, ...]) -> np.ndarray:
+        """One scale for each value of a slice, from one for each block."""
+        shape, blocks, cut, inside = self.shape(name), [], [], []
+        for part, size, block in zip(index, shape, self._block, strict=True):
+            start, stop, _ = part.indices(size)
+            blocks.append(math.ceil(size / block))
+            cut.append(slice(start // block, math.ceil(stop / block)))
+            inside.append(slice(start % block, start % block + stop - start))
+        file = self._files[scales]
+        if file.entries[scales].shape != tuple(blocks):
+            raise InputError(f"{file.path}: {scales} has shape {file.entries[scales].shape}, expected {tuple(blocks)}")
+        found = file.read(scales, tuple(cut)).astype(np.float32)
+        for axis, block in enumerate(self._block):
+            found = np.repeat(found, block, axis=axis)
+        return found[tuple(inside)]
+
+    def tokenizer(self) -> PreTrainedTokenizerFast | None:
+        """The tokenizer with its chat template, None where the directory has none.
+
+        Raises:
+            InputError: its files cannot be read.
+        """
+        if not (self.path / "tokenizer.json").exists():
+            return None
+        from transformers import PreTrainedTokenizerFast  # the import takes seconds
+
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(str(self.path), local_files_only=True)
+        except Exception as error:  # the tokenizers library raises nothing narrower
+            raise InputError(f"{self.path}: its tokenizer cannot be read ({error}); fetch it again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json_object(path, "a model directory needs it", "fetch it again")
+
+
+def _block_size(quantisation: dict[str, Any], origin: Path) -> tuple[int, int]:
+    method, block = quantisation.get("quant_method"), quantisation.get("weight_block_size")
+    if method != "fp8":
+        raise InputError(
+            f"{origin}: quantization_config.quant_method: found {method!r}, only 'fp8' with block scales can be read; "
+            "use the model's unquantised weights"
+        )
+    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
+        raise InputError(f"{origin}: quantization_config.weight_block_size: found {block!r}, expected two block sizes")
+    return tuple(block)

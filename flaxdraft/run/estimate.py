@@ -1,0 +1,156 @@
+"""What a run would take, from its compiled step: nothing is loaded, trained or written.
+
+The step is compiled for the shapes of the run on the devices that are visible, with every array only described (one
+batch of zeros is built to see its shapes); XLA then says what it holds and computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flaxdraft.config import RunConfig
+from flaxdraft.data.pipeline import HostBatch
+from flaxdraft.decode.greedy import round_up
+from flaxdraft.devices.weight_places import place_of
+from flaxdraft.interfaces import Algorithm, Batch, Example, Features, VocabMap
+from flaxdraft.nn.precision import DTYPES, Precision
+from flaxdraft.train.batch_placement import SHARDING, training_example
+from flaxdraft.train.optimizer import optimizer
+from flaxdraft.train.state import init_state, split_draft
+from flaxdraft.train.step import make_train_step
+
+
+class Plan(NamedTuple):
+    """Figures of a configuration; bytes are those of one device."""
+
+    mesh: Mapping[str, int]
+    device: str
+    trained: int  # parameters
+    rows: int  # of a global batch
+    length: int  # tokens of a row, the longest that is known before the data are
+    state_bytes: int  # parameters, moments, averages: held all the time
+    batch_bytes: int  # and the target's embedding and head
+    work_bytes: int  # at most, within a step
+    flops: float  # of a step's products with weights, on all devices, if every row were supervised
+    steps: int
+
+    def lines(self) -> list[str]:
+        axes = " x ".join(f"{name} {size}" for name, size in self.mesh.items() if size > 1) or "one device"
+        total = self.state_bytes + self.batch_bytes + self.work_bytes
+        return [
+            f"mesh       {axes} ({math.prod(self.mesh.values())} of {jax.device_count()} visible, {self.device})",
+            f"draft      {self.trained / 1e6:.1f} M trained parameters",
+            f"batch      {self.rows} rows of up to {self.length} tokens, {self.rows * self.length} tokens a step",
+            f"memory     {_size(total)} a device: {_size(self.state_bytes)} weights and moments, "
+            f"{_size(self.batch_bytes)} batch and frozen arrays, {_size(self.work_bytes)} at most within a step",
+            f"compute    {self.flops:.3g} FLOP a step, {self.flops * self.steps:.3g} in all (products with weights, "
+            "every row supervised)",
+            f"steps      {self.steps}",
+        ]
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
+
+
+def row_length(config: RunConfig) -> int:
+    """Tokens of the longest row that the configuration allows."""
+    if config.train.pack_length is not None:
+        return config.train.pack_length
+    if config.data.conversations is not None:
+        return round_up(config.data.max_length, 32)
+    return round_up(config.data.max_prompt_tokens + config.data.max_answer_tokens, 32)
+
+
+def make_plan(
+    config: RunConfig, mesh: jax.sharding.Mesh, draft_module: Any, draft_config: Any, algorithm: Algorithm
+) -> Plan:
+    """Compiles the step of a configuration.
+
+    Args:
+        draft_config: the draft's sizes; vocabulary and widths of the target are among them.
+    """
+    compute, length = DTYPES[config.train.compute_dtype], row_length(config)
+    precision = Precision(compute=compute, float8=config.train.float8)
+    graphdef, params, frozen = _abstract_draft(draft_module, draft_config, precision, mesh)
+    with jax.set_mesh(mesh):
+        example = _described(_zeros(config, mesh, draft_config, algorithm, compute, length), mesh)
+        tx, train = optimizer(config.train), config.train
+        init = jax.jit(lambda p: init_state(p, tx, algorithm.num_steps, ema=train.ema_decay is not None))
+        state = _described(init.eval_shape(params), mesh)
+        step = make_train_step(graphdef, algorithm, tx, train.accumulate, train.ema_decay)
+        compiled = step.lower(state, frozen, example).compile()
+    held, work = _bytes_a_device(state), compiled.memory_analysis().temp_size_in_bytes
+    flops = train.batch_size * length * _flops_a_row(params, example.teacher_head_WE, algorithm.num_steps)
+    return Plan(
+        dict(mesh.shape), mesh.devices.flat[0].device_kind, sum(math.prod(p.shape) for p in jax.tree.leaves(params)),
+        train.batch_size, length, held, _bytes_a_device((frozen, example)), work, flops,
+        train.num_steps,
+    )  # fmt: skip
+
+
+def _flops_a_row(params: nnx.State, teacher_head_WE: Any, num_steps: int) -> float:
+    """Counted, since XLA counts what is in a loop once: two operations for each entry of a matrix, three times over for
+    the two gradients; `fc` reads a row once, all other matrices do at every unroll step, the teacher once, forwards."""
+    total = 2.0 * math.prod(teacher_head_WE.shape)
+    for path, variable in nnx.to_flat_state(params):
+        if len(variable.shape) > 1 and path[0] != "embed_tokens":
+            total += 6.0 * math.prod(variable.shape) * (1 if path[0] == "fc" else num_steps)
+    return total
+
+
+def _described(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes with places on devices that exist."""
+
+    def place(x):
+        spec = x.sharding.spec if x.sharding is not None else jax.P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, tree)
+
+
+def _bytes_a_device(tree: Any) -> int:
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _abstract_draft(module: Any, config: Any, precision: Precision, mesh: jax.sharding.Mesh):
+    """Structure, parameters and frozen arrays of a draft, each described in its place."""
+    vocab = VocabMap(np.arange(config.draft_vocab_size), config.vocab_size)
+
+    def make():
+        embedding = None if config.owns_embedding else jnp.zeros((config.vocab_size, config.hidden_size))
+        return module.make(
+            config, vocab, embedding, precision=precision, sharding=SHARDING, rngs=nnx.Rngs(0)
+        )  # fmt: skip
+
+    graphdef, *states = split_draft(nnx.eval_shape(make))
+
+    def place(path, variable):
+        value, where = variable.get_value(), jax.NamedSharding(mesh, place_of(path, SHARDING))
+        return variable.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where))
+
+    placed = [[(path, place(path, value)) for path, value in nnx.to_flat_state(state)] for state in states]
+    return graphdef, *map(nnx.from_flat_state, placed)
+
+
+def _zeros(config: RunConfig, mesh, draft_config: Any, algorithm: Algorithm, compute: Any, length: int) -> Example:
+    """A global batch of full rows."""
+    rows, width = config.train.batch_size, draft_config.target_hidden_size
+    shape = (rows, length)
+    dtype, zeros = DTYPES[config.data.feature_dtype], np.zeros(shape, np.int32)
+    counted = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    batch = Batch(zeros, np.ones(shape, bool), zeros + 1, counted)
+    features = Features(
+        np.zeros((*shape, 3, width), dtype), np.zeros((*shape, width), dtype), zeros, np.zeros(shape, np.float32)
+    )  # fmt: skip
+    head = jax.device_put(
+        np.zeros((draft_config.draft_vocab_size, width), compute), jax.NamedSharding(mesh, SHARDING.weight_ve)
+    )
+    return training_example(HostBatch(batch, features, counted), mesh, algorithm.num_steps, head)

@@ -1,0 +1,85 @@
+"""A run's target: its files, configuration and tokenizer first, its weights only for those who compute with them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from flaxdraft import targets
+from flaxdraft.config import TargetConfig
+from flaxdraft.errors import InputError
+from flaxdraft.interfaces import Target
+from flaxdraft.nn.precision import Precision
+from flaxdraft.progress import CONSOLE
+from flaxdraft.targets.decoder import DecoderConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class RunTarget:
+    """Each part is read when it is first asked for, and once."""
+
+    def __init__(self, wanted: TargetConfig, announce: Callable[[], None], check: Callable[[DecoderConfig], None]):
+        """
+        Args:
+            announce: called before anything is read.
+            check: raises `InputError` where the rest of the run does not go with the target.
+        """
+        self._wanted, self._announce, self._check = wanted, announce, check
+
+    @functools.cached_property
+    def opened(self) -> targets.OpenedTarget:
+        """The files."""
+        self._announce()
+        return targets.open_target(self._wanted.path, self._wanted.sha256)
+
+    @functools.cached_property
+    def config(self) -> DecoderConfig:
+        """
+        Raises:
+            InputError: a tapped layer is one that no server captures, or the run does not go with the target.
+        """
+        c = self.opened.config(self._wanted.tap_layers)
+        if c.tap_layers[2] == c.num_hidden_layers - 1:
+            raise InputError(
+                f"target.tap_layers: {list(c.tap_layers)} holds the last layer, which SGLang cannot capture; "
+                f"expected layers up to {c.num_hidden_layers - 2}"
+            )
+        self._check(c)
+        CONSOLE.print(
+            f"  {c.num_hidden_layers} layers, width {c.hidden_size}, vocabulary {c.vocab_size}, "
+            f"taps after layers {', '.join(map(str, c.tap_layers))}"
+        )
+        return c
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """
+        Raises:
+            InputError: there is none, or it has no chat template.
+        """
+        tokenizer = self.opened.source.tokenizer()
+        if tokenizer is None or not tokenizer.chat_template:
+            raise InputError(
+                f"target.path: {self.opened.path} has no {'tokenizer' if tokenizer is None else 'chat template'}, "
+                "which it takes to ask the target; put the model's tokenizer.json and tokenizer_config.json there"
+            )
+        return tokenizer
+
+    @functools.cached_property
+    def loaded(self) -> targets.LoadedTarget:
+        """All of it, on one device."""
+        return self._load()
+
+    def on(self, mesh: jax.sharding.Mesh, dtype: Any) -> Target:
+        """All of it, over a mesh, in a dtype of weights and products."""
+        return self._load(mesh=mesh, precision=Precision(dtype, dtype)).model
+
+    def _load(self, **how: Any) -> targets.LoadedTarget:
+        _ = self.config, self.tokenizer  # refuse what does not go together before gigabytes are read
+        wanted = self._wanted
+        return targets.from_pretrained(wanted.path, sha256=wanted.sha256, tap_layers=wanted.tap_layers, **how)

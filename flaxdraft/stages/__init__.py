@@ -1,0 +1,1 @@
+"""What is done before and by whom: claims on folders, kept results, locks, provenance."""

@@ -1,0 +1,48 @@
+"""What stands before and behind a target's layers: embedding, final norm, head. Where features are given, or are made
+elsewhere, training needs nothing else of a target, so that its layers need not fit beside the draft."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from flaxdraft.data.store import FeatureStore
+from flaxdraft.targets import OpenedTarget
+from flaxdraft.targets.decoder import DecoderConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class OuterWeights:
+    """The part of `interfaces.Target` that is not computed. The arrays lie on the host until they are asked for."""
+
+    config: DecoderConfig
+    tensors: dict[str, np.ndarray]  # float32: embedding [V, E], final_norm [E], and head [V, E] unless it is tied
+
+    @classmethod
+    def of_target(cls, opened: OpenedTarget, config: DecoderConfig) -> OuterWeights:
+        """From a target's files, of which nothing else is read."""
+        names = {path: name for path, name, _ in opened.family.name_table(config)}
+        wanted = {"embedding": "embed", "final_norm": "norm/scale", "head": "head"}
+
+        def read(name: str) -> np.ndarray:
+            whole = tuple(slice(0, size) for size in opened.source.shape(name))
+            return np.asarray(opened.source.read(name, whole), np.float32)
+
+        return cls(config, {key: read(names[path]) for key, path in wanted.items() if path in names})
+
+    @classmethod
+    def of_store(cls, store: FeatureStore, config: DecoderConfig) -> OuterWeights:
+        """From a feature store, which carries them."""
+        return cls(config, store.target())
+
+    def embedding(self) -> Float[Array, "V E"]:
+        return jnp.asarray(self.tensors["embedding"])
+
+    def head(self) -> Float[Array, "V E"]:
+        return jnp.asarray(self.tensors.get("head", self.tensors["embedding"]))
+
+    def final_norm(self) -> Float[Array, " E"]:
+        return jnp.asarray(self.tensors["final_norm"])
