@@ -147,7 +147,7 @@ class Theirs:
         tokens_BT = np.pad(batch.tokens_BT, ((0, 0), (0, num_steps)))
         wide = lambda x: torch.from_numpy(np.asarray(x, np.float32))  # noqa: E731
         return TorchBatch(
-            torch.from_numpy(tokens_BT).long(), wide(features.taps_BT3E).flatten(2), wide(features.last_BTE[known]),
+            torch.from_numpy(tokens_BT).long(), wide(features.taps_BTKE).flatten(2), wide(features.last_BTE[known]),
             None if rows_BR is None else torch.from_numpy(rows_BR).long(),
             [torch.from_numpy(b * width + p) for b, p in at_J],
             [torch.from_numpy(number_BT[at]) for at in teacher_at_J], argmax_J,

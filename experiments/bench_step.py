@@ -49,7 +49,7 @@ FLOAT8_RATIO = 1.3  # see `check`
 def plain_loss(draft: nnx.Module, example: Example, algorithm: Algorithm) -> jax.Array:
     """The same loss with dense attention, all logits at once, differentiated by JAX."""
     batch, rows, num_steps = example.batch, example.rows_BR, algorithm.num_steps
-    hidden = unroll(draft, batch, example.features.taps_BT3E, rows, num_steps, attention="dense")
+    hidden = unroll(draft, batch, example.features.taps_BTKE, rows, num_steps, attention="dense")
     logits = jnp.einsum("bre,we->brw", take_rows(example.features.last_BTE, rows + 1), example.teacher_head_WE)
     teacher = distillation_reference.Teacher(
         logits.astype(jnp.float32), take_rows(example.features.logsumexp_BT, rows + 1),

@@ -8,10 +8,19 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    create_model,
+)
 
 from flaxdraft.errors import InputError
 
@@ -46,7 +55,7 @@ class _Section(BaseModel):
 class TargetConfig(_Section):
     path: Text  # a model directory, a .gguf file, wheel:NAME==VERSION/FILE, or ORG/NAME on the hub
     sha256: str | None = None
-    tap_layers: list[int] | None = Field(default=None, min_length=3, max_length=3)  # outputs of these layers
+    tap_layers: list[int] | None = Field(default=None, min_length=1)  # outputs of these layers; null: the algorithm's
 
 
 class DataConfig(_Section):
@@ -68,7 +77,7 @@ class DataConfig(_Section):
 
 
 class DraftConfig(_Section):
-    architecture: Text = "llama"  # a module of flaxdraft/drafts
+    architecture: Text | None = None  # one of the algorithm's drafts/; null: its default
     draft_vocab_size: int = Field(default=8192, ge=1)
     vocab_map: Text | None = None  # a d2t.npy (offsets) to take instead of choosing from the data
     fields: dict[str, Any] = {}  # overrides of the architecture's Config, which follows the target by default
@@ -77,14 +86,13 @@ class DraftConfig(_Section):
 
 
 class AlgorithmConfig(_Section):
-    name: Text = "eagle3"  # a module of flaxdraft/algorithms
-    ttt_length: int = Field(default=7, ge=1)
-    step_decay: Number = Field(default=0.8, gt=0, le=1)
-    objective: Literal["soft_cross_entropy", "hard_label", "lk_alpha", "lk_lambda"] = "soft_cross_entropy"
-    attention: Literal["auto", "dense", "chunked", "cudnn"] = "auto"  # the last two: memory linear in length
-    remat: Literal["none", "projections", "full"] = "none"  # what the backward pass computes anew
-    loss_chunk: int = Field(default=512, ge=1)  # rows whose logits exist at a time
-    attention_chunk: int = Field(default=256, ge=1)  # queries and keys whose scores exist at a time, when chunked
+    """What every algorithm's section has; the rest of it is the algorithm's own (`flaxdraft.algorithms.NAME.settings`)."""
+
+    name: str
+
+    # Fields that change nothing beyond rounding, so that a run may go on with others.
+    free: ClassVar[tuple[str, ...]] = ()
+    default_architecture: ClassVar[str]
 
 
 class TrainConfig(_Section):
@@ -155,7 +163,7 @@ class RunConfig(_Section):
     target: TargetConfig
     data: DataConfig
     draft: DraftConfig = DraftConfig()
-    algorithm: AlgorithmConfig = AlgorithmConfig()
+    algorithm: SerializeAsAny[AlgorithmConfig]  # `algorithm.name` says whose fields it has
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
@@ -165,6 +173,20 @@ class RunConfig(_Section):
     @property
     def draft_dir(self) -> Path:
         return Path(self.output_dir) / (self.name or self.draft.architecture)
+
+
+def _with_algorithm(raw: dict[str, Any]) -> type[RunConfig]:
+    """RunConfig with the section of the algorithm that is named.
+
+    Raises:
+        InputError: there is no such algorithm.
+    """
+    from flaxdraft import algorithms  # whose settings are made of this module's sections
+
+    section = raw.get("algorithm")
+    name = section.get("name", algorithms.DEFAULT) if isinstance(section, dict) else algorithms.DEFAULT
+    settings = algorithms.settings_of(name if isinstance(name, str) else algorithms.DEFAULT)
+    return create_model("RunConfig", __base__=RunConfig, algorithm=(settings, settings()))
 
 
 def _known_keys(model: type[BaseModel], loc: tuple) -> list[str]:
@@ -179,15 +201,15 @@ def nearest(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
 
 
-def _explain(error: dict[str, Any], origin: str) -> str:
+def _explain(error: dict[str, Any], origin: str, model: type[RunConfig]) -> str:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = _known_keys(RunConfig, error["loc"][:-1])
+        known = _known_keys(model, error["loc"][:-1])
         return f"{origin}: unknown key {path!r}; {nearest(str(error['loc'][-1]), known)}"
     if error["type"] == "missing":
         return f"{origin}: {path} is missing"
     if error["type"] == "model_type":
-        known = ", ".join(_known_keys(RunConfig, error["loc"]))
+        known = ", ".join(_known_keys(model, error["loc"]))
         return f"{origin}: {path}: found {error['input']!r}; expected a section with some of the keys {known}"
     return f"{origin}: {path}: found {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
 
@@ -227,7 +249,12 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
         raise InputError(f"{path}: expected a mapping of sections (target, data, train, ...), found {found}")
     for text in overrides:
         _override(raw, text)
+    model = _with_algorithm(raw)
     try:
-        return RunConfig.model_validate(raw)
+        config = model.model_validate(raw)
     except ValidationError as error:
-        raise InputError("\n".join(_explain(item, path) for item in error.errors())) from error
+        raise InputError("\n".join(_explain(item, path, model) for item in error.errors())) from error
+    if config.draft.architecture is not None:
+        return config
+    draft = config.draft.model_copy(update={"architecture": config.algorithm.default_architecture})
+    return config.model_copy(update={"draft": draft})

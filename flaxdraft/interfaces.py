@@ -1,21 +1,18 @@
-"""What passes between the parts, and how a part is found by its name.
+"""What passes between the parts.
 
-Shape letters: B batch, T time, R supervised rows kept of T, J unroll steps, D draft width, E target width,
-V target vocabulary, W draft vocabulary, N query heads, K key/value heads, H head width, S cache slots.
+Shape letters: B batch, T time, K tapped layers (of features), E target width, V target vocabulary, W draft vocabulary,
+S cache slots, F fresh rows, Q draft tokens of a proposal.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -36,25 +33,13 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What the frozen target says about a batch; it knows no draft vocabulary."""
+    """What the frozen target says about a batch; it knows no draft vocabulary. What whoever made the features did not
+    keep is None."""
 
-    taps_BT3E: Float[Array, "B T 3 E"]  # residual stream after three chosen layers, un-normed
-    # After the target's final norm; None where the rows of a split batch bring their own (SplitRows).
-    last_BTE: Float[Array, "B T E"] | None
-    # Over the full vocabulary; both are None where whoever made the features did not keep them.
-    argmax_BT: Int[Array, "B T"] | None
+    taps_BTKE: Float[Array, "B T K E"]  # residual stream after K chosen layers, un-normed
+    last_BTE: Float[Array, "B T E"] | None  # after the target's final norm
+    argmax_BT: Int[Array, "B T"] | None  # over the full vocabulary
     logsumexp_BT: Float[Array, "B T"] | None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SplitRows:
-    """What `rows_BR` of a batch read of its features, where devices share a batch row's rows (algorithms/eagle3/shared_rows.py):
-    no device has to read another's."""
-
-    taps_BR3E: Float[Array, "B R 3 E"]  # of each row
-    last_BRE: Float[Array, "B R E"]  # of the row after it, its teacher at step 0
-    owned_BR: Bool[Array, "B R"]  # false: listed for its teacher alone, some other device trains it
 
 
 @jax.tree_util.register_dataclass
@@ -70,22 +55,22 @@ class Placement:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """All that an algorithm needs for one evaluation of its loss.
-
-    `rows_BR` lists, ascending, the rows that some step supervises; entries >= T are padding. It must hold every
-    supervised row (`flaxdraft.algorithms` builds it on the host), since rows outside it are never computed.
-    `teacher_head_WE` are the target's head rows of the draft vocabulary; `full_head_VE` the whole head, which features
-    without argmax and logsumexp need. `accepted_J` is the mean expected acceptance
-    of each step over the previous global batch, which adaptive objectives read; None before there is one.
-    """
+    """All that an algorithm needs for one evaluation of its loss. Arrays of the first three lead with the batch; on the
+    host they are numpy's, and there is no teacher yet."""
 
     batch: Batch
-    features: Features
-    rows_BR: Int[Array, "B R"]
-    teacher_head_WE: Float[Array, "W E"]
-    accepted_J: Float[Array, " J"] | None = None
-    full_head_VE: Float[Array, "V E"] | None = None
-    split: SplitRows | None = None
+    features: Features | None  # None on the host where the target is to read the batch itself
+    chosen: Any  # what the algorithm chose there (`Algorithm.choose`): supervised rows, anchors
+    teacher: Any = None  # arrays of the target that the loss reads (`Algorithm.teacher`); the same for every batch
+
+
+class Draw(NamedTuple):
+    """What random choices on the host may depend on, so that they are the same however many hosts share a batch and
+    wherever a run goes on."""
+
+    seed: int
+    step: int  # of the optimizer, from 0
+    first_row: int  # the number, in the global batch, of this host's first row
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,31 +120,26 @@ class VocabMap:
         return cls(np.asarray(d2t).astype(np.int64) + np.arange(len(d2t)), vocab_size)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LossSums:
-    """Sums per unroll step, never means: they are added over micro-batches and hosts and divided once."""
+class Sums(Protocol):
+    """A pytree of counts and sums, never means: it is added over micro-batches and hosts, and divided once."""
 
-    loss_J: Float[Array, " J"]
-    loss_count_J: Int[Array, " J"]  # supervised, teacher argmax in the draft vocabulary
-    row_count_J: Int[Array, " J"]  # supervised
-    hit_J: Int[Array, " J"]  # draft argmax is the target's argmax
-    prefix_hit_J: Int[Array, " J"]  # hits at this step and all before
-    expected_accept_J: Float[Array, " J"]  # sum over supervised rows of sum_w min(p_full[w], q[w])
+    def terms(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The loss as numerator and denominator, which is at least 1."""
+        ...
 
-    @classmethod
-    def empty(cls, num_steps: int) -> LossSums:
-        """Of no rows."""
-        zero_J, none_J = jnp.zeros(num_steps), jnp.zeros(num_steps, jnp.int32)
-        return cls(zero_J, none_J, none_J, none_J, none_J, zero_J)
+    def figures(self) -> dict[str, float | list[float]]:
+        """What a log or a report shows of sums on the host; a list has one entry a draft position."""
+        ...
 
-    def __add__(self, other: LossSums) -> LossSums:
-        return jax.tree.map(jnp.add, self, other)
 
-    def terms(self, step_weight_J: Float[Array, " J"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """sum_j w_j S_j and sum_j w_j N_j; the loss is their quotient, the one division over whatever was summed."""
-        count = jnp.sum(step_weight_J * self.loss_count_J)
-        return jnp.sum(step_weight_J * self.loss_J), jnp.maximum(count, 1.0)
+class EmbeddingAndHead(Protocol):
+    """What stands before and behind a target's layers."""
+
+    config: Any
+
+    def embedding(self) -> Float[Array, "V E"]: ...
+    def head(self) -> Float[Array, "V E"]: ...
+    def final_norm(self) -> Float[Array, " E"]: ...
 
 
 @runtime_checkable
@@ -213,85 +193,141 @@ class Target(Protocol):
     def final_norm(self) -> Float[Array, " E"]: ...
 
 
+class DraftConfig(Protocol):
+    """Sizes of a draft, as far as everybody needs them; names as in config.json."""
+
+    hidden_size: int
+    target_hidden_size: int
+    vocab_size: int
+    draft_vocab_size: int
+
+    def to_hf(self) -> dict[str, Any]: ...
+
+
 class Draft(Protocol):
-    """The EAGLE-3 surface of a draft module; nothing outside its file knows which architecture it is."""
+    """A draft's module, as far as everybody needs it. Variables of type nnx.Param are trained, Frozen ones travel along."""
 
     config: Any
-    softmax_scale: float
+    target_ids: Any  # Frozen [W]: the target id of each draft token
 
-    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]: ...
-    def project(self, taps_BT3E: Float[Array, "B T 3 E"]) -> Float[Array, "B T D"]: ...
-    def token_projections(self, embeds_BTD: Float[Array, "B T D"]) -> Any:
-        """A token's share of the attention's projections: arrays [B, T, ...], the same at every unroll step."""
+
+class Proposal(NamedTuple):
+    """What a drafter guesses for the next target pass."""
+
+    ids_BQ: Int[Array, "B Q"]  # draft ids
+    q_BQW: Float[Array, "B Q W"] | None  # the distributions that they were drawn from; None where they are argmaxes
+
+
+# Draft ids, and the distribution that they were drawn from or None, from the logits [B, W] of proposal number j.
+Chooser = Callable[[Float[Array, "B W"], Any], tuple[Int[Array, " B"], Any]]
+
+
+class Drafter(Protocol):
+    """How a draft proposes while a target decodes: pure functions inside compiled programs. `state` is the drafter's own
+    pytree, whose arrays lead with the rows of the batch."""
+
+    most_tokens: int | None  # that one proposal holds; None: any number
+    trees: bool  # whether `propose_tree` is there
+
+    def start(self, draft: Any, num_rows: int, num_slots: int) -> Any:
+        """Before anything is read; position p of a text has slot p."""
         ...
 
-    def projections(self, token_projections: Any, hidden_BTD: Float[Array, "B T D"]) -> Any: ...
-    def query(self, projections: Any, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]: ...
-    def key_value(
-        self, projections: Any, positions_BT: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K C"]]: ...
-    def finish(
-        self, hidden_BTD: Float[Array, "B T D"], heads_BTNC: Float[Array, "B T N C"]
-    ) -> Float[Array, "B T D"]: ...
-    def head_input(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]: ...
-    def head(self) -> Float[Array, "D W"]: ...
-    def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T W"]: ...
+    def read(
+        self, draft: Any, state: Any, taps_BTKE: Float[Array, "B T K E"], next_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"], last_B: Int[Array, " B"],
+    ) -> Any:  # fmt: skip
+        """The target's real states at some positions, in their order, each with the token that follows there. Positions
+        beyond the last slot mark padding. `last_B` is the entry of each row behind which the next proposal begins."""
+        ...
+
+    def propose(
+        self, draft: Any, state: Any, newest_B: Int[Array, " B"], token_B: Int[Array, " B"], num_tokens: int,
+        choose: Chooser,
+    ) -> tuple[Any, Proposal]:  # fmt: skip
+        """Guesses behind the newest token, which is at position `newest_B` and which the target has not read."""
+        ...
+
+    def propose_tree(
+        self, draft: Any, state: Any, newest_B: Int[Array, " B"], tree: Any
+    ) -> tuple[Any, Int[Array, "B Q"]]:
+        """Draft ids of the nodes of a `decode.tree.Tree` below its root, which is the newest token."""
+        ...
 
 
 class Algorithm(Protocol):
-    """How a draft is trained: the only place where rows are shifted."""
+    """All that is one algorithm's own, and the only place where rows are shifted. A package `flaxdraft.algorithms.NAME`
+    has `settings.Settings`, its section of the configuration; `algorithm.Algorithm(settings, packed)`, this; and
+    `drafts`, a package of its architectures, each with ARCHITECTURES, MODEL_TYPES, Config, make and name_table."""
 
-    num_steps: int
+    settings: Any
+    full_vocabulary: bool  # its drafts know every target token: no vocabulary is chosen
+    needs: tuple[str, ...]  # the fields of `Features` that it reads
 
-    def rows(self, assistant_BT: np.ndarray, segments_BT: np.ndarray) -> np.ndarray: ...
-    def describe(self, draft: Draft, example: Example) -> str: ...
-    def loss_sums(self, draft: Draft, example: Example) -> LossSums: ...
-    def accepted(self, draft: Draft, example: Example) -> tuple[LossSums, Int[Array, "B T"]]: ...
-    def loss_terms(self, sums: LossSums) -> tuple[Float[Array, ""], Float[Array, ""]]: ...
-    def mean_loss(self, sums: LossSums) -> Float[Array, ""]: ...
+    # The target.
+    def tap_layers(self, num_layers: int, chosen: tuple[int, ...] | None) -> tuple[int, ...]:
+        """The layers whose outputs the draft reads: `chosen` by the user, or the default for such a target.
 
+        Raises:
+            InputError: they are no taps for this algorithm.
+        """
+        ...
 
-def modules_of(package: str) -> Iterator[tuple[str, ModuleType]]:
-    """Every module of a package with its short name; a new file is found without being registered anywhere."""
-    root = importlib.import_module(package)
-    for info in pkgutil.iter_modules(root.__path__):
-        if not info.name.startswith("_"):  # a package's command line is not one of its entries
-            yield info.name, importlib.import_module(f"{package}.{info.name}")
+    def teacher(self, target: EmbeddingAndHead, vocab: VocabMap, dtype: Any) -> Any:
+        """Arrays [V or W, E] of the target that the loss reads."""
+        ...
 
+    # Examples, on the host.
+    def check_answers(self, longest: int) -> None:
+        """
+        Raises:
+            InputError: answers of at most so many tokens supervise nothing at some place.
+        """
+        ...
 
-def find_by_name(package: str, name: str, field: str) -> ModuleType:
-    """The module `package.name`.
+    def choose(self, batch: Batch, most_supervised: int, draw: Draw) -> Any:
+        """What is computed of a batch of numpy arrays: arrays that lead with its rows and whose other sizes follow from
+        the batch's shape and `most_supervised`, a bound on the supervised tokens of a row."""
+        ...
 
-    Raises:
-        InputError: no such module; the message lists the names there are and the file that would add one.
-    """
-    modules = pkgutil.iter_modules(importlib.import_module(package).__path__)
-    names = [info.name for info in modules if not info.name.startswith("_")]
-    if name not in names:
-        raise InputError(
-            f"{field}: no {name!r} in {package}; found {', '.join(sorted(names))}. "
-            f"A new one is a new file {package.replace('.', '/')}/{name}.py"
-        )
-    return importlib.import_module(f"{package}.{name}")
+    def share(self, example: Example, num_shards: int) -> tuple[Example, Example]:
+        """A host's example with every batch row shared by several devices, and the same tree with True where an array is
+        cut along its second axis and False where it is whole.
 
+        Raises:
+            InputError: this algorithm does not do that.
+        """
+        ...
 
-def find_by_architecture(package: str, config: dict[str, Any], origin: str) -> ModuleType:
-    """The module that declares the config's `architectures` (first) or `model_type`.
+    # The loss.
+    def first_carry(self) -> Any: ...
+    def next_carry(self, carry: Any, sums: Any, step: Int[Array, ""]) -> Any:
+        """What the train state carries to the next step: a small pytree, made of the sums of the whole global batch."""
+        ...
 
-    Raises:
-        InputError: none declares it, or two do.
-    """
-    wanted = [*(config.get("architectures") or [])[:1], config.get("model_type")]
-    known = {}
-    for name, module in modules_of(package):
-        for declared in (*module.ARCHITECTURES, *module.MODEL_TYPES):
-            if declared in known and known[declared] is not module:
-                raise InputError(f"{package}: both {known[declared].__name__} and {name} declare {declared!r}")
-            known[declared] = module
-    for key in wanted:
-        if key in known:
-            return known[key]
-    raise InputError(
-        f"{origin}: architecture {wanted[0]!r} (model_type {wanted[-1]!r}) is not supported; supported are "
-        f"{', '.join(sorted(known))}. A new family is a new file in {package.replace('.', '/')}/"
-    )
+    def sums(self, draft: Any, example: Example, carry: Any) -> Any: ...
+    def accepted(self, draft: Any, example: Example) -> tuple[Any, Int[Array, "B T"]]:
+        """The sums, and for each row how many draft tokens greedy verification would accept there."""
+        ...
+
+    def describe(self, draft: Any, example: Example) -> str:
+        """How such sums are computed on this machine, for the log."""
+        ...
+
+    def flops(self, params: Any, teacher: Any, num_rows: int) -> float:
+        """Of a step's products with weights over so many rows, if every one were supervised; the teacher's included."""
+        ...
+
+    # Beginning and drafting.
+    def warm_start(self, draft: Any, target: EmbeddingAndHead, vocab: VocabMap) -> None:
+        """Weights of the target put into a fresh draft, in place, where that helps."""
+        ...
+
+    def drafting(self, num_tokens: int) -> Algorithm:
+        """The same algorithm for evaluation: rows of one document, `num_tokens` draft tokens a target pass."""
+        ...
+
+    def drafter(self) -> Drafter: ...
+    def serving(self) -> ModuleType:
+        """The contract of its exports; see flaxdraft/serving."""
+        ...

@@ -9,8 +9,8 @@ from flaxdraft.algorithms.eagle3 import objective
 
 
 @partial(jax.jit, static_argnames=("graphdef", "num_steps"))
-def _unroll(graphdef, state, batch, taps_BT3E, rows_BR, num_steps):
-    return objective.unroll(nnx.merge(graphdef, state), batch, taps_BT3E, rows_BR, num_steps)
+def _unroll(graphdef, state, batch, taps_BTKE, rows_BR, num_steps):
+    return objective.unroll(nnx.merge(graphdef, state), batch, taps_BTKE, rows_BR, num_steps)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "algorithm"))
@@ -18,8 +18,8 @@ def _loss_sums(graphdef, state, algorithm, example):
     return algorithm.loss_sums(nnx.merge(graphdef, state), example)
 
 
-def unroll(draft, batch, taps_BT3E, rows_BR, num_steps):
-    return _unroll(*nnx.split(draft), batch, taps_BT3E, rows_BR, num_steps)
+def unroll(draft, batch, taps_BTKE, rows_BR, num_steps):
+    return _unroll(*nnx.split(draft), batch, taps_BTKE, rows_BR, num_steps)
 
 
 def loss_sums(algorithm, draft, example):

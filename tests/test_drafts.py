@@ -33,7 +33,7 @@ def rms_norm(x, scale, eps):
 @both
 def test_fc_norm_norms_each_tapped_state_by_itself(name):
     draft = scaled_norms(make_draft(DRAFTS[name], fc_norm=True))
-    taps = np.asarray(example(1).features.taps_BT3E) * np.array([1.0, 10.0, 100.0])[:, None]
+    taps = np.asarray(example(1).features.taps_BTKE) * np.array([1.0, 10.0, 100.0])[:, None]
     norms = draft.fc_norm_low, draft.fc_norm_mid, draft.fc_norm_high
     eps = draft.config.rms_norm_eps
     normed = np.concatenate([rms_norm(taps[:, :, i], norm.scale[...], eps) for i, norm in enumerate(norms)], axis=-1)
@@ -44,7 +44,7 @@ def test_fc_norm_norms_each_tapped_state_by_itself(name):
 @both
 def test_norm_before_fc_norms_the_tapped_states_together(name):
     draft = scaled_norms(make_draft(DRAFTS[name], norm_before_fc=True))
-    taps = np.asarray(example(1).features.taps_BT3E) * np.array([1.0, 10.0, 100.0])[:, None]
+    taps = np.asarray(example(1).features.taps_BTKE) * np.array([1.0, 10.0, 100.0])[:, None]
     normed = rms_norm(taps.reshape(1, T, -1), draft.input_norm.scale[...], draft.config.rms_norm_eps)
     want = normed @ np.asarray(draft.fc.kernel[...], np.float64)
     np.testing.assert_allclose(draft.project(jnp.asarray(taps, jnp.float32)), want, atol=2e-6)
@@ -56,7 +56,7 @@ def test_norm_before_fc_norms_the_tapped_states_together(name):
 def test_norm_before_residual_adds_to_the_normed_state(name):
     """Attention reads the same, so the layer differs in its residual alone."""
     plain, switched = (scaled_norms(make_draft(DRAFTS[name], norm_before_residual=on)) for on in (False, True))
-    hidden, positions = example(1).features.taps_BT3E[:, :, 0], jnp.arange(T)[None]
+    hidden, positions = example(1).features.taps_BTKE[:, :, 0], jnp.arange(T)[None]
     projections = plain.projections(plain.token_projections(hidden), hidden)
     num_heads, width = (
         plain.query(projections, positions).shape[2],
@@ -75,7 +75,7 @@ def test_norm_output_carries_the_normed_state_and_norms_it_once(name):
     plain = scaled_norms(make_draft(DRAFTS[name]))
     normed = scaled_norms(make_draft(DRAFTS[name], norm_output=True))
     ex, rows = example(1), jnp.arange(T)[None]
-    taps = ex.features.taps_BT3E
+    taps = ex.features.taps_BTKE
     before, after = (unroll(draft, ex.batch, taps, rows, 2) for draft in (plain, normed))
     want = rms_norm(before[0], plain.norm.scale[...], plain.config.rms_norm_eps)
     np.testing.assert_allclose(after[0], want, atol=2e-6)

@@ -67,7 +67,7 @@ def test_of_the_feed_forward_each_step_keeps_only_what_products_gave(name):
 
     def outputs(params):
         draft = nnx.merge(graphdef, params, frozen)
-        return algorithm_unroll(draft, ex.batch, ex.features.taps_BT3E, ex.rows_BR, num_steps)
+        return algorithm_unroll(draft, ex.batch, ex.features.taps_BTKE, ex.rows_BR, num_steps)
 
     _, pull = jax.vjp(outputs, params)
     at_rows = [x for x in jax.tree.leaves(pull) if x.size == 47 * ex.rows_BR.size]
@@ -83,7 +83,7 @@ def test_packed_documents_equal_separate_ones(name):
         batch.tokens_BT.reshape(1, -1), batch.assistant_BT.reshape(1, -1),
         jnp.repeat(jnp.arange(1, 3), T)[None], batch.positions_BT.reshape(1, -1),
     )  # fmt: skip
-    taps = ex.features.taps_BT3E
+    taps = ex.features.taps_BTKE
     rows = jnp.arange(2 * T)[None]
     apart = unroll(draft, batch, taps, jnp.tile(jnp.arange(T), (2, 1)), 3)
     together = unroll(draft, packed, taps.reshape(1, 2 * T, 3, -1), rows, 3)
@@ -101,8 +101,8 @@ def test_a_row_does_not_see_its_future(name):
     draft, ex = make_draft(DRAFTS[name]), example(1)
     rows, cut = jnp.arange(T)[None], 7
     later = dataclasses.replace(ex.batch, tokens_BT=ex.batch.tokens_BT.at[:, cut + 3 :].set(0))
-    taps = ex.features.taps_BT3E.at[:, cut + 1 :].add(1.0)
-    before = unroll(draft, ex.batch, ex.features.taps_BT3E, rows, 2)
+    taps = ex.features.taps_BTKE.at[:, cut + 1 :].add(1.0)
+    before = unroll(draft, ex.batch, ex.features.taps_BTKE, rows, 2)
     after = unroll(draft, later, taps, rows, 2)
     for j in range(2):  # row p reads tokens up to p + 1 + j, taps up to p
         np.testing.assert_allclose(before[j][:, : cut + 1], after[j][:, : cut + 1], atol=1e-6)
@@ -112,7 +112,7 @@ def test_a_row_does_not_see_its_future(name):
 def test_sums_against_a_loop():
     draft, ex, algorithm = make_draft(DRAFTS["llama"]), example(), Algorithm(3)
     sums = loss_sums(algorithm, draft, ex)
-    hidden = unroll(draft, ex.batch, ex.features.taps_BT3E, jnp.tile(jnp.arange(T), (2, 1)), 3)
+    hidden = unroll(draft, ex.batch, ex.features.taps_BTKE, jnp.tile(jnp.arange(T), (2, 1)), 3)
     to_draft = np.asarray(draft.draft_ids[...])
     mask = brute_force_supervision(np.asarray(ex.batch.assistant_BT), np.asarray(ex.batch.segments_BT), 3)
     last, head = np.asarray(ex.features.last_BTE, np.float64), np.asarray(ex.teacher_head_WE, np.float64)

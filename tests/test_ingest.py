@@ -90,8 +90,8 @@ def folder(native, target, tmp_path_factory):
         padded, ones = np.zeros((1, 96), np.int32), np.zeros((1, 96), np.int32)
         padded[0, :num], ones[0, :num] = tokens, 1
         found = with_last.features(Batch(padded, ones > 0, ones, jnp.arange(96)[None]))
-        before_norm = np.asarray(found.taps_BT3E)[0, :num, 2:]
-        taps = native.row(min(number, 5)).features.taps_BT3E if number < 6 else native.row(0).features.taps_BT3E
+        before_norm = np.asarray(found.taps_BTKE)[0, :num, 2:]
+        taps = native.row(min(number, 5)).features.taps_BTKE if number < 6 else native.row(0).features.taps_BTKE
         hidden = np.concatenate([taps, before_norm], axis=1)
         path = directory / "hidden_states" / f"hs_{number}.safetensors"
         save_file({"hidden_states": hidden, "token_ids": tokens.astype(np.int64)}, path)
@@ -158,8 +158,8 @@ def test_narrow_states_stay_as_they_are(folder, native, target, tmp_path):
     assert call(copy, tmp_path / "s", target) == 0
     store = FeatureStore(tmp_path / "s")
     assert store.manifest["taps_dtype"] == store.manifest["last_dtype"] == "bfloat16"
-    want = native.row(0).features.taps_BT3E.astype(ml_dtypes.bfloat16)
-    np.testing.assert_array_equal(store.row(0).features.taps_BT3E, want)
+    want = native.row(0).features.taps_BTKE.astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(store.row(0).features.taps_BTKE, want)
 
 
 def rewrite(number, **changes):

@@ -27,7 +27,7 @@ def make_row(mark: int, num_prompt: int, num_answer: int) -> Row:
     num = num_prompt + num_answer
     rng = np.random.default_rng(mark)
     features = Features(
-        taps_BT3E=rng.normal(size=(num, 3, E)).astype(np.float32),
+        taps_BTKE=rng.normal(size=(num, 3, E)).astype(np.float32),
         last_BTE=rng.normal(size=(num, E)).astype(np.float32),
         argmax_BT=rng.integers(1, 99, num).astype(np.int32),
         logsumexp_BT=rng.normal(size=num).astype(np.float32),
@@ -149,9 +149,9 @@ def test_collate_pads_with_nothing_supervised():
 
 def test_features_keep_their_stored_dtype():
     row = make_row(5, 3, 4)
-    half = dataclasses.replace(row.features, taps_BT3E=row.features.taps_BT3E.astype(np.float16))
+    half = dataclasses.replace(row.features, taps_BTKE=row.features.taps_BTKE.astype(np.float16))
     host = collate([[as_document(dataclasses.replace(row, features=half))]], half, 2, 16, 8, ALGORITHM)
-    assert host.features.taps_BT3E.dtype == np.float16
+    assert host.features.taps_BTKE.dtype == np.float16
     assert host.features.last_BTE.dtype == np.float32
 
 

@@ -62,7 +62,7 @@ def unshifted_labels(name, target, rows):
     draft = make_draft(name, target)
     draft.self_attn.o_proj.kernel[...] = jnp.zeros_like(draft.self_attn.o_proj.kernel[...])
     draft.fc.kernel[...] = draft.fc.kernel[...].at[2 * D :].set(jnp.eye(D))
-    taps = np.concatenate([row.features.taps_BT3E[row.num_prompt : -1] for row in rows])
+    taps = np.concatenate([row.features.taps_BTKE[row.num_prompt : -1] for row in rows])
     following = np.concatenate([row.tokens[row.num_prompt + 1 :] for row in rows])
     said = draft.target_ids[...][jnp.argmax(draft.logits(draft.project(taps[None])), axis=-1)][0]
     assert np.mean(said == following) > 0.6

@@ -55,7 +55,7 @@ def rows_of(example: Example, index) -> Example:
 
 def hidden_of(draft, example: Example) -> np.ndarray:
     """[J, B, T, D]: the draft's output of every step at every row."""
-    steps = unroll(draft, example.batch, example.features.taps_BT3E, example.rows_BR, J)
+    steps = unroll(draft, example.batch, example.features.taps_BTKE, example.rows_BR, J)
     return np.asarray(jnp.stack(steps))
 
 
@@ -177,13 +177,13 @@ def test_a_row_does_not_see_its_future(drafts, name, seed, cut):
     one = make_example(seed, *layout_of([T], [T]))
     noise = make_example(seed + 1, *layout_of([T], [T]))
     before = np.arange(T) <= cut
-    taps = jnp.where(before[None, :, None, None], one.features.taps_BT3E, noise.features.taps_BT3E)
+    taps = jnp.where(before[None, :, None, None], one.features.taps_BTKE, noise.features.taps_BTKE)
     hidden = hidden_of(drafts[name], one)
     for j in range(J):
         tokens = jnp.where(np.arange(T)[None] <= cut + 1 + j, one.batch.tokens_BT, noise.batch.tokens_BT)
         other = dataclasses.replace(
             one, batch=dataclasses.replace(one.batch, tokens_BT=tokens),
-            features=dataclasses.replace(one.features, taps_BT3E=taps),
+            features=dataclasses.replace(one.features, taps_BTKE=taps),
         )  # fmt: skip
         np.testing.assert_allclose(hidden_of(drafts[name], other)[j][:, before], hidden[j][:, before], atol=2e-6)
 

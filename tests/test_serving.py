@@ -67,9 +67,9 @@ def randomize(draft):
 class Engine:
     """A draft with its cache on teacher-forced rows: row p holds the tapped states of p and the token p + 1."""
 
-    def __init__(self, draft, tokens_BT, taps_BT3E):
+    def __init__(self, draft, tokens_BT, taps_BTKE):
         self.parts = nnx.split(draft)
-        self.tokens_BT, self.taps_BT3E = tokens_BT, taps_BT3E
+        self.tokens_BT, self.taps_BTKE = tokens_BT, taps_BTKE
         self.cache = drafter.new_draft_cache(draft, B, SLOTS)
 
     def extend(self, start_B, end_B):
@@ -77,7 +77,7 @@ class Engine:
         at = start_B[:, None] + np.arange(WIDTH)
         positions = np.where(at <= end_B[:, None], at, SLOTS)
         at = np.minimum(at, T - 2)
-        taps = jnp.asarray(np.take_along_axis(self.taps_BT3E, at[:, :, None, None], axis=1))
+        taps = jnp.asarray(np.take_along_axis(self.taps_BTKE, at[:, :, None, None], axis=1))
         tokens = jnp.asarray(np.take_along_axis(self.tokens_BT, at + 1, axis=1))
         self.cache, self.hidden_BD = extend(
             *self.parts, self.cache, taps, tokens, jnp.asarray(positions), end_B - start_B
@@ -93,11 +93,11 @@ class Engine:
         return jnp.stack(out)
 
 
-def unrolled(draft, tokens_BT, taps_BT3E, row_B):
+def unrolled(draft, tokens_BT, taps_BTKE, row_B):
     """[CHAIN, B, D]: the unroll's states at the same rows."""
     positions = jnp.tile(jnp.arange(T), (B, 1))
     batch = Batch(jnp.asarray(tokens_BT), jnp.ones((B, T), bool), jnp.ones((B, T), jnp.int32), positions)
-    return jnp.stack(unroll(draft, batch, jnp.asarray(taps_BT3E), jnp.asarray(row_B[:, None]), CHAIN))[:, :, 0]
+    return jnp.stack(unroll(draft, batch, jnp.asarray(taps_BTKE), jnp.asarray(row_B[:, None]), CHAIN))[:, :, 0]
 
 
 @pytest.mark.parametrize(("name", "fields"), CASES)

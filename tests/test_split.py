@@ -51,12 +51,12 @@ def test_the_layout_holds_what_rows_read():
     assert all(getattr(laid.batch, f.name).shape == (3, length) for f in dataclasses.fields(laid.batch))
     assert laid.features.last_BTE is None
     assert laid.rows_BR.shape[1] % 4 == 0
-    np.testing.assert_array_equal(laid.features.taps_BT3E[:, :22], features.taps_BT3E)
+    np.testing.assert_array_equal(laid.features.taps_BTKE[:, :22], features.taps_BTKE)
     for b, row in enumerate(laid.rows_BR):
         assert sorted(row[split.owned_BR[b]].tolist()) == rows[b][rows[b] < 22].tolist()
         for i, at in enumerate(row):
             if at < 22:
-                np.testing.assert_array_equal(split.taps_BR3E[b, i], features.taps_BT3E[b, at])
+                np.testing.assert_array_equal(split.taps_BRKE[b, i], features.taps_BTKE[b, at])
                 np.testing.assert_array_equal(split.last_BRE[b, i], features.last_BTE[b, at + 1] if at < 21 else 0)
             else:
                 assert not split.owned_BR[b, i]

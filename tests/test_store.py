@@ -78,9 +78,9 @@ def test_rows_come_back_in_any_order(whole):
 def test_fp8_keeps_a_scale_for_each_state(tmp_path):
     store = FeatureStore(write_store(tmp_path / "s", dataclasses.replace(SOURCE, taps_dtype="fp8")))
     for i, row in enumerate(FLAT):
-        want = row.features.taps_BT3E.astype(np.float32)
+        want = row.features.taps_BTKE.astype(np.float32)
         worst = np.abs(want).max(axis=-1, keepdims=True)
-        assert (np.abs(store.row(i).features.taps_BT3E - want) <= 2**-4 * np.abs(want) + 2**-9 * worst).all()
+        assert (np.abs(store.row(i).features.taps_BTKE - want) <= 2**-4 * np.abs(want) + 2**-9 * worst).all()
 
 
 def test_what_the_caller_expects(whole):

@@ -43,7 +43,7 @@ def test_cached_forward_equals_uncached_wherever_it_is_split(loaded, tokens, spl
         positions = jnp.tile(jnp.arange(start, start + size), (2, 1))
         cache, got = loaded.model.extend(cache, tokens[:, start : start + size], positions, "all")
         span = slice(start, start + size)
-        np.testing.assert_allclose(got.taps_BT3E, want.taps_BT3E[:, span], atol=1e-4)
+        np.testing.assert_allclose(got.taps_BTKE, want.taps_BTKE[:, span], atol=1e-4)
         np.testing.assert_allclose(got.last_BTE, want.last_BTE[:, span], atol=1e-4)
         np.testing.assert_allclose(got.logsumexp_BT, want.logsumexp_BT[:, span], atol=1e-4)
         np.testing.assert_array_equal(got.argmax_BT, want.argmax_BT[:, span])
@@ -62,7 +62,7 @@ def test_packed_documents_equal_separate_ones(loaded, tokens):
     segments = jnp.repeat(jnp.arange(1, 3), 12)[None]
     packed = whole(loaded.model, tokens.reshape(1, -1), segments, jnp.tile(jnp.arange(12), 2)[None])
     np.testing.assert_allclose(packed.last_BTE.reshape(2, 12, -1), apart.last_BTE, atol=1e-5)
-    np.testing.assert_allclose(packed.taps_BT3E.reshape(2, 12, 3, -1), apart.taps_BT3E, atol=1e-5)
+    np.testing.assert_allclose(packed.taps_BTKE.reshape(2, 12, 3, -1), apart.taps_BTKE, atol=1e-5)
 
 
 def test_end_head_gives_the_last_real_position_of_each_row(loaded, tokens):
@@ -110,7 +110,7 @@ def test_greedy_answers_and_features_equal_the_uncached_ones(loaded):
         assert row.tokens.tolist() == text
         assert row.num_prompt == len(prompt)
         want, inside = whole(loaded.model, padded(text)), slice(len(text) - 1)
-        np.testing.assert_allclose(row.features.taps_BT3E[:-1], want.taps_BT3E[0, inside], atol=1e-4)
+        np.testing.assert_allclose(row.features.taps_BTKE[:-1], want.taps_BTKE[0, inside], atol=1e-4)
         np.testing.assert_allclose(row.features.last_BTE[:-1], want.last_BTE[0, inside], atol=1e-4)
         answer = slice(len(prompt) - 1, len(text) - 1)
         np.testing.assert_array_equal(row.features.argmax_BT[answer], text[len(prompt) :])
@@ -120,12 +120,12 @@ def test_taps_are_outputs_of_their_layers(loaded, tokens, tiny_gguf):
     """The tap after the last layer, normed, is the last hidden state; an earlier model's taps are a later one's."""
     one = targets.from_pretrained(str(tiny_gguf), tap_layers=(0, 2, 7)).model
     features = whole(one, tokens)
-    x = np.asarray(features.taps_BT3E[:, :, 2], np.float64)
+    x = np.asarray(features.taps_BTKE[:, :, 2], np.float64)
     eps = one.config.rms_norm_eps
     normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * np.asarray(one.final_norm())
     np.testing.assert_allclose(features.last_BTE, normed, atol=1e-5)
     assert loaded.model.config.tap_layers == (1, 3, 4)
-    np.testing.assert_allclose(features.taps_BT3E[:, :, 1], reference_tap(loaded.model, tokens, 2), atol=1e-5)
+    np.testing.assert_allclose(features.taps_BTKE[:, :, 1], reference_tap(loaded.model, tokens, 2), atol=1e-5)
 
 
 def reference_tap(target, tokens, layer):
@@ -134,7 +134,7 @@ def reference_tap(target, tokens, layer):
     layers = jax.tree.map(lambda w: w[: layer + 1], target.state["layers"])
     state = nnx.State({**target.state, "layers": layers})
     cut = decoder.build(config, llama.groups(config, Precision(), Sharding.none()), state, Precision())
-    return whole(cut, tokens).taps_BT3E[:, :, 2]
+    return whole(cut, tokens).taps_BTKE[:, :, 2]
 
 
 @pytest.mark.parametrize("taps", [(2, 1, 3), (0, 1, 8), (1, 1, 2)])

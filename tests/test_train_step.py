@@ -81,7 +81,7 @@ def test_a_step_that_is_not_finite_changes_nothing(averaged):
     frozen, fresh, step = averaged
     good = example()
     broken = dataclasses.replace(
-        good, features=dataclasses.replace(good.features, taps_BT3E=good.features.taps_BT3E.at[0, 5].set(jnp.nan))
+        good, features=dataclasses.replace(good.features, taps_BTKE=good.features.taps_BTKE.at[0, 5].set(jnp.nan))
     )
     state, metrics = step(fresh(), frozen, good)
     assert int(metrics.skipped) == 0

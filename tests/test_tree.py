@@ -114,14 +114,14 @@ def test_a_pass_hands_on_what_the_target_says_along_its_path(target, draft, rows
         return tree.tree_pass(model, draft, Tree(SHALLOW), *caches, carry.hidden_BD, root_B, token_B1)[2:]
 
     seen = 0
-    for accepted, said_T, taps_T3E, row in zip(
+    for accepted, said_T, taps_TKE, row in zip(
         *jax.device_get(first(model, parts[1], carry)), rows("llama"), strict=True
     ):
         end = min(row.num_prompt + accepted + 1, len(row.tokens) - 1)
         here = slice(row.num_prompt, end)
         seen += max(end - here.start - 1, 0)
         np.testing.assert_array_equal(said_T[: end - here.start], row.tokens[here.start + 1 : end + 1])
-        np.testing.assert_allclose(taps_T3E[: end - here.start], row.features.taps_BT3E[here], atol=1e-5)
+        np.testing.assert_allclose(taps_TKE[: end - here.start], row.features.taps_BTKE[here], atol=1e-5)
     assert seen > NUM // 2
 
 

@@ -1,1 +1,53 @@
-"""Training algorithms, one a file. A new one is a new file; nothing else is edited."""
+"""Training algorithms, one a folder. A new one is a new folder; nothing else is edited.
+
+What such a folder holds stands in `interfaces.Algorithm`. The configuration's `algorithm.name` finds it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from flaxdraft.plugins import find_by_name, parts_of
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from flaxdraft.config import AlgorithmConfig
+    from flaxdraft.interfaces import Algorithm
+
+DEFAULT = "eagle3"
+PACKAGE = "flaxdraft.algorithms"
+SHARED = ("loading",)  # modules of this package that are no algorithm
+
+
+def settings_of(name: str) -> type[AlgorithmConfig]:
+    """The section of the configuration that an algorithm brings. No JAX is started for it.
+
+    Raises:
+        InputError: there is no such algorithm.
+    """
+    return importlib.import_module(f"{find_by_name(PACKAGE, name, 'algorithm.name').__name__}.settings").Settings
+
+
+def make(settings: AlgorithmConfig, *, packed: bool) -> Algorithm:
+    """The algorithm of a configuration.
+
+    Args:
+        packed: whether a row may hold several documents.
+    """
+    folder = find_by_name(PACKAGE, settings.name, "algorithm.name").__name__
+    return importlib.import_module(f"{folder}.algorithm").Algorithm(settings, packed)
+
+
+def algorithm_of(architecture: ModuleType) -> Algorithm:
+    """The algorithm, with its default settings, whose folder a draft architecture lies in."""
+    folder = architecture.__name__.rpartition(".drafts.")[0]
+    return importlib.import_module(f"{folder}.algorithm").Algorithm(
+        importlib.import_module(f"{folder}.settings").Settings(), packed=True
+    )
+
+
+def draft_packages() -> list[str]:
+    """The packages of draft architectures of all algorithms."""
+    return [f"{module.__name__}.drafts" for _, module in parts_of(PACKAGE)]

@@ -5,6 +5,7 @@ A new architecture is a new file; nothing else is edited. `from_pretrained` find
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -12,19 +13,23 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
+from flaxdraft.algorithms import algorithm_of, draft_packages
 from flaxdraft.algorithms.eagle3.serving.tensors import BUFFERS, flat_name
 from flaxdraft.devices.mesh import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.files.name_tables import load_safetensors, read_json_object, state_from_torch
-from flaxdraft.interfaces import VocabMap, find_by_architecture
+from flaxdraft.interfaces import Algorithm, VocabMap
 from flaxdraft.nn.layers import Frozen
 from flaxdraft.nn.precision import Precision
+from flaxdraft.plugins import find_by_architecture
 
 
 class LoadedDraft(NamedTuple):
     """A draft from a serving directory; the vocabulary map is part of it."""
 
+    algorithm: Algorithm
     module: ModuleType
     config: Any
     params: nnx.State
@@ -106,7 +111,7 @@ def from_pretrained(directory: str | Path, vocab: VocabMap | None = None) -> Loa
     config_path, *paths = serving_files(directory)
     hf = read_json_object(config_path, "expected a draft's config.json", "write it again")
     try:
-        module = find_by_architecture("flaxdraft.algorithms.eagle3.drafts", hf, str(config_path))
+        module = find_by_architecture(draft_packages(), hf, str(config_path))
         config = module.Config.from_hf(hf)
     except InputError:
         raise
@@ -127,17 +132,32 @@ def from_pretrained(directory: str | Path, vocab: VocabMap | None = None) -> Loa
     if not config.owns_embedding:
         tensors.pop("embed_tokens.weight", None)
     params = state_from_torch(abstract_params(module, config), module.name_table(config), tensors, origin)
-    return LoadedDraft(module, config, params, found)
+    return LoadedDraft(algorithm_of(module), module, config, params, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroTarget:
+    """A target's embedding, head and norm of zeros, for shapes."""
+
+    config: Any  # of the draft
+
+    def embedding(self) -> Float[Array, "V E"]:
+        return jnp.zeros((self.config.vocab_size, self.config.target_hidden_size))
+
+    def head(self) -> Float[Array, "V E"]:
+        return self.embedding()
+
+    def final_norm(self) -> Float[Array, " E"]:
+        return jnp.zeros(self.config.target_hidden_size)
 
 
 def abstract_params(module: ModuleType, config: Any) -> nnx.State:
     """Shapes and dtypes of a draft's trained parameters."""
 
     def empty() -> nnx.Module:
-        embedding = None if config.owns_embedding else jnp.zeros((config.vocab_size, config.hidden_size))
         vocab = VocabMap(np.arange(config.draft_vocab_size), config.vocab_size)
         return module.make(
-            config, vocab, embedding, precision=Precision(), sharding=Sharding.none(), rngs=nnx.Rngs(0)
+            config, vocab, ZeroTarget(config), precision=Precision(), sharding=Sharding.none(), rngs=nnx.Rngs(0)
         )  # fmt: skip
 
     return nnx.split(nnx.eval_shape(empty), nnx.Param, Frozen)[1]

@@ -6,7 +6,6 @@ so that what is there is whole.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,11 @@ from flaxdraft.errors import InputError
 from flaxdraft.files.name_tables import load_safetensors, save_safetensors
 from flaxdraft.interfaces import Features
 
-_NARROW = ("taps_BT3E", "last_BTE")  # the wide ones are stored in the configured dtype
+# What each field of `Features` is called in a file, as the first files called it.
+_TENSORS = {
+    "taps_BTKE": "taps_BT3E", "last_BTE": "last_BTE", "argmax_BT": "argmax_BT", "logsumexp_BT": "logsumexp_BT",
+}  # fmt: skip
+_NARROW = ("taps_BTKE", "last_BTE")  # the wide ones are stored in the configured dtype
 _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
 
@@ -29,9 +32,9 @@ def write_rows(path: Path, rows: Sequence[Row], dtype: str) -> None:
         "lengths": np.array([len(row.tokens) for row in rows], np.int32),
         "num_prompt": np.array([row.num_prompt for row in rows], np.int32),
     }
-    for field in dataclasses.fields(Features):
-        joined = np.concatenate([getattr(row.features, field.name) for row in rows])
-        tensors[field.name] = joined.astype(_DTYPES[dtype]) if field.name in _NARROW else joined
+    for field, name in _TENSORS.items():
+        joined = np.concatenate([getattr(row.features, field) for row in rows])
+        tensors[name] = joined.astype(_DTYPES[dtype]) if field in _NARROW else joined
     save_safetensors(path, tensors)
 
 
@@ -42,7 +45,7 @@ def read_rows(path: Path) -> list[Row]:
         InputError: the file is damaged, its arrays disagree about their length, or a feature is not finite.
     """
     tensors = load_safetensors(path)
-    names = {"tokens", "lengths", "num_prompt", *(field.name for field in dataclasses.fields(Features))}
+    names = {"tokens", "lengths", "num_prompt", *_TENSORS.values()}
     if names != set(tensors):
         raise InputError(f"{path}: found tensors {sorted(tensors)}, expected {sorted(names)}; remove it and run again")
     total = int(tensors["lengths"].sum())
@@ -56,12 +59,12 @@ def read_rows(path: Path) -> list[Row]:
             f"{path}: num_prompt has {len(tensors['num_prompt'])} rows, lengths has {len(tensors['lengths'])}; "
             "remove it and run again"
         )
-    for name in _NARROW:
+    for name in map(_TENSORS.get, _NARROW):
         if not np.isfinite(tensors[name]).all():
             raise InputError(f"{path}: {name} holds values that are not finite; remove it and run again")
     ends = np.cumsum(tensors["lengths"])
     rows = []
     for start, end, num_prompt in zip(ends - tensors["lengths"], ends, tensors["num_prompt"], strict=True):
-        features = Features(**{field.name: tensors[field.name][start:end] for field in dataclasses.fields(Features)})
+        features = Features(**{field: tensors[name][start:end] for field, name in _TENSORS.items()})
         rows.append(Row(tensors["tokens"][start:end], int(num_prompt), features))
     return rows

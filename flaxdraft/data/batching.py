@@ -29,7 +29,7 @@ class Rows(NamedTuple):
 
     documents: list[np.ndarray]  # of each row, in their order
     length: int  # tokens of a row
-    num_supervised: int  # upper bound of the supervised ones of a row
+    most_supervised: int  # a bound on the supervised ones of a row
 
 
 class Layout(Protocol):
@@ -194,7 +194,7 @@ class Packed:
         order = np.random.default_rng((seed, 0)).permutation(len(self.kept))
         self._rows = [self.kept[order[members]] for members in first_fit(cut[order].tolist(), length)]
         most = max(int(sizes.supervised[members].sum()) for members in self._rows)
-        self._length, self._num_supervised = length, min(round_up(most, 32), length)
+        self._length, self._most_supervised = length, min(round_up(most, 32), length)
         self._batch_size, self._last_batch = batch_size, last_batch
         self.steps_per_epoch = _batches_of(len(self._rows), batch_size, last_batch)
         _check_steps(self.steps_per_epoch, len(self._rows), batch_size)
@@ -207,7 +207,7 @@ class Packed:
         at = index * self._batch_size
         span = range(at, min(at + self._batch_size, len(self._rows)))
         chosen = [self._rows[self._order[epoch * len(self._rows) + i]] for i in span]
-        return Rows(chosen, self._length, self._num_supervised)
+        return Rows(chosen, self._length, self._most_supervised)
 
     def describe(self) -> str:
         facts = self.facts

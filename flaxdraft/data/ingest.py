@@ -35,7 +35,7 @@ STORED = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}  #
 
 
 class States(NamedTuple):
-    taps_L3E: np.ndarray
+    taps_LKE: np.ndarray
     last_LE: np.ndarray  # before or after the target's final norm, as the folder says
 
 
@@ -89,13 +89,13 @@ def plan_of(folder: Folder, opened: OpenedTarget, tap_layers: Sequence[int] | No
                 f"{config.vocab_size}; the folder is of another target"
             )
     first = folder.states(0)
-    for name, found in (("taps", first.taps_L3E.dtype.name), ("last hidden state", first.last_LE.dtype.name)):
+    for name, found in (("taps", first.taps_LKE.dtype.name), ("last hidden state", first.last_LE.dtype.name)):
         if found not in STORED:
             raise InputError(f"{folder.name(0)}: {name} is {found}; expected one of {', '.join(STORED)}")
     source = Source(
         target=content_of(str(opened.path), None), tokenizer="" if tokenizer is None else tokenizer_digest(tokenizer),
         data=rows_digest(folder.rows), compute_dtype=first.last_LE.dtype.name, tap_layers=config.tap_layers,
-        hidden_size=config.hidden_size, vocab_size=config.vocab_size, taps_dtype=STORED[first.taps_L3E.dtype.name],
+        hidden_size=config.hidden_size, vocab_size=config.vocab_size, taps_dtype=STORED[first.taps_LKE.dtype.name],
         last_dtype=STORED[first.last_LE.dtype.name],
     )  # fmt: skip
     lengths = [len(row.tokens) for row in folder.rows]
@@ -143,7 +143,10 @@ def ingest(directory: Path, folder: Folder, opened: OpenedTarget, tap_layers: Se
 
 def _checked(folder: Folder, index: int, source: Source) -> States:
     states, tokens = folder.states(index), folder.rows[index].tokens
-    wanted = {"taps": (len(tokens), 3, source.hidden_size), "last hidden state": (len(tokens), source.hidden_size)}
+    wanted = {
+        "taps": (len(tokens), len(source.tap_layers), source.hidden_size),
+        "last hidden state": (len(tokens), source.hidden_size),
+    }
     for (name, shape), array in zip(wanted.items(), states, strict=True):
         if array.shape != shape:
             raise InputError(
@@ -174,6 +177,6 @@ def _finisher(weights: OuterWeights, dtype: str, last_is_normed: bool) -> Callab
         padded = np.zeros((1, round_up(num, 256), states.last_LE.shape[1]), dtype)
         padded[0, :num] = states.last_LE
         last, argmax, logsumexp = jax.device_get(finished(padded, head_VE))
-        return Features(states.taps_L3E, last[0, :num], argmax[0, :num], logsumexp[0, :num])
+        return Features(states.taps_LKE, last[0, :num], argmax[0, :num], logsumexp[0, :num])
 
     return run

@@ -11,35 +11,25 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import grain
-import jax
 import numpy as np
 
 from flaxdraft.config import DataConfig, TrainConfig
 from flaxdraft.data.batching import Buckets, Layout, Packed, Sizes
 from flaxdraft.data.documents import Document, Documents
 from flaxdraft.errors import InputError
-from flaxdraft.interfaces import Algorithm, Batch, Features
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class HostBatch:
-    """Numpy arrays of one padded batch, ready to be put on devices."""
-
-    batch: Batch
-    features: Features | None  # None where the target is to read the batch itself
-    rows_BR: np.ndarray
+from flaxdraft.interfaces import Algorithm, Batch, Draw, Example, Features
 
 
 def collate(
-    rows: Iterable[Iterable[Document]], like: Features | None, num_rows: int, length: int, num_supervised: int,
-    algorithm: Algorithm,
-) -> HostBatch:  # fmt: skip
-    """Documents end to end in their rows, cut at `length`; padded to `length`, to `num_rows` rows, and to
-    `num_supervised` supervised rows of each. One document is taken at a time.
+    rows: Iterable[Iterable[Document]], like: Features | None, num_rows: int, length: int, most_supervised: int,
+    algorithm: Algorithm, draw: Draw,
+) -> Example:  # fmt: skip
+    """Documents end to end in their rows, cut at `length`; padded to `length` and to `num_rows` rows. One document is
+    taken at a time.
 
     Args:
         like: features of any document, for their types; None where documents come without.
+        most_supervised: a bound on the supervised tokens of a row, from which the sizes of `Example.chosen` follow.
     """
     shape = (num_rows, length)
     tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
@@ -58,26 +48,19 @@ def collate(
             for name, array in features.items():
                 array[span] = getattr(document.features, name)[:num]
             start += num
-    kept = algorithm.rows(assistant, segments)
-    rows_BR = np.full((num_rows, num_supervised), length, np.int32)
-    rows_BR[:, : kept.shape[1]] = kept
     batch = Batch(tokens, assistant, segments, positions)
-    return HostBatch(batch, Features(**features) if features else None, rows_BR)
+    chosen = algorithm.choose(batch, most_supervised, draw)
+    return Example(batch, Features(**features) if features else None, chosen)
 
 
 def check_supervision(num_answer: Sequence[int], algorithm: Algorithm) -> None:
     """
     Raises:
-        InputError: no row supervises anything, or no answer is long enough for every unroll step.
+        InputError: no row supervises anything; see `Algorithm.check_answers`.
     """
     if not len(num_answer):
         raise InputError("data: no answer has two tokens or more, so nothing is supervised")
-    longest = max(num_answer)
-    if algorithm.num_steps > longest - 1:
-        raise InputError(
-            f"algorithm.ttt_length: found {algorithm.num_steps}, but the longest answer has {longest} tokens, so "
-            f"that step {algorithm.num_steps} would supervise nothing; expected at most {longest - 1}"
-        )
+    algorithm.check_answers(max(num_answer))
 
 
 class Pipeline:
@@ -85,12 +68,13 @@ class Pipeline:
 
     def __init__(
         self, documents: Documents, algorithm: Algorithm, layout: Layout, batch_size: int,
-        part: tuple[int, int] = (0, 1),
+        part: tuple[int, int] = (0, 1), seed: int = 0,
     ):  # fmt: skip
         """
         Args:
             batch_size: rows of a global batch.
             part: (i, n): this host's share of every global batch, the i-th n-th of its rows.
+            seed: of what the algorithm draws.
 
         Raises:
             InputError: see `check_supervision`; the parts do not divide the batch.
@@ -98,11 +82,11 @@ class Pipeline:
         if batch_size % part[1]:
             raise InputError(f"train.batch_size: {batch_size} rows cannot be split over {part[1]} hosts")
         self._documents, self._algorithm, self.layout = documents, algorithm, layout
-        self._num_rows, self.part = batch_size // part[1], part
+        self._num_rows, self.part, self._seed = batch_size // part[1], part, seed
         self._like = documents.row(int(layout.kept[0])).features
         self.steps_per_epoch = layout.steps_per_epoch
 
-    def batch(self, step: int) -> HostBatch:
+    def batch(self, step: int) -> Example:
         """This host's rows of the batch of one optimizer step.
 
         Raises:
@@ -112,7 +96,8 @@ class Pipeline:
         first = self.part[0] * self._num_rows
         mine = rows.documents[first : first + self._num_rows]
         read = ((self._documents.row(int(index)) for index in row) for row in mine)
-        return collate(read, self._like, self._num_rows, rows.length, rows.num_supervised, self._algorithm)
+        draw = Draw(self._seed, step, first)
+        return collate(read, self._like, self._num_rows, rows.length, rows.most_supervised, self._algorithm, draw)
 
 
 def make_pipeline(
@@ -131,10 +116,10 @@ def make_pipeline(
         layout: Layout = Buckets(sizes, num_buckets=train.length_buckets, **common)
     else:
         layout = Packed(sizes, length=train.pack_length, **common)
-    return Pipeline(documents, algorithm, layout, train.batch_size, part)
+    return Pipeline(documents, algorithm, layout, train.batch_size, part, seed)
 
 
-def batches_from(pipeline: Pipeline, start: int, stop: int, prefetch: int) -> Iterator[HostBatch]:
+def batches_from(pipeline: Pipeline, start: int, stop: int, prefetch: int) -> Iterator[Example]:
     """The batches of steps start .. stop - 1, in order, read by threads while the caller works.
 
     Args:

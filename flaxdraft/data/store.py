@@ -53,7 +53,7 @@ class Source:
     tokenizer: str  # digest of the tokenizer and its chat template
     data: str  # digest of the conversations and how they were rendered
     compute_dtype: str  # of the target's products
-    tap_layers: tuple[int, int, int]
+    tap_layers: tuple[int, ...]
     hidden_size: int
     vocab_size: int
     taps_dtype: str  # bfloat16, float32, or fp8 with one scale for each tapped state of a token
@@ -75,11 +75,11 @@ def save(path: Path, tensors: dict[str, np.ndarray]) -> None:
     os.replace(temporary, path)
 
 
-def quantise(taps_T3E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantise(taps_TKE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """fp8 (e4m3) with a float32 scale for each tapped state of each token."""
-    wide = taps_T3E.astype(np.float32)
-    scale_T3 = np.maximum(np.abs(wide).max(axis=-1), 1e-12) / _FP8_MAX
-    return (wide / scale_T3[..., None]).astype(_FP8), scale_T3.astype(np.float32)
+    wide = taps_TKE.astype(np.float32)
+    scale_TK = np.maximum(np.abs(wide).max(axis=-1), 1e-12) / _FP8_MAX
+    return (wide / scale_TK[..., None]).astype(_FP8), scale_TK.astype(np.float32)
 
 
 def write_shard(directory: Path, index: int, rows: Sequence[Document], source: Source) -> None:
@@ -93,7 +93,7 @@ def write_shard(directory: Path, index: int, rows: Sequence[Document], source: S
         "argmax": join("argmax_BT").astype(np.int32),
         "logsumexp": join("logsumexp_BT").astype(np.float32),
     }
-    taps = join("taps_BT3E")
+    taps = join("taps_BTKE")
     if source.taps_dtype == "fp8":
         narrow, tensors["tap_scales"] = quantise(taps)
         tensors["taps"] = narrow.view(np.uint8)  # the format's numpy side knows no fp8

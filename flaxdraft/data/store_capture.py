@@ -75,7 +75,7 @@ def _read(target: Target, rows: Sequence[Rendered], members: list[int]) -> dict[
     for at, i in enumerate(members):
         inside = (at, slice(len(rows[i].tokens)))
         cut = jax.tree.map(lambda x, inside=inside: x[inside], features)
-        if not (np.isfinite(cut.taps_BT3E).all() and np.isfinite(cut.last_BTE).all()):
+        if not (np.isfinite(cut.taps_BTKE).all() and np.isfinite(cut.last_BTE).all()):
             raise InputError(
                 f"row {i}: the target's features are not finite; its weights or its dtype do not hold them"
             )

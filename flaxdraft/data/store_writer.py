@@ -39,7 +39,8 @@ class Plan:
     def num_bytes(self) -> int:
         """Of the whole store, to within headers."""
         s = self.source
-        taps = 3 * s.hidden_size * np.dtype(DTYPES[s.taps_dtype]).itemsize + (12 if s.taps_dtype == "fp8" else 0)
+        one_tap = s.hidden_size * np.dtype(DTYPES[s.taps_dtype]).itemsize + (4 if s.taps_dtype == "fp8" else 0)
+        taps = len(s.tap_layers) * one_tap
         per_token = taps + s.hidden_size * np.dtype(DTYPES[s.last_dtype]).itemsize + _EXTRA_BYTES
         weights = (1 if self.tied else 2) * s.vocab_size * s.hidden_size * 4
         return per_token * self.num_tokens + weights

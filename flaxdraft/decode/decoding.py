@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,20 @@ import numpy as np
 from flax import nnx
 
 from flaxdraft.decode.greedy import round_up
-from flaxdraft.decode.speculative import PREFILL_CHUNK, Carry, Plan, Rows, advance, begin
+from flaxdraft.decode.speculative import PREFILL_CHUNK, Carry, Program, Rows, advance, begin
 from flaxdraft.decode.tree import Tree
 from flaxdraft.errors import InputError
-from flaxdraft.interfaces import Target
+from flaxdraft.interfaces import Drafter, Target
 
 PASSES_AT_A_TIME = 16  # between two reports of progress
+
+
+class ReadyDraft(NamedTuple):
+    """A draft that can decode with its target: structure, state (float32 or narrower), and how it proposes."""
+
+    graphdef: nnx.GraphDef
+    state: nnx.State
+    drafter: Drafter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +61,20 @@ class Settings:
                 "takes the place of a chain and is verified greedily, so expected both 0"
             )
 
-    def plan(self, mesh: jax.sharding.Mesh | None) -> Plan:
+    def program(self, drafter: Drafter | None, mesh: jax.sharding.Mesh | None) -> Program:
         """
         Raises:
-            InputError: see `Tree`.
+            InputError: see `Tree`; the drafter has no trees, or proposes fewer tokens at a time.
         """
-        return Plan(self.chain_length, self.temperature > 0, self.top_p, mesh, Tree(self.tree) if self.tree else None)
+        tree = Tree(self.tree) if self.tree else None
+        if drafter is not None and tree is not None and not drafter.trees:
+            raise InputError(f"tree: found widths {' '.join(map(str, self.tree))}, but this draft proposes no trees")
+        if drafter is not None and drafter.most_tokens is not None and self.chain_length > drafter.most_tokens:
+            raise InputError(
+                f"chain length: found {self.chain_length}, but this draft proposes at most {drafter.most_tokens} tokens "
+                "at a time"
+            )
+        return Program(drafter, self.chain_length, self.temperature > 0, self.top_p, mesh, tree)
 
 
 def padded_length(longest: int) -> int:
@@ -71,7 +88,7 @@ class Decoding:
     def __init__(
         self,
         target: Target,
-        draft: tuple[nnx.GraphDef, nnx.State] | None,
+        draft: ReadyDraft | None,
         prompts: Sequence[Sequence[int]],
         settings: Settings,
         *,
@@ -84,7 +101,7 @@ class Decoding:
 
         Args:
             target: on one device, or whole on every device of the mesh; so is the draft.
-            draft: structure and state, float32 or narrower; not looked at where nothing is drafted.
+            draft: not looked at where nothing is drafted.
             seeds: one for each row; their numbers by default. A row depends on its own prompt and seed alone.
             mesh: rows are split over its data axis.
             num_rows: of the compiled batch, the rest is padding; as many as there are prompts by default.
@@ -117,24 +134,25 @@ class Decoding:
         rows = Rows(lengths, limits, numbers, temperatures)
         if mesh is not None:
             tokens_BP, rows = jax.device_put((tokens_BP, rows), jax.NamedSharding(mesh, jax.P("data")))
-        plan = settings.plan(mesh)
-        graphdef, state = (None, None) if plan.depth == 0 else draft
+        alone = settings.chain_length == 0 and not settings.tree
+        graphdef, state, drafter = (None, None, None) if alone else draft
+        program = settings.program(drafter, mesh)
         stops_N = np.asarray(settings.stop_tokens, np.int32)
-        drafted = plan.chain_length
-        if plan.tree is not None:
-            drafted, vocab_size = plan.tree.num_nodes - 1, nnx.merge(graphdef, state).config.draft_vocab_size
+        drafted = program.chain_length
+        if program.tree is not None:
+            drafted, vocab_size = program.tree.num_nodes - 1, nnx.merge(graphdef, state).config.draft_vocab_size
             if max(settings.tree) > vocab_size:
                 raise InputError(
                     f"tree: found width {max(settings.tree)}, expected at most the draft's {vocab_size} tokens"
                 )
         num_slots = padded + round_up(settings.max_new_tokens + drafted, 8)
-        prefill = dataclasses.replace(plan, chain_length=min(plan.depth, 1), tree=None)  # the same for all
+        prefill = dataclasses.replace(program, chain_length=min(program.depth, 1), tree=None)  # the same for all
         self._num = num
         self._carry: Carry = begin(
             target, graphdef, state, prefill, tokens_BP, rows, stops_N, num_slots, settings.max_new_tokens
         )
         self._step = lambda num_passes, carry: advance(
-            target, graphdef, state, plan, rows, stops_N, jnp.int32(num_passes), carry
+            target, graphdef, state, program, rows, stops_N, jnp.int32(num_passes), carry
         )
 
     @property

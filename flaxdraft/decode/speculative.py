@@ -10,7 +10,7 @@ alone.
 Over several devices every one decodes its own rows, loop and all: none waits for another.
 
 Shape letters: B rows, P padded prompt, T positions of a pass (the chain, or a path of the tree, and one more),
-Q chain, M answer tokens, D draft width, E target width, V target vocabulary, W draft vocabulary.
+Q chain, M answer tokens, E target width, V target vocabulary, W draft vocabulary.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from flax import nnx
 from jax import P, lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from flaxdraft.algorithms.eagle3 import drafter
-from flaxdraft.decode.tree import Tree, tree_pass
+from flaxdraft.decode.tree import Tree, right_path
 from flaxdraft.devices.mesh import BATCH_AXIS
-from flaxdraft.interfaces import Draft, Target
+from flaxdraft.interfaces import Draft, Drafter, Target
 from flaxdraft.ops import rejection
 from flaxdraft.ops.sampling import draw, sharpened
 
@@ -36,10 +35,11 @@ PREFILL_CHUNK = 256  # prompt tokens read at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Program:
     """What a compiled program depends on besides its shapes."""
 
-    chain_length: int  # draft tokens a target pass; 0: the target alone, and no draft is needed
+    drafter: Drafter | None  # None: the target alone, and no draft is needed
+    chain_length: int = 0  # draft tokens a target pass
     sampled: bool = False
     top_p: float = 1.0
     mesh: jax.sharding.Mesh | None = None  # rows are split over its data axis
@@ -72,8 +72,7 @@ class Carry:
     """Between two target passes. The newest answer token has not been read by the target yet."""
 
     cache: Any
-    draft_cache: drafter.DraftCache | None
-    hidden_BD: Float[Array, "B D"] | None  # of the draft's last real row, from which the next chain starts
+    drafting: Any  # the drafter's own state; None where nothing is drafted
     answer_BM: Int[Array, "B M"]
     yield_BM: Int[Array, "B M"]  # tokens that each target pass gave
     num_answer_B: Int[Array, " B"]
@@ -91,83 +90,83 @@ def _is_stop(tokens, stops_N):
     return jnp.any(tokens[..., None] == stops_N.reshape((1,) * tokens.ndim + (-1,)), axis=-1)
 
 
-def _read_prompts(target: Target, draft: Draft | None, tokens_BP, rows: Rows, num_slots: int):
-    """Both caches after the prompts, and each prompt's last taps, last hidden state and argmax.
+def _read_prompts(target: Target, draft: Draft | None, program: Program, tokens_BP, rows: Rows, num_slots: int):
+    """The target's cache and the drafter's state after the prompts, and each prompt's last taps, last hidden state and argmax.
 
     The draft's row of the last prompt token is left out: it needs the first answer token.
     """
     num_rows, padded = tokens_BP.shape
     chunk = min(PREFILL_CHUNK, padded)
     cache = target.new_cache(num_rows, num_slots)
-    draft_cache = None if draft is None else drafter.new_draft_cache(draft, num_rows, num_slots)
+    drafting = None if draft is None else program.drafter.start(draft, num_rows, num_slots)
     next_BP = jnp.pad(tokens_BP[:, 1:], ((0, 0), (0, 1)))
     end_B1 = rows.length_B[:, None] - 1
 
     def read(i, carry):
-        cache, draft_cache, ends = carry
+        cache, drafting, ends = carry
         tokens_BT, next_BT = (lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1) for x in (tokens_BP, next_BP))
         at_1T = i * chunk + jnp.arange(chunk)[None]
         cache, out = target.extend(cache, tokens_BT, jnp.where(at_1T <= end_B1, at_1T, num_slots), "end")
-        found = out.taps_BT3E, out.last_BTE, out.argmax_BT
+        found = out.taps_BTKE, out.last_BTE, out.argmax_BT
         here_BT = at_1T == end_B1
         pick = lambda x: jnp.where(jnp.expand_dims(here_BT, tuple(range(2, x.ndim))), x, 0).sum(1, dtype=x.dtype)  # noqa: E731
         ends = jax.tree.map(lambda end, x: end + pick(x), ends, found)
         if draft is not None:
             known_BT = jnp.where(at_1T < end_B1, at_1T, num_slots)
-            draft_cache, _ = drafter.extend(draft, draft_cache, out.taps_BT3E, next_BT, known_BT, end_B1[:, 0] * 0)
-        return cache, draft_cache, ends
+            drafting = program.drafter.read(draft, drafting, out.taps_BTKE, next_BT, known_BT, end_B1[:, 0] * 0)
+        return cache, drafting, ends
 
     probe = jax.ShapeDtypeStruct((num_rows, chunk), jnp.int32)
     _, out = jax.eval_shape(lambda cache, x: target.extend(cache, x, x, "end"), cache, probe)
     ends = jax.tree.map(
-        lambda x: jnp.zeros((num_rows, *x.shape[2:]), x.dtype), (out.taps_BT3E, out.last_BTE, out.argmax_BT)
+        lambda x: jnp.zeros((num_rows, *x.shape[2:]), x.dtype), (out.taps_BTKE, out.last_BTE, out.argmax_BT)
     )  # fmt: skip
-    return lax.fori_loop(0, padded // chunk, read, (cache, draft_cache, ends))
+    return lax.fori_loop(0, padded // chunk, read, (cache, drafting, ends))
 
 
-def _prefilled(target, draft, plan: Plan, tokens_BP, rows: Rows, stops_N, num_slots: int, num_answer: int) -> Carry:
+def _prefilled(
+    target, draft, program: Program, tokens_BP, rows: Rows, stops_N, num_slots: int, num_answer: int
+) -> Carry:
     """After the prompts and the first answer token, which comes with them."""
     num_rows, zeros_B = len(tokens_BP), jnp.zeros_like(rows.length_B)
-    cache, draft_cache, (taps_B3E, last_BE, first_B) = _read_prompts(target, draft, tokens_BP, rows, num_slots)
-    if plan.sampled:
-        logits_BV = sharpened(target.logits(last_BE), rows.temperature_B[:, None], plan.top_p)
+    cache, drafting, ends = _read_prompts(target, draft, program, tokens_BP, rows, num_slots)
+    taps_BKE, last_BE, first_B = ends
+    if program.sampled:
+        logits_BV = sharpened(target.logits(last_BE), rows.temperature_B[:, None], program.top_p)
         first_B = draw(logits_BV, rows.keys(zeros_B))
-    hidden_BD = None
     if draft is not None:
         end_B1 = rows.length_B[:, None] - 1
-        draft_cache, hidden_BD = drafter.extend(
-            draft, draft_cache, taps_B3E[:, None], first_B[:, None], end_B1, zeros_B
-        )
+        drafting = program.drafter.read(draft, drafting, taps_BKE[:, None], first_B[:, None], end_B1, zeros_B)
     answer_BM = jnp.zeros((num_rows, num_answer), jnp.int32).at[:, 0].set(first_B)
     running_B = (rows.limit_B > 1) & ~_is_stop(first_B, stops_N)
-    return Carry(cache, draft_cache, hidden_BD, answer_BM, jnp.zeros_like(answer_BM), jnp.minimum(rows.limit_B, 1),
+    return Carry(cache, drafting, answer_BM, jnp.zeros_like(answer_BM), jnp.minimum(rows.limit_B, 1),
                  zeros_B, running_B)  # fmt: skip
 
 
-def _chooser(plan: Plan, rows: Rows, keys_B):
+def _chooser(program: Program, rows: Rows, keys_B):
     """How the draft picks its tokens: the highest logit; or a sample, and the distribution that it came from."""
-    if not plan.sampled:
+    if not program.sampled:
         return lambda logits_BW, j: (jnp.argmax(logits_BW, axis=-1).astype(jnp.int32), None)
 
     def choose(logits_BW, j):
-        logits_BW = sharpened(logits_BW, rows.temperature_B[:, None], plan.top_p)
+        logits_BW = sharpened(logits_BW, rows.temperature_B[:, None], program.top_p)
         token_B = draw(logits_BW, jax.vmap(lambda key: jax.random.fold_in(key, j))(keys_B))
         return token_B, jax.nn.softmax(logits_BW, axis=-1)
 
     return choose
 
 
-def _verdict(target, draft, plan: Plan, rows: Rows, out, chain_BQ, q_BQW, keys_B):
+def _verdict(target, draft, program: Program, rows: Rows, out, chain_BQ, q_BQW, keys_B):
     """How many draft tokens are right [B], and the tokens that the answer goes on with [B, T], right up to there and
     one further."""
-    if not plan.sampled:
+    if not program.sampled:
         said_BT = out.argmax_BT
         wanted_BQ = said_BT[:, :0] if draft is None else draft.target_ids[...][chain_BQ]
         agree_BQ = (wanted_BQ == said_BT[:, :-1]).astype(jnp.int32)
         return jnp.sum(jnp.cumprod(agree_BQ, axis=1), axis=1, dtype=jnp.int32), said_BT
     num_rows, num_new = out.argmax_BT.shape
     logits_BTV = target.logits(out.last_BTE.reshape(num_rows * num_new, -1)).reshape(num_rows, num_new, -1)
-    logits_BTV = sharpened(logits_BTV, rows.temperature_B[:, None, None], plan.top_p)
+    logits_BTV = sharpened(logits_BTV, rows.temperature_B[:, None, None], program.top_p)
     if draft is None:
         return jnp.zeros_like(rows.length_B), draw(logits_BTV[:, 0], keys_B)[:, None]
     p_BTV, target_ids_W = jax.nn.softmax(logits_BTV, axis=-1), draft.target_ids[...]
@@ -176,39 +175,62 @@ def _verdict(target, draft, plan: Plan, rows: Rows, out, chain_BQ, q_BQW, keys_B
     return accepted_B, jnp.where(jnp.arange(num_new)[None] == accepted_B[:, None], next_B[:, None], drafted_BT)
 
 
-def _chain_pass(target: Target, draft: Draft | None, plan: Plan, rows: Rows, carry: Carry, newest_B, token_B1):
+def _chain_pass(target: Target, draft: Draft | None, program: Program, rows: Rows, carry: Carry, newest_B, token_B1):
     """Drafts a chain behind the newest token, which is at `newest_B`, and verifies it in one target pass; returns what
-    `tree_pass` does."""
-    keys_B, draft_cache, chain_BQ, q_BQW = rows.keys(carry.num_answer_B), carry.draft_cache, token_B1[:, :0], None
+    `_tree_pass` does."""
+    keys_B, drafting, chain_BQ, q_BQW = rows.keys(carry.num_answer_B), carry.drafting, token_B1[:, :0], None
     if draft is not None:
         draft_keys_B, keys_B = jnp.moveaxis(jax.vmap(jax.random.split)(keys_B), 1, 0)
-        draft_cache, chain_BQ, q_BQW = drafter.propose(
-            draft, draft_cache, carry.hidden_BD, newest_B - 1, plan.chain_length, _chooser(plan, rows, draft_keys_B)
+        drafting, (chain_BQ, q_BQW) = program.drafter.propose(
+            draft, drafting, newest_B, token_B1[:, 0], program.chain_length, _chooser(program, rows, draft_keys_B)
         )
     drafted_BQ = chain_BQ if draft is None else draft.target_ids[...][chain_BQ]
-    at_BT = jnp.minimum(newest_B[:, None] + jnp.arange(plan.chain_length + 1)[None], carry.cache.num_slots)
+    at_BT = jnp.minimum(newest_B[:, None] + jnp.arange(program.chain_length + 1)[None], carry.cache.num_slots)
     cache, out = target.extend(carry.cache, jnp.concatenate([token_B1, drafted_BQ], axis=1), at_BT, "all")
-    accepted_B, said_BT = _verdict(target, draft, plan, rows, out, chain_BQ, q_BQW, keys_B)
-    return cache, draft_cache, accepted_B, said_BT, out.taps_BT3E
+    accepted_B, said_BT = _verdict(target, draft, program, rows, out, chain_BQ, q_BQW, keys_B)
+    return cache, drafting, accepted_B, said_BT, out.taps_BTKE
 
 
-def _pass(target: Target, draft: Draft | None, plan: Plan, rows: Rows, stops_N, carry: Carry) -> Carry:
+def _tree_pass(target: Target, draft: Draft, program: Program, carry: Carry, root_B, token_B1):
+    """Drafts a tree and verifies it in one target pass.
+
+    Args:
+        root_B: position of the newest token, which the target has not read; the number of slots marks padding.
+        token_B1: the newest token.
+
+    Returns:
+        The target's cache, as if the accepted path had been a chain, and the drafter's state; how many draft tokens are
+        accepted; and along the path, the root first, the target's own next tokens and its taps.
+    """
+    tree, cache = program.tree, carry.cache
+    drafting, drafted_BQ = program.drafter.propose_tree(draft, carry.drafting, root_B, tree)
+    tokens_BN = jnp.concatenate([token_B1, draft.target_ids[...][drafted_BQ]], axis=1)
+    positions_BN, placement = tree.place(root_B, slice(None), cache.num_slots)
+    cache, out = target.extend(cache, tokens_BN, positions_BN, "all", placement)
+    accepted_B, path_BT = right_path(tree, tokens_BN, out.argmax_BT)
+    ahead_1T = jnp.arange(1, path_BT.shape[1])[None]
+    to_BT = jnp.where(ahead_1T <= accepted_B[:, None], root_B[:, None] + ahead_1T, cache.num_slots)
+    cache = cache.moved(root_B[:, None] + path_BT[:, 1:], to_BT)
+    rows_B1 = jnp.arange(len(root_B))[:, None]
+    return cache, drafting, accepted_B, out.argmax_BT[rows_B1, path_BT], out.taps_BTKE[rows_B1, path_BT]
+
+
+def _pass(target: Target, draft: Draft | None, program: Program, rows: Rows, stops_N, carry: Carry) -> Carry:
     """One target pass over every row that runs."""
     running_B, made_B, num_slots = carry.running_B, carry.num_answer_B, carry.cache.num_slots
     newest_B = jnp.where(running_B, rows.length_B + made_B - 1, num_slots)  # its position
     token_B1 = jnp.take_along_axis(carry.answer_BM, jnp.maximum(made_B - 1, 0)[:, None], axis=1)
-    if plan.tree is None:
-        found = _chain_pass(target, draft, plan, rows, carry, newest_B, token_B1)
+    if program.tree is None:
+        found = _chain_pass(target, draft, program, rows, carry, newest_B, token_B1)
     else:
-        caches = carry.cache, carry.draft_cache
-        found = tree_pass(target, draft, plan.tree, *caches, carry.hidden_BD, newest_B, token_B1)
-    cache, draft_cache, accepted_B, said_BT, taps_BT3E = found
+        found = _tree_pass(target, draft, program, carry, newest_B, token_B1)
+    cache, drafting, accepted_B, said_BT, taps_BTKE = found
 
-    # Rows of accepted tokens are real; the rest are padding for the draft's cache.
-    ahead_1T, hidden_BD = jnp.arange(plan.depth + 1)[None], carry.hidden_BD
+    # Rows of accepted tokens are real; the rest are padding for the drafter.
+    ahead_1T = jnp.arange(program.depth + 1)[None]
     if draft is not None:
         real_BT = jnp.where(ahead_1T <= accepted_B[:, None], newest_B[:, None] + ahead_1T, num_slots)
-        draft_cache, hidden_BD = drafter.extend(draft, draft_cache, taps_BT3E, said_BT, real_BT, accepted_B)
+        drafting = program.drafter.read(draft, drafting, taps_BTKE, said_BT, real_BT, accepted_B)
 
     gained_B = jnp.minimum(accepted_B + 1, rows.limit_B - made_B)
     stop_BT = _is_stop(said_BT, stops_N) & (ahead_1T < gained_B[:, None])
@@ -220,7 +242,7 @@ def _pass(target: Target, draft: Draft | None, plan: Plan, rows: Rows, stops_N, 
     answer_at_BT = jnp.where(ahead_1T < gained_B[:, None], made_B[:, None] + ahead_1T, end)
     pass_at_B = jnp.where(running_B, carry.num_pass_B, end)
     return Carry(
-        cache, draft_cache, hidden_BD,
+        cache, drafting,
         answer_BM=carry.answer_BM.at[rows_B1, answer_at_BT].set(said_BT, mode="drop"),
         yield_BM=carry.yield_BM.at[rows_B1[:, 0], pass_at_B].set(gained_B, mode="drop"),
         num_answer_B=made_B + gained_B, num_pass_B=carry.num_pass_B + running_B,
@@ -232,23 +254,25 @@ def _merged(graphdef, state) -> Draft | None:
     return None if graphdef is None else nnx.merge(graphdef, state)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "plan", "num_slots", "num_answer"))
-def begin(target, graphdef, state, plan: Plan, tokens_BP, rows, stops_N, num_slots: int, num_answer: int) -> Carry:
+@partial(jax.jit, static_argnames=("graphdef", "program", "num_slots", "num_answer"))
+def begin(
+    target, graphdef, state, program: Program, tokens_BP, rows, stops_N, num_slots: int, num_answer: int
+) -> Carry:
     def local(target, state, stops_N, tokens_BP, rows):
         draft = _merged(graphdef, state)
-        return _prefilled(target, draft, plan, tokens_BP, rows, stops_N, num_slots, num_answer)
+        return _prefilled(target, draft, program, tokens_BP, rows, stops_N, num_slots, num_answer)
 
     arguments = target, state, stops_N, tokens_BP, rows
-    if plan.mesh is not None:
+    if program.mesh is not None:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)  # as a device sees them
         specs = _specs(jax.eval_shape(local, *shapes))
         in_specs = (P(), P(), P(), P(BATCH_AXIS), P(BATCH_AXIS))
-        local = jax.shard_map(local, mesh=plan.mesh, in_specs=in_specs, out_specs=specs, check_vma=False)
+        local = jax.shard_map(local, mesh=program.mesh, in_specs=in_specs, out_specs=specs, check_vma=False)
     return local(*arguments)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "plan"), donate_argnames="carry")
-def advance(target, graphdef, state, plan: Plan, rows, stops_N, num_passes, carry: Carry) -> Carry:
+@partial(jax.jit, static_argnames=("graphdef", "program"), donate_argnames="carry")
+def advance(target, graphdef, state, program: Program, rows, stops_N, num_passes, carry: Carry) -> Carry:
     def local(target, state, stops_N, num_passes, rows, carry):
         draft = _merged(graphdef, state)
 
@@ -256,13 +280,13 @@ def advance(target, graphdef, state, plan: Plan, rows, stops_N, num_passes, carr
             return (loop[0] < num_passes) & jnp.any(loop[1].running_B)
 
         def one(loop):
-            return loop[0] + 1, _pass(target, draft, plan, rows, stops_N, loop[1])
+            return loop[0] + 1, _pass(target, draft, program, rows, stops_N, loop[1])
 
         return lax.while_loop(more, one, (0, carry))[1]
 
     arguments = target, state, stops_N, num_passes, rows, carry
-    if plan.mesh is not None:
+    if program.mesh is not None:
         specs = _specs(carry)
         in_specs = (P(), P(), P(), P(), P(BATCH_AXIS), specs)
-        local = jax.shard_map(local, mesh=plan.mesh, in_specs=in_specs, out_specs=specs, check_vma=False)
+        local = jax.shard_map(local, mesh=program.mesh, in_specs=in_specs, out_specs=specs, check_vma=False)
     return local(*arguments)

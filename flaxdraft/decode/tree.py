@@ -2,28 +2,25 @@
 
 The tree's shape is static: so many children of the root, of each of these, and so on, each node's being the draft's
 likeliest tokens behind it. Nodes of one depth share a position, so in both caches node i lies i slots behind the root
-and sees what lies before the root, and its own ancestors: tree attention as in SpecInfer (arXiv 2305.09781) and EAGLE
-(arXiv 2401.15077). What the target agrees with is one path from the root; its keys and values are moved to where a
+and sees what lies before the root, and its own ancestors: tree attention as in arXiv 2305.09781 and
+arXiv 2401.15077. What the target agrees with is one path from the root; its keys and values are moved to where a
 chain would have left them, and the other branches are written over by the next pass.
 
 Shape letters: B rows, N nodes (the root, node 0, is the newest real token), Q nodes without the root, T nodes of one
-depth or of one path, S slots, X columns of a table, D draft width, E target width.
+depth or of one path, S slots, X columns of a table.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from functools import cached_property
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from flaxdraft.algorithms.eagle3 import drafter
 from flaxdraft.errors import InputError
-from flaxdraft.interfaces import Draft, Placement, Target
+from flaxdraft.interfaces import Placement
 
 MOST_NODES = 512  # each is a row of every target pass, and attends to the whole cache
 
@@ -80,26 +77,6 @@ class Tree:
         return root_B[:, None] + jnp.asarray(depth_T)[None], Placement(slots_BT, jnp.moveaxis(visible_TBS, 0, 1))
 
 
-def propose(
-    draft: Draft, cache: drafter.DraftCache, hidden_BD: Float[Array, "B D"], row_B: Int[Array, " B"], tree: Tree
-) -> tuple[drafter.DraftCache, Int[Array, "B Q"]]:
-    """The draft ids of all nodes; the draft runs once for each depth, over all its nodes.
-
-    Args:
-        hidden_BD: the output of row `row_B`, from which the root's children come.
-    """
-    hidden_BTD, levels = hidden_BD[:, None], []
-    for depth, width in enumerate(tree.widths):
-        if depth:
-            positions_BT, placement = tree.place(row_B, tree.level(depth), cache.k_BKHS.shape[-1])
-            parents_BTD = jnp.repeat(hidden_BTD, tree.widths[depth - 1], axis=1)
-            embeds_BTD = draft.embed(draft.target_ids[...][levels[-1]])
-            cache, hidden_BTD = drafter.cached_layer(draft, cache, embeds_BTD, parents_BTD, positions_BT, placement)
-        children = lax.top_k(draft.logits(hidden_BTD), width)[1]
-        levels.append(children.reshape(len(hidden_BD), -1))
-    return cache, jnp.concatenate(levels, axis=1)
-
-
 def right_path(
     tree: Tree, tokens_BN: Int[Array, "B N"], said_BN: Int[Array, "B N"]
 ) -> tuple[Int[Array, " B"], Int[Array, "B T"]]:
@@ -116,30 +93,3 @@ def right_path(
     levels = [tree.level(depth) for depth in range(len(tree.widths) + 1)]
     path = [level.start + jnp.argmax(reached_BN[:, level], axis=1).astype(jnp.int32) for level in levels]
     return jnp.sum(reached_BQ, axis=1, dtype=jnp.int32), jnp.stack(path, axis=1)
-
-
-def tree_pass(
-    target: Target, draft: Draft, tree: Tree, cache: Any, draft_cache: drafter.DraftCache,
-    hidden_BD: Float[Array, "B D"], root_B: Int[Array, " B"], token_B1: Int[Array, "B 1"],
-) -> tuple[Any, drafter.DraftCache, Int[Array, " B"], Int[Array, "B T"], Float[Array, "B T 3 E"]]:  # fmt: skip
-    """Drafts a tree and verifies it in one target pass.
-
-    Args:
-        hidden_BD: of the draft's last real row, the one before the root.
-        root_B: position of the newest token, which the target has not read; the number of slots marks padding.
-        token_B1: the newest token.
-
-    Returns:
-        Both caches, the target's as if the accepted path had been a chain; how many draft tokens are accepted; and
-        along the path, the root first, the target's own next tokens and its taps.
-    """
-    draft_cache, drafted_BQ = propose(draft, draft_cache, hidden_BD, root_B - 1, tree)
-    tokens_BN = jnp.concatenate([token_B1, draft.target_ids[...][drafted_BQ]], axis=1)
-    positions_BN, placement = tree.place(root_B, slice(None), cache.num_slots)
-    cache, out = target.extend(cache, tokens_BN, positions_BN, "all", placement)
-    accepted_B, path_BT = right_path(tree, tokens_BN, out.argmax_BT)
-    ahead_1T = jnp.arange(1, path_BT.shape[1])[None]
-    to_BT = jnp.where(ahead_1T <= accepted_B[:, None], root_B[:, None] + ahead_1T, cache.num_slots)
-    cache = cache.moved(root_B[:, None] + path_BT[:, 1:], to_BT)
-    rows_B1 = jnp.arange(len(root_B))[:, None]
-    return cache, draft_cache, accepted_B, out.argmax_BT[rows_B1, path_BT], out.taps_BT3E[rows_B1, path_BT]

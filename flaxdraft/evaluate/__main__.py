@@ -119,7 +119,7 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
 
     guesses = [*(Guess(chain_length=chain) for chain in a.chain), *(Guess(tree=tuple(tree)) for tree in a.tree)]
     for guess in guesses:  # refuses wrong numbers before anything is loaded
-        Settings(a.max_new_tokens, guess.chain_length, (), a.temperature, a.top_p, guess.tree).plan(None)
+        Settings(a.max_new_tokens, guess.chain_length, (), a.temperature, a.top_p, guess.tree).program(None, None)
     questions = read_questions(a.prompts, None if a.split == "all" else a.split)[: a.limit]
     mesh = make_mesh(a.data) if a.data > 1 else None
     inputs = {
@@ -134,11 +134,12 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
         f"{len(questions)} questions, {sum(len(q.turns) for q in questions)} turns, up to {a.max_new_tokens} tokens "
         f"each; {', '.join(map(str, guesses))}; temperature {a.temperature:g}"
     )
-    target, parts = loaded.model, draft.parts
+    target, ready = loaded.model, draft.ready
     if mesh is not None:
-        target, parts = jax.device_put((target, parts), jax.NamedSharding(mesh, jax.P()))
+        whole = jax.NamedSharding(mesh, jax.P())
+        target, ready = jax.device_put(target, whole), ready._replace(state=jax.device_put(ready.state, whole))
     settings = Settings(a.max_new_tokens, 0, tuple(loaded.stop_tokens), a.temperature, a.top_p)
-    session = Session(target, parts, loaded.tokenizer, mesh, settings, a.rows)
+    session = Session(target, ready, loaded.tokenizer, mesh, settings, a.rows)
     runs = measure(session, questions, guesses, a.seeds, a.out / "batches", inputs)
     alone, greedy = [run for run in runs if run.guess == Guess()], a.temperature == 0
     forced = walk_answers(loaded.model, draft, texts_of(alone[0]), a.chain, a.rows) if greedy else {}

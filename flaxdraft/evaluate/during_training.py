@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from flaxdraft.decode.decoding import Decoding, Settings
+from flaxdraft.decode.decoding import Decoding, ReadyDraft, Settings
 from flaxdraft.decode.greedy import Row
-from flaxdraft.interfaces import Target
+from flaxdraft.interfaces import Drafter, Target
 
 _NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
+
+
+class UntrainedDraft(NamedTuple):
+    """All of a draft but its parameters, on this process's first device, with `Sharding.none()`; its precision is that of
+    decoding."""
+
+    graphdef: nnx.GraphDef
+    frozen: nnx.State
+    drafter: Drafter
+
+    def ready(self, params: nnx.State) -> ReadyDraft:
+        return ReadyDraft(*nnx.split(nnx.merge(self.graphdef, params, self.frozen)), self.drafter)
 
 
 def whole_on_one_device(tree: Any) -> Any:
@@ -35,7 +47,7 @@ def spread(rows: Sequence[Row], num: int) -> list[Row]:
 
 
 def make_decoded_accept_length(
-    target: Target, graphdef: nnx.GraphDef, frozen: nnx.State, rows: Sequence[Row], num_prompts: int, settings: Settings
+    target: Target, draft: UntrainedDraft, rows: Sequence[Row], num_prompts: int, settings: Settings
 ) -> Callable[[nnx.State], float]:
     """accept_length(params): tokens a target pass when `num_prompts` of the rows' prompts are decoded greedily.
 
@@ -43,8 +55,7 @@ def make_decoded_accept_length(
     call it. It is compiled at the first call.
 
     Args:
-        target: on this process's first device, and so is `frozen`.
-        graphdef, frozen: of a draft with `Sharding.none()`; its precision is that of decoding.
+        target: on this process's first device.
     """
     index, count = jax.process_index(), jax.process_count()
     prompts = [row.tokens[: row.num_prompt].tolist() for row in spread(rows, num_prompts)]
@@ -55,8 +66,8 @@ def make_decoded_accept_length(
         counts = np.zeros(2, np.int32)
         with jax.set_mesh(_NO_MESH):  # the caller's mesh is the training's
             if own:
-                draft = nnx.split(nnx.merge(graphdef, params, frozen))
-                yields = [one.yields for one in Decoding(target, draft, own, settings).finish()]
+                ready = draft.ready(params)
+                yields = [one.yields for one in Decoding(target, ready, own, settings).finish()]
                 counts[:] = sum(map(sum, yields)), sum(map(len, yields))
         gained, passes = np.asarray(multihost_utils.process_allgather(counts)).reshape(count, 2).sum(axis=0)
         return float(gained / passes) if passes else 1.0

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from flax import nnx
-
-from flaxdraft.decode.decoding import Decoded, Decoding, Settings
+from flaxdraft.decode.decoding import Decoded, Decoding, ReadyDraft, Settings
 from flaxdraft.decode.greedy import Row
 from flaxdraft.evaluate.results import acceptance, by_category, teacher_forced_figures
 from flaxdraft.evaluate.walk import TeacherForced
@@ -17,8 +15,7 @@ from flaxdraft.progress import bar
 
 def decode_held_out(
     target: Target,
-    graphdef: nnx.GraphDef,
-    state: nnx.State,
+    draft: ReadyDraft,
     rows: Sequence[Row],
     *,
     max_new_tokens: int,
@@ -40,7 +37,7 @@ def decode_held_out(
 
         for at in range(0, len(prompts), num_rows):
             chunk = prompts[at : at + num_rows]
-            decoded += Decoding(target, (graphdef, state), chunk, settings).finish(on_passes)
+            decoded += Decoding(target, draft, chunk, settings).finish(on_passes)
     return decoded
 
 

@@ -12,9 +12,10 @@ from flax import nnx
 
 from flaxdraft.algorithms import loading
 from flaxdraft.algorithms.eagle3.serving.layer_ids import is_deepseek, outputs_of
+from flaxdraft.decode.decoding import ReadyDraft
 from flaxdraft.devices.mesh import Sharding
 from flaxdraft.errors import InputError
-from flaxdraft.interfaces import VocabMap
+from flaxdraft.interfaces import Algorithm, VocabMap
 from flaxdraft.nn.layers import Frozen
 from flaxdraft.nn.precision import Precision
 from flaxdraft.targets import LoadedTarget, OpenedTarget
@@ -34,18 +35,20 @@ def tapped_layers(directory: Path, opened: OpenedTarget) -> list[int] | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class ReadyDraft:
-    """A draft that can decode with its target."""
+class PairedDraft:
+    """A draft beside its target."""
 
+    algorithm: Algorithm
     graphdef: nnx.GraphDef
     params: nnx.State
     frozen: nnx.State
     vocab: VocabMap
 
     @property
-    def parts(self) -> tuple[nnx.GraphDef, nnx.State]:
-        """Structure and state, as `decoding` takes them."""
-        return nnx.split(nnx.merge(self.graphdef, self.params, self.frozen))
+    def ready(self) -> ReadyDraft:
+        """As decoding takes it."""
+        draft = nnx.merge(self.graphdef, self.params, self.frozen)
+        return ReadyDraft(*nnx.split(draft), self.algorithm.drafter())
 
 
 def check_finite(state: nnx.State, origin: str) -> None:
@@ -61,7 +64,7 @@ def check_finite(state: nnx.State, origin: str) -> None:
             )
 
 
-def load_draft(directory: Path, target: LoadedTarget, precision: Precision) -> ReadyDraft:
+def load_draft(directory: Path, target: LoadedTarget, precision: Precision) -> PairedDraft:
     """
     Raises:
         InputError: the directory is no draft (see `loading.from_pretrained`), a weight is not finite, or the draft was
@@ -79,9 +82,8 @@ def load_draft(directory: Path, target: LoadedTarget, precision: Precision) -> R
             )
     check_finite(loaded.params, f"draft {directory}")
     check_finite(target.model.state, f"target {target.path}")
-    embedding = None if loaded.config.owns_embedding else target.model.embedding()
     draft = loaded.module.make(
-        loaded.config, loaded.vocab, embedding, precision=precision, sharding=Sharding.none(), rngs=nnx.Rngs(0)
+        loaded.config, loaded.vocab, target.model, precision=precision, sharding=Sharding.none(), rngs=nnx.Rngs(0)
     )  # fmt: skip
     nnx.update(draft, jax.tree.map(lambda x: x.astype(precision.param), loaded.params))
-    return ReadyDraft(*nnx.split(draft, nnx.Param, Frozen), loaded.vocab)
+    return PairedDraft(loaded.algorithm, *nnx.split(draft, nnx.Param, Frozen), loaded.vocab)

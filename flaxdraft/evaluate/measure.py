@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxdraft.decode.decoding import Decoded, Decoding, Settings, padded_length
+from flaxdraft.decode.decoding import Decoded, Decoding, ReadyDraft, Settings, padded_length
 from flaxdraft.decode.tree import Tree
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.questions import Question
@@ -86,7 +86,7 @@ class Session:
     """What decodes: models on their devices, and how."""
 
     target: Any
-    draft: tuple
+    draft: ReadyDraft
     tokenizer: Any
     mesh: jax.sharding.Mesh | None
     settings: Settings  # its chain or tree is replaced by each in turn

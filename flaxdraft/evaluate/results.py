@@ -48,16 +48,11 @@ def by_category(yields: Sequence[Sequence[int]], categories: Sequence[str]) -> d
 def teacher_forced_figures(forced: TeacherForced, yields: Sequence[Sequence[int]]) -> dict[str, Any]:
     """The walk beside the passes that were decoded."""
     return {
-        "accept_length": forced.accept_length,
         "target_passes": int(forced.total.passes),
         "answers_with_the_decoded_passes": sum(
             list(one) == list(two) for one, two in zip(forced.yields, yields, strict=True)
         ),
-        "mean_over_rows": forced.mean_over_rows(),
-        "product_of_marginals": forced.product_of_marginals(),
-        "loss": forced.mean_loss,
-        "accuracy": np.asarray(forced.accuracy()).tolist(),
-        "expected_accept": np.asarray(forced.expected_accept()).tolist(),
+        **forced.figures(),
     }
 
 

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from flaxdraft.algorithms.eagle3.objective import Algorithm
 from flaxdraft.decode.greedy import Row, round_up
-from flaxdraft.evaluate.loading import ReadyDraft
-from flaxdraft.evaluate.walk import Part, TeacherForced, combine, evaluate_part, make_accepted
+from flaxdraft.evaluate.loading import PairedDraft
+from flaxdraft.evaluate.walk import TeacherForced, combine, evaluate_teacher_forced, make_accepted
 from flaxdraft.interfaces import Batch, Target
 from flaxdraft.progress import bar
 
@@ -36,7 +35,7 @@ def featured(target: Target, texts: Sequence[tuple[list[int], int]], num_rows: i
 
 
 def walk_answers(
-    target: Target, draft: ReadyDraft, texts: Sequence[tuple[list[int], int]], chains: Sequence[int], num_rows: int
+    target: Target, draft: PairedDraft, texts: Sequence[tuple[list[int], int]], chains: Sequence[int], num_rows: int
 ) -> dict[int, TeacherForced]:
     """What teacher forcing says of each chain length.
 
@@ -44,25 +43,21 @@ def walk_answers(
         target: on one device; so is the draft.
         texts: prompts with the target's own greedy answers; for others the walk is no decoding.
     """
-    head_WE = target.head()[draft.vocab.target_ids_W]
-    algorithms = {chain: Algorithm(chain) for chain in chains}
+    teacher = draft.algorithm.teacher(target, draft.vocab, target.head().dtype)
+    algorithms = {chain: draft.algorithm.drafting(chain) for chain in chains}
     calls = {
-        chain: make_accepted(draft.graphdef, algorithm, draft.frozen, head_WE)(draft.params)
+        chain: make_accepted(draft.graphdef, algorithm, draft.frozen, teacher)(draft.params)
         for chain, algorithm in algorithms.items()
     }
-    parts: dict[int, list[Part]] = {chain: [Part.empty(chain)] for chain in chains}
-    yields: dict[int, list[list[int]]] = {chain: [] for chain in chains}
+    found: dict[int, list[TeacherForced]] = {chain: [] for chain in chains}
     with bar("walk", len(texts)) as progress:
         for at in range(0, len(texts), num_rows):
             chunk = texts[at : at + num_rows]
             rows = featured(target, chunk, num_rows, round_up(max(len(text) for text, _ in chunk), MULTIPLE))
             for chain, algorithm in algorithms.items():
-                part, walks = evaluate_part(calls[chain], rows, algorithm, num_rows, MULTIPLE)
-                parts[chain].append(part)
-                yields[chain] += walks
+                found[chain].append(evaluate_teacher_forced(calls[chain], rows, algorithm, num_rows, MULTIPLE))
             progress.advance(len(chunk), "answers")
-    return {chain: _forced(combine(parts[chain]), yields[chain], algorithms[chain]) for chain in chains}
-
-
-def _forced(total: Part, yields: list[list[int]], algorithm: Algorithm) -> TeacherForced:
-    return TeacherForced(total, float(algorithm.mean_loss(total.sums)), yields)
+    return {
+        chain: TeacherForced(combine(one.total for one in parts), [walk for one in parts for walk in one.yields])
+        for chain, parts in found.items()
+    }

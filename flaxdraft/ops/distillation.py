@@ -1,14 +1,14 @@
 """Distillation in chunks of rows: teacher logits, draft logits, losses, metrics and gradients, all inside one chunk.
 
-Logits never feed the recurrence, so the unroll runs first and the rows are walked afterwards. Supervised rows are
+Logits never feed a recurrence, so all steps run first and the rows are walked afterwards. Supervised rows are
 compacted on each device and the loop runs ceil(n / chunk) times; neither [rows, V] nor [rows, W] is ever held for all
 rows. The gradient is made in the same walk, with one float32 accumulator for the head. Where the head is split by
 vocabulary, each device makes the logits of its part, and numbers that run over the vocabulary are put together
 (ops/vocabulary_axis.py).
 
-Shape letters: B batch, R rows, M = B R, J unroll steps, D draft width, E target width, V target vocabulary, W draft
-vocabulary, C rows of a chunk, S = C + J - 1 rows with their teachers: the teacher of row r at step j is the teacher of
-row r + j at step 0, since supervision asks rows r..r+j to be consecutive and each supervised by some step. Q = C J
+Shape letters: B batch, R rows, M = B R, J steps, D draft width, E target width, W draft vocabulary, C
+rows of a chunk, S = C + J - 1 rows with their teachers: the teacher of row r at step j is the teacher of row r + j at
+step 0, since supervision asks rows r..r+j to be consecutive and each supervised by some step. Q = C J
 rows of all steps of a chunk, row by row: neighbours have nearly the same teachers, which a GPU then reads from memory
 once.
 """
@@ -25,10 +25,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from flaxdraft.devices.mesh import added_up, axes_of, gradient_spec, per_device, scaled, spec_of
-from flaxdraft.interfaces import LossSums
 from flaxdraft.ops.objectives import TeacherRows
 from flaxdraft.ops.row_signals import row_signals
-from flaxdraft.ops.vocabulary_axis import argmax, logsumexp
+from flaxdraft.ops.step_sums import StepSums
+from flaxdraft.ops.vocabulary_axis import logsumexp
 
 # In all of a run's shapes the products are as fast as with longer chunks; see experiments/bench_step.py.
 DEFAULT_CHUNK = 512
@@ -44,19 +44,11 @@ class Plan:
 
 
 class TeacherStates(NamedTuple):
-    """The target at step 0 of each row, before its head; statistics that are None are made from the whole head."""
+    """The target at step 0 of each row, before its head."""
 
     last_BRE: Float[Array, "B R E"]
-    logsumexp_BR: Float[Array, "B R"] | None  # over the full vocabulary
-    draft_argmax_BR: Int[Array, "B R"] | None  # draft id of the full-vocabulary argmax, -1 outside the draft vocabulary
-
-
-class TeacherHead(NamedTuple):
-    """The target's head, no further than it is needed."""
-
-    draft_WE: Float[Array, "W E"]  # the rows of the draft vocabulary
-    full_VE: Float[Array, "V E"] | None = None  # where the states come without statistics
-    draft_ids_V: Int[Array, " V"] | None = None  # draft id of each target id, -1 outside; beside full_VE
+    logsumexp_BR: Float[Array, "B R"]  # over the full vocabulary
+    draft_argmax_BR: Int[Array, "B R"]  # draft id of the full-vocabulary argmax, -1 outside the draft vocabulary
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -65,10 +57,10 @@ def distill(
     states: tuple[Float[Array, "B R D"], ...],
     head_DW: Float[Array, "D W"],
     teacher: TeacherStates,
-    teacher_head: TeacherHead,
+    teacher_head_WE: Float[Array, "W E"],
     supervised_JBR: Bool[Array, "J B R"],
     accepted_J: Float[Array, " J"],
-) -> tuple[LossSums, Bool[Array, "B R J"]]:
+) -> tuple[StepSums, Bool[Array, "B R J"]]:
     """The sums of all rows, and which rows the draft hits at each step.
 
     Only `loss_J` has a gradient (to `states` and `head_DW`), and only through its sum weighted by `plan.step_weights`,
@@ -77,21 +69,18 @@ def distill(
 
     Args:
         states: the head's input of each step, in the precision of the products.
+        teacher_head_WE: the rows of the target's head that the draft vocabulary has.
         head_DW: master weights; their gradient is as wide, and unreduced over the axes that their type calls reduced.
         accepted_J: see `objectives.lk_lambda`.
     """
-    return _walk(plan, False, states, head_DW, teacher, teacher_head, supervised_JBR, accepted_J)[0]
+    return _walk(plan, False, states, head_DW, teacher, teacher_head_WE, supervised_JBR, accepted_J)[0]
 
 
-def _walk(plan, want_gradients, states, head_DW, teacher, teacher_head, supervised_JBR, accepted_J):
+def _walk(plan, want_gradients, states, head_DW, teacher, teacher_head_WE, supervised_JBR, accepted_J):
     rows_spec, head_spec = spec_of(states[0]).partitions[:2], spec_of(head_DW)
     rows_axes, vocabulary = axes_of(rows_spec), head_spec.partitions[1]
     if vocabulary is not None:
-        place = lambda x: jax.reshard(x, jax.P(vocabulary, None))  # noqa: E731
-        full_VE = teacher_head.full_VE
-        teacher_head = teacher_head._replace(
-            draft_WE=place(teacher_head.draft_WE), full_VE=None if full_VE is None else place(full_VE)
-        )
+        teacher_head_WE = jax.reshard(teacher_head_WE, jax.P(vocabulary, None))
 
     def local(*args):
         (hit_BRJ, gradients), (sums, head_gradient) = _walk_shard(plan, want_gradients, vocabulary, *args)
@@ -103,12 +92,12 @@ def _walk(plan, want_gradients, states, head_DW, teacher, teacher_head, supervis
 
     out = (jax.P(*rows_spec), jax.tree.map(spec_of, states) if want_gradients else ())
     out_specs = out, (jax.P(), gradient_spec(head_DW) if want_gradients else ())
-    args = states, teacher, jnp.moveaxis(supervised_JBR, 0, -1), head_DW, teacher_head, accepted_J
+    args = states, teacher, jnp.moveaxis(supervised_JBR, 0, -1), head_DW, teacher_head_WE, accepted_J
     (hit_BRJ, gradients), (sums, head_gradient) = per_device(local, out_specs, *args)
     return (sums, hit_BRJ), (gradients, head_gradient)
 
 
-def _walk_shard(plan, want_gradients, axis, states, teacher, supervised_BRJ, head_DW, teacher_head, accepted_J):
+def _walk_shard(plan, want_gradients, axis, states, teacher, supervised_BRJ, head_DW, teacher_head_WE, accepted_J):
     num_steps, (num_batch, num_rows) = len(states), states[0].shape[:2]
     total, size = num_batch * num_rows, plan.chunk
     # Supervised rows, and the rows behind them that bring the teachers of their later steps, supervised here or not.
@@ -130,11 +119,7 @@ def _walk_shard(plan, want_gradients, axis, states, teacher, supervised_BRJ, hea
         at_S = lax.dynamic_slice_in_dim(order, i * size, size + num_steps - 1)
         at_C = at_S[:size]
         last_SE, logsumexp_S, argmax_S = jax.tree.map(lambda x: take(x, at_S), teacher)
-        teacher_SW = jnp.einsum("se,we->sw", last_SE, teacher_head.draft_WE, preferred_element_type=wide)
-        if logsumexp_S is None:
-            full_SV = jnp.einsum("se,ve->sv", last_SE, teacher_head.full_VE, preferred_element_type=wide)
-            logsumexp_S = logsumexp(full_SV, axis)
-            argmax_S = teacher_head.draft_ids_V[argmax(full_SV, axis)]
+        teacher_SW = jnp.einsum("se,we->sw", last_SE, teacher_head_WE, preferred_element_type=wide)
         at_Q = (jnp.arange(size)[:, None] + jnp.arange(num_steps)[None]).ravel()
         spread = lambda x_S: x_S.at[at_Q].get(mode="promise_in_bounds")  # noqa: E731
         statistics = logsumexp(teacher_SW, axis), logsumexp_S, argmax_S
@@ -163,11 +148,11 @@ def _walk_shard(plan, want_gradients, axis, states, teacher, supervised_BRJ, hea
         loss_J = jnp.sum(apart(jnp.where(in_draft_Q, signals.loss_Q, 0.0)), axis=0)
         accept_J = jnp.sum(apart(jnp.where(supervised_Q, signals.accept_Q, 0.0)), axis=0)
         hit_MJ = hit_MJ.at[at_C].set(hit_CJ, mode="drop")
-        return sums + LossSums(loss_J, *counts, accept_J), hit_MJ, gradients, head_gradient
+        return sums + StepSums(loss_J, *counts, accept_J, plan.step_weights), hit_MJ, gradients, head_gradient
 
     zeros = jnp.zeros(num_steps, wide)
     none = jnp.zeros(num_steps, jnp.int32)
-    empty = LossSums(zeros, none, none, none, none, zeros), jnp.zeros((total, num_steps), bool)
+    empty = StepSums(zeros, none, none, none, none, zeros, plan.step_weights), jnp.zeros((total, num_steps), bool)
     # Gradients of states in the order of the walk, with room for the last chunk to be whole.
     walked = tuple(jnp.zeros((total + size, x.shape[1]), x.dtype) for x in states)
     slots = (walked, jnp.zeros(head_DW.shape, wide)) if want_gradients else ((), ())
@@ -183,8 +168,8 @@ def _later(x_BR: jax.Array, j: int) -> jax.Array:
     return jnp.pad(x_BR, ((0, 0), (j, 0)))[:, : x_BR.shape[1]]
 
 
-def _forward(plan, states, head_DW, teacher, teacher_head, supervised_JBR, accepted_J):
-    out, gradients = _walk(plan, True, states, head_DW, teacher, teacher_head, supervised_JBR, accepted_J)
+def _forward(plan, states, head_DW, teacher, teacher_head_WE, supervised_JBR, accepted_J):
+    out, gradients = _walk(plan, True, states, head_DW, teacher, teacher_head_WE, supervised_JBR, accepted_J)
     return out, (gradients, jnp.zeros((0,), head_DW.dtype))
 
 

@@ -1,6 +1,6 @@
 """The plain reference of `distillation`: every logit of every row at once, differentiated by JAX.
 
-Shape letters: B batch, R rows, J unroll steps, W draft vocabulary. The teacher of row r at step j is the teacher of
+Shape letters: B batch, R rows, J steps, W draft vocabulary. The teacher of row r at step j is the teacher of
 row r + j at step 0: supervision asks rows r..r+j to be consecutive, so teacher logits are needed once a row.
 """
 
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flaxdraft.interfaces import LossSums
 from flaxdraft.ops.objectives import OBJECTIVES, TeacherRows, acceptance
+from flaxdraft.ops.step_sums import StepSums
 
 
 class Teacher(NamedTuple):
@@ -26,7 +26,7 @@ class Teacher(NamedTuple):
 
 
 class StepSignals(NamedTuple):
-    """One unroll step, row by row."""
+    """One step, row by row."""
 
     loss_BR: Float[Array, "B R"]
     hit_BR: Bool[Array, "B R"]
@@ -60,8 +60,10 @@ def step_signals(
     return StepSignals(loss_BR, hit_BR, jax.lax.stop_gradient(accept_BR))
 
 
-def sum_signals(steps: Sequence[StepSignals], supervised_JBR: Bool[Array, "J B R"], teacher: Teacher) -> LossSums:
-    """Masked sums. A supervised row whose teacher argmax is outside the draft vocabulary has no loss and is a miss,
+def sum_signals(
+    steps: Sequence[StepSignals], supervised_JBR: Bool[Array, "J B R"], teacher: Teacher, weights: tuple[float, ...]
+) -> StepSums:
+    """Masked sums, with the weights of the steps in the loss. A supervised row whose teacher argmax is outside the draft vocabulary has no loss and is a miss,
     but its expected acceptance counts."""
     loss, loss_count, rows, hits, prefix_hits, accepts = [], [], [], [], [], []
     prefix_BR = jnp.ones(supervised_JBR.shape[1:], bool)
@@ -76,6 +78,6 @@ def sum_signals(steps: Sequence[StepSignals], supervised_JBR: Bool[Array, "J B R
         for sums, mask in ((loss_count, in_draft_BR), (rows, supervised_BR), (hits, hit_BR), (prefix_hits, prefix_BR)):
             sums.append(jnp.sum(mask, dtype=jnp.int32))
     stack = jnp.stack
-    return LossSums(
-        stack(loss), stack(loss_count), stack(rows), stack(hits), stack(prefix_hits), stack(accepts)
+    return StepSums(
+        stack(loss), stack(loss_count), stack(rows), stack(hits), stack(prefix_hits), stack(accepts), weights
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """What the walk needs of a chunk's draft logits: loss, its slope, top-1 hit, acceptance.
 
-The logits of all unroll steps of a chunk are hundreds of megabytes, so what counts is how often they are read. Three
+The logits of all steps of a chunk are hundreds of megabytes, so what counts is how often they are read. Three
 passes do: the maximum; the sum of exponentials and the place of the maximum; what is made of probabilities.
 The slope of the soft cross-entropy is written down (q - p) instead of found by differentiation, which would read more.
 

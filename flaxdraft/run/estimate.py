@@ -11,15 +11,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flaxdraft.algorithms.loading import ZeroTarget
 from flaxdraft.config import RunConfig
-from flaxdraft.data.pipeline import HostBatch
 from flaxdraft.decode.greedy import round_up
 from flaxdraft.devices.weight_places import place_of
-from flaxdraft.interfaces import Algorithm, Batch, Example, Features, VocabMap
+from flaxdraft.interfaces import Algorithm, Batch, Draw, Example, Features, VocabMap
 from flaxdraft.nn.precision import DTYPES, Precision
 from flaxdraft.train.batch_placement import SHARDING, training_example
 from flaxdraft.train.optimizer import optimizer
@@ -27,7 +26,7 @@ from flaxdraft.train.state import init_state, split_draft
 from flaxdraft.train.step import make_train_step
 
 
-class Plan(NamedTuple):
+class Estimate(NamedTuple):
     """Figures of a configuration; bytes are those of one device."""
 
     mesh: Mapping[str, int]
@@ -69,9 +68,14 @@ def row_length(config: RunConfig) -> int:
     return round_up(config.data.max_prompt_tokens + config.data.max_answer_tokens, 32)
 
 
-def make_plan(
-    config: RunConfig, mesh: jax.sharding.Mesh, draft_module: Any, draft_config: Any, algorithm: Algorithm
-) -> Plan:
+def estimate(
+    config: RunConfig,
+    mesh: jax.sharding.Mesh,
+    draft_module: Any,
+    draft_config: Any,
+    algorithm: Algorithm,
+    num_taps: int,
+) -> Estimate:
     """Compiles the step of a configuration.
 
     Args:
@@ -81,29 +85,19 @@ def make_plan(
     precision = Precision(compute=compute, float8=config.train.float8)
     graphdef, params, frozen = _abstract_draft(draft_module, draft_config, precision, mesh)
     with jax.set_mesh(mesh):
-        example = _described(_zeros(config, mesh, draft_config, algorithm, compute, length), mesh)
+        example = _described(_zeros(config, mesh, draft_config, algorithm, num_taps, length), mesh)
         tx, train = optimizer(config.train), config.train
-        init = jax.jit(lambda p: init_state(p, tx, algorithm.num_steps, ema=train.ema_decay is not None))
+        init = jax.jit(lambda p: init_state(p, tx, algorithm, ema=train.ema_decay is not None))
         state = _described(init.eval_shape(params), mesh)
-        step = make_train_step(graphdef, algorithm, tx, train.accumulate, train.ema_decay)
+        step = make_train_step(graphdef, algorithm, tx, compute, train.accumulate, train.ema_decay)
         compiled = step.lower(state, frozen, example).compile()
     held, work = _bytes_a_device(state), compiled.memory_analysis().temp_size_in_bytes
-    flops = train.batch_size * length * _flops_a_row(params, example.teacher_head_WE, algorithm.num_steps)
-    return Plan(
+    flops = algorithm.flops(params, example.teacher, train.batch_size * length)
+    return Estimate(
         dict(mesh.shape), mesh.devices.flat[0].device_kind, sum(math.prod(p.shape) for p in jax.tree.leaves(params)),
         train.batch_size, length, held, _bytes_a_device((frozen, example)), work, flops,
         train.num_steps,
     )  # fmt: skip
-
-
-def _flops_a_row(params: nnx.State, teacher_head_WE: Any, num_steps: int) -> float:
-    """Counted, since XLA counts what is in a loop once: two operations for each entry of a matrix, three times over for
-    the two gradients; `fc` reads a row once, all other matrices do at every unroll step, the teacher once, forwards."""
-    total = 2.0 * math.prod(teacher_head_WE.shape)
-    for path, variable in nnx.to_flat_state(params):
-        if len(variable.shape) > 1 and path[0] != "embed_tokens":
-            total += 6.0 * math.prod(variable.shape) * (1 if path[0] == "fc" else num_steps)
-    return total
 
 
 def _described(tree: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -125,9 +119,8 @@ def _abstract_draft(module: Any, config: Any, precision: Precision, mesh: jax.sh
     vocab = VocabMap(np.arange(config.draft_vocab_size), config.vocab_size)
 
     def make():
-        embedding = None if config.owns_embedding else jnp.zeros((config.vocab_size, config.hidden_size))
         return module.make(
-            config, vocab, embedding, precision=precision, sharding=SHARDING, rngs=nnx.Rngs(0)
+            config, vocab, ZeroTarget(config), precision=precision, sharding=SHARDING, rngs=nnx.Rngs(0)
         )  # fmt: skip
 
     graphdef, *states = split_draft(nnx.eval_shape(make))
@@ -140,17 +133,18 @@ def _abstract_draft(module: Any, config: Any, precision: Precision, mesh: jax.sh
     return graphdef, *map(nnx.from_flat_state, placed)
 
 
-def _zeros(config: RunConfig, mesh, draft_config: Any, algorithm: Algorithm, compute: Any, length: int) -> Example:
+def _zeros(config: RunConfig, mesh, draft_config: Any, algorithm: Algorithm, num_taps: int, length: int) -> Example:
     """A global batch of full rows."""
-    rows, width = config.train.batch_size, draft_config.target_hidden_size
+    rows, width, compute = config.train.batch_size, draft_config.target_hidden_size, DTYPES[config.train.compute_dtype]
     shape = (rows, length)
     dtype, zeros = DTYPES[config.data.feature_dtype], np.zeros(shape, np.int32)
     counted = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     batch = Batch(zeros, np.ones(shape, bool), zeros + 1, counted)
-    features = Features(
-        np.zeros((*shape, 3, width), dtype), np.zeros((*shape, width), dtype), zeros, np.zeros(shape, np.float32)
-    )  # fmt: skip
-    head = jax.device_put(
-        np.zeros((draft_config.draft_vocab_size, width), compute), jax.NamedSharding(mesh, SHARDING.weight_ve)
-    )
-    return training_example(HostBatch(batch, features, counted), mesh, algorithm.num_steps, head)
+    taps = np.zeros((*shape, num_taps, width), dtype)
+    features = Features(taps, np.zeros((*shape, width), dtype), zeros, np.zeros(shape, np.float32))
+    vocab = VocabMap(np.arange(draft_config.draft_vocab_size), draft_config.vocab_size)
+    teacher = jax.eval_shape(lambda: algorithm.teacher(ZeroTarget(draft_config), vocab, compute))
+    place = jax.NamedSharding(mesh, SHARDING.weight_ve)
+    teacher = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), place), teacher)
+    chosen = algorithm.choose(batch, length, Draw(0, 0, 0))
+    return training_example(Example(batch, features, chosen), mesh, algorithm, teacher)

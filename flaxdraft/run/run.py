@@ -11,7 +11,7 @@ from flaxdraft.config import RunConfig
 from flaxdraft.devices import hosts
 from flaxdraft.evaluate.report import print_headline
 from flaxdraft.progress import CONSOLE, process_log
-from flaxdraft.run.estimate import make_plan
+from flaxdraft.run.estimate import estimate
 from flaxdraft.run.run_draft import Run
 from flaxdraft.run.run_results import Results
 from flaxdraft.stages.directory_lock import DirectoryLock
@@ -20,7 +20,8 @@ from flaxdraft.stages.directory_lock import DirectoryLock
 def plan(config: RunConfig) -> None:
     """Says what the configuration would take, and does nothing else."""
     stages = Run(config)
-    planned = make_plan(config, stages.mesh, stages.draft_module, stages.draft_config(), stages.algorithm)
+    num_taps = len(stages.target.config.tap_layers)
+    planned = estimate(config, stages.mesh, stages.draft_module, stages.draft_config(), stages.algorithm, num_taps)
     for line in planned.lines():
         CONSOLE.print(line)
 

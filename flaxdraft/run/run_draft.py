@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from rich.text import Text
 
+from flaxdraft import algorithms
 from flaxdraft.algorithms.eagle3.serving.contract import find_engine
 from flaxdraft.config import RunConfig, nearest
 from flaxdraft.data.answers import capture, is_captured, load_split, write_texts
@@ -32,10 +33,11 @@ from flaxdraft.devices import host_reads, hosts
 from flaxdraft.devices.mesh import Sharding, make_mesh
 from flaxdraft.devices.weight_places import check_heads, on_mesh, weight_on_mesh
 from flaxdraft.errors import InputError
-from flaxdraft.evaluate.during_training import make_decoded_accept_length
+from flaxdraft.evaluate.during_training import UntrainedDraft, make_decoded_accept_length
 from flaxdraft.files.fetch import content_of, digest_of, sha256_of
-from flaxdraft.interfaces import Target, VocabMap, find_by_name
+from flaxdraft.interfaces import Target, VocabMap
 from flaxdraft.nn.precision import DTYPES, Precision
+from flaxdraft.plugins import find_by_name
 from flaxdraft.progress import CONSOLE
 from flaxdraft.run.init_from import check_target, load_start, start_files
 from flaxdraft.run.run_target import RunTarget
@@ -49,7 +51,7 @@ from flaxdraft.train.batch_placement import SHARDING, check_batch
 from flaxdraft.train.loop import Trainer
 from flaxdraft.train.metrics_log import check_wandb
 from flaxdraft.train.resume import Resume, check_request
-from flaxdraft.train.state import split_draft, warm_start
+from flaxdraft.train.state import split_draft
 
 STAGES = ("target", "data", "train", "evaluate", "export", "report")
 
@@ -70,15 +72,11 @@ class Run:
             InputError: the configuration names something that does not exist, or its parts do not go together.
         """
         self.config = config
-        self.draft_module = find_by_name(
-            "flaxdraft.algorithms.eagle3.drafts", config.draft.architecture, "draft.architecture"
-        )
+        folder = find_by_name(algorithms.PACKAGE, config.algorithm.name, "algorithm.name").__name__
+        self.draft_module = find_by_name(f"{folder}.drafts", config.draft.architecture, "draft.architecture")
         find_engine(config.export.engine, "export.engine")
-        algorithm = find_by_name("flaxdraft.algorithms", config.algorithm.name, "algorithm.name").Algorithm
-        settings = config.algorithm.model_dump(exclude={"name", "ttt_length"})
-        packed = config.train.pack_length is not None
-        self.algorithm = algorithm(config.algorithm.ttt_length, **settings, packed=packed)
-        self.evaluation = algorithm(config.evaluate.chain_length, **settings, packed=False)
+        self.algorithm = algorithms.make(config.algorithm, packed=config.train.pack_length is not None)
+        self.evaluation = self.algorithm.drafting(config.evaluate.chain_length)
         # Training rows come from prompts that the target answers, from a store, or from conversations.
         given = [name for name in ("store", "conversations") if getattr(config.data, name) is not None]
         if len(given) == 2:
@@ -115,7 +113,9 @@ class Run:
             "seed": config.seed, "draft": draft, "algorithm": config.algorithm.model_dump(),
             "train": config.train.model_dump(),
         }  # fmt: skip
-        self.target = RunTarget(config.target, lambda: say("target", config.target.path), self._check_target)
+        self.target = RunTarget(
+            config.target, self.algorithm, lambda: say("target", config.target.path), self._check_target
+        )
         self.allowed = allowed
         known = [*flatten(self.draft_inputs)]
         for field in allowed:
@@ -150,7 +150,7 @@ class Run:
     def outer(self) -> Target | OuterWeights:
         """The target's embedding, head and final norm; its layers are not loaded where their features are given."""
         if self.config.data.store is not None:
-            return OuterWeights.of_store(self.documents, self.target.config)
+            return OuterWeights(self.target.config, self.documents.target())
         if self.config.data.conversations is not None:
             return OuterWeights.of_target(self.target.opened, self.target.config)
         return self.target.loaded.model
@@ -235,16 +235,14 @@ class Run:
     def make_draft(self, sharding: Sharding, compute: str, float8: bool = False) -> nnx.Module:
         """A draft as it is before training."""
         config = self.draft_config()
-        same_width = config.hidden_size == config.target_hidden_size
-        embedding = self.outer.embedding() if same_width else None
         draft = self.draft_module.make(
-            config, self.vocab, embedding, precision=Precision(compute=DTYPES[compute], float8=float8),
+            config, self.vocab, self.outer, precision=Precision(compute=DTYPES[compute], float8=float8),
             sharding=sharding, rngs=nnx.Rngs(self.config.seed),
         )  # fmt: skip
         if self.start is not None:
             nnx.update(draft, self.start.params)
-        elif self.config.draft.warm_start and same_width:
-            warm_start(draft, self.outer, self.vocab)
+        elif self.config.draft.warm_start:
+            self.algorithm.warm_start(draft, self.outer, self.vocab)
         return draft
 
     @functools.cached_property
@@ -300,7 +298,7 @@ class Run:
         pipeline = make_pipeline(self.documents, self.algorithm, config, self.config.data, self.config.seed, part)
         CONSOLE.print(f"  {pipeline.layout.describe()}")
         # Loaded before the mesh is set: target and vocabulary stay on one device, where decoding uses them.
-        _, head_WE = self.vocab, self.teacher_head(config.compute_dtype)
+        _, teacher = self.vocab, self.teacher(config.compute_dtype)
         say("train", f"{config.num_steps} steps of {config.batch_size} answers to {self.target.opened.path.name}")
         decoded = self.decoded_in_training()
         graphdef, params, frozen = split_draft(self.make_draft(SHARDING, config.compute_dtype, config.float8))
@@ -313,7 +311,7 @@ class Run:
             resume = Resume(config.resume, self.draft_inputs, self.vocab, self.allowed)
             trainer = Trainer(
                 self.draft_dir, config, self.algorithm, self.evaluation, self.mesh, self.vocab,
-                weight_on_mesh("teacher head", head_WE, self.mesh, SHARDING.weight_ve), resume,
+                jax.tree.map(lambda x: weight_on_mesh("teacher", x, self.mesh, SHARDING.weight_ve), teacher), resume,
                 self.config.data.prefetch, self.reader, decoded,
             )  # fmt: skip
             params = trainer.train(graphdef, params, frozen, pipeline, self.data_rows["held_out"])
@@ -326,7 +324,8 @@ class Run:
             return None
         graphdef, _, frozen = split_draft(self.make_draft(Sharding.none(), "float32"))
         return make_decoded_accept_length(
-            self.target.loaded.model, graphdef, frozen, self.data_rows["held_out"], config.decode_prompts,
+            self.target.loaded.model, UntrainedDraft(graphdef, frozen, self.algorithm.drafter()),
+            self.data_rows["held_out"], config.decode_prompts,
             Settings(config.max_new_tokens, config.chain_length, (self.data()["eos"],)),
         )  # fmt: skip
 
@@ -354,6 +353,6 @@ class Run:
         if hosts.is_main():
             DraftRecord(self.draft_config().to_hf(), taps, target, self.config.target.path).write(self.draft_dir)
 
-    def teacher_head(self, dtype: str) -> jax.Array:
-        """[W, E]: the target's head rows of the draft vocabulary."""
-        return self.outer.head()[self.vocab.target_ids_W].astype(DTYPES[dtype])
+    def teacher(self, dtype: str) -> Any:
+        """See `Algorithm.teacher`."""
+        return self.algorithm.teacher(self.outer, self.vocab, DTYPES[dtype])

@@ -8,10 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
-
 from flaxdraft.devices.mesh import Sharding
 from flaxdraft.errors import InputError
+from flaxdraft.evaluate.during_training import UntrainedDraft
 from flaxdraft.evaluate.held_out import decode_held_out, summary
 from flaxdraft.evaluate.report import write_report
 from flaxdraft.evaluate.walk import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
@@ -55,11 +54,12 @@ class Results:
         say("evaluate", f"{len(rows)} held-out prompts, up to {config.max_new_tokens} tokens, chain of "
                          f"{config.chain_length}")  # fmt: skip
         graphdef, _, frozen = split_draft(self.run.make_draft(Sharding.none(), "float32"))
-        head_WE = self.run.teacher_head("float32")
-        forced = evaluate_teacher_forced(make_accepted(graphdef, self.run.evaluation, frozen, head_WE)(params), rows,
+        teacher = self.run.teacher("float32")
+        forced = evaluate_teacher_forced(make_accepted(graphdef, self.run.evaluation, frozen, teacher)(params), rows,
                                          self.run.evaluation, EVALUATION_ROWS)  # fmt: skip
+        ready = UntrainedDraft(graphdef, frozen, self.run.algorithm.drafter()).ready(params)
         decoded = decode_held_out(
-            self.run.target.loaded.model, *nnx.split(nnx.merge(graphdef, params, frozen)), rows,
+            self.run.target.loaded.model, ready, rows,
             max_new_tokens=config.max_new_tokens, chain_length=config.chain_length,
             end_token=self.run.data()["eos"], num_rows=self.run.config.data.rows,
         )  # fmt: skip
@@ -115,7 +115,7 @@ class Results:
             "target": self.run.config.target.path,
             "draft": f"{self.run.config.draft.architecture}, vocabulary {size}",
             "training": f"{self.run.config.train.num_steps} steps of {self.run.config.train.batch_size} conversations, "
-                        f"{self.run.config.algorithm.ttt_length} unroll steps",
+                        f"{self.run.config.algorithm.name}",
             "held out": f"{evaluation['answers']} prompts, {evaluation['generated_tokens']} tokens of greedy answers",
         }  # fmt: skip
         metrics = read_metrics(self.run.draft_dir / "metrics.jsonl")

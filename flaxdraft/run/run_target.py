@@ -11,7 +11,7 @@ import jax
 from flaxdraft import targets
 from flaxdraft.config import TargetConfig
 from flaxdraft.errors import InputError
-from flaxdraft.interfaces import Target
+from flaxdraft.interfaces import Algorithm, Target
 from flaxdraft.nn.precision import Precision
 from flaxdraft.progress import CONSOLE
 from flaxdraft.targets.decoder import DecoderConfig
@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 class RunTarget:
     """Each part is read when it is first asked for, and once."""
 
-    def __init__(self, wanted: TargetConfig, announce: Callable[[], None], check: Callable[[DecoderConfig], None]):
+    def __init__(
+        self, wanted: TargetConfig, algorithm: Algorithm, announce: Callable[[], None],
+        check: Callable[[DecoderConfig], None],
+    ):  # fmt: skip
         """
         Args:
             announce: called before anything is read.
             check: raises `InputError` where the rest of the run does not go with the target.
         """
-        self._wanted, self._announce, self._check = wanted, announce, check
+        self._wanted, self._algorithm, self._announce, self._check = wanted, algorithm, announce, check
 
     @functools.cached_property
     def opened(self) -> targets.OpenedTarget:
@@ -38,13 +41,20 @@ class RunTarget:
         return targets.open_target(self._wanted.path, self._wanted.sha256)
 
     @functools.cached_property
+    def _taps(self) -> tuple[int, ...]:
+        given = self._wanted.tap_layers
+        return self._algorithm.tap_layers(
+            self.opened.config().num_hidden_layers, None if given is None else tuple(given)
+        )
+
+    @functools.cached_property
     def config(self) -> DecoderConfig:
         """
         Raises:
             InputError: a tapped layer is one that no server captures, or the run does not go with the target.
         """
-        c = self.opened.config(self._wanted.tap_layers)
-        if c.tap_layers[2] == c.num_hidden_layers - 1:
+        c = self.opened.config(self._taps)
+        if c.tap_layers[-1] == c.num_hidden_layers - 1:
             raise InputError(
                 f"target.tap_layers: {list(c.tap_layers)} holds the last layer, which SGLang cannot capture; "
                 f"expected layers up to {c.num_hidden_layers - 2}"
@@ -82,4 +92,4 @@ class RunTarget:
     def _load(self, **how: Any) -> targets.LoadedTarget:
         _ = self.config, self.tokenizer  # refuse what does not go together before gigabytes are read
         wanted = self._wanted
-        return targets.from_pretrained(wanted.path, sha256=wanted.sha256, tap_layers=wanted.tap_layers, **how)
+        return targets.from_pretrained(wanted.path, sha256=wanted.sha256, tap_layers=self._taps, **how)

@@ -18,13 +18,15 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from flaxdraft.algorithms import algorithm_of, draft_packages
 from flaxdraft.algorithms.eagle3.serving import layer_ids, rules, sanity
 from flaxdraft.algorithms.eagle3.serving.config_json import serving_config
 from flaxdraft.algorithms.eagle3.serving.contract import Engine, find_engine
 from flaxdraft.algorithms.loading import LoadedDraft, abstract_params, from_pretrained
 from flaxdraft.errors import InputError
 from flaxdraft.files.name_tables import save_safetensors, state_to_torch, write_json
-from flaxdraft.interfaces import VocabMap, find_by_architecture
+from flaxdraft.interfaces import VocabMap
+from flaxdraft.plugins import find_by_architecture
 from flaxdraft.serving.card import model_card
 from flaxdraft.serving.finding import Finding
 from flaxdraft.serving.lint import of_engine
@@ -122,14 +124,14 @@ def open_draft(source: Path, *, step: str = "latest", target: Mapping[str, Any] 
     """
     if (source / "checkpoints").is_dir():
         record = DraftRecord.read(source)
-        module = find_by_architecture("flaxdraft.algorithms.eagle3.drafts", dict(record.draft), str(source))
+        module = find_by_architecture(draft_packages(), dict(record.draft), str(source))
         config = module.Config.from_hf(record.draft)
         checkpoint = _checkpoint(source / "checkpoints", step)
         try:
             params, ids = load_params(checkpoint, abstract_params(module, config))
         except DamagedError as error:
             raise InputError(f"{checkpoint}: cannot be read ({error}); take another one with --step") from error
-        draft = LoadedDraft(module, config, params, VocabMap(ids, config.vocab_size))
+        draft = LoadedDraft(algorithm_of(module), module, config, params, VocabMap(ids, config.vocab_size))
         return DraftSource(draft, record.tap_layers, record.target, record.target_path, source)
     draft, written = from_pretrained(source), read_config(source / "config.json")
     target = target or {}
@@ -159,7 +161,7 @@ def export_again(source: DraftSource, directory: Path, *, engine: str, dtype: st
     """
     if directory.exists() and not (directory / "config.json").exists():
         raise InputError(f"{directory}: exists and is no draft's directory; choose another name")
-    module, config, params, vocab = source.draft
+    _, module, config, params, vocab = source.draft
     export(
         directory, module, config, params, vocab, tap_layers=source.tap_layers, target_config=source.target,
         dtype=dtype, engine=engine, target_path=source.target_path, run=source.run,

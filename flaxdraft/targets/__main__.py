@@ -41,7 +41,7 @@ def show(arguments: argparse.Namespace) -> None:
 
     precision = Precision(compute=DTYPES[arguments.dtype], param=DTYPES[arguments.dtype])
     opened = targets.open_target(arguments.address)
-    family, config = opened.family, opened.config(None)
+    family, config = opened.family, opened.config()
     shape = {axis: getattr(arguments, axis) for axis in AXES}
     groups = family.groups(config, precision, Sharding.none())
     _, abstract = decoder.abstract_state(config, groups, precision)
@@ -58,7 +58,6 @@ def show(arguments: argparse.Namespace) -> None:
         "width": f"{config.hidden_size}, {config.num_attention_heads} heads, {config.num_key_value_heads} of keys",
         "vocabulary": f"{config.vocab_size:,}, {'tied' if config.tie_word_embeddings else 'own'} head",
         "context": f"{config.max_position_embeddings:,} tokens, {config.rope.rope_type} rotary embedding",
-        "taps": f"outputs of layers {', '.join(map(str, config.tap_layers))} (0-based)",
         "tokenizer": f"{len(tokenizer):,} tokens, {template}" if tokenizer else "none found",
         "memory": f"{held / 1e9:.2f} GB of {arguments.dtype} weights a device ({devices}), "
                   f"{cache / 1e3:.1f} kB of cache a token in bfloat16",

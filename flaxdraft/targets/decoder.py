@@ -14,6 +14,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +50,7 @@ class DecoderConfig:
     max_position_embeddings: int
     tie_word_embeddings: bool
     rope: RopeConfig
-    tap_layers: tuple[int, int, int]  # outputs of these layers, residual stream
+    tap_layers: tuple[int, ...]  # outputs of these layers, residual stream; any number
 
     @property
     def key_width(self) -> int:
@@ -62,11 +63,11 @@ class DecoderConfig:
         return self.head_dim
 
     @classmethod
-    def common(cls, config: dict[str, Any], tap_layers: tuple[int, int, int] | None) -> dict[str, Any]:
+    def common(cls, config: dict[str, Any], tap_layers: Sequence[int]) -> dict[str, Any]:
         """These fields of a config.json, as keyword arguments.
 
         Raises:
-            InputError: a field is missing, or the taps are not three ascending layers of this model.
+            InputError: a field is missing, or the taps are not ascending layers of this model.
         """
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if not isinstance(config.get(name), int) or config[name] < 1:
@@ -87,24 +88,19 @@ class DecoderConfig:
             "max_position_embeddings": config.get("max_position_embeddings", 2048),
             "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
             "rope": RopeConfig.from_hf(config),
-            "tap_layers": choose_taps(config["num_hidden_layers"], tap_layers),
+            "tap_layers": checked_taps(config["num_hidden_layers"], tap_layers),
         }
 
 
-def choose_taps(num_layers: int, taps: Sequence[int] | None) -> tuple[int, int, int]:
-    """The layers whose outputs the draft reads: given ones, or the default that every server knows, 1, n//2-1, n-4.
-
-    Raises:
-        InputError: they are not three ascending layers of the model.
+def checked_taps(num_layers: int, taps: Sequence[int]) -> tuple[int, ...]:
     """
-    chosen = (1, num_layers // 2 - 1, num_layers - 4) if taps is None else tuple(taps)
-    if len(chosen) == 3 and 0 <= chosen[0] < chosen[1] < chosen[2] < num_layers:
-        return chosen
-    advice = f"give target.tap_layers, for instance {[0, num_layers // 2, num_layers - 2]}"
-    if num_layers < 4:
-        advice = "a target needs at least 4 layers for three taps below its last"
-    given = "the default layers" if taps is None else "target.tap_layers:"
-    raise InputError(f"{given} {list(chosen)} are not three ascending layers of a {num_layers}-layer target; {advice}")
+    Raises:
+        InputError: they are not ascending layers of the model.
+    """
+    taps = tuple(taps)
+    if any(one >= other for one, other in pairwise(taps)) or not all(0 <= tap < num_layers for tap in taps):
+        raise InputError(f"target.tap_layers: {list(taps)} are not ascending layers of a {num_layers}-layer target")
+    return taps
 
 
 class Group(NamedTuple):
@@ -202,7 +198,7 @@ def bytes_per_device(
 def _run_layers(
     model, spans, config: DecoderConfig, x_BTE, positions_BT, segments_BT, cache, placement, sharding: Sharding
 ):  # fmt: skip
-    """The residual stream through all layers, and the tapped ones' outputs [B, T, 3, E].
+    """The residual stream through all layers, and the tapped ones' outputs [B, T, K, E].
 
     One loop for each group: a tap writes its output to a place of its own, every other layer to one that nobody reads.
     """

@@ -6,6 +6,7 @@ The multi-token prediction layers that V3's files hold behind the last one are l
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from flaxdraft.devices.mesh import Sharding
@@ -78,7 +79,7 @@ class Config(DecoderConfig):
         return self.v_head_dim
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any], tap_layers: tuple[int, int, int] | None = None) -> Config:
+    def from_hf(cls, config: dict[str, Any], tap_layers: Sequence[int] = ()) -> Config:
         """
         Raises:
             InputError: see `DecoderConfig.common`; a layout or routing that no published model of the family has.

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flaxdraft.data.store import FeatureStore
 from flaxdraft.targets import OpenedTarget
 from flaxdraft.targets.decoder import DecoderConfig
 
@@ -32,11 +31,6 @@ class OuterWeights:
             return np.asarray(opened.source.read(name, whole), np.float32)
 
         return cls(config, {key: read(names[path]) for key, path in wanted.items() if path in names})
-
-    @classmethod
-    def of_store(cls, store: FeatureStore, config: DecoderConfig) -> OuterWeights:
-        """From a feature store, which carries them."""
-        return cls(config, store.target())
 
     def embedding(self) -> Float[Array, "V E"]:
         return jnp.asarray(self.tensors["embedding"])

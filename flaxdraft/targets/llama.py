@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from flaxdraft.devices.mesh import Sharding
@@ -48,7 +49,7 @@ class Config(DecoderConfig):
     qk_norm: bool = False
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any], tap_layers: tuple[int, int, int] | None = None) -> Config:
+    def from_hf(cls, config: dict[str, Any], tap_layers: Sequence[int] = ()) -> Config:
         """
         Raises:
             InputError: see `DecoderConfig.common`; attention over a window that some layer would really use.

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import jax
 import numpy as np
 
-from flaxdraft.algorithms.eagle3.shared_rows import split_rows
 from flaxdraft.config import RunConfig
-from flaxdraft.data.pipeline import HostBatch
 from flaxdraft.devices.hosts import local_part
 from flaxdraft.devices.mesh import BATCH_AXIS, FSDP_AXIS, SEQUENCE_AXIS, Sharding
 from flaxdraft.errors import InputError
-from flaxdraft.interfaces import Example, Features
+from flaxdraft.interfaces import Algorithm, Example
 
 SHARDING = Sharding.parallel()
 
@@ -48,9 +47,9 @@ def placed_rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return placed(tree, mesh, SHARDING.act_b)
 
 
-def own_rows(host: HostBatch, mesh: jax.sharding.Mesh) -> HostBatch:
+def own_rows(host: Example, mesh: jax.sharding.Mesh) -> Example:
     """Of a batch that every process holds whole: this process's rows."""
-    index, count = local_part(jax.NamedSharding(mesh, SHARDING.act_b), len(host.rows_BR))
+    index, count = local_part(jax.NamedSharding(mesh, SHARDING.act_b), len(host.batch.tokens_BT))
     return jax.tree.map(lambda x: x[index * len(x) // count : (index + 1) * len(x) // count], host)
 
 
@@ -59,22 +58,14 @@ def rows_multiple(mesh: jax.sharding.Mesh) -> int:
     return mesh.shape[BATCH_AXIS] * mesh.shape[FSDP_AXIS]
 
 
-def evaluation_batch(host: HostBatch, mesh: jax.sharding.Mesh) -> tuple:
-    """Batch, features and rows."""
-    return placed_rows((host.batch, host.features, host.rows_BR), mesh)
-
-
-def training_example(host: HostBatch, mesh: jax.sharding.Mesh, num_steps: int, teacher_head_WE: jax.Array) -> Example:
+def training_example(host: Example, mesh: jax.sharding.Mesh, algorithm: Algorithm, teacher: Any) -> Example:
     """One global batch, its rows shared along `sequence` where the mesh has several devices there.
 
     Args:
-        num_steps: unroll steps of the algorithm.
+        teacher: on its devices already.
     """
     if mesh.shape[SEQUENCE_AXIS] == 1:
-        return Example(*evaluation_batch(host, mesh), teacher_head_WE)
-    host, split = split_rows(host, mesh.shape[SEQUENCE_AXIS], num_steps)
-    features = host.features
-    whole = placed((host.batch, features.argmax_BT, features.logsumexp_BT), mesh, SHARDING.act_b)
-    shared = placed((features.taps_BT3E, host.rows_BR, split), mesh, SHARDING.split_bt)
-    (batch, argmax, logsumexp), (taps, rows_BR, split) = whole, shared
-    return Example(batch, Features(taps, None, argmax, logsumexp), rows_BR, teacher_head_WE, split=split)
+        return dataclasses.replace(placed_rows(host, mesh), teacher=teacher)
+    host, cut = algorithm.share(host, mesh.shape[SEQUENCE_AXIS])
+    place = lambda x, is_cut: placed(x, mesh, SHARDING.split_bt if is_cut else SHARDING.act_b)  # noqa: E731
+    return dataclasses.replace(jax.tree.map(place, host, cut), teacher=teacher)

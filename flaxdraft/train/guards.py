@@ -77,8 +77,8 @@ def describe_rows(pipeline: Pipeline, step: int) -> str:
     if host.features is None:
         return listed
     arrays = [np.asarray(x, np.float32) for x in jax.tree.leaves(host.features)]
-    broken = [at for at in range(len(host.rows_BR)) if not all(np.isfinite(x[at]).all() for x in arrays)]
-    first = pipeline.part[0] * len(host.rows_BR)
+    broken = [at for at in range(len(host.batch.tokens_BT)) if not all(np.isfinite(x[at]).all() for x in arrays)]
+    first = pipeline.part[0] * len(host.batch.tokens_BT)
     if not broken:
         return listed
     return f"features that are not finite are in documents {_rows(documents, [first + at for at in broken])}; {listed}"

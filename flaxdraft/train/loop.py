@@ -12,19 +12,20 @@ from flax import nnx
 
 from flaxdraft.config import TrainConfig
 from flaxdraft.data.online import one_ahead
-from flaxdraft.data.pipeline import HostBatch, Pipeline, batches_from
+from flaxdraft.data.pipeline import Pipeline, batches_from
 from flaxdraft.decode.greedy import Row, round_up
 from flaxdraft.devices import host_reads
 from flaxdraft.evaluate.walk import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
 from flaxdraft.interfaces import Algorithm, Example, Target, VocabMap
+from flaxdraft.nn.precision import DTYPES
 from flaxdraft.progress import CONSOLE, bar
 from flaxdraft.stages import provenance
 from flaxdraft.train import token_counter as counting
-from flaxdraft.train.batch_placement import evaluation_batch, own_rows, placed_rows, rows_multiple, training_example
+from flaxdraft.train.batch_placement import own_rows, placed_rows, rows_multiple, training_example
 from flaxdraft.train.checkpoint import Checkpoints, abstract_like
 from flaxdraft.train.guards import BrokenSteps, PreemptedError, Preemption, memory_advice
 from flaxdraft.train.meters import Watch
-from flaxdraft.train.metrics_log import MetricsLog, held_out_figures
+from flaxdraft.train.metrics_log import MetricsLog
 from flaxdraft.train.optimizer import optimizer
 from flaxdraft.train.profiling import Trace
 from flaxdraft.train.resume import Resume, begin
@@ -39,36 +40,36 @@ class Trainer:
     directory: Path
     config: TrainConfig
     algorithm: Algorithm  # of training
-    evaluation: Algorithm  # with as many steps as drafts are long
+    evaluation: Algorithm  # with as many draft tokens as evaluation drafts
     mesh: jax.sharding.Mesh
     vocab: VocabMap
-    teacher_head_WE: jax.Array
+    teacher: Any  # see `Algorithm.teacher`; on the mesh
     resume: Resume
     prefetch: int  # batches that are read ahead
     target: Target | None = None  # reads batches that come without features; on the training mesh
     decoded: Callable[[nnx.State], float] | None = None  # the accept length of a few prompts, by decoding
 
-    def example(self, host: HostBatch) -> Example:
+    def example(self, host: Example) -> Example:
         """A batch on the devices, with the features that it brings or those that the target is asked for here."""
         if host.features is not None:
-            return training_example(host, self.mesh, self.algorithm.num_steps, self.teacher_head_WE)
-        batch, rows_BR = placed_rows((host.batch, host.rows_BR), self.mesh)
-        features = jax.device_put(self.target.features(batch), rows_BR.sharding)
-        return Example(batch, features, rows_BR, self.teacher_head_WE)
+            return training_example(host, self.mesh, self.algorithm, self.teacher)
+        batch, chosen = placed_rows((host.batch, host.chosen), self.mesh)
+        features = jax.device_put(self.target.features(batch), batch.tokens_BT.sharding)
+        return Example(batch, features, chosen, self.teacher)
 
     def evaluator(
         self, graphdef: nnx.GraphDef, frozen: nnx.State, held_out: list[Row]
     ) -> Callable[[TrainState], dict[str, Any]]:
         """figures(state) of the held-out answers."""
-        place = lambda host: evaluation_batch(own_rows(host, self.mesh), self.mesh)  # noqa: E731
-        accepted = make_accepted(graphdef, self.evaluation, frozen, self.teacher_head_WE, place)
+        place = lambda host: placed_rows(own_rows(host, self.mesh), self.mesh)  # noqa: E731
+        accepted = make_accepted(graphdef, self.evaluation, frozen, self.teacher, place)
         num_rows = round_up(EVALUATION_ROWS, rows_multiple(self.mesh))
 
         def figures(state: TrainState) -> dict[str, Any]:
             params = evaluation_params(state)
             forced = evaluate_teacher_forced(accepted(params), held_out, self.evaluation, num_rows)
             decoded = {} if self.decoded is None else {"accept_length_decoded": self.decoded(params)}
-            return held_out_figures(forced) | decoded
+            return forced.figures() | decoded
 
         return figures
 
@@ -91,8 +92,8 @@ class Trainer:
             InputError: a checkpoint cannot be written or read, the data cannot be read, too many steps in a row were
                 not finite, or the device has too little memory.
         """
-        config, tx, num_unroll = self.config, optimizer(self.config), self.algorithm.num_steps
-        state = jax.jit(lambda params: init_state(params, tx, num_unroll, ema=config.ema_decay is not None))(params)
+        config, tx, algorithm = self.config, optimizer(self.config), self.algorithm
+        state = jax.jit(lambda params: init_state(params, tx, algorithm, ema=config.ema_decay is not None))(params)
         arrays, start = {"state": state, "counters": counting.zero(self.mesh)}, 0
         evaluate = self.evaluator(graphdef, frozen, held_out)
         with Checkpoints(
@@ -105,7 +106,8 @@ class Trainer:
             with MetricsLog(self.directory, start, config.wandb) as log, memory_advice(self.directory):
                 if start == 0:
                     _evaluated(log, 0, evaluate(arrays["state"]))
-                train_step = make_train_step(graphdef, self.algorithm, tx, config.accumulate, config.ema_decay)
+                compute = DTYPES[config.compute_dtype]
+                train_step = make_train_step(graphdef, algorithm, tx, compute, config.accumulate, config.ema_decay)
                 run = _Run(self, train_step, evaluate, checkpoints, log, pipeline)
                 return evaluation_params(run.steps(graphdef, frozen, arrays, start))
 

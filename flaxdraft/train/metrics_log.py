@@ -12,7 +12,6 @@ import numpy as np
 
 from flaxdraft.devices import hosts
 from flaxdraft.errors import InputError
-from flaxdraft.evaluate.walk import TeacherForced
 from flaxdraft.train.step import StepMetrics
 
 
@@ -86,19 +85,7 @@ def _identity(directory: Path) -> str:
 
 def training_figures(metrics: StepMetrics) -> dict[str, Any]:
     """Of one step, on the host."""
-    rows = np.maximum(metrics.sums.row_count_J, 1)
-    return {
-        "loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm),
-        "accuracy": (metrics.sums.hit_J / rows).tolist(),
-        "mean_over_rows": float(1 + (metrics.sums.prefix_hit_J / rows).sum()),
-    }  # fmt: skip
-
-
-def held_out_figures(result: TeacherForced) -> dict[str, Any]:
-    return {
-        "loss": result.mean_loss, "accuracy": result.accuracy().tolist(), "accept_length": result.accept_length,
-        "mean_over_rows": result.mean_over_rows(),
-    }  # fmt: skip
+    return {"loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm), **metrics.sums.figures()}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from flax import nnx
 from jax import P
 
 from flaxdraft.devices.mesh import axes_of, spec_of
-from flaxdraft.interfaces import Algorithm, Example, LossSums
+from flaxdraft.interfaces import Algorithm, Example, Sums
 from flaxdraft.train.state import TrainState
 
 
@@ -29,7 +29,7 @@ from flaxdraft.train.state import TrainState
 class StepMetrics:
     loss: jax.Array
     grad_norm: jax.Array
-    sums: LossSums
+    sums: Sums
     skipped: jax.Array  # see `TrainState`
 
 
@@ -70,43 +70,55 @@ def _reduced(gradient: jax.Array, param: jax.Array) -> jax.Array:
 
 
 def summed_gradients(
-    terms: Callable[[nnx.State, Example], tuple[jax.Array, LossSums]], params: nnx.State, example: Example, num: int
-) -> tuple[LossSums, nnx.State]:
+    terms: Callable[[nnx.State, Example], tuple[jax.Array, Sums]],
+    params: nnx.State,
+    example: Example,
+    num: int,
+    compute: Any,
+) -> tuple[Sums, nnx.State]:
     """The sums over `num` micro-batches of the example, and the gradient of their numerators, where parameters live.
 
     Args:
         terms: numerator and sums of one micro-batch.
+        compute: the precision in which products read matrices.
     """
-    axes, compute = axes_of(spec_of(example.rows_BR).partitions), example.teacher_head_WE.dtype
+    moving = example.batch, example.features, example.chosen
+    axes = frozenset().union(*(axes_of(spec_of(x).partitions[:2]) for x in jax.tree.leaves(moving)))
     work = jax.tree.map(lambda p: _as_read(p, compute, axes), params)
-    example = dataclasses.replace(
-        example, teacher_head_WE=_together(example.teacher_head_WE, axes, trained=False),
-        full_head_VE=jax.tree.map(lambda x: _together(x, axes, trained=False), example.full_head_VE),
-    )  # fmt: skip
+    teacher = jax.tree.map(lambda x: _together(x, axes, trained=False), example.teacher)
 
-    def one(batch, features, rows_BR, split):
-        part = dataclasses.replace(example, batch=batch, features=features, rows_BR=rows_BR, split=split)
+    def one(batch, features, chosen):
+        part = Example(batch, features, chosen, teacher)
         # Widened again for the sake of the gradients: what every use of a matrix adds is summed in its master's
         # precision. XLA drops the pair of conversions, but where the backward pass makes something again.
         wide = jax.tree.map(lambda w, p: w.astype(p.dtype), work, params)
         (_, sums), gradients = jax.value_and_grad(terms, has_aux=True)(wide, part)
         return sums, gradients
 
-    moving = example.batch, example.features, example.rows_BR, example.split
     if num == 1:
         sums, gradients = one(*moving)
     else:
         parts = jax.tree.map(lambda x: _in_parts(x, num), moving)
-        empty = LossSums.empty(example.accepted_J.shape[0]), jax.tree.map(_no_gradient, params, work)
+        first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=_without_first(x)), parts)
+        sums_like, _ = jax.eval_shape(one, *first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums_like)
+        empty = zeros, jax.tree.map(_no_gradient, params, work)
         add = lambda carry, part: (jax.tree.map(jnp.add, carry, one(*part)), None)  # noqa: E731
         (sums, gradients), _ = jax.lax.scan(add, empty, parts)
     return sums, jax.tree.map(_reduced, gradients, params)
+
+
+def _without_first(x: jax.Array) -> jax.NamedSharding | None:
+    """Where one of the parts of an array lies."""
+    sharding = jax.typeof(x).sharding
+    return None if sharding.mesh.empty else sharding.update(spec=P(*sharding.spec.partitions[1:]))
 
 
 def make_train_step(
     graphdef: nnx.GraphDef,
     algorithm: Algorithm,
     tx: optax.GradientTransformation,
+    compute: Any,
     num_microbatches: int = 1,
     ema_decay: float | None = None,
 ) -> Callable[[TrainState, nnx.State, Example], tuple[TrainState, StepMetrics]]:
@@ -115,34 +127,32 @@ def make_train_step(
     A loss or gradient that is not finite leaves all but the counts of steps as it was.
 
     Args:
+        compute: the precision in which products read matrices.
         num_microbatches: it divides the rows of the batch on each device.
         ema_decay: of the running mean of the parameters, which the state then holds; see `init_state`.
     """
 
     def train_step(state: TrainState, frozen: nnx.State, example: Example) -> tuple[TrainState, StepMetrics]:
         def terms(params, part):
-            sums = algorithm.loss_sums(nnx.merge(graphdef, params, frozen), part)
-            return algorithm.loss_terms(sums)[0], sums
+            sums = algorithm.sums(nnx.merge(graphdef, params, frozen), part, state.carry)
+            return sums.terms()[0], sums
 
-        example = dataclasses.replace(example, accepted_J=state.accepted_J)
-        sums, gradients = summed_gradients(terms, state.params, example, num_microbatches)
-        numerator, count = algorithm.loss_terms(sums)
+        sums, gradients = summed_gradients(terms, state.params, example, num_microbatches, compute)
+        numerator, count = sums.terms()
         gradients = jax.tree.map(lambda g: g / count, gradients)
         loss, norm = numerator / count, optax.tree.norm(gradients)
-        mean_J = sums.expected_accept_J / jnp.maximum(sums.row_count_J, 1)
 
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         mean = state.ema
         if ema_decay is not None:
             mean = jax.tree.map(lambda m, p: ema_decay * m + (1 - ema_decay) * p, mean, params)
-        accepted_J = jnp.where(sums.row_count_J > 0, mean_J, state.accepted_J)
-        new = params, opt_state, accepted_J, mean
-        old = state.params, state.opt_state, state.accepted_J, state.ema
+        new = params, opt_state, algorithm.next_carry(state.carry, sums, state.step), mean
+        old = state.params, state.opt_state, state.carry, state.ema
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        params, opt_state, accepted_J, mean = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        params, opt_state, carry, mean = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         skipped = state.skipped + ~finite
-        state = TrainState(state.step + 1, params, opt_state, accepted_J, skipped, mean)
+        state = TrainState(state.step + 1, params, opt_state, carry, skipped, mean)
         return state, StepMetrics(loss, norm, sums, skipped)
 
     return jax.jit(train_step, donate_argnames="state")

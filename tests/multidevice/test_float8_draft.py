@@ -17,7 +17,7 @@ ROWS = P(("data", "fsdp"), None, None)
 def test_fc_is_rounded_and_the_head_is_not():
     """A few bits are left, so hidden states differ by a few percent; the logits of equal states do not."""
     host, head_WE = host_batch(num_rows=8)
-    taps, hidden, logits = jnp.asarray(host.features.taps_BT3E), [], []
+    taps, hidden, logits = jnp.asarray(host.features.taps_BTKE), [], []
     for float8 in (False, True):
         run = setup("llama", {}, head_WE, float8=float8)
         with jax.set_mesh(run.mesh):

@@ -169,13 +169,13 @@ class Draft:
         return self.linear(torch.einsum("tnl,nvl->tnv", read, up[:, nope:]).flatten(1), at + "o_proj")
 
     @torch.no_grad()
-    def propose(self, tokens, taps_T3E, num_steps: int) -> tuple[list[int], list[torch.Tensor]]:
+    def propose(self, tokens, taps_TKE, num_steps: int) -> tuple[list[int], list[torch.Tensor]]:
         """The greedy chain behind a prompt and its first answer token, and the state that each step feeds back.
 
         Row p of the prefill holds the tapped states of p and the token p + 1.
         """
         num = len(tokens) - 1
-        logits, state = self.forward(torch.as_tensor(tokens[1:]), torch.as_tensor(taps_T3E[:num]), torch.arange(num))
+        logits, state = self.forward(torch.as_tensor(tokens[1:]), torch.as_tensor(taps_TKE[:num]), torch.arange(num))
         chain, states = [int(self.target_ids[logits[-1].argmax()])], [state[-1]]
         for j in range(1, num_steps):
             logits, state = self.forward(torch.tensor(chain[-1:]), states[-1][None], torch.tensor([num - 1 + j]))

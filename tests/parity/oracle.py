@@ -79,9 +79,9 @@ class DraftLayer(nn.Module):
         self.norm = norm()
         self.lm_head = nn.Linear(width, hf["draft_vocab_size"], bias=False)
 
-    def forward(self, embeds_BTD, taps_BT3E, positions_BT, mask_B1TT) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, embeds_BTD, taps_BTKE, positions_BT, mask_B1TT) -> tuple[torch.Tensor, torch.Tensor]:
         """(hidden state before the final norm, logits) of the first step."""
-        layer, h = self.midlayer, self.fc(taps_BT3E.flatten(2))
+        layer, h = self.midlayer, self.fc(taps_BTKE.flatten(2))
         x = torch.cat([layer.input_layernorm(embeds_BTD), layer.hidden_norm(h)], dim=-1)
         angles = self.rotary[0](x, positions_BT)
         h = h + layer.self_attn(hidden_states=x, position_embeddings=angles, attention_mask=mask_B1TT)[0]

@@ -62,7 +62,7 @@ def folder(native, tmp_path_factory):
         record = {
             "input_ids": torch.from_numpy(row.tokens.astype(np.int64)),
             "loss_mask": torch.from_numpy(row.assistant.astype(np.int64)),
-            "aux_hidden_state": torch.from_numpy(row.features.taps_BT3E.reshape(1, len(row.tokens), -1).copy()),
+            "aux_hidden_state": torch.from_numpy(row.features.taps_BTKE.reshape(1, len(row.tokens), -1).copy()),
             "hidden_state": torch.from_numpy(row.features.last_BTE[None].copy()),
         }
         if index == 3:
@@ -94,7 +94,7 @@ def test_the_folder_trains_to_the_same_loss(folder, native, target, tmp_path):
         got, want = store.row(index), native.row(index)
         np.testing.assert_array_equal(got.tokens, want.tokens)
         np.testing.assert_array_equal(got.assistant, want.assistant)
-        np.testing.assert_array_equal(got.features.taps_BT3E, want.features.taps_BT3E)
+        np.testing.assert_array_equal(got.features.taps_BTKE, want.features.taps_BTKE)
         np.testing.assert_array_equal(got.features.last_BTE, want.features.last_BTE)
         np.testing.assert_array_equal(got.features.argmax_BT, want.features.argmax_BT)
         np.testing.assert_allclose(got.features.logsumexp_BT, want.features.logsumexp_BT, rtol=1e-6)
@@ -119,7 +119,7 @@ def test_there_and_back(target, tmp_path, dtypes):
     for index in range(6):
         got, want = after.row(index), before.row(index)
         np.testing.assert_array_equal(got.tokens, want.tokens)
-        np.testing.assert_array_equal(got.features.taps_BT3E, want.features.taps_BT3E)
+        np.testing.assert_array_equal(got.features.taps_BTKE, want.features.taps_BTKE)
         np.testing.assert_array_equal(got.features.last_BTE, want.features.last_BTE)
 
 

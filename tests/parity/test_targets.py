@@ -82,7 +82,7 @@ def test_logits_taps_and_last_hidden_state(oracle, pair):
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)  # noqa: E731
     # hidden_states[k] is the input of layer k, the output of layer k - 1; the very last one comes after the norm.
     for tap, layer in enumerate(TAPS):
-        close(got.taps_BT3E[:, :, tap], want["hidden_states"][layer + 1])
+        close(got.taps_BTKE[:, :, tap], want["hidden_states"][layer + 1])
     close(got.last_BTE, want["hidden_states"][-1])
     close(np.asarray(got.last_BTE) @ np.asarray(loaded.model.head()).T, want["logits"])
     close(got.logsumexp_BT, jax.nn.logsumexp(jnp.asarray(want["logits"]), axis=-1))

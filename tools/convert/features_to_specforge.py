@@ -58,7 +58,7 @@ def write(store: FeatureStore, directory: Path) -> None:
 
 def _record(store: FeatureStore, index: int) -> dict[str, torch.Tensor]:
     row = store.row(index)
-    taps, last = row.features.taps_BT3E, row.features.last_BTE
+    taps, last = row.features.taps_BTKE, row.features.last_BTE
     return {
         "input_ids": torch.from_numpy(row.tokens.astype(np.int64)),
         "loss_mask": torch.from_numpy(row.assistant.astype(np.int64)),

@@ -169,7 +169,7 @@ def extra_names(config: Eagle3Sizes) -> tuple:
 
 
 class Eagle3Draft(nnx.Module):
-    """The surface of `interfaces.Draft`; a draft architecture gives the config and the attention."""
+    """The surface of `surface.Draft`; a draft architecture gives the config and the attention."""
 
     def __init__(
         self,
@@ -238,14 +238,14 @@ class Eagle3Draft(nnx.Module):
         """Token embeddings in compute precision."""
         return lookup(self.embed_tokens[...], tokens_BT, self.sharding).astype(self.precision.compute)
 
-    def project(self, taps_BT3E: Float[Array, "B T 3 E"]) -> Float[Array, "B T D"]:
+    def project(self, taps_BTKE: Float[Array, "B T K E"]) -> Float[Array, "B T D"]:
         """fc over the three tapped states, low, mid, high: as they are, each normed by itself (`fc_norm`), or all
         together (`norm_before_fc`).
 
         Raises:
             InputError: the features are not those of the draft's target.
         """
-        found, wanted = taps_BT3E.shape[2:], (3, self.config.target_hidden_size)
+        found, wanted = taps_BTKE.shape[2:], (3, self.config.target_hidden_size)
         if found != wanted:
             raise InputError(
                 f"features: tapped states of shape {found} a token, expected {wanted} from the draft's "
@@ -253,8 +253,8 @@ class Eagle3Draft(nnx.Module):
             )
         if self.config.fc_norm:
             norms = self.fc_norm_low, self.fc_norm_mid, self.fc_norm_high
-            taps_BT3E = jnp.stack([norm(taps_BT3E[:, :, i]) for i, norm in enumerate(norms)], axis=2)
-        joined = taps_BT3E.reshape(*taps_BT3E.shape[:2], -1)
+            taps_BTKE = jnp.stack([norm(taps_BTKE[:, :, i]) for i, norm in enumerate(norms)], axis=2)
+        joined = taps_BTKE.reshape(*taps_BTKE.shape[:2], -1)
         hidden_BTD = self.fc(self.input_norm(joined) if self.config.norm_before_fc else joined)
         # Nobody sums over the taps' width, which every device holds: fc is split by its outputs, put together here.
         spec = along(hidden_BTD, self.sharding.act_btd)

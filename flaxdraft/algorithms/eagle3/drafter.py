@@ -1,25 +1,25 @@
-"""A draft with its KV cache, run as engines run it.
+"""How an EAGLE-3 draft proposes, with its KV cache, run as engines run it: chains and trees.
 
 Row p holds (tapped states at p, token x_{p+1}); its cache slot is p. A chain goes on from a real row with the draft's
 own states; after each target pass the rows of the accepted tokens are written again from the target's real states
-("draft extend"), so what a chain wrote is never read later.
+("draft extend"), so what a chain wrote is never read later. See `interfaces.Drafter`.
 
-Shape letters: B rows, T new positions, S slots, K key/value heads, H key width, C value width, D draft width,
-E target width, W draft vocabulary, Q chain.
+Shape letters: B rows, T new positions, S slots, K key/value heads (of taps: tapped layers), H key width, C value width,
+D draft width, E target width, W draft vocabulary, Q draft tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.interfaces import Draft, Placement
+from flaxdraft.algorithms.eagle3.surface import Draft
+from flaxdraft.decode.tree import Tree
+from flaxdraft.interfaces import Chooser, Placement, Proposal
 from flaxdraft.ops.attention import attend_cache
 
 
@@ -28,6 +28,15 @@ from flaxdraft.ops.attention import attend_cache
 class DraftCache:
     k_BKHS: Float[Array, "B K H S"]
     v_BKSC: Float[Array, "B K S C"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChainState:
+    """Between two proposals."""
+
+    cache: DraftCache
+    hidden_BD: Float[Array, "B D"]  # of the last real row, from which the next chain or tree starts
 
 
 def new_draft_cache(draft: Draft, num_rows: int, num_slots: int) -> DraftCache:
@@ -68,44 +77,59 @@ def cached_layer(
     return cache, draft.finish(hidden_BTD, heads)
 
 
-def extend(
-    draft: Draft,
-    cache: DraftCache,
-    taps_BT3E: Float[Array, "B T 3 E"],
-    next_tokens_BT: Int[Array, "B T"],
-    positions_BT: Int[Array, "B T"],
-    last_B: Int[Array, " B"],
-) -> tuple[DraftCache, Float[Array, "B D"]]:
-    """Rows with real target states: row p takes the taps of p and token x_{p+1}. Returns the hidden state of entry
-    `last_B` of each batch row, from which a chain starts."""
-    hidden = draft.project(taps_BT3E.astype(draft.precision.compute))
-    cache, hidden = cached_layer(draft, cache, draft.embed(next_tokens_BT), hidden, positions_BT)
-    return cache, hidden[jnp.arange(hidden.shape[0]), last_B]
+@dataclasses.dataclass(frozen=True)
+class ChainDrafter:
+    """Chains of any length, and trees."""
 
+    most_tokens = None
+    trees = True
 
-def propose(
-    draft: Draft,
-    cache: DraftCache,
-    hidden_BD: Float[Array, "B D"],
-    row_B: Int[Array, " B"],
-    chain_length: int,
-    choose: Callable[[Float[Array, "B W"], Any], tuple[Int[Array, " B"], Any]],
-) -> tuple[DraftCache, Int[Array, "B Q"], Any]:
-    """A chain of draft ids, and whatever else `choose` returned for each, its axis Q after B.
+    def start(self, draft: Draft, num_rows: int, num_slots: int) -> ChainState:
+        hidden_BD = jnp.zeros((num_rows, draft.config.hidden_size), draft.precision.compute)
+        return ChainState(new_draft_cache(draft, num_rows, num_slots), hidden_BD)
 
-    Args:
-        hidden_BD: the output of row `row_B`.
-        choose: token ids and more from the logits of step j.
-    """
+    def read(
+        self, draft: Draft, state: ChainState, taps_BTKE: Float[Array, "B T K E"], next_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"], last_B: Int[Array, " B"],
+    ) -> ChainState:  # fmt: skip
+        """Rows with real target states: row p takes the taps of p and token x_{p+1}."""
+        hidden = draft.project(taps_BTKE.astype(draft.precision.compute))
+        cache, hidden = cached_layer(draft, state.cache, draft.embed(next_BT), hidden, positions_BT)
+        return ChainState(cache, hidden[jnp.arange(hidden.shape[0]), last_B])
 
-    def step(carry, j):
-        cache, hidden_BD, token_B = carry
-        embeds_B1D = draft.embed(draft.target_ids[...][token_B][:, None])
-        cache, hidden_B1D = cached_layer(draft, cache, embeds_B1D, hidden_BD[:, None], (row_B + j)[:, None])
-        chosen_B, more = choose(draft.logits(hidden_B1D)[:, 0], j)
-        return (cache, hidden_B1D[:, 0], chosen_B), (chosen_B, more)
+    def propose(
+        self, draft: Draft, state: ChainState, newest_B: Int[Array, " B"], token_B: Int[Array, " B"], num_tokens: int,
+        choose: Chooser,
+    ) -> tuple[ChainState, Proposal]:  # fmt: skip
+        """A chain behind the last real row, which is the one before the newest token and has read that token."""
 
-    first = choose(draft.logits(hidden_BD[:, None])[:, 0], 0)
-    (cache, _, _), rest = lax.scan(step, (cache, hidden_BD, first[0]), jnp.arange(1, chain_length))
-    chain = jax.tree.map(lambda one, more: jnp.concatenate([one[:, None], jnp.moveaxis(more, 0, 1)], 1), first, rest)
-    return cache, *chain
+        def step(carry, j):
+            cache, hidden_BD, chosen_B = carry
+            embeds_B1D = draft.embed(draft.target_ids[...][chosen_B][:, None])
+            positions_B1 = (newest_B - 1 + j)[:, None]
+            cache, hidden_B1D = cached_layer(draft, cache, embeds_B1D, hidden_BD[:, None], positions_B1)
+            chosen_B, more = choose(draft.logits(hidden_B1D)[:, 0], j)
+            return (cache, hidden_B1D[:, 0], chosen_B), (chosen_B, more)
+
+        first = choose(draft.logits(state.hidden_BD[:, None])[:, 0], 0)
+        carry = state.cache, state.hidden_BD, first[0]
+        (cache, _, _), rest = lax.scan(step, carry, jnp.arange(1, num_tokens))
+        joined = jax.tree.map(
+            lambda one, more: jnp.concatenate([one[:, None], jnp.moveaxis(more, 0, 1)], 1), first, rest
+        )  # fmt: skip
+        return dataclasses.replace(state, cache=cache), Proposal(*joined)
+
+    def propose_tree(
+        self, draft: Draft, state: ChainState, newest_B: Int[Array, " B"], tree: Tree
+    ) -> tuple[ChainState, Int[Array, "B Q"]]:
+        """The draft runs once for each depth, over all its nodes."""
+        cache, hidden_BTD, levels = state.cache, state.hidden_BD[:, None], []
+        for depth, width in enumerate(tree.widths):
+            if depth:
+                positions_BT, placement = tree.place(newest_B - 1, tree.level(depth), cache.k_BKHS.shape[-1])
+                parents_BTD = jnp.repeat(hidden_BTD, tree.widths[depth - 1], axis=1)
+                embeds_BTD = draft.embed(draft.target_ids[...][levels[-1]])
+                cache, hidden_BTD = cached_layer(draft, cache, embeds_BTD, parents_BTD, positions_BT, placement)
+            children = lax.top_k(draft.logits(hidden_BTD), width)[1]
+            levels.append(children.reshape(len(newest_B), -1))
+        return dataclasses.replace(state, cache=cache), jnp.concatenate(levels, axis=1)

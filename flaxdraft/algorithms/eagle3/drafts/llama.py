@@ -10,6 +10,7 @@ from flax import nnx
 from flaxdraft.algorithms.eagle3.draft import COMMON_NAMES, Eagle3Draft, Eagle3Sizes, extra_names
 from flaxdraft.devices.mesh import Sharding
 from flaxdraft.errors import InputError
+from flaxdraft.interfaces import EmbeddingAndHead
 from flaxdraft.nn.gqa import GQA, GQAConfig
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig
@@ -108,7 +109,8 @@ def attention(config: Config, precision: Precision, rngs: nnx.Rngs, sharding: Sh
     return GQA(gqa, 2 * c.hidden_size, c.hidden_size, precision, rngs, sharding)
 
 
-def make(config: Config, vocab, embedding_VD, *, precision, sharding, rngs) -> Eagle3Draft:
+def make(config: Config, vocab, target: EmbeddingAndHead, *, precision, sharding, rngs) -> Eagle3Draft:
     """A draft with fresh weights; see `Eagle3Draft`."""
     heads = attention(config, precision, rngs, sharding)
+    embedding_VD = None if config.owns_embedding else target.embedding()
     return Eagle3Draft(config, heads, vocab, embedding_VD, precision=precision, sharding=sharding, rngs=rngs)

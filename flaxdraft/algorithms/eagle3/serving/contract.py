@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from flaxdraft.errors import InputError
-from flaxdraft.interfaces import modules_of
+from flaxdraft.plugins import parts_of
 
 Kind = Literal["llama", "mla"]
 SWITCHES = ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")  # of config.json, false where absent
@@ -57,7 +57,7 @@ def engines() -> dict[str, Engine]:
     """Every table, by the name that a command line takes."""
     return {
         name.replace("_", "-"): module.ENGINE
-        for name, module in sorted(modules_of("flaxdraft.algorithms.eagle3.serving.engines"))
+        for name, module in sorted(parts_of("flaxdraft.algorithms.eagle3.serving.engines"))
     }
 
 

@@ -1,0 +1,202 @@
+"""EAGLE-3 as an algorithm: what `interfaces.Algorithm` asks for.
+
+Shape letters: B batch, T time, R computed rows, J steps of the unroll, K tapped layers, E target width, W draft
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from flaxdraft.algorithms.eagle3 import shared_rows
+from flaxdraft.algorithms.eagle3.drafter import ChainDrafter
+from flaxdraft.algorithms.eagle3.objective import ChosenRows, UnrollOptions, supervised_rows, supervision, unroll
+from flaxdraft.algorithms.eagle3.settings import Settings
+from flaxdraft.algorithms.eagle3.suffix_attention import choose
+from flaxdraft.algorithms.eagle3.surface import Draft
+from flaxdraft.devices.mesh import spec_of, split_like
+from flaxdraft.errors import InputError
+from flaxdraft.interfaces import Batch, Draw, EmbeddingAndHead, Example, VocabMap
+from flaxdraft.ops import distillation
+from flaxdraft.ops.rows import take_rows
+from flaxdraft.ops.step_sums import StepSums
+
+NUM_TAPS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """EAGLE-3 with the steps, weights and objective of its settings.
+
+    packed: whether a row may hold several documents; False is a little faster with cuDNN.
+    """
+
+    settings: Settings
+    packed: bool = True
+
+    full_vocabulary = False
+    needs = ("taps_BTKE", "last_BTE", "argmax_BT", "logsumexp_BT")
+
+    @property
+    def step_weights(self) -> tuple[float, ...]:
+        return tuple(self.settings.step_decay**j for j in range(self.settings.ttt_length))
+
+    @property
+    def options(self) -> UnrollOptions:
+        s = self.settings
+        return UnrollOptions(s.attention, s.remat, s.attention_chunk, self.packed)
+
+    def tap_layers(self, num_layers: int, chosen: tuple[int, ...] | None) -> tuple[int, ...]:
+        """`chosen`, or the default that every server knows, 1, n//2-1, n-4.
+
+        Raises:
+            InputError: they are not three ascending layers of the model.
+        """
+        taps = (1, num_layers // 2 - 1, num_layers - 4) if chosen is None else chosen
+        if len(taps) == NUM_TAPS and 0 <= taps[0] < taps[1] < taps[2] < num_layers:
+            return taps
+        advice = f"give target.tap_layers, for instance {[0, num_layers // 2, num_layers - 2]}"
+        if num_layers < 4:
+            advice = "a target needs at least 4 layers for three taps below its last"
+        given = "the default layers" if chosen is None else "target.tap_layers:"
+        raise InputError(
+            f"{given} {list(taps)} are not three ascending layers of a {num_layers}-layer target; {advice}"
+        )
+
+    def teacher(self, target: EmbeddingAndHead, vocab: VocabMap, dtype: Any) -> Float[Array, "W E"]:
+        """The target's head rows of the draft vocabulary."""
+        return target.head()[vocab.target_ids_W].astype(dtype)
+
+    def check_answers(self, longest: int) -> None:
+        """
+        Raises:
+            InputError: no answer is long enough for every step of the unroll.
+        """
+        if self.settings.ttt_length > longest - 1:
+            raise InputError(
+                f"algorithm.ttt_length: found {self.settings.ttt_length}, but the longest answer has {longest} tokens, "
+                f"so that step {self.settings.ttt_length} would supervise nothing; expected at most {longest - 1}"
+            )
+
+    def choose(self, batch: Batch, most_supervised: int, draw: Draw) -> ChosenRows:
+        """The rows that some step supervises; nothing is drawn."""
+        segments_BT, (num_batch, length) = np.asarray(batch.segments_BT), batch.tokens_BT.shape
+        assert self.packed or np.max(segments_BT, initial=0) <= 1, "several documents in a row, without `packed`"
+        rows_BR = np.full((num_batch, most_supervised), length, np.int32)
+        kept = supervised_rows(batch.assistant_BT, segments_BT)
+        rows_BR[:, : kept.shape[1]] = kept
+        return ChosenRows(rows_BR)
+
+    def share(self, example: Example, num_shards: int) -> tuple[Example, Example]:
+        """See `interfaces.Algorithm` and shared_rows.py."""
+        return shared_rows.share(example, num_shards, self.settings.ttt_length)
+
+    def first_carry(self) -> Float[Array, " J"]:
+        """The mean expected acceptance of each step over the global batch before, which lk_lambda reads."""
+        return jnp.zeros(self.settings.ttt_length)
+
+    def next_carry(self, carry: Float[Array, " J"], sums: StepSums, step: Int[Array, ""]) -> Float[Array, " J"]:
+        mean_J = sums.expected_accept_J / jnp.maximum(sums.row_count_J, 1)
+        return jnp.where(sums.row_count_J > 0, mean_J, carry)
+
+    def _distill(self, draft: Draft, example: Example, accepted_J) -> tuple[StepSums, Bool[Array, "B R J"]]:
+        batch, chosen, features = example.batch, example.chosen, example.features
+        rows, compute, num_steps = chosen.rows_BR, example.teacher.dtype, self.settings.ttt_length
+        if chosen.shared is not None:
+            narrow = dataclasses.replace(chosen.shared, taps_BRKE=chosen.shared.taps_BRKE.astype(compute))
+            chosen = dataclasses.replace(chosen, shared=narrow)
+        outputs = unroll(draft, batch, features.taps_BTKE.astype(compute), chosen, num_steps, self.options)
+        # The teacher of row p at step 0 is the target's distribution at p + 1.
+        last_BRE = take_rows(features.last_BTE, rows + 1) if chosen.shared is None else chosen.shared.last_BRE
+        argmax_BR, logsumexp_BR = (take_rows(x, rows + 1) for x in (features.argmax_BT, features.logsumexp_BT))
+        act_b, draft_ids_V = draft.sharding.act_b, draft.draft_ids[...]
+        argmax_BR = draft_ids_V.at[argmax_BR].get(out_sharding=act_b and spec_of(argmax_BR))
+        teacher = distillation.TeacherStates(last_BRE.astype(compute), logsumexp_BR, argmax_BR)
+        supervised_JBT = supervision(batch.assistant_BT, batch.segments_BT, num_steps)
+        supervised_JBR = jnp.stack([take_rows(mask_BT, rows) for mask_BT in supervised_JBT])
+        if chosen.shared is not None:
+            supervised_JBR = supervised_JBR & chosen.shared.owned_BR[None]
+        return distillation.distill(
+            distillation.Plan(self.step_weights, self.settings.objective, self.settings.loss_chunk),
+            tuple(draft.head_input(hidden) for hidden in outputs), draft.head(), teacher, example.teacher,
+            supervised_JBR, accepted_J,
+        )  # fmt: skip
+
+    def sums(self, draft: Draft, example: Example, carry: Float[Array, " J"]) -> StepSums:
+        """All that a trainer calls."""
+        return self._distill(draft, example, carry)[0]
+
+    def accepted(self, draft: Draft, example: Example) -> tuple[StepSums, Int[Array, "B T"]]:
+        """The sums, and for each row of the batch how many draft tokens greedy verification would accept there.
+
+        Exact where the row's tokens are the target's own greedy answer: then teacher forcing feeds the draft what
+        it would have proposed, up to its first miss. The batch must be whole along time.
+        """
+        sums, hit_BRJ = self._distill(draft, example, self.first_carry())
+        count_BR = jnp.sum(jnp.cumprod(hit_BRJ, axis=-1, dtype=jnp.int32), axis=-1, dtype=jnp.int32)
+        empty_BT = jnp.zeros_like(example.batch.tokens_BT)
+        scatter = jax.vmap(lambda row, at, value: row.at[at].set(value, mode="drop"))
+        return sums, scatter(empty_BT, example.chosen.rows_BR, count_BR)
+
+    def describe(self, draft: Draft, example: Example) -> str:
+        """How sums of such an example are computed on this machine, for the log.
+
+        Raises:
+            InputError: in a way that cannot run here; see `suffix_attention.choose`.
+        """
+
+        def heads(batch, taps_BTKE):
+            tokens_BT, positions_BT = (split_like(taps_BTKE, x) for x in (batch.tokens_BT, batch.positions_BT))
+            tokens = draft.token_projections(draft.embed(tokens_BT))
+            projections = draft.projections(tokens, draft.project(taps_BTKE))
+            return draft.query(projections, positions_BT), *draft.key_value(projections, positions_BT)
+
+        s, compute = self.settings, example.teacher.dtype
+        q, k, v = jax.eval_shape(heads, example.batch, example.features.taps_BTKE.astype(compute))
+        q = jax.ShapeDtypeStruct((*example.chosen.rows_BR.shape, *q.shape[2:]), q.dtype)
+        attention = choose(s.attention, q, k, v)
+        chunks = f" ({s.attention_chunk} x {s.attention_chunk})" if attention == "chunked" else ""
+        return f"attention {attention}{chunks}, loss in chunks of {s.loss_chunk} rows, rematerialisation {s.remat}"
+
+    def flops(self, params: nnx.State, teacher: Any, num_rows: int) -> float:
+        """Counted, since XLA counts what is in a loop once: two operations for each entry of a matrix, three times over
+        for the two gradients; `fc` reads a row once, all other matrices do at every step, the teacher once, forwards."""
+        per_row = 2.0 * math.prod(teacher.shape)
+        for path, variable in nnx.to_flat_state(params):
+            if len(variable.shape) > 1 and path[0] != "embed_tokens":
+                per_row += 6.0 * math.prod(variable.shape) * (1 if path[0] == "fc" else self.settings.ttt_length)
+        return num_rows * per_row
+
+    def warm_start(self, draft: Any, target: EmbeddingAndHead, vocab: VocabMap) -> None:
+        """Begins where the target ends: the head's rows and the final norm are the target's, and fc passes the highest
+        tapped state on. The first hidden states then lie in the space that the head reads. Only where draft and target
+        widths are equal."""
+        width = target.config.hidden_size
+        if draft.config.hidden_size != width:
+            return
+        draft.lm_head.kernel[...] = target.head()[vocab.target_ids_W].T.astype(draft.lm_head.kernel.dtype)
+        draft.norm.scale[...] = target.final_norm().astype(draft.norm.scale.dtype)
+        kernel = draft.fc.kernel[...]
+        draft.fc.kernel[...] = kernel.at[2 * width :].add(jnp.eye(width, dtype=kernel.dtype))
+
+    def drafting(self, num_tokens: int) -> Algorithm:
+        """Chains of `num_tokens`, rows of one document."""
+        return Algorithm(self.settings.model_copy(update={"ttt_length": num_tokens}), packed=False)
+
+    def drafter(self) -> ChainDrafter:
+        return ChainDrafter()
+
+    def serving(self) -> ModuleType:
+        """The contract of its exports."""
+        from flaxdraft.algorithms.eagle3 import serving  # tables and rules that training never reads
+
+        return serving

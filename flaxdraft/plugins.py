@@ -1,0 +1,72 @@
+"""Parts that are found by their names: algorithms, draft architectures, target families, engines.
+
+A package of parts (`flaxdraft.algorithms`, `flaxdraft.targets`, ...) holds one module or folder a part; a new one is
+found without being registered anywhere; what its parts share is named in the package's SHARED. Parts may also lie outside this project: an installed package names them in its
+entry points, in a group that is called as the package here is:
+
+    [project.entry-points."flaxdraft.algorithms"]
+    mine = "my_package.mine"
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from flaxdraft.errors import InputError
+
+
+def _places(package: str) -> dict[str, str]:
+    """The full module name of each part, by its short name."""
+    root = importlib.import_module(package)
+    names = {info.name for info in pkgutil.iter_modules(root.__path__)} - {*getattr(root, "SHARED", ()), "__main__"}
+    own = {name: f"{package}.{name}" for name in sorted(names)}
+    return {point.name: point.value for point in importlib.metadata.entry_points(group=package)} | own
+
+
+def parts_of(package: str) -> Iterator[tuple[str, ModuleType]]:
+    """Every part of a package with its short name."""
+    for name, place in _places(package).items():
+        yield name, importlib.import_module(place)
+
+
+def find_by_name(package: str, name: str, field: str) -> ModuleType:
+    """The part of that name.
+
+    Raises:
+        InputError: no such part; the message lists the names there are and the file that would add one.
+    """
+    places = _places(package)
+    if name not in places:
+        raise InputError(
+            f"{field}: no {name!r} in {package}; found {', '.join(sorted(places))}. "
+            f"A new one is a new file {package.replace('.', '/')}/{name}.py"
+        )
+    return importlib.import_module(places[name])
+
+
+def find_by_architecture(packages: list[str], config: dict[str, Any], origin: str) -> ModuleType:
+    """The part that declares the config's `architectures` (first) or `model_type`.
+
+    Raises:
+        InputError: none declares it, or two do.
+    """
+    wanted = [*(config.get("architectures") or [])[:1], config.get("model_type")]
+    known: dict[str, ModuleType] = {}
+    for package in packages:
+        for _, module in parts_of(package):
+            for declared in (*module.ARCHITECTURES, *module.MODEL_TYPES):
+                if declared in known and known[declared] is not module:
+                    raise InputError(f"both {known[declared].__name__} and {module.__name__} declare {declared!r}")
+                known[declared] = module
+    for key in wanted:
+        if key in known:
+            return known[key]
+    raise InputError(
+        f"{origin}: architecture {wanted[0]!r} (model_type {wanted[-1]!r}) is not supported; supported are "
+        f"{', '.join(sorted(known))}. A new one is a new file in {packages[0].replace('.', '/')}/"
+    )
