@@ -24,6 +24,9 @@ FREE = (
 )  # fmt: skip
 # Fields that older runs do not name, and what they did.
 OLDER = {"train.float8": False}
+# target.content is the sha256 of a file, as it always was, so older runs of a .gguf file or with target.sha256 go on.
+# Of a directory it once covered only the beginning of each weight file, and of a wheel without target.sha256 it was
+# None. Neither tells which model it was, so what was made with these is refused with both values.
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
