@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from flaxdraft import digests
+from flaxdraft.files import digests
 from flaxdraft.errors import InputError
 from flaxdraft.files.fetch import cache_dir, content_of, fetch, sha256_of
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from flaxdraft.digests import digests_of
+from flaxdraft.files.digests import digests_of
 from flaxdraft.errors import InputError
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
