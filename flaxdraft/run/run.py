@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import jax
 
+from flaxdraft.algorithms.eagle3.serving.contract import find_engine
 from flaxdraft.config import RunConfig
 from flaxdraft.devices import hosts
 from flaxdraft.evaluate.report import print_headline
@@ -20,6 +21,7 @@ from flaxdraft.stages.directory_lock import DirectoryLock
 def plan(config: RunConfig) -> None:
     """Says what the configuration would take, and does nothing else."""
     stages = Run(config)
+    stages.check_draft()
     num_taps = len(stages.target.config.tap_layers)
     planned = estimate(config, stages.mesh, stages.draft_module, stages.draft_config(), stages.algorithm, num_taps)
     for line in planned.lines():
@@ -48,4 +50,5 @@ def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
                 evaluation = results.evaluate()
                 export_dir = results.export()
                 report_dir = results.report(evaluation)
-                print_headline(evaluation, export_dir, report_dir, config.target.path)
+                engine = find_engine(config.export.engine)
+                print_headline(evaluation, export_dir, report_dir, config.target.path, engine)

@@ -44,7 +44,7 @@ from flaxdraft.run.run_target import RunTarget
 from flaxdraft.serving.export import check_servable
 from flaxdraft.serving.record import DraftRecord
 from flaxdraft.stages.claims import Stage, check_claimed, claim
-from flaxdraft.stages.same_inputs import flatten
+from flaxdraft.stages.same_inputs import NOT_OF_ANSWERS, flatten
 from flaxdraft.targets.decoder import DecoderConfig
 from flaxdraft.targets.embedding_and_head import OuterWeights
 from flaxdraft.train.batch_placement import SHARDING, check_batch
@@ -98,9 +98,10 @@ class Run:
             data["conversations"] = digest_of(config.data.conversations, "data.conversations")
         if config.data.store is not None:
             data["store"] = sha256_of(FeatureStore(config.data.store).directory / MANIFEST)
-        self.data_inputs = {
+        self.data_inputs = {  # of the stored answers, which any draft of this target may use
             "target": config.target.model_dump() | {"content": content_of(config.target.path, config.target.sha256)},
-            "data": data, "evaluate": {"max_new_tokens": config.evaluate.max_new_tokens},
+            "data": {name: value for name, value in data.items() if f"data.{name}" not in NOT_OF_ANSWERS},
+            "evaluate": {"max_new_tokens": config.evaluate.max_new_tokens},
         }  # fmt: skip
         draft = config.draft.model_dump()
         if config.draft.vocab_map is not None:
@@ -110,7 +111,7 @@ class Run:
             self.start = load_start(config.draft, self.draft_module)
             draft["init_from"] = {path.name: sha256_of(path) for path in start_files(config.draft.init_from)}
         self.draft_inputs = self.data_inputs | {
-            "seed": config.seed, "draft": draft, "algorithm": config.algorithm.model_dump(),
+            "data": data, "seed": config.seed, "draft": draft, "algorithm": config.algorithm.model_dump(),
             "train": config.train.model_dump(),
         }  # fmt: skip
         self.target = RunTarget(
@@ -168,29 +169,31 @@ class Run:
 
     @functools.cache  # noqa: B019 (one run a process)
     def data(self) -> dict[str, Any]:
-        """Answers and features of both splits, on disk; returns their order and the tokenizer's special ids."""
+        """Answers and features of the splits that are asked for, on disk; returns their order (other splits may be
+        among them) and the tokenizer's special ids."""
         stage = Stage(self.data_dir / "data.json", self.data_inputs)
         result = stage.load()
         data = self.config.data
-        if result is None or not all(
-            is_captured(self.data_dir, split, len(order), data.rows) for split, order in result["order"].items()
+        order = {} if result is None else result["order"]
+        if not all(
+            split in order and is_captured(self.data_dir, split, len(order[split]), data.rows) for split in self.splits
         ):
             self.check_draft()
             target = self.target.loaded
             say("data", "the target answers the prompts")
             self._check_context()
             special = sorted({*target.tokenizer.all_special_ids, *target.stop_tokens})
-            result = {"order": {}, "eos": target.tokenizer.eos_token_id, "special": special}
+            result = {"order": order, "eos": target.tokenizer.eos_token_id, "special": special}
             for split in self.splits:
                 dtype = data.feature_dtype if split == "train" else "float32"
                 _, limit = self._answer_limit(split)
                 prompts = self._split(split)
-                result["order"][split] = order = capture(
+                order[split] = capture(
                     self.data_dir, split, target.model, target.tokenizer, prompts,
                     max_prompt_tokens=data.max_prompt_tokens, max_new_tokens=limit, num_rows=data.rows, dtype=dtype,
                 )  # fmt: skip
-                rows = load_split(self.data_dir, split, len(order), data.rows)
-                write_texts(self.data_dir / f"{split}.json", target.tokenizer, prompts, order, rows)
+                rows = load_split(self.data_dir, split, len(order[split]), data.rows)
+                write_texts(self.data_dir / f"{split}.json", target.tokenizer, prompts, order[split], rows)
             stage.store(result)
         else:
             say("data", f"done before: {self.data_dir}")
@@ -249,7 +252,7 @@ class Run:
     def data_rows(self) -> dict[str, list[Row]]:
         """The answered splits in memory, loaded once and only where a stage needs them."""
         order, num_rows = self.data()["order"], self.config.data.rows
-        return {split: load_split(self.data_dir, split, len(ids), num_rows) for split, ids in order.items()}
+        return {split: load_split(self.data_dir, split, len(order[split]), num_rows) for split in self.splits}
 
     @functools.cached_property
     def documents(self) -> Documents:

@@ -51,14 +51,9 @@ class RunTarget:
     def config(self) -> DecoderConfig:
         """
         Raises:
-            InputError: a tapped layer is one that no server captures, or the run does not go with the target.
+            InputError: the tapped layers are none of the algorithm's, or the run does not go with the target.
         """
         c = self.opened.config(self._taps)
-        if c.tap_layers[-1] == c.num_hidden_layers - 1:
-            raise InputError(
-                f"target.tap_layers: {list(c.tap_layers)} holds the last layer, which SGLang cannot capture; "
-                f"expected layers up to {c.num_hidden_layers - 2}"
-            )
         self._check(c)
         CONSOLE.print(
             f"  {c.num_hidden_layers} layers, width {c.hidden_size}, vocabulary {c.vocab_size}, "

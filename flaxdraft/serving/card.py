@@ -8,24 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from flaxdraft.algorithms.eagle3.serving import layer_ids
-from flaxdraft.algorithms.eagle3.serving.contract import SWITCHES, kind_of
-
-_SERVE = {
-    "sglang": "python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 \\\n"
-              "    --speculative-draft-model-path . --speculative-num-steps {k} --speculative-eagle-topk 1 \\\n"
-              "    --speculative-num-draft-tokens {next}",
-    "vllm": "vllm serve TARGET --speculative-config \\\n"
-            "    '{{\"method\": \"eagle3\", \"model\": \".\", \"num_speculative_tokens\": {k}}}'",
-}  # fmt: skip
+from flaxdraft.algorithms.eagle3.serving.contract import SWITCHES, engines, kind_of
+from flaxdraft.serving import lint
+from flaxdraft.serving.view import DraftView
 
 
-def model_card(config: Mapping[str, Any], target: str, run: Path | None) -> str:
+def model_card(view: DraftView, target: str, run: Path | None) -> str:
     """
     Args:
-        config: config.json of the directory.
+        view: of the directory, which is about to be written.
         target: the target's address.
         run: the folder of the run that made the draft; what it recorded of data, training and evaluation is shown.
     """
+    config = view.config
     kind = {"llama": "Llama", "mla": "DeepSeek-MLA"}[kind_of(config)]
     switched = [name for name in SWITCHES if config.get(name)]
     facts = {
@@ -47,15 +42,19 @@ def model_card(config: Mapping[str, Any], target: str, run: Path | None) -> str:
         )
     lines = ["---", "tags: [eagle3, speculative-decoding]", "---", "", f"# EAGLE-3 draft for {Path(target).name}", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())]
-    lines += _figures(evaluation)
-    k = evaluation.get("chain_length", 3)
-    if config["architectures"][0].startswith("Eagle3Llama"):
-        return "\n".join([*lines, "", "Exported for tpu-inference; other engines take other names.", ""])
-    for name, command in _SERVE.items():
-        title = {"sglang": "SGLang", "vllm": "vLLM"}[name]
-        lines += ["", f"{title}, TARGET being the target's Hugging Face directory:", "", "```"]
-        lines += [command.format(k=k, next=k + 1), "```"]
+    lines += [*_figures(evaluation), *_commands(view, evaluation.get("chain_length", 3))]
     return "\n".join([*lines, ""])
+
+
+def _commands(view: DraftView, chain_length: int) -> list[str]:
+    """Of each engine that serves the directory as it is."""
+    takers = [engine for engine in engines().values() if engine.serves
+              and all(finding.level == "note" for finding in lint.of_engine(engine, view))]  # fmt: skip
+    lines = []
+    for engine in takers:
+        lines += ["", f"{engine.title}, TARGET being the target's Hugging Face directory:", "", "```"]
+        lines += [engine.command(".", chain_length), "```"]
+    return lines or ["", "No engine that flaxdraft knows serves this directory as it is."]
 
 
 def _figures(evaluation: Mapping[str, Any]) -> list[str]:

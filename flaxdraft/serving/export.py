@@ -97,7 +97,7 @@ def export(
     save_safetensors(scratch / "model.safetensors", tensors, metadata={"format": "pt"})
     write_json(scratch / "config.json", config)
     if target_path is not None:
-        (scratch / "README.md").write_text(model_card(config, target_path, run), encoding="utf-8")
+        (scratch / "README.md").write_text(model_card(view, target_path, run), encoding="utf-8")
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(scratch, directory)
 

@@ -22,6 +22,12 @@ FREE = (
     # Where an input lies; what it holds is compared by its digest.
     "target.path", "target.sha256",
 )  # fmt: skip
+# What training reads in place of answers and makes of its rows: a draft depends on these, the target's answers to the
+# prompts do not. The folder of the answers does not name them; older ones do.
+NOT_OF_ANSWERS = (
+    "data.store", "data.conversations", "data.max_length", "data.last_turn_only", "data.mask_reasoning",
+    "data.max_silent", "data.last_batch",
+)  # fmt: skip
 # Fields that older runs do not name, and what they did.
 OLDER = {"train.float8": False}
 # target.content is the sha256 of a file, as it always was, so older runs of a .gguf file or with target.sha256 go on.
@@ -54,6 +60,7 @@ def differing(
     """
     old, new = (OLDER | binding(json.loads(json.dumps(inputs))) for inputs in (there, here))  # as they are stored
     fields = {field for field in {*old, *new} if old.get(field) != new.get(field)} - set(allowed)
+    fields -= {field for field in NOT_OF_ANSWERS if field not in new}
     if old.get("train.schedule") == new.get("train.schedule") == "constant":
         fields.discard("train.num_steps")
     return {field: (old.get(field), new.get(field)) for field in sorted(fields)}

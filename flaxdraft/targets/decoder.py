@@ -30,7 +30,7 @@ from flaxdraft.interfaces import Batch, Features, Placement
 from flaxdraft.nn import vocabulary
 from flaxdraft.nn.layers import RMSNorm
 from flaxdraft.nn.precision import Precision
-from flaxdraft.nn.rope import RopeConfig
+from flaxdraft.nn.rope import RopeConfig, turning_positions
 from flaxdraft.targets import target_attention
 from flaxdraft.targets.kv_cache import Cache
 
@@ -205,6 +205,7 @@ def _run_layers(
     heads_spec, rows_spec = sharding.act_btnh, sharding.act_btd and P(*sharding.act_btd[:2])
     cache_spec = Cache(sharding.cache_lbn, sharding.cache_lbn)
     num_taps = len(config.tap_layers)
+    turning_BT = positions_BT if cache is None else turning_positions(positions_BT, cache.num_slots)
     places = [
         config.tap_layers.index(i) if i in config.tap_layers else num_taps for i in range(config.num_hidden_layers)
     ]
@@ -215,8 +216,8 @@ def _run_layers(
             at_layer = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, i - span.start, keepdims=False), layers)
             layer = nnx.merge(graphdef, at_layer)
             projected = layer.self_attn.project(layer.input_layernorm(x))
-            q, scale = layer.self_attn.query(projected, positions_BT), layer.self_attn.softmax_scale
-            k, v = layer.self_attn.key_value(projected, positions_BT)
+            q, scale = layer.self_attn.query(projected, turning_BT), layer.self_attn.softmax_scale
+            k, v = layer.self_attn.key_value(projected, turning_BT)
             if cache is None:
                 attention, specs = partial(target_attention.uncached, scale=scale), (heads_spec,) * 3 + (rows_spec,)
                 heads = on_shards(sharding, attention, specs, heads_spec)(q, k, v, segments_BT)

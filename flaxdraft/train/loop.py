@@ -167,16 +167,13 @@ class _Run:
 
     def _evaluate_and_save(self, done: int, arrays: Mapping[str, Any], watch: Watch, force: bool) -> None:
         config, score = self.trainer.config, None
-        if evaluated := done % config.eval_every == 0 or done == config.num_steps:
-            with host_reads.allowed():
+        if done % config.eval_every == 0 or done == config.num_steps:
+            with watch.paused(arrays), host_reads.allowed():
                 score = _evaluated(self.log, done, self.evaluate(arrays["state"]))
         is_best = score is not None and score > self.checkpoints.best_score
-        due = done % config.checkpoint_every == 0
         self.checkpoints.poll()
-        if due or is_best or force:
-            with host_reads.allowed():
+        if done % config.checkpoint_every == 0 or is_best or force:
+            with watch.paused(arrays), host_reads.allowed():
                 self.checkpoints.save(done, arrays, self.trainer.vocab, self.trainer.record(score))
                 if force:
                     self.checkpoints.finish()
-        if evaluated or due:
-            watch.restart_clock()
