@@ -134,6 +134,7 @@ class EvaluateConfig(_Section):
 class ExportConfig(_Section):
     engine: str = "sglang"  # whose contract is met (flaxdraft/serving/engines); hf where no engine serves the draft
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    step: Literal["best", "latest"] = "best"  # the checkpoint that is evaluated, exported and reported
 
 
 class MeshConfig(_Section):

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from flaxdraft.files.digests import digests_of
 from flaxdraft.errors import InputError
+from flaxdraft.files.digests import digests_of
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # The files of a directory that decide the model: weights and their index, configurations, tokenizer and chat template.

@@ -43,7 +43,7 @@ def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
     with log, lock(stages.draft_dir):
         with hosts.main_first("data"), lock(stages.data_dir):  # other drafts share the answers
             stages.data()
-        if hosts.agree(not (results.evaluated() and results.exported())):
+        if hosts.agree(hosts.is_main() and not results.finished()):
             stages.params  # noqa: B018 (trains, in every process)
         with hosts.main_first("results"):
             if hosts.is_main():

@@ -311,7 +311,7 @@ class Run:
             CONSOLE.print(
                 f"  {sum(math.prod(p.shape) for p in jax.tree.leaves(params)) / 1e6:.1f} M trained parameters"
             )
-            resume = Resume(config.resume, self.draft_inputs, self.vocab, self.allowed)
+            resume = Resume(config.resume, self.draft_inputs, self.vocab, self.allowed, self.score_measure())
             trainer = Trainer(
                 self.draft_dir, config, self.algorithm, self.evaluation, self.mesh, self.vocab,
                 jax.tree.map(lambda x: weight_on_mesh("teacher", x, self.mesh, SHARDING.weight_ve), teacher), resume,
@@ -331,6 +331,15 @@ class Run:
             self.data_rows["held_out"], config.decode_prompts,
             Settings(config.max_new_tokens, config.chain_length, (self.data()["eos"],)),
         )  # fmt: skip
+
+    def score_measure(self) -> dict[str, Any]:
+        """What the held-out score is of, by which the best checkpoint is chosen."""
+        config, num_rows = self.config.evaluate, len(self.data_rows["held_out"])
+        num_decoded = min(config.decode_prompts, num_rows)
+        return {
+            "kind": "decoded" if num_decoded else "walked", "chain_length": config.chain_length,
+            "prompts": num_decoded or num_rows,
+        }  # fmt: skip
 
     @property
     def reader(self) -> Target | None:

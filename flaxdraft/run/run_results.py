@@ -5,8 +5,12 @@ Every stage keeps its result under the output directory and is skipped while its
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
+
+import jax
+from flax import nnx
 
 from flaxdraft.devices.mesh import Sharding
 from flaxdraft.errors import InputError
@@ -16,9 +20,13 @@ from flaxdraft.evaluate.report import write_report
 from flaxdraft.evaluate.walk import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
 from flaxdraft.files.fetch import sha256_of
 from flaxdraft.run.run_draft import Run, say
+from flaxdraft.serving.card import Origin, describe
 from flaxdraft.serving.export import export
 from flaxdraft.stages.claims import Stage
+from flaxdraft.train.checkpoint import DamagedError, load_params
+from flaxdraft.train.chosen import Chosen, choose
 from flaxdraft.train.metrics_log import read_metrics
+from flaxdraft.train.resume import goes_back
 from flaxdraft.train.state import split_draft
 
 
@@ -33,26 +41,64 @@ class Results:
 
     def __init__(self, run: Run):
         self.run = run
+        self._checkpoints = run.draft_dir / "checkpoints"
+
+    def chosen(self) -> Chosen:
+        """The checkpoint that all of this is about."""
+        return choose(self._checkpoints, self.run.config.export.step, self.run.config.train.num_steps)
+
+    def finished(self) -> bool:
+        """Whether all is there and stands, so that nothing has to be trained.
+
+        Raises:
+            InputError: see `goes_back`.
+        """
+        return not goes_back(self.run.config.train.resume, self._checkpoints) and self.evaluated() and self.exported()
+
+    @functools.cached_property
+    def params(self) -> nnx.State:
+        """Of the chosen checkpoint, on one device; trains where that has not ended.
+
+        Raises:
+            InputError: the checkpoint is damaged.
+        """
+        trained, chosen = self.run.params, self.chosen()
+        if chosen.step == chosen.last:
+            return trained
+        path = self._checkpoints / str(chosen.step)
+        try:
+            return load_params(path, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trained))[0]
+        except DamagedError as error:
+            raise InputError(
+                f"{path}: the best checkpoint cannot be read ({error}); take the last one (export.step=latest)"
+            ) from error
+
+    def _standing(self, stage: Stage) -> dict[str, Any] | None:
+        """What a stage stored, where it is of the chosen checkpoint. Ones that were removed since are not missed."""
+        stored, chosen = stage.load(), self.chosen()
+        if stored is None or (chosen.sha256 is not None and stored["checkpoint"] != chosen._asdict()):
+            return None
+        return stored
 
     @property
     def _evaluate_stage(self) -> Stage:
         what = self.run.config.evaluate.model_dump(exclude={"decode_prompts"})  # of training
-        inputs = self.run.draft_inputs | {"evaluate": what}
+        inputs = self.run.draft_inputs | {"evaluate": what, "export": {"step": self.run.config.export.step}}
         return Stage(self.run.draft_dir / "evaluation.json", inputs)
 
     def evaluated(self) -> bool:
-        return self._evaluate_stage.load() is not None
+        return self._standing(self._evaluate_stage) is not None
 
     def evaluate(self) -> dict[str, Any]:
         """The held-out result: walked, and decoded for real, both in float32."""
         config, stage = self.run.config.evaluate, self._evaluate_stage
-        result = stage.load()
+        result = self._standing(stage)
         if result is not None:
             say("evaluate", f"done before: {stage.path}")
             return result
-        params, rows = self.run.params, self.run.data_rows["held_out"]
-        say("evaluate", f"{len(rows)} held-out prompts, up to {config.max_new_tokens} tokens, chain of "
-                         f"{config.chain_length}")  # fmt: skip
+        params, rows, chosen = self.params, self.run.data_rows["held_out"], self.chosen()
+        say("evaluate", f"{describe(chosen.step, chosen.last)}: {len(rows)} held-out prompts, up to "
+                        f"{config.max_new_tokens} tokens, chain of {config.chain_length}")  # fmt: skip
         graphdef, _, frozen = split_draft(self.run.make_draft(Sharding.none(), "float32"))
         teacher = self.run.teacher("float32")
         forced = evaluate_teacher_forced(make_accepted(graphdef, self.run.evaluation, frozen, teacher)(params), rows,
@@ -65,7 +111,7 @@ class Results:
         )  # fmt: skip
         category = {prompt.id: prompt.category for prompt in self.run.prompts}
         categories = [category[id] for id in self.run.data()["order"]["held_out"]]
-        result = summary(rows, categories, forced, decoded, config.chain_length)
+        result = summary(rows, categories, forced, decoded, config.chain_length) | {"checkpoint": chosen._asdict()}
         best = max(range(len(decoded)), key=lambda i: (len(decoded[i].tokens), -len(decoded[i].yields)))
         texts = [self.run.target.tokenizer.decode([token]) for token in decoded[best].tokens]
         result["sample"] = {
@@ -83,8 +129,8 @@ class Results:
 
     def exported(self) -> bool:
         """Whether the serving directory is there, as it was written."""
-        stored = self._export_stage.load()
-        return stored is not None and stored == _digests(self.run.draft_dir / "export")
+        stored = self._standing(self._export_stage)
+        return stored is not None and stored["files"] == _digests(self.run.draft_dir / "export")
 
     def export(self) -> Path:
         """The serving directory."""
@@ -92,16 +138,16 @@ class Results:
         if self.exported():
             say("export", f"done before: {directory}")
             return directory
-        params = self.run.params
-        say("export", str(directory))
+        params, chosen = self.params, self.chosen()
+        say("export", f"{describe(chosen.step, chosen.last)}: {directory}")
         stage.path.unlink(missing_ok=True)
         export(
             directory, self.run.draft_module, self.run.draft_config(), params, self.run.vocab,
             tap_layers=self.run.target.config.tap_layers, target_config=self.run.target.opened.source.config,
             engine=self.run.config.export.engine, dtype=self.run.config.export.dtype,
-            target_path=self.run.config.target.path, run=self.run.draft_dir,
+            origin=Origin(self.run.config.target.path, self.run.draft_dir, chosen.step),
         )  # fmt: skip
-        stage.store(_digests(directory))
+        stage.store({"checkpoint": chosen._asdict(), "files": _digests(directory)})
         return directory
 
     def report(self, evaluation: dict[str, Any]) -> Path:
@@ -116,6 +162,7 @@ class Results:
             "draft": f"{self.run.config.draft.architecture}, vocabulary {size}",
             "training": f"{self.run.config.train.num_steps} steps of {self.run.config.train.batch_size} conversations, "
                         f"{self.run.config.algorithm.name}",
+            "checkpoint": describe(evaluation["checkpoint"]["step"], evaluation["checkpoint"]["last"]),
             "held out": f"{evaluation['answers']} prompts, {evaluation['generated_tokens']} tokens of greedy answers",
         }  # fmt: skip
         metrics = read_metrics(self.run.draft_dir / "metrics.jsonl")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flaxdraft.algorithms.eagle3.serving import layer_ids
 from flaxdraft.algorithms.eagle3.serving.contract import SWITCHES, engines, kind_of
@@ -13,14 +13,25 @@ from flaxdraft.serving import lint
 from flaxdraft.serving.view import DraftView
 
 
-def model_card(view: DraftView, target: str, run: Path | None) -> str:
+class Origin(NamedTuple):
+    """Where a draft is from."""
+
+    target: str  # the target's address
+    run: Path | None  # the folder of its run; what that recorded of data, training and evaluation is shown
+    step: int | None  # of the run's checkpoint; figures of another one are left out
+
+
+def describe(step: int, last: int) -> str:
+    """Which checkpoint was chosen, for people."""
+    return f"step {step}" if step == last else f"step {step} of {last}, the best held-out score"
+
+
+def model_card(view: DraftView, origin: Origin) -> str:
     """
     Args:
         view: of the directory, which is about to be written.
-        target: the target's address.
-        run: the folder of the run that made the draft; what it recorded of data, training and evaluation is shown.
     """
-    config = view.config
+    config, (target, run, step) = view.config, origin
     kind = {"llama": "Llama", "mla": "DeepSeek-MLA"}[kind_of(config)]
     switched = [name for name in SWITCHES if config.get(name)]
     facts = {
@@ -40,9 +51,13 @@ def model_card(view: DraftView, target: str, run: Path | None) -> str:
             f"{train['learning_rate']:g}, {inputs['algorithm']['ttt_length']} unroll steps, "
             f"{inputs['algorithm']['objective']}"
         )
+    measured = evaluation.get("checkpoint", {"step": step, "last": step})
+    if step is not None:
+        facts["checkpoint"] = describe(step, measured["last"] if measured["step"] == step else step)
     lines = ["---", "tags: [eagle3, speculative-decoding]", "---", "", f"# EAGLE-3 draft for {Path(target).name}", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())]
-    lines += [*_figures(evaluation), *_commands(view, evaluation.get("chain_length", 3))]
+    lines += _figures(evaluation) if measured["step"] == step else []
+    lines += _commands(view, evaluation.get("chain_length", 3))
     return "\n".join([*lines, ""])
 
 

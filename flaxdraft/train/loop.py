@@ -76,7 +76,7 @@ class Trainer:
     def record(self, score: float | None) -> dict[str, Any]:
         """What a checkpoint says of itself."""
         return {
-            "score": score, "inputs": self.resume.inputs, "origin": self.resume.origin,
+            "score": score, "measure": self.resume.measure, "inputs": self.resume.inputs, "origin": self.resume.origin,
             "vocab": {"size": self.vocab.draft_vocab_size, "source": self.vocab.source},
             "versions": provenance.versions(), "git": provenance.git_revision(),
             "topology": provenance.topology(self.mesh),
@@ -170,7 +170,7 @@ class _Run:
         if done % config.eval_every == 0 or done == config.num_steps:
             with watch.paused(arrays), host_reads.allowed():
                 score = _evaluated(self.log, done, self.evaluate(arrays["state"]))
-        is_best = score is not None and score > self.checkpoints.best_score
+        is_best = score is not None and score > self.checkpoints.best_score(self.trainer.resume.measure)
         self.checkpoints.poll()
         if done % config.checkpoint_every == 0 or is_best or force:
             with watch.paused(arrays), host_reads.allowed():
