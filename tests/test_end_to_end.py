@@ -23,7 +23,7 @@ from flaxdraft.files.gguf_file import GGUFCheckpoint
 from flaxdraft.nn.precision import Precision
 from flaxdraft.run import run_draft, run_results
 from flaxdraft.serving.export import open_draft
-from flaxdraft.stages.directory_lock import DirectoryLock
+from flaxdraft.stages.directory_lock import directory_lock
 from flaxdraft.targets import deepseek
 
 
@@ -306,7 +306,7 @@ def test_a_damaged_checkpoint_is_passed_over(finished, workspace, tmp_path, capf
 
 
 def test_two_runs_in_one_folder_are_refused(finished, workspace, capfd):
-    with DirectoryLock(finished / "llama"):
+    with directory_lock(finished / "llama"):
         assert call(workspace) == 2
     assert f"is in use by process {os.getpid()} on" in capfd.readouterr().err
 

@@ -15,7 +15,7 @@ from flaxdraft.progress import CONSOLE, process_log
 from flaxdraft.run.estimate import estimate
 from flaxdraft.run.run_draft import Run
 from flaxdraft.run.run_results import Results
-from flaxdraft.stages.directory_lock import DirectoryLock
+from flaxdraft.stages.directory_lock import directory_lock
 
 
 def plan(config: RunConfig) -> None:
@@ -39,7 +39,7 @@ def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
     results = Results(stages)
     stages.claim_folders()
     log = process_log(stages.draft_dir / "logs" / f"process-{jax.process_index()}.log", speaks=hosts.is_main())
-    lock = lambda directory: DirectoryLock(directory) if hosts.is_main() else nullcontext()  # noqa: E731
+    lock = lambda directory: directory_lock(directory) if hosts.is_main() else nullcontext()  # noqa: E731
     with log, lock(stages.draft_dir):
         with hosts.main_first("data"), lock(stages.data_dir):  # other drafts share the answers
             stages.data()

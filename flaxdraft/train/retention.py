@@ -2,6 +2,9 @@
 
 A run's settings may have changed between two starts, so that its scores measure different things. Only those compete
 that measure what the newest one does.
+
+Orbax's preservation policies could say `kept`, and nothing would get shorter: they judge Orbax's own metadata, which
+would have to be made from our records, `BestN` takes the last of equal scores, and `best` is asked for beside them.
 """
 
 from __future__ import annotations

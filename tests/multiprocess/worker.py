@@ -25,7 +25,7 @@ from flaxdraft.interfaces import Features
 from flaxdraft.progress import process_log
 from flaxdraft.run.run_draft import Run
 from flaxdraft.run.supervise import supervised
-from flaxdraft.stages.directory_lock import DirectoryLock
+from flaxdraft.stages.directory_lock import directory_lock
 from flaxdraft.targets import llama
 
 V, E, LENGTH = 64, 32, 14
@@ -107,7 +107,7 @@ def work(config, result: Path) -> None:
     run = SmallRun(config)
     run.claim_folders()
     log = process_log(run.draft_dir / "logs" / f"process-{jax.process_index()}.log", speaks=hosts.is_main())
-    with log, DirectoryLock(run.draft_dir) if hosts.is_main() else nullcontext():
+    with log, directory_lock(run.draft_dir) if hosts.is_main() else nullcontext():
         params = run.params
     write_result(result, params)
 
