@@ -40,7 +40,7 @@ def test_a_target_reads_padded_prompts_as_if_nothing_stood_behind_them(tiny_gguf
         config = dataclasses.replace(model.config, rope=rope)
         groups = llama.groups(config, Precision(), Sharding.none())
         other = decoder.build(config, groups, model.state, Precision())
-        return np.asarray(other.extend(other.new_cache(3, SLOTS), TOKENS, POSITIONS, "end")[1].taps_BT3E)[REAL]
+        return np.asarray(other.extend(other.new_cache(3, SLOTS), TOKENS, POSITIONS, "end")[1].taps_BTKE)[REAL]
 
     np.testing.assert_allclose(taps(DYNAMIC), taps(PLAIN), atol=1e-5)
 

@@ -157,7 +157,7 @@ ROWS: dict[str, list] = {
         Ends(lambda run, value: len(run.answers("train")) == math.ceil(len(run.prompts("train")) / value)),
         Ends(lambda run, value: run.decoded[-1].num_prompts == (len(run.prompts("held_out")) - 1) % value + 1),
     ],
-    "data.feature_dtype": [Ends(lambda run, value: run.answers("train")[0][0].features.taps_BT3E.dtype == value)],
+    "data.feature_dtype": [Ends(lambda run, value: run.answers("train")[0][0].features.taps_BTKE.dtype == value)],
     "draft.architecture": [Differs("weights", "mla")],
     "draft.draft_vocab_size": [Begins(32, lambda first, value: first.weights["lm_head/kernel"].shape[1] == value)],
     "draft.vocab_map": [Begins("{here}/d2t.npy", lambda first, _: first.frozen["target_ids"].tolist() == EVERY_FOURTH)],
