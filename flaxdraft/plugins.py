@@ -1,8 +1,9 @@
 """Parts that are found by their names: algorithms, draft architectures, target families, engines.
 
 A package of parts (`flaxdraft.algorithms`, `flaxdraft.targets`, ...) holds one module or folder a part; a new one is
-found without being registered anywhere; what its parts share is named in the package's SHARED. Parts may also lie outside this project: an installed package names them in its
-entry points, in a group that is called as the package here is:
+found without being registered anywhere. What the parts of a package share is named in its SHARED. Parts may also lie
+outside this project: an installed package names them in its entry points, in a group that is called as the package
+here is:
 
     [project.entry-points."flaxdraft.algorithms"]
     mine = "my_package.mine"

@@ -30,6 +30,16 @@ def settings_of(name: str) -> type[AlgorithmConfig]:
     return importlib.import_module(f"{find_by_name(PACKAGE, name, 'algorithm.name').__name__}.settings").Settings
 
 
+def architecture(settings: AlgorithmConfig, name: str) -> ModuleType:
+    """One of an algorithm's draft architectures.
+
+    Raises:
+        InputError: it has none of that name.
+    """
+    folder = find_by_name(PACKAGE, settings.name, "algorithm.name").__name__
+    return find_by_name(f"{folder}.drafts", name, "draft.architecture")
+
+
 def make(settings: AlgorithmConfig, *, packed: bool) -> Algorithm:
     """The algorithm of a configuration.
 

@@ -19,7 +19,7 @@ from flaxdraft.run.target import RunTarget
 from flaxdraft.stages.claims import Stage
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Answers:
     """What the stage left on disk."""
 

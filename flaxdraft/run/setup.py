@@ -28,7 +28,7 @@ from flaxdraft.train.metrics_log import check_wandb
 from flaxdraft.train.resume import check_request
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
     """A configuration with the parts that it names."""
 
