@@ -21,15 +21,6 @@ PACKAGE = "flaxdraft.algorithms"
 SHARED = ("loading",)  # modules of this package that are no algorithm
 
 
-def settings_of(name: str) -> type[AlgorithmConfig]:
-    """The section of the configuration that an algorithm brings. No JAX is started for it.
-
-    Raises:
-        InputError: there is no such algorithm.
-    """
-    return importlib.import_module(f"{find_by_name(PACKAGE, name, 'algorithm.name').__name__}.settings").Settings
-
-
 def architecture(settings: AlgorithmConfig, name: str) -> ModuleType:
     """One of an algorithm's draft architectures.
 

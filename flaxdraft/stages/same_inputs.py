@@ -11,11 +11,12 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from flaxdraft.plugins import settings_of
+
 # Dotted names as they stand in the inputs; `*` matches any rest.
 FREE = (
     # Where the work is done: the same global batches, results that agree to rounding.
-    "mesh.*", "hosts.*", "train.accumulate", "algorithm.attention", "algorithm.remat", "algorithm.loss_chunk",
-    "algorithm.attention_chunk",
+    "mesh.*", "hosts.*", "train.accumulate",
     # How often something is written, and what is kept of it.
     "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_latest", "train.keep_every",
     "train.resume", "train.max_skipped", "train.profile", "train.wandb", "data.prefetch",
@@ -42,13 +43,14 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, inner in value.items() for k, v in flatten(inner, f"{prefix}.{name}".lstrip(".")).items()}
 
 
-def is_free(field: str) -> bool:
-    return any(fnmatch.fnmatchcase(field, pattern) for pattern in FREE)
-
-
 def binding(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields (dotted) that a result depends on."""
-    return {field: value for field, value in flatten(inputs).items() if not is_free(field)}
+    """The fields (dotted) that a result depends on. An algorithm says which of its own are free."""
+    name = inputs.get("algorithm", {}).get("name")
+    free = (*FREE, *(f"algorithm.{field}" for field in settings_of(name).free)) if name else FREE
+    return {
+        field: value for field, value in flatten(inputs).items()
+        if not any(fnmatch.fnmatchcase(field, pattern) for pattern in free)
+    }  # fmt: skip
 
 
 def differing(

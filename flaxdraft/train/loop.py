@@ -29,7 +29,7 @@ from flaxdraft.train.metrics_log import MetricsLog
 from flaxdraft.train.optimizer import optimizer
 from flaxdraft.train.profiling import Trace
 from flaxdraft.train.resume import Resume, begin
-from flaxdraft.train.state import TrainState, evaluation_params, init_state
+from flaxdraft.train.state import SCHEMA, TrainState, evaluation_params, init_state
 from flaxdraft.train.step import make_train_step
 
 
@@ -76,7 +76,7 @@ class Trainer:
     def record(self, score: float | None) -> dict[str, Any]:
         """What a checkpoint says of itself."""
         return {
-            "score": score, "measure": self.resume.measure, "inputs": self.resume.inputs, "origin": self.resume.origin,
+            "schema": SCHEMA, "score": score, "measure": self.resume.measure, "inputs": self.resume.inputs, "origin": self.resume.origin,
             "vocab": {"size": self.vocab.draft_vocab_size, "source": self.vocab.source},
             "versions": provenance.versions(), "git": provenance.git_revision(),
             "topology": provenance.topology(self.mesh),

@@ -27,6 +27,7 @@ from flaxdraft.progress import CONSOLE
 from flaxdraft.stages import same_inputs
 from flaxdraft.train.checkpoint import Checkpoints, DamagedError, load, read_record, read_saved
 from flaxdraft.train.retention import Saved, best_of
+from flaxdraft.train.state import SCHEMA
 
 
 class Begun(NamedTuple):
@@ -192,6 +193,11 @@ def _say_damaged(checkpoints: Checkpoints, step: int, why: str) -> None:
 
 
 def _load(path: Path, record: Mapping[str, Any], resume: Resume, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    if (found := record.get("schema", 1)) != SCHEMA:
+        raise InputError(
+            f"train.resume: {path} holds a train state of schema {found}, this version reads {SCHEMA}; go on with the "
+            "version that wrote it, or train anew under another name= (draft.init_from takes its weights over)"
+        )
     if differences := same_inputs.differing(record["inputs"], resume.inputs, resume.allowed):
         raise InputError(
             f"train.resume: {path} was made by another configuration ({same_inputs.describe(differences)}). Put it "
