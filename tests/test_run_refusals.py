@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from flaxdraft.run.run_draft import Run
 from safetensors.numpy import save_file
 from test_contracts import TARGET_HF
 from tiny_runs import call, make_workspace
@@ -14,7 +15,6 @@ from tiny_runs import call, make_workspace
 from flaxdraft.config import load_config
 from flaxdraft.errors import InputError
 from flaxdraft.run.run import plan
-from flaxdraft.run.run_draft import Run
 from flaxdraft.stages.claims import claim
 
 

@@ -16,13 +16,13 @@ if count > 1:
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from agreeing import VOCAB, make_draft, make_target, prompts  # noqa: E402 (devices are set first)
+from flaxdraft.evaluate.hosts import gather_parts  # noqa: E402
 
 from flaxdraft.algorithms.eagle3.objective import Algorithm  # noqa: E402
 from flaxdraft.decode.decoding import Settings  # noqa: E402
 from flaxdraft.decode.greedy import answer_greedily  # noqa: E402
 from flaxdraft.devices.mesh import Sharding, make_mesh  # noqa: E402
 from flaxdraft.evaluate.during_training import make_decoded_accept_length  # noqa: E402
-from flaxdraft.evaluate.hosts import gather_parts  # noqa: E402
 from flaxdraft.evaluate.walk import evaluate_teacher_forced, make_accepted  # noqa: E402
 from flaxdraft.train.batch_placement import evaluation_batch, own_rows  # noqa: E402
 from flaxdraft.train.state import split_draft  # noqa: E402

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flaxdraft.run.run_draft import Run
 
 from flaxdraft.config import load_config
 from flaxdraft.data.documents import AnsweredPrompts
@@ -23,7 +24,6 @@ from flaxdraft.decode.greedy import Row
 from flaxdraft.devices import hosts
 from flaxdraft.interfaces import Features
 from flaxdraft.progress import process_log
-from flaxdraft.run.run_draft import Run
 from flaxdraft.run.supervise import supervised
 from flaxdraft.stages.directory_lock import directory_lock
 from flaxdraft.targets import llama
