@@ -10,10 +10,11 @@ import pytest
 from eagle3 import algorithm as make_algorithm
 from flax import nnx
 from jitted import loss_sums, unroll
-from test_contracts import DRAFTS, T, V, example, make_draft
+from test_contracts import DRAFTS, T, example, make_draft
 
 from flaxdraft.algorithms.eagle3.objective import ChosenRows, supervised_rows, supervision
 from flaxdraft.algorithms.eagle3.objective import unroll as algorithm_unroll
+from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch
 from flaxdraft.train.state import split_draft
 
@@ -155,6 +156,17 @@ def test_unsupervised_rows_may_hold_nan_features():
     np.testing.assert_array_equal(
         loss_sums(algorithm, draft, full(ex)).loss_J, loss_sums(algorithm, draft, full(broken)).loss_J
     )
+
+
+def test_taps_are_three_ascending_layers():
+    tap_layers = make_algorithm(2).tap_layers
+    assert tap_layers(8, None) == (1, 3, 4)
+    assert tap_layers(8, (0, 3, 7)) == (0, 3, 7)
+    for chosen in ((0, 1), (0, 1, 2, 3), (0, 1, 8), (-1, 1, 2), (2, 1, 3), (1, 1, 2)):
+        with pytest.raises(InputError, match=r"target.tap_layers: \[.*\] are not three ascending layers of a 8-layer"):
+            tap_layers(8, chosen)
+    with pytest.raises(InputError, match=r"the default layers .* a target needs at least 4 layers for three taps"):
+        tap_layers(3, None)
 
 
 def test_mean_loss_divides_once():

@@ -162,13 +162,14 @@ def capture_all(arguments: argparse.Namespace) -> None:
     from flaxdraft.data.store import Source
     from flaxdraft.data.store_capture import capture
     from flaxdraft.data.store_writer import make_plan, start
+    from flaxdraft.data.tapped_layers import tapped_layers
     from flaxdraft.data.templates import ChatOptions, render_all, tokenizer_digest
     from flaxdraft.files.fetch import content_of
     from flaxdraft.nn.precision import DTYPES, Precision
     from flaxdraft.progress import CONSOLE
 
     opened = targets.open_target(arguments.target)
-    tokenizer, config = opened.source.tokenizer(), opened.config(None)
+    tokenizer, config = opened.source.tokenizer(), opened.config(tapped_layers(opened))
     if tokenizer is None:
         raise InputError(f"{arguments.target}: has no tokenizer")
     options = ChatOptions(arguments.max_length, arguments.last_turn_only, arguments.mask_reasoning)
@@ -198,7 +199,7 @@ def capture_all(arguments: argparse.Namespace) -> None:
     if missing:
         CONSOLE.print(f"{len(missing)} shards to do")
     precision = Precision(compute=DTYPES[arguments.dtype], param=DTYPES[arguments.dtype])
-    target = targets.from_pretrained(arguments.target, precision=precision).model
+    target = targets.from_pretrained(arguments.target, precision=precision, tap_layers=config.tap_layers).model
     complete = capture(
         arguments.output_dir, plan, documents.rows, target, batch_tokens=arguments.batch_tokens, part=arguments.part
     )  # fmt: skip

@@ -27,7 +27,7 @@ def main(
     parser.add_argument("--target", required=True, help="the model whose hidden states these are; as target.path")
     parser.add_argument(
         "--tap-layers", type=int, nargs=3, metavar="LAYER",
-        help="the layers (0-based) whose outputs were kept, the target's default where left out; vLLM and SGLang count "
+        help="the layers (0-based) whose outputs were kept, the default ones where left out; vLLM and SGLang count "
              "inputs, which is one more",
     )  # fmt: skip
     parser.add_argument("--shard-tokens", type=int, default=16384, help="of one file, about")
