@@ -8,7 +8,7 @@ from closeness import assert_close
 
 from flaxdraft.algorithms.eagle3.objective import supervision
 from flaxdraft.ops import distillation_reference as reference
-from flaxdraft.ops.distillation import Plan, TeacherHead, TeacherStates, distill
+from flaxdraft.ops.distillation import Plan, TeacherStates, distill
 from flaxdraft.ops.objectives import LK_ETA, OBJECTIVES, TeacherRows, acceptance
 from flaxdraft.ops.row_signals import row_signals
 
@@ -26,7 +26,7 @@ def make(seed=0, batch=B):
     logsumexp, argmax = jnp.full((batch, R), 4.0), jnp.asarray(rng.integers(-1, W, (batch, R)), jnp.int32)
     teacher = TeacherStates(normal(batch, R, E), logsumexp, argmax)
     supervised = jnp.asarray(supervision(rng.random((batch, R)) < 0.9, np.ones((batch, R), int), J))
-    return states, head, teacher, TeacherHead(normal(W, E)), supervised
+    return states, head, teacher, normal(W, E), supervised
 
 
 def weighted(sums):
@@ -35,13 +35,13 @@ def weighted(sums):
 
 def by_reference(objective, teacher, teacher_head, supervised):
     def loss(states, head):
-        logits = jnp.einsum("bre,we->brw", teacher.last_BRE, teacher_head.draft_WE)
+        logits = jnp.einsum("bre,we->brw", teacher.last_BRE, teacher_head)
         rows = reference.Teacher(logits, teacher.logsumexp_BR, teacher.draft_argmax_BR)
         steps = [
             reference.step_signals(jnp.einsum("brd,dw->brw", x, head), rows, j, objective, ACCEPTED[j])
             for j, x in enumerate(states)
         ]
-        sums = reference.sum_signals(steps, supervised, rows)
+        sums = reference.sum_signals(steps, supervised, rows, WEIGHTS)
         return weighted(sums), sums
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
@@ -90,29 +90,6 @@ def test_value_without_gradient_is_the_same():
     (_, want), _ = by_chunks("soft_cross_entropy", 4, teacher, teacher_head, supervised)(states, head)
     assert_close(sums.loss_J, want.loss_J, ulp=8, of="each")
     np.testing.assert_array_equal(np.asarray(hit).sum(axis=(0, 1)), want.hit_J)
-
-
-@pytest.mark.parametrize("chunk", [4, 100])
-def test_statistics_made_in_the_chunk_are_those_given(chunk):
-    """Features without argmax and logsumexp: the whole head makes them, chunk by chunk."""
-    states, head, teacher, _, supervised = make()
-    full_VE = jax.random.normal(jax.random.key(1), (2 * W, E))
-    ids = np.arange(0, 2 * W, 2)
-    draft_ids = np.full(2 * W, -1, np.int32)
-    draft_ids[ids] = np.arange(W)
-    logits = jnp.einsum("bre,ve->brv", teacher.last_BRE, full_VE)
-    given = TeacherStates(
-        teacher.last_BRE, jax.nn.logsumexp(logits, axis=-1), jnp.asarray(draft_ids)[jnp.argmax(logits, axis=-1)]
-    )
-    (_, want), want_grads = by_chunks("lk_lambda", chunk, given, TeacherHead(full_VE[ids]), supervised)(states, head)
-    bare, whole = (
-        TeacherStates(teacher.last_BRE, None, None),
-        TeacherHead(full_VE[ids], full_VE, jnp.asarray(draft_ids)),
-    )
-    (_, got), got_grads = by_chunks("lk_lambda", chunk, bare, whole, supervised)(states, head)
-    assert 0 < want.loss_count_J[0] < want.row_count_J[0]
-    assert_close(got, want, ulp=80, of="each")
-    assert_close(got_grads, want_grads, ulp=80)
 
 
 def test_any_other_use_of_the_loss_gives_nan_instead_of_a_wrong_gradient():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from eagle3 import algorithm
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from tiny import write_prompts
@@ -26,7 +27,7 @@ from flaxdraft.nn.precision import Precision
 from flaxdraft.serving.export import export
 from flaxdraft.serving.record import DraftRecord
 from flaxdraft.train.checkpoint import Checkpoints
-from flaxdraft.train.state import init_state, warm_start
+from flaxdraft.train.state import init_state
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["and the sea", "again"], "reference": ["left alone"]},
@@ -47,14 +48,15 @@ def write_jsonl(path, rows):
 def workspace(tmp_path_factory, tiny_gguf):
     """A run's draft folder, as far as its export: a warm-started draft, which repeats what the target says."""
     root = tmp_path_factory.mktemp("evaluate")
-    loaded = targets.from_pretrained(str(tiny_gguf))
+    eagle3 = algorithm(3)
+    loaded = targets.from_pretrained(str(tiny_gguf), tap_layers=eagle3.tap_layers(8, None))
     size = loaded.model.config.vocab_size
     vocab = VocabMap(np.delete(np.arange(size), np.arange(5, size, 7)), size)
     config = llama.Config(**llama.Config.for_target(loaded.model.config, vocab.draft_vocab_size))
     draft = llama.make(
-        config, vocab, loaded.model.embedding(), precision=Precision(), sharding=Sharding.none(), rngs=nnx.Rngs(1)
+        config, vocab, loaded.model, precision=Precision(), sharding=Sharding.none(), rngs=nnx.Rngs(1)
     )  # fmt: skip
-    warm_start(draft, loaded.model, vocab)
+    eagle3.warm_start(draft, loaded.model, vocab)
     export(
         root / "draft" / "export", llama, config, nnx.state(draft, nnx.Param), vocab,
         tap_layers=loaded.model.config.tap_layers, target_config=loaded.hf_config, dtype="float32",

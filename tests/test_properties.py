@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closeness import assert_close
+from eagle3 import algorithm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jitted import loss_sums, unroll
 from test_contracts import DRAFTS, V, W, make_draft
 
-from flaxdraft.algorithms.eagle3.objective import Algorithm, supervised_rows, supervision
+from flaxdraft.algorithms.eagle3.objective import ChosenRows, supervised_rows, supervision
 from flaxdraft.interfaces import Batch, Example, Features
 
 pytestmark = pytest.mark.numeric
 
 B, T, J = 2, 16, 3
-ALGORITHM = Algorithm(J)
+ALGORITHM = algorithm(J)
 PLAIN = settings(deadline=None, derandomize=True, max_examples=15, database=None)
 seeds = st.integers(0, 2**16)
 both = pytest.mark.parametrize("name", DRAFTS)
@@ -44,7 +45,9 @@ def make_example(seed: int, segments_BT: np.ndarray, positions_BT: np.ndarray) -
     argmax = jnp.asarray(rng.integers(0, V, shape))
     features = Features(taps, last, argmax, jnp.full(shape, 4.0))
     rows = jnp.tile(jnp.arange(shape[1], dtype=jnp.int32), (shape[0], 1))
-    return Example(batch, features, rows, jnp.asarray(np.random.default_rng(0).normal(size=(W, 32)), jnp.float32))
+    return Example(
+        batch, features, ChosenRows(rows), jnp.asarray(np.random.default_rng(0).normal(size=(W, 32)), jnp.float32)
+    )
 
 
 def rows_of(example: Example, index) -> Example:
@@ -52,12 +55,12 @@ def rows_of(example: Example, index) -> Example:
     per_row = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[index]), (example.batch, example.features))
     num_batch, num_rows = per_row[0].tokens_BT.shape
     rows = jnp.tile(jnp.arange(num_rows, dtype=jnp.int32), (num_batch, 1))
-    return Example(*per_row, rows, example.teacher_head_WE)
+    return Example(*per_row, ChosenRows(rows), example.teacher)
 
 
 def hidden_of(draft, example: Example) -> np.ndarray:
     """[J, B, T, D]: the draft's output of every step at every row."""
-    steps = unroll(draft, example.batch, example.features.taps_BTKE, example.rows_BR, J)
+    steps = unroll(draft, example.batch, example.features.taps_BTKE, example.chosen.rows_BR, J)
     return np.asarray(jnp.stack(steps))
 
 
@@ -124,7 +127,7 @@ def test_more_padding_changes_nothing(drafts, name, seed, first, second):
 
     batch, features = jax.tree.map(widen, (short.batch, short.features))
     rows = jnp.tile(jnp.arange(T + 8, dtype=jnp.int32), (B, 1))
-    long = Example(batch, features, rows, short.teacher_head_WE)
+    long = Example(batch, features, ChosenRows(rows), short.teacher)
     mask = supervised(short)
     assert not supervised(long)[:, :, T:].any()
     got = hidden_of(drafts[name], long)[:, :, :T]

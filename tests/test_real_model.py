@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from closeness import assert_close
+from eagle3 import algorithm
 
 from flaxdraft import targets
 from flaxdraft.config import load_config
@@ -30,7 +31,9 @@ TEXT = (
 @pytest.fixture(scope="module")
 def loaded():
     config = load_config(str(QUICKSTART), []).target
-    return targets.from_pretrained(config.path, sha256=config.sha256)
+    num_layers = targets.open_target(config.path, config.sha256).config().num_hidden_layers
+    taps = algorithm(7).tap_layers(num_layers, None)
+    return targets.from_pretrained(config.path, sha256=config.sha256, tap_layers=taps)
 
 
 def test_text_costs_what_it_should(loaded):

@@ -61,7 +61,9 @@ def contents(directory) -> dict[str, bytes]:
 
 @pytest.mark.numeric
 def test_rows_hold_what_the_target_says(store, file, tiny_gguf):
-    loaded, opened = from_pretrained(str(tiny_gguf)), FeatureStore(store)
+    opened = FeatureStore(store)
+    loaded = from_pretrained(str(tiny_gguf), tap_layers=opened.tap_layers)
+    assert opened.tap_layers == (1, 3, 4)
     opened.verify()
     rows = [render(loaded.tokenizer, row, ChatOptions(4096)) for row in read_conversations(file)]
     rows = [row for row in rows if row.assistant.any()]
@@ -148,7 +150,7 @@ def test_the_plan_says_what_the_store_takes(store, file, tiny_gguf, tmp_path, ca
     assert f"8 rows, {opened.lengths.sum()} tokens, {opened.supervised.sum()} supervised, 2 rows left out" in text
     assert "coverage by draft_vocab_size: 256 100.0%" in text
     assert not (tmp_path / "none").exists()
-    config = from_pretrained(str(tiny_gguf)).model.config
+    config = from_pretrained(str(tiny_gguf), tap_layers=(1, 3, 4)).model.config
     documents = render_all(read_conversations(file), from_pretrained(str(tiny_gguf)).tokenizer, ChatOptions(4096), 0.5)
     manifest = opened.manifest
     fields = ("target", "tokenizer", "data", "compute_dtype", "hidden_size", "vocab_size", "taps_dtype", "last_dtype")

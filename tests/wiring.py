@@ -324,9 +324,9 @@ class Command:
             stack.enter_context(contextlib.redirect_stdout(out))
             stack.enter_context(contextlib.redirect_stderr(err))
             stack.enter_context(patch.object(targets, "from_pretrained", _load_once))
-            stack.enter_context(_replaced(generation, "answer_greedily", _answer))
-            stack.enter_context(_replaced(acceptance, "make_accepted", lambda *args: lambda params: params))
-            stack.enter_context(_replaced(acceptance, "evaluate_teacher_forced", evaluate))
+            stack.enter_context(_replaced(greedy, "answer_greedily", _answer))
+            stack.enter_context(_replaced(walk, "make_accepted", lambda *args: lambda params: params))
+            stack.enter_context(_replaced(walk, "evaluate_teacher_forced", evaluate))
             stack.enter_context(patch.object(DecoderTarget, "features", _features))
             try:
                 code = main(["--config", str(self.yaml), *self._overrides(overrides)])

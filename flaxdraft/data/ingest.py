@@ -116,7 +116,7 @@ def ingest(directory: Path, folder: Folder, opened: OpenedTarget, tap_layers: Se
         InputError: see `plan_of` and `store_writer.start`; a file is damaged, of another width, or not finite.
     """
     plan = plan_of(folder, opened, tap_layers, shard_tokens)
-    weights = OuterWeights.of_target(opened, opened.config(tap_layers))
+    weights = OuterWeights.of_target(opened, opened.config())
     CONSOLE.print(
         f"{len(folder.rows)} rows, {plan.num_tokens} tokens, taps of layers {list(plan.source.tap_layers)}, "
         f"{folder.num_left_out} rows left out; {len(plan.first_rows) - 1} shards, {plan.num_bytes / 1e9:.2f} GB"

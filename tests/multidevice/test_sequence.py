@@ -8,42 +8,43 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closeness import assert_close
+from eagle3 import algorithm as make_algorithm
 from flax import nnx
 from training import host_batch, setup
 
-from flaxdraft.algorithms.eagle3.objective import Algorithm
+from flaxdraft.algorithms.eagle3.objective import ChosenRows, supervised_rows
 from flaxdraft.interfaces import Batch
 from flaxdraft.train.step import summed_gradients
 
 LENGTH = 4096
-ALGORITHM = Algorithm(3, attention="chunked", loss_chunk=256, attention_chunk=256)
 
 
 def loss_and_gradients(name: str, shape: dict[str, int], remat: str = "none"):
     """Of one row of three documents, the first of which ends shortly behind a device's border."""
-    algorithm = dataclasses.replace(ALGORITHM, remat=remat)
+    algorithm = make_algorithm(3, attention="chunked", loss_chunk=256, attention_chunk=256, remat=remat)
     host, head_WE = host_batch(num_rows=1, length=LENGTH)
     segments = np.repeat([1, 2, 3], [1025, 2000, LENGTH - 3025])[None].astype(np.int32)
     positions = np.concatenate([np.arange(n) for n in (1025, 2000, LENGTH - 3025)])[None].astype(np.int32)
     assistant = np.random.default_rng(0).random((1, LENGTH)) < 0.97
     assistant[:, :40], assistant[:, 1000:1040] = False, True
     batch = Batch(host.batch.tokens_BT, assistant, segments, positions)
-    rows_BR = algorithm.rows(batch.assistant_BT, batch.segments_BT)
+    rows_BR = supervised_rows(batch.assistant_BT, batch.segments_BT)
     assert {1021, 1022} <= set(rows_BR[0].tolist())  # supervised up to the first document's end
-    host = dataclasses.replace(host, batch=batch, rows_BR=rows_BR)
+    host = dataclasses.replace(host, batch=batch, chosen=ChosenRows(rows_BR))
     heads = {"num_attention_heads": 2} | ({"num_key_value_heads": 2} if name == "llama" else {})
     run = setup(name, shape, head_WE, **heads)
 
     def of_sums(params, frozen, example):
         def terms(params, part):
-            sums = algorithm.loss_sums(nnx.merge(run.graphdef, params, frozen), part)
-            return algorithm.loss_terms(sums)[0], sums
+            sums = algorithm.sums(nnx.merge(run.graphdef, params, frozen), part, algorithm.first_carry())
+            return sums.terms()[0], sums
 
-        sums, grads = summed_gradients(terms, params, example, 1)
-        return algorithm.mean_loss(sums), sums, grads
+        sums, grads = summed_gradients(terms, params, example, 1, jnp.float32)
+        numerator, count = sums.terms()
+        return numerator / count, sums, grads
 
     with jax.set_mesh(run.mesh):
-        example = dataclasses.replace(run.example(host, algorithm), accepted_J=jnp.zeros(3))
+        example = run.example(host, algorithm)
         compiled = jax.jit(of_sums).lower(run.params, run.frozen, example).compile()
         return jax.device_get(compiled(run.params, run.frozen, example)), compiled.as_text()
 

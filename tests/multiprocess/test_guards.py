@@ -19,7 +19,7 @@ from flaxdraft.data.store import TARGET, FeatureStore, Source, finish, shard_nam
 from flaxdraft.devices import host_reads
 from flaxdraft.errors import InputError
 from flaxdraft.files.name_tables import save_safetensors
-from flaxdraft.run.estimate import make_plan
+from flaxdraft.run.estimate import estimate
 from flaxdraft.train import loop
 from flaxdraft.train.guards import PreemptedError, Preemption, memory_advice
 
@@ -186,7 +186,7 @@ def test_a_plan_says_what_a_step_holds_and_writes_nothing(runs):
     short = ("data.max_prompt_tokens=16", "data.max_answer_tokens=16", "mesh.data=1", "mesh.fsdp=4")
     config = load_config(str(runs.root / "run.yaml"), [f"output_dir={runs.root / 'planned'}", *short])
     run = SmallRun(config)
-    plan = make_plan(config, run.mesh, run.draft_module, run.draft_config(), run.algorithm)
+    plan = estimate(config, run.mesh, run.draft_module, run.draft_config(), run.algorithm, 3)
     assert_close(plan.trained * 12 / 4, float(plan.state_bytes), rtol=0.03)  # norm scales are whole
     assert plan.work_bytes > 0
     assert (plan.rows, plan.length, plan.steps) == (8, 32, 12)

@@ -39,7 +39,7 @@ def target_stub():
         "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 64,
         "tie_word_embeddings": True,
     }  # fmt: skip
-    config = llama.Config.from_hf(hf)
+    config = llama.Config.from_hf(hf, (1, 3, 4))
     rng = np.random.default_rng(0)
     embedding, head = (jnp.asarray(rng.normal(size=(V, E)), jnp.float32) for _ in range(2))
     model = SimpleNamespace(
