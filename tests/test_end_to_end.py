@@ -22,7 +22,7 @@ from flaxdraft.devices.mesh import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.files.gguf_file import GGUFCheckpoint
 from flaxdraft.nn.precision import Precision
-from flaxdraft.run import run_draft, run_results
+from flaxdraft.run import answers, results, training
 from flaxdraft.serving.export import open_draft
 from flaxdraft.stages.directory_lock import directory_lock
 from flaxdraft.targets import deepseek
@@ -84,7 +84,7 @@ def test_a_second_run_does_nothing_again(finished, workspace, monkeypatch, capfd
         raise AssertionError("a finished stage ran again")
 
     for module, name in (
-        (run_draft, "capture"), (run_draft, "Trainer"), (run_results, "decode_held_out"), (run_results, "export"),
+        (answers, "capture"), (training, "Trainer"), (results, "decode_held_out"), (results, "export"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, never)
     assert call(workspace) == 0
@@ -92,7 +92,7 @@ def test_a_second_run_does_nothing_again(finished, workspace, monkeypatch, capfd
 
 
 def test_another_draft_shares_the_answers(finished, workspace, monkeypatch):
-    monkeypatch.setattr(run_draft, "capture", None)
+    monkeypatch.setattr(answers, "capture", None)
     assert call(workspace, "draft.architecture=mla") == 0
     config = json.loads((finished / "mla" / "export" / "config.json").read_text())
     assert config["architectures"] == ["Eagle3DeepseekV2ForCausalLM"]
@@ -103,7 +103,7 @@ def test_another_draft_shares_the_answers(finished, workspace, monkeypatch):
 
 def test_training_goes_on_from_an_exported_draft(finished, workspace, monkeypatch, capfd):
     """Its first held-out loss is that of the step that was exported, the best; its vocabulary map comes along."""
-    monkeypatch.setattr(run_draft, "capture", None)
+    monkeypatch.setattr(answers, "capture", None)
     source = finished / "llama" / "export"
     more = ("name=more", f"draft.init_from={source}", "train.num_steps=2")
     assert call(workspace, *more) == 0
@@ -155,7 +155,7 @@ def test_another_step_is_evaluated_and_exported_where_it_is_asked_for(finished, 
     assert "| checkpoint | step 8 |" in (copy / "llama" / "export" / "README.md").read_text()
     # A finished run needs its checkpoints no more.
     shutil.rmtree(copy / "llama" / "checkpoints")
-    monkeypatch.setattr(run_draft, "Trainer", None)
+    monkeypatch.setattr(training, "Trainer", None)
     assert call(workspace, f"output_dir={copy}", "export.step=latest") == 0
 
 
@@ -175,7 +175,7 @@ def test_a_finished_run_goes_back_to_the_step_that_is_asked_for(finished, worksp
     assert (copy / "llama" / "checkpoints" / "8.superseded").is_dir()
     assert_same_end(copy, finished)
     assert (copy / "llama" / "evaluation.json").read_bytes() != before
-    monkeypatch.setattr(run_draft, "Trainer", None)
+    monkeypatch.setattr(training, "Trainer", None)
     assert call(workspace, *command) == 0
     assert "accept length" in capfd.readouterr().out
 
@@ -184,7 +184,7 @@ def test_changed_evaluation_is_done_anew_and_training_is_not(finished, workspace
     before = json.loads((finished / "llama" / "evaluation.json").read_text())
     copy = finished.with_name("copy")
     shutil.copytree(finished, copy)
-    monkeypatch.setattr(run_draft, "capture", None)
+    monkeypatch.setattr(answers, "capture", None)
     untrained(monkeypatch)
     assert call(workspace, f"output_dir={copy}", "evaluate.chain_length=2") == 0
     after = json.loads((copy / "llama" / "evaluation.json").read_text())
@@ -357,7 +357,7 @@ def test_a_model_directory_of_another_family(workspace, deepseek_directory, tmp_
 
 
 def test_packed_rows_train(finished, workspace, monkeypatch, capfd):
-    monkeypatch.setattr(run_draft, "capture", None)
+    monkeypatch.setattr(answers, "capture", None)
     assert call(workspace, "name=packed", "train.pack_length=128", "train.num_steps=4") == 0
     text = " ".join(capfd.readouterr().out.split())
     assert re.search(r"10 documents packed into \d+ rows of 128 tokens, \d+% full", text), text

@@ -10,7 +10,11 @@ from tiny_runs import call, make_workspace, metrics
 
 from flaxdraft.config import load_config
 from flaxdraft.data.__main__ import main as data_main
-from flaxdraft.run import run_draft
+from flaxdraft.run.answers import answer_prompts
+from flaxdraft.run.material import gather
+from flaxdraft.run.setup import claim_folders, prepare
+from flaxdraft.run.target import RunTarget
+from flaxdraft.run.training import train_draft
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +74,10 @@ def test_a_store_trains_without_the_target(workspace, trained_on_the_store, stor
         str(workspace / "run.yaml"), [f"data.store={store}", f"output_dir={trained_on_the_store}", *more]
     )
     monkeypatch.setattr("flaxdraft.targets.load_state", None)
-    stages = run_draft.Run(config)
-    stages.claim_folders()
-    stages.params  # noqa: B018 (training is what this property does)
+    setup = prepare(config)
+    claim_folders(setup)
+    target = RunTarget(setup)
+    train_draft(setup, gather(setup, target, answer_prompts(setup, target)))
     text = " ".join(capfd.readouterr().out.split())
     assert re.search(r"14 documents packed into \d+ rows of 128 tokens", text), text
     assert "the draft vocabulary of 64 holds" in text

@@ -7,14 +7,16 @@ import subprocess
 import sys
 
 import pytest
-from flaxdraft.run.run_draft import Run
 from safetensors.numpy import save_file
 from test_contracts import TARGET_HF
 from tiny_runs import call, make_workspace
 
 from flaxdraft.config import load_config
 from flaxdraft.errors import InputError
+from flaxdraft.run.draft import check_draft
 from flaxdraft.run.run import plan
+from flaxdraft.run.setup import claim_folders, prepare
+from flaxdraft.run.target import RunTarget
 from flaxdraft.stages.claims import claim
 
 
@@ -36,7 +38,7 @@ def test_wrong_input_claims_nothing(tmp_path):
 def claimed(workspace):
     """Folders that another run has begun to fill."""
     config = load_config(str(workspace / "run.yaml"), [])
-    Run(config).claim_folders()
+    claim_folders(prepare(config))
     (config.draft_dir / "metrics.jsonl").touch()
     (config.draft_dir.parent / "data" / "train-00000.safetensors").touch()
 
@@ -102,9 +104,10 @@ def test_wrong_input_is_one_message_and_exit_code_2(workspace, tmp_path, capfd, 
 @pytest.mark.parametrize("engine", ["vllm", "hf"])
 def test_the_last_layer_is_tapped_for_an_engine_that_can(workspace, tmp_path, engine):
     wanted = [f"output_dir={tmp_path}", "target.tap_layers=[0,4,7]", f"export.engine={engine}"]
-    run = Run(load_config(str(workspace / "run.yaml"), wanted))
-    run.check_draft()
-    assert run.target.config.tap_layers == (0, 4, 7)
+    setup = prepare(load_config(str(workspace / "run.yaml"), wanted))
+    target = RunTarget(setup)
+    check_draft(setup, target)
+    assert target.config.tap_layers == (0, 4, 7)
 
 
 def test_a_plan_of_a_run_that_would_be_refused_is_refused(workspace, tmp_path, monkeypatch):

@@ -13,7 +13,9 @@ from flaxdraft.data.store import MANIFEST
 from flaxdraft.decode.greedy import Row
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Features
-from flaxdraft.run import run_draft
+from flaxdraft.run.answers import answer_prompts
+from flaxdraft.run.setup import claim_folders, prepare
+from flaxdraft.run.target import RunTarget
 from flaxdraft.stages import same_inputs
 from flaxdraft.stages.claims import claim
 
@@ -41,11 +43,11 @@ def workspace(tmp_path_factory, tiny_gguf):
 @pytest.fixture
 def make_run(workspace, monkeypatch):
     """A run of the workspace with some fields of `data` changed."""
-    monkeypatch.setattr(run_draft, "FeatureStore", lambda path: SimpleNamespace(directory=workspace / "store"))
+    monkeypatch.setattr("flaxdraft.run.setup.FeatureStore", lambda path: SimpleNamespace(directory=workspace / "store"))
 
     def make(*overrides, **data):
         changed = [f"data.{name}={workspace / value if name in FILES else value}" for name, value in data.items()]
-        return run_draft.Run(load_config(str(workspace / "run.yaml"), [*changed, *overrides]))
+        return prepare(load_config(str(workspace / "run.yaml"), [*changed, *overrides]))
 
     return make
 
@@ -66,7 +68,7 @@ def answered(monkeypatch):
 
     loaded = lambda target: SimpleNamespace(model=None, tokenizer=target.tokenizer, stop_tokens=())  # noqa: E731
     monkeypatch.setattr("flaxdraft.data.answers.answer_greedily", answer)
-    monkeypatch.setattr(run_draft.RunTarget, "loaded", property(loaded))
+    monkeypatch.setattr(RunTarget, "loaded", property(loaded))
     return asked
 
 
@@ -81,7 +83,7 @@ def test_every_field_is_decided():
 def test_a_field_binds_what_depends_on_it(make_run, name):
     value, answers, draft = FIELDS[name]
     before, after = make_run(), make_run(**{name: value})
-    assert bool(same_inputs.differing(before.data_inputs, after.data_inputs)) == answers
+    assert bool(same_inputs.differing(before.answer_inputs, after.answer_inputs)) == answers
     assert bool(same_inputs.differing(before.draft_inputs, after.draft_inputs)) == draft
 
 
@@ -89,13 +91,13 @@ def test_a_folder_of_before_is_taken_over(make_run, tmp_path):
     """Its inputs name the whole section; what the answers depend on is compared all the same."""
     old = make_run(last_batch="drop", max_length=64, conversations="chats.jsonl")
     (tmp_path / "result").touch()
-    (tmp_path / "inputs.json").write_text(json.dumps(old.data_inputs | {"data": old.draft_inputs["data"]}))
+    (tmp_path / "inputs.json").write_text(json.dumps(old.answer_inputs | {"data": old.draft_inputs["data"]}))
     with pytest.raises(InputError, match=r"data.rows: there 4, here 3\)"):
-        claim(tmp_path, make_run(rows=3).data_inputs, "")
-    claim(tmp_path, make_run().data_inputs, "")
-    assert json.loads((tmp_path / "inputs.json").read_text()) == make_run().data_inputs
+        claim(tmp_path, make_run(rows=3).answer_inputs, "")
+    claim(tmp_path, make_run().answer_inputs, "")
+    assert json.loads((tmp_path / "inputs.json").read_text()) == make_run().answer_inputs
     with pytest.raises(InputError, match=r"data.rows: there 4, here 3\)"):
-        claim(tmp_path, make_run(rows=3).data_inputs, "")
+        claim(tmp_path, make_run(rows=3).answer_inputs, "")
 
 
 def test_answers_are_asked_for_once_whatever_is_trained_on(make_run, answered, tmp_path):
@@ -103,11 +105,11 @@ def test_answers_are_asked_for_once_whatever_is_trained_on(make_run, answered, t
     here = f"output_dir={tmp_path}"
 
     def splits(**data):
-        run = make_run(here, f"name=draft-{len(list(tmp_path.iterdir()))}", **data)
-        run.claim_folders()
-        (run.draft_dir / "metrics.jsonl").touch()
-        run.data()
-        return {split: len(rows) for split, rows in run.data_rows.items()}
+        setup = make_run(here, f"name=draft-{len(list(tmp_path.iterdir()))}", **data)
+        claim_folders(setup)
+        (setup.draft_dir / "metrics.jsonl").touch()
+        answers = answer_prompts(setup, RunTarget(setup))
+        return {split: len(answers.rows(split)) for split in setup.splits}
 
     assert splits(conversations="chats.jsonl") == {"held_out": 4}
     assert answered == [4]
