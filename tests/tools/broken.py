@@ -76,8 +76,7 @@ BEGINNING = (
     Break("init_from gives sizes and map, but no weights", "nnx.update(draft, self.start.params)", "pass",
           wire("draft.init_from")),
     Break("the teacher's head is not narrowed", "[self.vocab.target_ids_W].astype(DTYPES[dtype])",
-          "[self.vocab.target_ids_W]", wire("train.compute_dtype"),
-          why="the products of the draft show compute_dtype as well, and the head's own width is seen on accelerators"),
+          "[self.vocab.target_ids_W]", wire("train.compute_dtype")),
 )  # fmt: skip
 
 SHARDING = (
@@ -111,7 +110,7 @@ RESUME = (
     Break("the best checkpoint is not kept", "return stay if winner is None else stay | {winner}", "return stay",
           of("test_checkpoint", "rotation")),
     Break("metrics of steps that are done again stay", 'if line["step"] <= step] if step else []',
-          "] if step else []", of("test_metrics_log")),
+          "] if step else []", of("test_metrics_on_resume")),
     Break("step N is the newest", "else found.get(int(step[1]))", "else latest",
           of("test_resume", "asked_for")),
 )  # fmt: skip
@@ -129,7 +128,7 @@ MASKS = (
           "draft.projections(tokens, hidden), positions_BR", of("test_speculative", "llama-3")),
     Break("last_turn_only is ignored", "ChatOptions(data.max_length, data.last_turn_only,",
           "ChatOptions(data.max_length, False,", wire("data.last_turn_only")),
-    Break("mask_reasoning is ignored", "data.last_turn_only, data.mask_reasoning)", "data.last_turn_only, False)",
+    Break("mask_reasoning is ignored", ", data.mask_reasoning)", ", False)",
           wire("data.mask_reasoning")),
     Break("last_batch is ignored", '"last_batch": data.last_batch', '"last_batch": "fill"', wire("data.last_batch")),
     Break("prefetch is ignored", "self.config.data.prefetch, self.reader", "4, self.reader", wire("data.prefetch")),
