@@ -30,14 +30,16 @@ import numpy as np
 from flax import nnx
 
 import flaxdraft.run.run  # noqa: F401 (what it imports is what the command calls)
-from flaxdraft import interfaces, targets
+from flaxdraft import targets
 from flaxdraft.config import RunConfig, load_config
 from flaxdraft.data import answer_files as feature_files
 from flaxdraft.data import pipeline
 from flaxdraft.decode import decoding, greedy
 from flaxdraft.evaluate import report, walk
 from flaxdraft.files.name_tables import load_safetensors
-from flaxdraft.interfaces import Batch, Features, LossSums
+from flaxdraft.interfaces import Batch, Features
+from flaxdraft.ops.step_sums import StepSums
+from flaxdraft.plugins import parts_of
 from flaxdraft.targets.decoder import DecoderTarget
 from flaxdraft.train import step as step_module
 from flaxdraft.train.__main__ import main
@@ -51,7 +53,7 @@ MEAN_MOVES = 0.5  # by which the stand-in of a step moves the running mean; it m
 
 def algorithms() -> list[str]:
     """The names that `algorithm.name` may have."""
-    return [name for name, _ in interfaces.modules_of(ALGORITHMS)]
+    return [name for name, _ in parts_of(ALGORITHMS)]
 
 
 class _EnoughError(Exception):
@@ -101,11 +103,17 @@ def _answer(target, prompts, max_new_tokens, end_token, num_rows, on_step) -> li
 def _evaluated(params: nnx.State, rows, algorithm, batch, told: list[set[int]]) -> walk.TeacherForced:
     """As of a draft that is always right; the loss shows which weights were evaluated."""
     told.append({row.num_answer for row in rows})
-    length = algorithm.num_steps
+    length = algorithm.settings.ttt_length
     yields = [walk.walk([length] * len(row.tokens), row.num_prompt, row.num_answer) for row in rows]
     passes, gained = np.int64(sum(map(len, yields))), np.int64(sum(map(sum, yields)))
-    total = dataclasses.replace(walk.Part.empty(length), passes=passes, gained=gained)
-    return walk.TeacherForced(total, float(np.mean(jax.device_get(jax.tree.leaves(params)[0]))), yields)
+    loss = np.full(length, np.mean(jax.device_get(jax.tree.leaves(params)[0])))
+    sums = dataclasses.replace(_no_sums(algorithm, np), loss_J=loss, loss_count_J=np.ones(length, int))
+    return walk.TeacherForced(walk.Part(sums, passes, gained), yields)
+
+
+def _no_sums(algorithm, xp=jnp) -> StepSums:
+    zeros, none = (xp.zeros(algorithm.settings.ttt_length, dtype) for dtype in (xp.float32, xp.int32))
+    return StepSums(zeros, none, none, none, none, zeros, algorithm.step_weights)
 
 
 class Call(NamedTuple):
@@ -141,7 +149,7 @@ def _decoding(calls: list[Call]) -> type:
     return Decoding
 
 
-def _moves(loss: float) -> Callable:
+def _moves(algorithm: Any, loss: float) -> Callable:
     """A step that adds 1 to every weight."""
 
     def step(state: TrainState, frozen, example) -> tuple[TrainState, StepMetrics]:
@@ -149,15 +157,14 @@ def _moves(loss: float) -> Callable:
             state, step=state.step + 1, params=jax.tree.map(lambda x: x + 1, state.params),
             ema=jax.tree.map(lambda x: x + MEAN_MOVES, state.ema),
         )  # fmt: skip
-        sums = LossSums.empty(len(state.accepted_J))
-        return moved, StepMetrics(jnp.float32(loss), jnp.float32(1.0), sums, state.skipped)
+        return moved, StepMetrics(jnp.float32(loss), jnp.float32(1.0), _no_sums(algorithm), state.skipped)
 
     return step
 
 
-def _summed_gradients(terms, params, example, num):
+def _summed_gradients(terms, params, example, num, compute):
     """The weights as their own gradients: the rest of the step is what it is, and lowers quickly."""
-    return LossSums.empty(len(example.accepted_J)), params
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(terms, params, example)[1]), params
 
 
 # What is seen.
@@ -174,7 +181,7 @@ class First:
     _arguments: tuple
 
     def _text(self) -> str:
-        mesh = self._arguments[2].rows_BR.sharding.mesh
+        mesh = self._arguments[2].batch.tokens_BT.sharding.mesh
         with jax.set_mesh(mesh):
             return hashlib.sha256(self._make().lower(*self._arguments).as_text().encode()).hexdigest()
 
@@ -373,11 +380,16 @@ class Command:
     def _ended(self, overrides: tuple[str, ...], loss: float) -> Ended:
         given = self._overrides(overrides)
         run = Ended(self.config(*given), 0, "", "", [], [], [], [], [], set())
-        step, done = _moves(loss), []
+        done = []
 
-        def counted(*args):
-            done.append(1)
-            return step(*args)
+        def make(graphdef, algorithm, *args):
+            step = _moves(algorithm, loss)
+
+            def counted(*args):
+                done.append(1)
+                return step(*args)
+
+            return counted
 
         save, batch = Checkpoints.save, pipeline.Pipeline.batch
 
@@ -393,7 +405,7 @@ class Command:
         wandb.__spec__ = ModuleSpec("wandb", None)
         wandb.init = lambda project, **more: run.projects.append(project) or Mock()
         with (
-            _replaced(step_module, "make_train_step", lambda *args: counted),
+            _replaced(step_module, "make_train_step", make),
             _replaced(decoding, "Decoding", _decoding(run.decoded)),
             _replaced(report, "write_report", lambda *args: None),
             patch.object(Checkpoints, "save", spied_save),
