@@ -157,7 +157,7 @@ ROWS: dict[str, list] = {
     "data.mask_reasoning": [Differs("batches", True, CHATS)],
     "data.max_silent": [Says(0.0, r"1 of 7 conversations .* a share of 0.0 \(data.max_silent\)", CHATS)],
     "data.last_batch": [Differs("batches", "drop")],
-    "data.prefetch": [Ends(lambda run, value: run.reads_in_the_training_thread == (value == 0))],
+    "data.prefetch": [Ends(lambda run, value: run.readers == {value == 0})],
     "data.num_prompts": [Ends(lambda run, value: len(run.prompts("train")) == (value or 10))],
     "data.max_prompt_tokens": [Says(8, "tokens, data.max_prompt_tokens is 8")],
     "data.max_answer_tokens": [Ends(lambda run, value: lengths(run, "train") == {value})],
@@ -219,7 +219,10 @@ ROWS: dict[str, list] = {
     "export.step": [Ends(lambda run, value: chosen(run) == (best(run) if value == "best" else run.saved[-1]))],
     "export.dtype": [Ends(lambda run, value: run.exported()["lm_head.weight"].dtype == value)],
     # The same figures on every mesh: tests/multidevice/test_meshes.py.
-    **{f"mesh.{axis}": [Differs("places", 2)] for axis in ("data", "fsdp", "tensor", "sequence")},
+    "mesh.data": [Differs("places", 2)],
+    "mesh.fsdp": [Differs("places", 2), Begins(2, lambda first, _: first.largest_share == 0.5)],
+    "mesh.tensor": [Differs("places", 2), Begins(2, lambda first, _: first.largest_share == 0.5)],
+    "mesh.sequence": [Differs("places", 2)],
     "hosts.coordinator": [Told("localhost:2", "coordinator_address")],
     "hosts.num_processes": [Told(3, "num_processes")],
     "hosts.process_id": [Told(0, "process_id")],
@@ -361,4 +364,4 @@ def test_the_trained_weights_are_those_that_are_evaluated(name, command, say):
     losses = {line["step"]: line["loss"] for line in run.metrics("held_out")}
     assert_close(at_the_end, losses[chosen(run)], ulp=8, dtype=np.float32)
     each = MEAN_MOVES if name == "other" else 1
-    assert_close(losses[chosen(run)] - losses[0], each * chosen(run), rtol=1e-3)
+    assert_close(losses[chosen(run)] - losses[0], float(each * chosen(run)), rtol=1e-3)

@@ -15,6 +15,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import sys
 import threading
 import types
@@ -47,13 +48,12 @@ from flaxdraft.train.checkpoint import Checkpoints
 from flaxdraft.train.state import TrainState
 from flaxdraft.train.step import StepMetrics
 
-ALGORITHMS = "flaxdraft.algorithms"
 MEAN_MOVES = 0.5  # by which the stand-in of a step moves the running mean; it moves weights by 1
 
 
 def algorithms() -> list[str]:
     """The names that `algorithm.name` may have."""
-    return [name for name, _ in parts_of(ALGORITHMS)]
+    return [name for name, _ in parts_of("flaxdraft.algorithms")]
 
 
 class _EnoughError(Exception):
@@ -69,9 +69,6 @@ def _replaced(module: types.ModuleType, name: str, other: Any) -> Iterator[None]
             if at.startswith("flaxdraft") and getattr(holder, name, None) is original:
                 stack.enter_context(patch.object(holder, name, other))
         yield
-
-
-# Stand-ins.
 
 
 def _says(target: Any, tokens: np.ndarray) -> Features:
@@ -167,9 +164,6 @@ def _summed_gradients(terms, params, example, num, compute):
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(terms, params, example)[1]), params
 
 
-# What is seen.
-
-
 @dataclasses.dataclass
 class First:
     """What reaches the first optimizer step."""
@@ -177,22 +171,19 @@ class First:
     weights: dict[str, np.ndarray]  # as they begin, by their paths
     frozen: dict[str, np.ndarray]
     places: dict[str, str]  # where weights and batch lie
+    largest_share: float  # of a matrix, that a device holds
     _make: Callable[[], Any]
     _arguments: tuple
 
-    def _text(self) -> str:
-        mesh = self._arguments[2].batch.tokens_BT.sharding.mesh
-        with jax.set_mesh(mesh):
-            return hashlib.sha256(self._make().lower(*self._arguments).as_text().encode()).hexdigest()
-
     def step(self) -> str:
         """A digest of the lowered step."""
-        return self._text()
+        with jax.set_mesh(self._arguments[2].batch.tokens_BT.sharding.mesh):
+            return hashlib.sha256(self._make().lower(*self._arguments).as_text().encode()).hexdigest()
 
     def update(self) -> str:
         """The same of all of it but loss and gradients."""
         with _replaced(step_module, "summed_gradients", _summed_gradients):
-            return self._text()
+            return self.step()
 
 
 def exported(directory: Path) -> dict[str, np.ndarray]:
@@ -214,11 +205,6 @@ class Ended:
     traced: list[int]  # first and last step of the profiler's trace
     projects: list[str]  # of Weights & Biases
     readers: set[bool]  # whether batches were read in the thread that trains
-
-    @property
-    def reads_in_the_training_thread(self) -> bool:
-        (only,) = self.readers
-        return only
 
     def files(self) -> list[Path]:
         return [path for path in Path(self.config.output_dir).rglob("*") if path.is_file()]
@@ -312,10 +298,9 @@ class Command:
         return out
 
     def _once(self, what: Any, overrides: tuple[str, ...], see: Callable) -> Any:
-        key = what, overrides
-        if key not in self._kept:
-            self._kept[key] = see(*overrides)
-        return self._kept[key]
+        if (what, overrides) not in self._kept:
+            self._kept[what, overrides] = see(*overrides)
+        return self._kept[what, overrides]
 
     def _overrides(self, overrides: tuple[str, ...]) -> list[str]:
         """With a folder of the run's own, unless one is given."""
@@ -350,9 +335,12 @@ class Command:
                     jax.tree_util.keystr(path): str(x.sharding)
                     for path, x in jax.tree_util.tree_leaves_with_path((state.params, example))
                 }
-                weights, rest = (_by_path(x) for x in (state.params, frozen))
+                matrices = [x for x in jax.tree.leaves(state.params) if x.ndim > 1]
+                share = max(math.prod(x.sharding.shard_shape(x.shape)) / x.size for x in matrices)
+                with jax.transfer_guard_device_to_host("allow"):  # the loop forbids reads
+                    weights, rest = (_by_path(x) for x in (state.params, frozen))
                 again = lambda: make_train_step(*args, **kwargs)  # noqa: E731
-                seen.append(First(weights, rest, places, again, (state, frozen, example)))
+                seen.append(First(weights, rest, places, share, again, (state, frozen, example)))
                 raise _EnoughError
 
             return step
