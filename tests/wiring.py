@@ -36,6 +36,7 @@ from flaxdraft.config import RunConfig, load_config
 from flaxdraft.data import answer_files as feature_files
 from flaxdraft.data import pipeline
 from flaxdraft.decode import decoding, greedy
+from flaxdraft.errors import InputError
 from flaxdraft.evaluate import report, walk
 from flaxdraft.files.name_tables import load_safetensors
 from flaxdraft.interfaces import Batch, Features
@@ -195,7 +196,7 @@ def exported(directory: Path) -> dict[str, np.ndarray]:
 class Ended:
     """A run of all stages, by its own configuration."""
 
-    config: RunConfig
+    config: RunConfig | None
     code: int
     said: str
     complained: str
@@ -251,6 +252,11 @@ class Command:
 
     def config(self, *overrides: str) -> RunConfig:
         return load_config(str(self.yaml), list(overrides))
+
+    def _config_of(self, given: list[str]) -> RunConfig | None:
+        """None where the run is refused for its configuration."""
+        with contextlib.suppress(InputError):
+            return self.config(*given)
 
     def first(self, *overrides: str) -> First:
         """What reaches the first step."""
@@ -367,7 +373,7 @@ class Command:
 
     def _ended(self, overrides: tuple[str, ...], loss: float) -> Ended:
         given = self._overrides(overrides)
-        run = Ended(self.config(*given), 0, "", "", [], [], [], [], [], set())
+        run = Ended(self._config_of(given), 0, "", "", [], [], [], [], [], set())
         done = []
 
         def make(graphdef, algorithm, *args):
