@@ -315,8 +315,9 @@ class Algorithm(Protocol):
         """How such sums are computed on this machine, for the log."""
         ...
 
-    def flops(self, params: Any, teacher: Any, num_rows: int) -> float:
-        """Of a step's products with weights over so many rows, if every one were supervised; the teacher's included."""
+    def flops(self, params: Any, frozen: Any, teacher: Any, num_rows: int) -> float:
+        """Of a step's products with weights over so many rows, if every one were supervised; those with the draft's
+        frozen arrays and the teacher's included."""
         ...
 
     # Beginning and drafting.

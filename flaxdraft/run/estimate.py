@@ -88,7 +88,7 @@ def estimate(setup: Setup, draft_config: Any, num_taps: int) -> Estimate:
         step = make_train_step(graphdef, algorithm, tx, compute, train.accumulate, train.ema_decay)
         compiled = step.lower(state, frozen, example).compile()
     held, work = _bytes_a_device(state), compiled.memory_analysis().temp_size_in_bytes
-    flops = algorithm.flops(params, example.teacher, train.batch_size * length)
+    flops = algorithm.flops(params, frozen, example.teacher, train.batch_size * length)
     trained = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
     return Estimate(
         dict(mesh.shape), mesh.devices.flat[0].device_kind, trained, train.batch_size, length, held,
