@@ -132,7 +132,7 @@ def from_pretrained(directory: str | Path, vocab: VocabMap | None = None) -> Loa
     if not config.owns_embedding:
         tensors.pop("embed_tokens.weight", None)
     params = state_from_torch(abstract_params(module, config), module.name_table(config), tensors, origin)
-    return LoadedDraft(algorithm_of(module), module, config, params, found)
+    return LoadedDraft(algorithm_of(module, config), module, config, params, found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -129,7 +129,7 @@ def open_draft(source: Path, *, step: str = "latest", target: Mapping[str, Any] 
             number = read_record(checkpoint)["step"]  # the folder may be a link's copy
         except DamagedError as error:
             raise InputError(f"{checkpoint}: cannot be read ({error}); take another one with --step") from error
-        draft = LoadedDraft(algorithm_of(module), module, config, params, VocabMap(ids, config.vocab_size))
+        draft = LoadedDraft(algorithm_of(module, config), module, config, params, VocabMap(ids, config.vocab_size))
         return DraftSource(draft, record.tap_layers, record.target, Origin(record.target_path, source, number))
     draft, written = from_pretrained(source), read_config(source / "config.json")
     target = target or {}
