@@ -45,7 +45,7 @@ def show(arguments: argparse.Namespace) -> None:
     shape = {axis: getattr(arguments, axis) for axis in AXES}
     groups = family.groups(config, precision, Sharding.none())
     _, abstract = decoder.abstract_state(config, groups, precision)
-    held = decoder.bytes_per_device(config, abstract, groups, shape)
+    held = decoder.bytes_per_device(config, abstract, shape)
     tokenizer = opened.source.tokenizer()
     template = "with a chat template" if getattr(tokenizer, "chat_template", None) else "without a chat template"
     devices = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size > 1) or "one device"
