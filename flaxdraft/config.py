@@ -6,6 +6,7 @@ Every field is used by exactly one part. Unknown keys are errors that name the n
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -23,6 +24,7 @@ from pydantic import (
 )
 
 from flaxdraft.errors import InputError
+from flaxdraft.plugins import settings_of
 
 
 def _number(value: Any) -> Any:
@@ -134,6 +136,7 @@ class EvaluateConfig(_Section):
 class ExportConfig(_Section):
     engine: str = "sglang"  # whose contract is met (flaxdraft/serving/engines); hf where no engine serves the draft
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    step: Literal["best", "latest"] = "best"  # the checkpoint that is evaluated, exported and reported
 
 
 class MeshConfig(_Section):
@@ -181,11 +184,9 @@ def _with_algorithm(raw: dict[str, Any]) -> type[RunConfig]:
     Raises:
         InputError: there is no such algorithm.
     """
-    from flaxdraft import algorithms  # whose settings are made of this module's sections
-
-    section = raw.get("algorithm")
-    name = section.get("name", algorithms.DEFAULT) if isinstance(section, dict) else algorithms.DEFAULT
-    settings = algorithms.settings_of(name if isinstance(name, str) else algorithms.DEFAULT)
+    section, default = raw.get("algorithm"), importlib.import_module("flaxdraft.algorithms").DEFAULT
+    name = section.get("name", default) if isinstance(section, dict) else default
+    settings = settings_of(name if isinstance(name, str) else default)
     return create_model("RunConfig", __base__=RunConfig, algorithm=(settings, settings()))
 
 

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "flaxdraft"
 LAYERS = (
     ("errors", "peers", "retention", "continuing", "provenance", "reads"),
     ("interfaces", "config", "mesh", "precision", "progress", "lock"),
-    ("hosts",),
+    ("hosts", "digests"),
     ("ops",),
     ("nn", "weights", "fetch", "safetensors_file"),
     ("gguf_file", "hf_directory", "stages"),

@@ -149,6 +149,24 @@ def test_the_card_shows_what_the_run_recorded(tmp_path):
         assert words in card
 
 
+def test_a_card_claims_no_figures_of_another_checkpoint(tmp_path):
+    make_run(tmp_path / "run", "llama", {}, steps=(4, 8))
+    evaluation = EVALUATION | {"checkpoint": {"step": 4, "last": 8, "sha256": "x"}}
+    (tmp_path / "run" / "evaluation.json").write_text(json.dumps({"inputs": "x", "result": evaluation}))
+    for step, fact in (("best", "step 4 of 8, the best held-out score"), ("latest", "step 8")):
+        assert call(tmp_path / "run", tmp_path / "out", "--step", step) == 0
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert f"| checkpoint | {fact} |" in card
+        assert ("accept length" in card) == (step == "best")
+
+
+def test_a_checkpoint_is_read_without_the_other_processes(tmp_path, monkeypatch):
+    """The first process of a run exports while the others wait."""
+    make_run(tmp_path / "run", "llama", {})
+    monkeypatch.setattr("flaxdraft.devices.hosts.all_agree", None)
+    assert call(tmp_path / "run", tmp_path / "out") == 0
+
+
 def test_a_card_without_figures_claims_none(tmp_path):
     make_run(tmp_path / "run", "mla", {})
     assert call(tmp_path / "run", tmp_path / "out") == 0

@@ -6,9 +6,10 @@ What such a folder holds stands in `interfaces.Algorithm`. The configuration's `
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from flaxdraft.plugins import find_by_name, parts_of
+from flaxdraft.plugins import find_by_name, parts_of, settings_of
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -21,13 +22,14 @@ PACKAGE = "flaxdraft.algorithms"
 SHARED = ("loading",)  # modules of this package that are no algorithm
 
 
-def settings_of(name: str) -> type[AlgorithmConfig]:
-    """The section of the configuration that an algorithm brings. No JAX is started for it.
+def architecture(settings: AlgorithmConfig, name: str) -> ModuleType:
+    """One of an algorithm's draft architectures.
 
     Raises:
-        InputError: there is no such algorithm.
+        InputError: it has none of that name.
     """
-    return importlib.import_module(f"{find_by_name(PACKAGE, name, 'algorithm.name').__name__}.settings").Settings
+    folder = find_by_name(PACKAGE, settings.name, "algorithm.name").__name__
+    return find_by_name(f"{folder}.drafts", name, "draft.architecture")
 
 
 def make(settings: AlgorithmConfig, *, packed: bool) -> Algorithm:
@@ -38,6 +40,20 @@ def make(settings: AlgorithmConfig, *, packed: bool) -> Algorithm:
     """
     folder = find_by_name(PACKAGE, settings.name, "algorithm.name").__name__
     return importlib.import_module(f"{folder}.algorithm").Algorithm(settings, packed)
+
+
+def tap_layers(name: str, target: Any, chosen: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers of a target whose outputs an algorithm's drafts read.
+
+    Args:
+        target: its configuration.
+        chosen: by the user, in place of the algorithm's default.
+
+    Raises:
+        InputError: there is no such algorithm, or they are no taps for it.
+    """
+    algorithm = make(settings_of(name)(), packed=True)
+    return algorithm.tap_layers(target.num_hidden_layers, None if chosen is None else tuple(chosen))
 
 
 def algorithm_of(architecture: ModuleType) -> Algorithm:

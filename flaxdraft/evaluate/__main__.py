@@ -89,10 +89,11 @@ def _draft_files(path: Path, step: str | None) -> Iterator[Path]:
             f"draft {path}: found neither config.json nor {'export/ nor ' * (step is None)}checkpoints/; expected an "
             "exported draft, what tools/convert writes, or a run's draft folder"
         )
-    from flaxdraft.serving.export import export_again
+    from flaxdraft.serving.export import export_again, open_draft
 
     with tempfile.TemporaryDirectory() as scratch:
-        export_again(path, Path(scratch) / "draft", engine="hf", dtype="float32", step=step or "latest")
+        source = open_draft(path, step=step or "latest")
+        export_again(source, Path(scratch) / "draft", engine="hf", dtype="float32")
         yield Path(scratch) / "draft"
 
 

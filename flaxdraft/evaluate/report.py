@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.font_manager import findfont, get_font
 from rich.text import Text
 
+from flaxdraft.algorithms.eagle3.serving.contract import Engine
 from flaxdraft.progress import CONSOLE
 
 SAMPLE_COLUMNS = 96
@@ -331,8 +332,12 @@ def print_evaluation(results: Sequence[dict[str, Any]], directory: Path) -> None
     CONSOLE.print(f"report  {directory / 'report.md'}")
 
 
-def print_headline(evaluation: dict[str, Any], export_dir: Path, report_dir: Path, target: str) -> None:
-    """The end of a run: what was reached, where it lies, how to serve it."""
+def print_headline(evaluation: dict[str, Any], export_dir: Path, report_dir: Path, target: str, engine: Engine) -> None:
+    """The end of a run: what was reached, where it lies, how to serve it.
+
+    Args:
+        engine: for which the draft was exported.
+    """
     decoded = evaluation["decoded"]
     saved = 1 - decoded["target_passes"] / max(decoded["target_passes_alone"], 1)
     headline = (
@@ -342,11 +347,15 @@ def print_headline(evaluation: dict[str, Any], export_dir: Path, report_dir: Pat
         f"target's own\n"
         f"report  {report_dir / 'report.md'}\n"
         f"draft   {export_dir}\n"
-        f"serve   python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 \\\n"
-        f"            --speculative-draft-model-path {export_dir} --speculative-num-steps {evaluation['chain_length']} "
-        f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {evaluation['chain_length'] + 1}\n"
-        f"        (TARGET: the Hugging Face directory of {target})"
     )
+    if engine.serves:
+        command = engine.command(export_dir, evaluation["chain_length"]).replace("\n", "\n" + 8 * " ")
+        headline += f"serve   {command}\n        (TARGET: the Hugging Face directory of {target})"
+    else:
+        headline += (
+            "serve   no command: export.engine=hf is the layout for other trainers, which no engine was asked about; "
+            "for an engine's own see tools/convert/to_serving.py"
+        )
     CONSOLE.print(Text.assemble((f"\naccept length {decoded['accept_length']:.2f}", "bold"), headline))
     same_passes = evaluation["teacher_forced"]["answers_with_the_decoded_passes"]
     if min(decoded["identical_answers"], same_passes) < evaluation["answers"]:

@@ -5,27 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flaxdraft.algorithms.eagle3.serving import layer_ids
-from flaxdraft.algorithms.eagle3.serving.contract import SWITCHES, kind_of
-
-_SERVE = {
-    "sglang": "python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 \\\n"
-              "    --speculative-draft-model-path . --speculative-num-steps {k} --speculative-eagle-topk 1 \\\n"
-              "    --speculative-num-draft-tokens {next}",
-    "vllm": "vllm serve TARGET --speculative-config \\\n"
-            "    '{{\"method\": \"eagle3\", \"model\": \".\", \"num_speculative_tokens\": {k}}}'",
-}  # fmt: skip
+from flaxdraft.algorithms.eagle3.serving.contract import SWITCHES, engines, kind_of
+from flaxdraft.serving import lint
+from flaxdraft.serving.view import DraftView
 
 
-def model_card(config: Mapping[str, Any], target: str, run: Path | None) -> str:
+class Origin(NamedTuple):
+    """Where a draft is from."""
+
+    target: str  # the target's address
+    run: Path | None  # the folder of its run; what that recorded of data, training and evaluation is shown
+    step: int | None  # of the run's checkpoint; figures of another one are left out
+
+
+def describe(step: int, last: int) -> str:
+    """Which checkpoint was chosen, for people."""
+    return f"step {step}" if step == last else f"step {step} of {last}, the best held-out score"
+
+
+def model_card(view: DraftView, origin: Origin) -> str:
     """
     Args:
-        config: config.json of the directory.
-        target: the target's address.
-        run: the folder of the run that made the draft; what it recorded of data, training and evaluation is shown.
+        view: of the directory, which is about to be written.
     """
+    config, (target, run, step) = view.config, origin
     kind = {"llama": "Llama", "mla": "DeepSeek-MLA"}[kind_of(config)]
     switched = [name for name in SWITCHES if config.get(name)]
     facts = {
@@ -45,17 +51,25 @@ def model_card(config: Mapping[str, Any], target: str, run: Path | None) -> str:
             f"{train['learning_rate']:g}, {inputs['algorithm']['ttt_length']} unroll steps, "
             f"{inputs['algorithm']['objective']}"
         )
+    measured = evaluation.get("checkpoint", {"step": step, "last": step})
+    if step is not None:
+        facts["checkpoint"] = describe(step, measured["last"] if measured["step"] == step else step)
     lines = ["---", "tags: [eagle3, speculative-decoding]", "---", "", f"# EAGLE-3 draft for {Path(target).name}", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())]
-    lines += _figures(evaluation)
-    k = evaluation.get("chain_length", 3)
-    if config["architectures"][0].startswith("Eagle3Llama"):
-        return "\n".join([*lines, "", "Exported for tpu-inference; other engines take other names.", ""])
-    for name, command in _SERVE.items():
-        title = {"sglang": "SGLang", "vllm": "vLLM"}[name]
-        lines += ["", f"{title}, TARGET being the target's Hugging Face directory:", "", "```"]
-        lines += [command.format(k=k, next=k + 1), "```"]
+    lines += _figures(evaluation) if measured["step"] == step else []
+    lines += _commands(view, evaluation.get("chain_length", 3))
     return "\n".join([*lines, ""])
+
+
+def _commands(view: DraftView, chain_length: int) -> list[str]:
+    """Of each engine that serves the directory as it is."""
+    takers = [engine for engine in engines().values() if engine.serves
+              and all(finding.level == "note" for finding in lint.of_engine(engine, view))]  # fmt: skip
+    lines = []
+    for engine in takers:
+        lines += ["", f"{engine.title}, TARGET being the target's Hugging Face directory:", "", "```"]
+        lines += [engine.command(".", chain_length), "```"]
+    return lines or ["", "No engine that flaxdraft knows serves this directory as it is."]
 
 
 def _figures(evaluation: Mapping[str, Any]) -> list[str]:

@@ -27,12 +27,12 @@ from flaxdraft.errors import InputError
 from flaxdraft.files.name_tables import save_safetensors, state_to_torch, write_json
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.plugins import find_by_architecture
-from flaxdraft.serving.card import model_card
+from flaxdraft.serving.card import Origin, model_card
 from flaxdraft.serving.finding import Finding
 from flaxdraft.serving.lint import of_engine
 from flaxdraft.serving.record import DraftRecord
 from flaxdraft.serving.view import DraftView, read_config, view_of_arrays
-from flaxdraft.train.checkpoint import DamagedError, load_params
+from flaxdraft.train.checkpoint import DamagedError, load_params, read_record
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
@@ -68,15 +68,13 @@ def export(
     target_config: Mapping[str, Any],
     dtype: str,
     engine: str = "sglang",
-    target_path: str | None = None,
-    run: Path | None = None,
+    origin: Origin | None = None,
 ) -> None:
     """Writes the whole directory under a temporary name, then puts it in place.
 
     Args:
         engine: whose contract it must meet. That of SGLang serves vLLM as well, and sglang-jax for Llama drafts.
-        target_path: with it the directory gets a model card, README.md.
-        run: the folder of the run whose figures the card shows.
+        origin: with it the directory gets a model card, README.md.
 
     Raises:
         InputError: a weight is not finite, or the engine could not serve such a draft.
@@ -96,8 +94,8 @@ def export(
     scratch.mkdir(parents=True)
     save_safetensors(scratch / "model.safetensors", tensors, metadata={"format": "pt"})
     write_json(scratch / "config.json", config)
-    if target_path is not None:
-        (scratch / "README.md").write_text(model_card(config, target_path, run), encoding="utf-8")
+    if origin is not None:
+        (scratch / "README.md").write_text(model_card(view, origin), encoding="utf-8")
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(scratch, directory)
 
@@ -108,8 +106,7 @@ class DraftSource(NamedTuple):
     draft: LoadedDraft
     tap_layers: Sequence[int]  # by output
     target: Mapping[str, Any]  # its config.json, as far as known
-    target_path: str
-    run: Path | None  # the run's folder
+    origin: Origin
 
 
 def open_draft(source: Path, *, step: str = "latest", target: Mapping[str, Any] | None = None) -> DraftSource:
@@ -129,10 +126,11 @@ def open_draft(source: Path, *, step: str = "latest", target: Mapping[str, Any] 
         checkpoint = _checkpoint(source / "checkpoints", step)
         try:
             params, ids = load_params(checkpoint, abstract_params(module, config))
+            number = read_record(checkpoint)["step"]  # the folder may be a link's copy
         except DamagedError as error:
             raise InputError(f"{checkpoint}: cannot be read ({error}); take another one with --step") from error
         draft = LoadedDraft(algorithm_of(module), module, config, params, VocabMap(ids, config.vocab_size))
-        return DraftSource(draft, record.tap_layers, record.target, record.target_path, source)
+        return DraftSource(draft, record.tap_layers, record.target, Origin(record.target_path, source, number))
     draft, written = from_pretrained(source), read_config(source / "config.json")
     target = target or {}
     outputs = layer_ids.outputs_of(written, layer_ids.is_deepseek(target))
@@ -142,7 +140,7 @@ def open_draft(source: Path, *, step: str = "latest", target: Mapping[str, Any] 
         raise InputError(f"{source}: config.json names no tapped layers; give --target, whose defaults they then are")
     # What stands there for the tokenizer came from the target.
     tokens = {name: written[name] for name in written if name.endswith("_token_id")}
-    return DraftSource(draft, outputs, tokens | dict(target), "TARGET", None)
+    return DraftSource(draft, outputs, tokens | dict(target), Origin("TARGET", None, None))
 
 
 def _checkpoint(directory: Path, step: str) -> Path:
@@ -164,5 +162,5 @@ def export_again(source: DraftSource, directory: Path, *, engine: str, dtype: st
     _, module, config, params, vocab = source.draft
     export(
         directory, module, config, params, vocab, tap_layers=source.tap_layers, target_config=source.target,
-        dtype=dtype, engine=engine, target_path=source.target_path, run=source.run,
+        dtype=dtype, engine=engine, origin=source.origin,
     )  # fmt: skip

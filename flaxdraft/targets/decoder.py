@@ -30,7 +30,7 @@ from flaxdraft.interfaces import Batch, Features, Placement
 from flaxdraft.nn import vocabulary
 from flaxdraft.nn.layers import RMSNorm
 from flaxdraft.nn.precision import Precision
-from flaxdraft.nn.rope import RopeConfig
+from flaxdraft.nn.rope import RopeConfig, turning_positions
 from flaxdraft.nn.self_attention import Attend
 from flaxdraft.targets.kv_cache import Cache
 from flaxdraft.targets.target_attention import LayerAttention, Rows
@@ -200,6 +200,7 @@ def _run_layers(model, spans, config: DecoderConfig, x_BTE, rows: Rows, cache, s
     One loop for each group: a tap writes its output to a place of its own, every other layer to one that nobody reads.
     """
     num_taps = len(config.tap_layers)
+    turning_BT = rows.positions_BT if cache is None else turning_positions(rows.positions_BT, cache.num_slots)
     places = [
         config.tap_layers.index(i) if i in config.tap_layers else num_taps for i in range(config.num_hidden_layers)
     ]
@@ -209,7 +210,7 @@ def _run_layers(model, spans, config: DecoderConfig, x_BTE, rows: Rows, cache, s
             x, taps_KBTE, cache = carry
             at_layer = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, i - span.start, keepdims=False), layers)
             attend = LayerAttention(rows, cache, i, sharding)
-            x = nnx.merge(graphdef, at_layer)(x, rows.positions_BT, attend, i)
+            x = nnx.merge(graphdef, at_layer)(x, turning_BT, attend, i)
             return x, lax.dynamic_update_index_in_dim(taps_KBTE, x, jnp.asarray(places)[i], 0), attend.cache
 
         return lax.fori_loop(span.start, span.stop, body, carry)

@@ -197,6 +197,6 @@ class Algorithm:
 
     def serving(self) -> ModuleType:
         """The contract of its exports."""
-        from flaxdraft.algorithms.eagle3 import serving  # tables and rules that training never reads
+        from flaxdraft.algorithms.eagle3.serving import contract  # tables and rules that training never reads
 
-        return serving
+        return contract

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from flaxdraft.errors import InputError
@@ -25,7 +26,10 @@ class Engine:
     # absent.
     architectures: Mapping[Kind, tuple[str, ...]]
 
-    serves: bool = True  # False: nothing computes from it, so what matters in service alone is not asked
+    # The command that serves a draft, its `{draft}` a directory, `{chain}` the draft tokens of a target pass and
+    # `{verified}` one more; TARGET stands for the target's directory. None: nothing computes from it, so what matters
+    # in service alone is not asked.
+    serve: str | None
     layer_prefixes: tuple[str, ...] = ("midlayer.", "layers.0.")
     model_prefix: tuple[Kind, ...] = ()  # kinds for which `model.` before a key is taken off
     unknown_key: Literal["skipped", "refused", "unread"]  # "unread": it looks for its own names alone
@@ -51,6 +55,15 @@ class Engine:
     rope_dialects: tuple[str, ...]  # of "rope_parameters" and "rope_theta", those it reads
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     max_layers: int | None = 1  # None: any number
+
+    @property
+    def serves(self) -> bool:
+        return self.serve is not None
+
+    def command(self, draft: Path | str, chain_length: int) -> str:
+        """What to type to serve a draft; of an engine that serves. Lines behind the first begin with four spaces."""
+        assert self.serve is not None, self.title
+        return self.serve.format(draft=draft, chain=chain_length, verified=chain_length + 1)
 
 
 def engines() -> dict[str, Engine]:

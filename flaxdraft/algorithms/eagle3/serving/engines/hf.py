@@ -11,7 +11,7 @@ ENGINE = Engine(
         "llama": ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM"),
         "mla": ("Eagle3DeepseekV2ForCausalLM", "DeepseekV3ForCausalLMEagle3", "Eagle3DeepseekV3ForCausalLM"),
     },
-    serves=False,
+    serve=None,
     unknown_key="skipped",
     missing_key="random",
     embedding="replaced",

@@ -4,6 +4,9 @@ from flaxdraft.algorithms.eagle3.serving.contract import Engine
 
 ENGINE = Engine(
     title="SGLang 0.5.23",
+    serve="python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 \\\n"
+          "    --speculative-draft-model-path {draft} --speculative-num-steps {chain} --speculative-eagle-topk 1 \\\n"
+          "    --speculative-num-draft-tokens {verified}",
     architectures={"llama": ("LlamaForCausalLMEagle3",), "mla": ("Eagle3DeepseekV2ForCausalLM",)},
     model_prefix=("llama",),
     unknown_key="skipped",
@@ -17,4 +20,4 @@ ENGINE = Engine(
     tap_fields=("eagle_config.eagle_aux_hidden_state_layer_ids",),
     rope_dialects=("rope_parameters", "rope_theta"),
     max_layers=None,
-)
+)  # fmt: skip

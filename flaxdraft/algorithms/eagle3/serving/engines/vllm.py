@@ -4,6 +4,8 @@ from flaxdraft.algorithms.eagle3.serving.contract import Engine
 
 ENGINE = Engine(
     title="vLLM 0.33.0",
+    serve="vllm serve TARGET --speculative-config \\\n"
+          "    '{{\"method\": \"eagle3\", \"model\": \"{draft}\", \"num_speculative_tokens\": {chain}}}'",
     architectures={
         "llama": (
             "LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3MiniMaxM2ForCausalLM",
