@@ -36,7 +36,7 @@ from flaxdraft.data import answer_files as feature_files
 from flaxdraft.data import pipeline
 from flaxdraft.decode import decoding, greedy
 from flaxdraft.evaluate import report, walk
-from flaxdraft.files.name_tables import load_safetensors
+from flaxdraft.files.safetensors_file import load_safetensors
 from flaxdraft.interfaces import Batch, Features, LossSums
 from flaxdraft.targets.decoder import DecoderTarget
 from flaxdraft.train import step as step_module
