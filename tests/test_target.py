@@ -11,7 +11,7 @@ from flax import nnx
 
 from flaxdraft import targets
 from flaxdraft.decode.greedy import answer_greedily, common_prefix
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch
 from flaxdraft.nn.precision import Precision

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from flaxdraft.algorithms import algorithm_of, draft_packages
 from flaxdraft.algorithms.eagle3.serving.tensors import BUFFERS, flat_name
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.files.json_files import read_json_object
 from flaxdraft.files.name_tables import state_from_torch

@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 from jax import P
 
-from flaxdraft.devices.mesh import Sharding, check_divides
+from flaxdraft.devices.mesh import check_divides
+from flaxdraft.devices.sharding import Sharding
 
 
 def place_of(variable: nnx.Variable, sharding: Sharding) -> P:

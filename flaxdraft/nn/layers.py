@@ -14,7 +14,7 @@ from flax import nnx
 from jax import P
 from jaxtyping import Array, Float
 
-from flaxdraft.devices.mesh import Sharding, along, gathered, into_columns, spec_of
+from flaxdraft.devices.sharding import Sharding, along, gathered, into_columns, spec_of
 from flaxdraft.nn.precision import Precision
 from flaxdraft.ops.float8 import float8_product
 

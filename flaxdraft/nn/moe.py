@@ -19,7 +19,9 @@ from flax import nnx
 from jax import P, lax
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.devices.mesh import EXPERT_AXIS, TENSOR_AXIS, Sharding, gathered, on_shards
+from flaxdraft.devices.mesh import EXPERT_AXIS, TENSOR_AXIS
+from flaxdraft.devices.per_device import on_shards
+from flaxdraft.devices.sharding import Sharding, gathered
 from flaxdraft.nn.layers import WHOLE, GatedMLP
 from flaxdraft.nn.precision import Precision
 

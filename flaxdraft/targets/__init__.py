@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.files.fetch import fetch
 from flaxdraft.files.gguf_file import GGUFCheckpoint

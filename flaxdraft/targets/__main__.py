@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show(arguments: argparse.Namespace) -> None:
     from flaxdraft import targets
-    from flaxdraft.devices.mesh import Sharding, make_mesh
+    from flaxdraft.devices.mesh import make_mesh
+    from flaxdraft.devices.sharding import Sharding
     from flaxdraft.nn.precision import of_both
     from flaxdraft.progress import CONSOLE
     from flaxdraft.targets import decoder

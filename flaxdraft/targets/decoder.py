@@ -23,7 +23,9 @@ from flax import nnx
 from jax import P, lax
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.devices.mesh import Sharding, check_divides, gathered, on_shards
+from flaxdraft.devices.mesh import check_divides
+from flaxdraft.devices.per_device import on_shards
+from flaxdraft.devices.sharding import Sharding, gathered
 from flaxdraft.devices.weight_places import check_heads, place_of
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Features, Placement

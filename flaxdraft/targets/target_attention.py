@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import P
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.devices.mesh import Sharding, on_shards
+from flaxdraft.devices.per_device import on_shards
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.interfaces import Placement
 from flaxdraft.ops import cudnn_attention, range_attention
 from flaxdraft.ops.attention import attend, attend_cache, causal_visibility, document_ranges

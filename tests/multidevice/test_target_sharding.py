@@ -13,7 +13,8 @@ from tiny import random_weights
 
 from flaxdraft.decode.generation import generate
 from flaxdraft.decode.tree import Tree
-from flaxdraft.devices.mesh import Sharding, make_mesh
+from flaxdraft.devices.mesh import make_mesh
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.files.name_tables import ArraySource, load_state
 from flaxdraft.interfaces import Batch

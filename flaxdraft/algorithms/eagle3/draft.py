@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.devices.mesh import Sharding, along, gathered
+from flaxdraft.devices.sharding import Sharding, along, gathered
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.layers import Frozen, GatedMLP, RMSNorm, column
