@@ -38,7 +38,7 @@ from flaxdraft.data import pipeline
 from flaxdraft.decode import decoding, greedy
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate import report, walk
-from flaxdraft.files.name_tables import load_safetensors
+from flaxdraft.files.safetensors_file import load_safetensors
 from flaxdraft.interfaces import Batch, Features
 from flaxdraft.ops.step_sums import StepSums
 from flaxdraft.plugins import parts_of
