@@ -17,7 +17,8 @@ from flax import nnx
 from flaxdraft import algorithms
 from flaxdraft.algorithms.loading import ZeroTarget
 from flaxdraft.config import AlgorithmConfig
-from flaxdraft.devices.mesh import Sharding, make_mesh
+from flaxdraft.devices.mesh import make_mesh
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.devices.weight_places import place_of
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Algorithm, Batch, Draw, Example, Features, Target, VocabMap
@@ -160,7 +161,7 @@ def assert_trains(pair: Pair, target: Any) -> None:
     example = example_of(algorithm, config)
 
     def placed(path, variable):
-        place = jax.NamedSharding(mesh, place_of(path, SHARDING))
+        place = jax.NamedSharding(mesh, place_of(variable, SHARDING))
         return path, variable.replace(jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=place))
 
     params, frozen = (nnx.from_flat_state([placed(*one) for one in nnx.to_flat_state(state)]) for state in states)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from flaxdraft import algorithms
 from flaxdraft.algorithms.eagle3.objective import ChosenRows
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Example, Features, VocabMap
 from flaxdraft.nn.precision import Precision

@@ -17,9 +17,11 @@ from jaxtyping import Array, Float
 
 from flaxdraft.algorithms import algorithm_of, draft_packages
 from flaxdraft.algorithms.eagle3.serving.tensors import BUFFERS, flat_name
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import load_safetensors, read_json_object, state_from_torch
+from flaxdraft.files.json_files import read_json_object
+from flaxdraft.files.name_tables import state_from_torch
+from flaxdraft.files.safetensors_file import load_safetensors
 from flaxdraft.interfaces import Algorithm, VocabMap
 from flaxdraft.nn.layers import Frozen
 from flaxdraft.nn.precision import Precision

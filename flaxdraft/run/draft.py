@@ -9,7 +9,7 @@ from flax import nnx
 from flaxdraft.config import nearest
 from flaxdraft.data.draft_vocabulary import read_map
 from flaxdraft.devices import hosts
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
 from flaxdraft.nn.precision import Precision

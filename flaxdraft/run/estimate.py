@@ -122,7 +122,7 @@ def _abstract_draft(module: Any, config: Any, precision: Precision, mesh: jax.sh
     graphdef, *states = split_draft(nnx.eval_shape(make))
 
     def place(path, variable):
-        value, where = variable.get_value(), jax.NamedSharding(mesh, place_of(path, SHARDING))
+        value, where = variable.get_value(), jax.NamedSharding(mesh, place_of(variable, SHARDING))
         return variable.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where))
 
     placed = [[(path, place(path, value)) for path, value in nnx.to_flat_state(state)] for state in states]

@@ -24,7 +24,9 @@ from flaxdraft.algorithms.eagle3.serving.config_json import serving_config
 from flaxdraft.algorithms.eagle3.serving.contract import Engine, find_engine
 from flaxdraft.algorithms.loading import LoadedDraft, abstract_params, from_pretrained
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import save_safetensors, state_to_torch, write_json
+from flaxdraft.files.json_files import write_json
+from flaxdraft.files.name_tables import state_to_torch
+from flaxdraft.files.safetensors_file import save_safetensors
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.plugins import find_by_architecture
 from flaxdraft.serving.card import Origin, model_card

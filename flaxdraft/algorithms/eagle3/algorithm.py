@@ -23,7 +23,7 @@ from flaxdraft.algorithms.eagle3.objective import ChosenRows, UnrollOptions, sup
 from flaxdraft.algorithms.eagle3.settings import Settings
 from flaxdraft.algorithms.eagle3.suffix_attention import choose
 from flaxdraft.algorithms.eagle3.surface import Draft
-from flaxdraft.devices.mesh import spec_of, split_like
+from flaxdraft.devices.sharding import spec_of, split_like
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Draw, EmbeddingAndHead, Example, VocabMap
 from flaxdraft.ops import distillation
