@@ -10,7 +10,6 @@ from pathlib import Path
 
 import contracts
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -21,12 +20,14 @@ from tiny_runs import call, make_workspace, metrics
 from flaxdraft import algorithms
 from flaxdraft.algorithms.loading import from_pretrained
 from flaxdraft.config import load_config
+from flaxdraft.data.documents import Document
+from flaxdraft.data.pipeline import collate
 from flaxdraft.decode.decoding import Decoding, ReadyDraft, Settings
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.walk import evaluate_teacher_forced, make_accepted
 from flaxdraft.evaluate.walk_answers import featured
-from flaxdraft.interfaces import VocabMap
+from flaxdraft.interfaces import Draw, Features, VocabMap
 from flaxdraft.nn.precision import Precision
 from flaxdraft.run.draft_source import open_draft
 from flaxdraft.targets import decoder
@@ -127,6 +128,30 @@ def test_an_export_is_read_again_as_what_it_was(finished):
     assert exported.config == trained.draft.config
     assert exported.algorithm.settings.block_size == trained.draft.algorithm.settings.block_size == 4
     assert exported.vocab.draft_vocab_size == exported.vocab.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["draft={fields: {block_size: 4}}"], "draft.fields.block_size: algorithm.block_size says it; leave it out"),
+        (["draft={init_from: EXPORT}", "algorithm.block_size=5"], "algorithm.block_size: found 5, the draft at EXPORT has 4"),
+    ],
+)  # fmt: skip
+def test_a_blocks_size_is_said_once(finished, workspace, tmp_path, capfd, overrides, message):
+    shutil.copytree(finished.parent / "data", tmp_path / "data")
+    where = lambda text: text.replace("EXPORT", str(finished / "export"))  # noqa: E731
+    assert call(workspace, *RUN, f"output_dir={tmp_path}", *map(where, overrides)) == 2
+    assert where(message) in said(capfd)
+
+
+@pytest.mark.usefixtures("installed")
+def test_it_is_given_what_it_needs_and_no_more():
+    algorithm = algorithms.make(algorithms.settings_of("blocky")(), packed=True)
+    taps, one = np.ones((9, 5, 4), np.float32), np.arange(9)
+    document = Document(one, one > 2, Features(taps, taps[:, 0], one, taps[:, 0, 0]))
+    features = collate([[document]], document.features, 2, 16, 8, algorithm, Draw(0, 0, 0)).features
+    np.testing.assert_array_equal(features.taps_BTKE[0, :9], taps)
+    assert (features.last_BTE, features.argmax_BT, features.logsumexp_BT) == (None, None, None)
 
 
 def test_a_run_that_goes_on_ends_with_the_same_bits(finished, workspace, tmp_path, monkeypatch):
