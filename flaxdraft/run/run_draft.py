@@ -17,7 +17,6 @@ from flax import nnx
 from rich.text import Text
 
 from flaxdraft import algorithms
-from flaxdraft.algorithms.eagle3.serving.contract import find_engine
 from flaxdraft.config import RunConfig, nearest
 from flaxdraft.data.answers import capture, is_captured, load_split, write_texts
 from flaxdraft.data.documents import AnsweredPrompts, Documents
@@ -41,8 +40,10 @@ from flaxdraft.plugins import find_by_name
 from flaxdraft.progress import CONSOLE
 from flaxdraft.run.init_from import check_target, load_start, start_files
 from flaxdraft.run.run_target import RunTarget
+from flaxdraft.serving.contract import find_engine
 from flaxdraft.serving.export import check_servable
 from flaxdraft.serving.record import DraftRecord
+from flaxdraft.serving.trained_draft import AboutTarget
 from flaxdraft.stages.claims import Stage, check_claimed, claim
 from flaxdraft.stages.same_inputs import flatten
 from flaxdraft.targets.decoder import DecoderConfig
@@ -74,8 +75,8 @@ class Run:
         self.config = config
         folder = find_by_name(algorithms.PACKAGE, config.algorithm.name, "algorithm.name").__name__
         self.draft_module = find_by_name(f"{folder}.drafts", config.draft.architecture, "draft.architecture")
-        find_engine(config.export.engine, "export.engine")
         self.algorithm = algorithms.make(config.algorithm, packed=config.train.pack_length is not None)
+        find_engine(self.algorithm.serving(), config.export.engine, "export.engine")
         self.evaluation = self.algorithm.drafting(config.evaluate.chain_length)
         # Training rows come from prompts that the target answers, from a store, or from conversations.
         given = [name for name in ("store", "conversations") if getattr(config.data, name) is not None]
@@ -144,7 +145,7 @@ class Run:
 
     def _check_target(self, target: DecoderConfig) -> None:
         if self.start is not None:
-            check_target(self.start, target, self.config.draft.init_from)
+            check_target(self.start, self.config.draft.init_from, target, self.target.opened.source.config)
 
     @functools.cached_property
     def outer(self) -> Target | OuterWeights:
@@ -344,8 +345,8 @@ class Run:
         """
         if self.start is None and self.config.draft.vocab_map is not None:
             read_map(self.config.draft.vocab_map, self.target.config.vocab_size, self.config.draft.draft_vocab_size)
-        source, engine = self.target.opened.source.config, self.config.export.engine
-        check_servable(self.draft_config(), self.target.config.tap_layers, source, engine)
+        about = AboutTarget(self.target.opened.source.config, self.target.config.tap_layers)
+        check_servable(self.algorithm, self.draft_config(), about, self.config.export.engine)
 
     def record(self) -> None:
         """Keeps what a later export asks for."""

@@ -17,6 +17,7 @@ from flaxdraft.evaluate.walk import EVALUATION_ROWS, evaluate_teacher_forced, ma
 from flaxdraft.files.fetch import sha256_of
 from flaxdraft.run.run_draft import Run, say
 from flaxdraft.serving.export import export
+from flaxdraft.serving.trained_draft import AboutTarget, Origin, TrainedDraft
 from flaxdraft.stages.claims import Stage
 from flaxdraft.train.metrics_log import read_metrics
 from flaxdraft.train.state import split_draft
@@ -95,12 +96,11 @@ class Results:
         params = self.run.params
         say("export", str(directory))
         stage.path.unlink(missing_ok=True)
-        export(
-            directory, self.run.draft_module, self.run.draft_config(), params, self.run.vocab,
-            tap_layers=self.run.target.config.tap_layers, target_config=self.run.target.opened.source.config,
-            engine=self.run.config.export.engine, dtype=self.run.config.export.dtype,
-            target_path=self.run.config.target.path, run=self.run.draft_dir,
-        )  # fmt: skip
+        run, how = self.run, self.run.config.export
+        draft = TrainedDraft(run.algorithm, run.draft_module, run.draft_config(), params, run.vocab)
+        about = AboutTarget(run.target.opened.source.config, run.target.config.tap_layers)
+        origin = Origin(run.config.target.path, run.draft_dir, None)
+        export(directory, draft, about, engine=how.engine, dtype=how.dtype, origin=origin)
         stage.store(_digests(directory))
         return directory
 

@@ -1,15 +1,14 @@
 """sglang-jax (python/sgl_jax/srt/models/llama_eagle3.py, utils/weight_utils.py)."""
 
-from flaxdraft.algorithms.eagle3.serving.contract import Engine
+from flaxdraft.algorithms.eagle3.serving.terms import Engine, Served
 
 ENGINE = Engine(
     title="sglang-jax cddbf6f",
-    architectures={"llama": ("LlamaForCausalLMEagle3",)},
+    kinds={"llama": Served(("LlamaForCausalLMEagle3",))},
     layer_prefixes=("midlayer.",),
     unknown_key="unread",
     missing_key="fails",
     embedding="unread",
-    switches={"llama": ()},
     required_fields=("draft_vocab_size",),
     not_null=("target_hidden_size", "draft_vocab_size"),
     attention_bias=True,
