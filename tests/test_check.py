@@ -225,7 +225,9 @@ FAULTS = {
 def verdicts_of(good, draft, change, target):
     tensors, config = ({**part} for part in good[draft])
     change(tensors, config)
-    return {verdict.name: verdict for verdict in lint.check(view_of_arrays(config, tensors, target), contract_of(config))}
+    return {
+        verdict.name: verdict for verdict in lint.check(view_of_arrays(config, tensors, target), contract_of(config))
+    }
 
 
 @pytest.mark.parametrize("fault", FAULTS)

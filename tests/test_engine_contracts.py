@@ -3,19 +3,23 @@
 The expectations are spelled out here, not taken from the tables that the export reads.
 """
 
+import dataclasses
+import importlib
 import json
 import re
+import sys
 
 import pytest
 from small_drafts import config_of, random_params, vocab_of, write_export
-from test_contracts import DEEPSEEK_FIELDS, DRAFTS, TARGET_HF, V, W
+from test_contracts import DEEPSEEK_FIELDS, DRAFTS, TARGET_HF, V, W, target_config
 from test_export import E, common, llama_attention, mla_attention
 
 from flaxdraft.algorithms import algorithm_of
-from flaxdraft.algorithms.eagle3 import draft
+from flaxdraft.algorithms.eagle3 import draft, drafts
 from flaxdraft.algorithms.eagle3.serving import contract, layer_ids, terms
 from flaxdraft.algorithms.eagle3.serving.kinds import engines, kind_of
 from flaxdraft.algorithms.eagle3.serving.tensors import extras, weights
+from flaxdraft.algorithms.loading import from_pretrained
 from flaxdraft.errors import InputError
 from flaxdraft.files.name_tables import load_safetensors
 from flaxdraft.nn.rope import RopeConfig
@@ -100,7 +104,9 @@ def test_every_key_and_shape(tmp_path, engine, kind, variant, vocab_size):
     expected = EXPECTED[engine, kind][variant, vocab_size]
     out = tmp_path / "out"
     if isinstance(expected, str):
-        with pytest.raises(InputError, match=f"export for {re.escape(find_engine(contract, engine).title)}: {expected}"):
+        with pytest.raises(
+            InputError, match=f"export for {re.escape(find_engine(contract, engine).title)}: {expected}"
+        ):
             write(out, engine, kind, FIELDS[variant], vocab_size)
         assert not out.exists()
         return
@@ -242,3 +248,62 @@ def test_an_engine_is_found_by_its_name():
         InputError, match="engine: no 'tensorrt'; known are hf, sglang, sglang-jax, tpu-inference, vllm"
     ):
         find_engine(contract, "tensorrt")
+
+
+# A draft architecture of its own file: Llama's attention, told by a field that no other has.
+GATED = """
+import dataclasses
+
+from flaxdraft.algorithms.eagle3.drafts import llama
+from flaxdraft.algorithms.eagle3.serving.terms import Kind, Served
+from flaxdraft.serving.fields import SIZE
+
+ARCHITECTURES, MODEL_TYPES = ("GatedForCausalLMEagle3",), ()
+make, name_table = llama.make, llama.name_table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(llama.Config):
+    gate_width: int = 8
+
+    @classmethod
+    def from_hf(cls, config):
+        return dataclasses.replace(super().from_hf(config), gate_width=config["gate_width"])
+
+    def to_hf(self):
+        own = {"architectures": [*ARCHITECTURES], "model_type": "gated", "gate_width": self.gate_width}
+        return super().to_hf() | own
+
+
+SERVING = Kind(
+    name="gated", title="gated Llama", architecture=ARCHITECTURES[0], model_type="gated",
+    claims=lambda config: "gate_width" in config, fields={"gate_width": SIZE}, attention=llama.SERVING.attention,
+    engines={"hf": Served(ARCHITECTURES)},
+)
+"""
+
+
+@pytest.fixture
+def gated(tmp_path, monkeypatch):
+    (tmp_path / "drafts").mkdir()
+    (tmp_path / "drafts" / "gated.py").write_text(GATED)
+    monkeypatch.setattr(drafts, "__path__", [*drafts.__path__, str(tmp_path / "drafts")])
+    yield importlib.import_module(f"{drafts.__name__}.gated")
+    del sys.modules[f"{drafts.__name__}.gated"]
+
+
+def test_a_draft_architecture_brings_what_serving_asks_of_it(tmp_path, gated):
+    config = gated.Config(**gated.Config.for_target(target_config(), W), gate_width=6)
+    what = gated, config, random_params("llama", config), vocab_of(W)
+    where = {"tap_layers": DEFAULT_TAPS, "target": TARGET_HF}
+    with pytest.raises(InputError, match=r"export for SGLang 0\.5\.23: it serves no gated drafts"):
+        write_export(tmp_path / "out", *what, engine="sglang", **where)
+    write_export(tmp_path / "out", *what, engine="hf", **where)
+    loaded = from_pretrained(tmp_path / "out")
+    assert (loaded.module, loaded.config) == (gated, config)
+    view = view_of_directory(tmp_path / "out", TARGET_HF)
+    found = {verdict.name: verdict for verdict in lint.check(view, contract)}
+    assert found[lint.DIRECTORY].faithful
+    assert {name for name, verdict in found.items() if not verdict.loads} == found.keys() - {lint.DIRECTORY}
+    broken = dataclasses.replace(view, config={**view.config, "gate_width": "x"})
+    assert "gate_width is 'x', expected a positive integer" in lint.check(broken, contract)[0].findings[0].what

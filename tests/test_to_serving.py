@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -14,11 +15,14 @@ from commands import tool
 from eagle3 import algorithm
 from flax import nnx
 from small_drafts import config_of, random_params, vocab_of
-from test_contracts import DRAFTS, TARGET_HF, V, W
+from test_contracts import DRAFTS, TARGET_HF, TARGETS, V, W
 from test_engine_contracts import DEFAULT_TAPS, SWITCHES
 
 from flaxdraft.algorithms.loading import contract_of, from_pretrained
+from flaxdraft.config import DraftConfig
+from flaxdraft.errors import InputError
 from flaxdraft.files.name_tables import load_safetensors
+from flaxdraft.run.init_from import check_target, load_start, start_files
 from flaxdraft.serving import lint
 from flaxdraft.serving.record import DraftRecord
 from flaxdraft.serving.view import view_of_directory
@@ -153,6 +157,46 @@ def test_the_card_shows_what_the_run_recorded(tmp_path):
         "--speculative-num-draft-tokens 4", '"num_speculative_tokens": 3', "bfloat16",
     ):  # fmt: skip
         assert words in card
+
+
+def test_a_card_claims_no_figures_of_another_checkpoint(tmp_path):
+    make_run(tmp_path / "run", "llama", {}, steps=(4, 8))
+    evaluation = EVALUATION | {"checkpoint": {"step": 4, "last": 8, "sha256": "x"}}
+    (tmp_path / "run" / "evaluation.json").write_text(json.dumps({"inputs": "x", "result": evaluation}))
+    for step, fact in (("best", "step 4 of 8, the best held-out score"), ("latest", "step 8")):
+        assert call(tmp_path / "run", tmp_path / "out", "--step", step) == 0
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert f"| checkpoint | {fact} |" in card
+        assert ("accept length" in card) == (step == "best")
+
+
+@pytest.mark.parametrize(
+    ("engine", "fields", "served"),
+    [
+        ("sglang", {}, ["sglang.launch_server", "vllm serve"]),
+        ("vllm", {}, ["vllm serve", "sglang.launch_server"]),  # its own comes first
+        ("vllm", NORMS_BEFORE, ["vllm serve"]),  # SGLang ignores norm_before_residual
+        ("tpu-inference", {}, ["vllm serve"]),  # SGLang does not know the name
+    ],
+)
+def test_a_card_names_the_engines_that_serve_the_directory(tmp_path, engine, fields, served):
+    make_run(tmp_path / "run", "llama", fields)
+    assert call(tmp_path / "run", tmp_path / "out", "--engine", engine) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert re.findall(r"sglang\.launch_server|vllm serve", card) == served
+
+
+def test_training_begins_from_a_checkpoint_by_its_own_path(tmp_path):
+    config, params = make_run(tmp_path / "run", "llama", {}, steps=(4, 8))
+    for name, step in (("best", 4), ("latest", 8), ("4", 4)):
+        path = str(tmp_path / "run" / "checkpoints" / name)
+        start = load_start(DraftConfig(init_from=path, architecture="llama"), DRAFTS["llama"])
+        assert_equal(start, config, params[step])
+        assert [file.name for file in start_files(path)] == ["_CHECKPOINT_METADATA"]
+    target = TARGETS["llama"].Config.from_hf(TARGET_HF)
+    check_target(start, path, dataclasses.replace(target, tap_layers=DEFAULT_TAPS), TARGET_HF)
+    with pytest.raises(InputError, match=r"has tapped layers \[1, 3, 4\], this target \[2, 3, 4\]"):
+        check_target(start, path, dataclasses.replace(target, tap_layers=(2, 3, 4)), TARGET_HF)
 
 
 def test_a_card_without_figures_claims_none(tmp_path):

@@ -47,7 +47,7 @@ def contract_of(config: Mapping[str, Any]) -> Contract:
     try:
         return algorithm_of(find_by_architecture(draft_packages(), dict(config), "config.json")).serving()
     except (InputError, TypeError, LookupError):
-        return make(settings_of(DEFAULT)(), packed=True).serving()
+        return make(settings_of(DEFAULT)(name=DEFAULT), packed=True).serving()
 
 
 def tapped_layers(directory: Path, target: Mapping[str, Any]) -> list[int] | None:

@@ -41,7 +41,7 @@ class RunsDraft(NamedTuple):
         """None where the path is neither a run's draft folder nor one of its checkpoints.
 
         Args:
-            step: of the checkpoints of a folder: a number, "latest" or "best" (where the run keeps a link of that name).
+            step: of the folder's checkpoints: a number, "latest" or "best" (where the run keeps a link of that name).
 
         Raises:
             InputError: there is no such checkpoint, or no record of the run.

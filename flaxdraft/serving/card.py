@@ -29,7 +29,8 @@ def model_card(
         others: engines that serve it as well.
     """
     contract: Contract = draft.algorithm.serving()
-    inputs, evaluation = _recorded(origin.run, "inputs.json"), _recorded(origin.run, "evaluation.json").get("result", {})
+    inputs = _recorded(origin.run, "inputs.json")
+    evaluation = _recorded(origin.run, "evaluation.json").get("result", {})
     measured = evaluation.get("checkpoint", {"step": origin.step, "last": origin.step})
     facts = {
         # A path of this machine says nothing elsewhere.

@@ -46,7 +46,7 @@ class Contract(Protocol):
         ...
 
     # Writing. An `engine` here and below is one of these tables.
-    def config_json(self, draft: Mapping[str, Any], target: AboutTarget, dtype: str, engine: Any) -> dict[str, Any]:
+    def config_json(self, draft: Mapping[str, Any], about: AboutTarget, dtype: str, engine: Any) -> dict[str, Any]:
         """The draft's own fields (`Config.to_hf`) with what serving asks for besides."""
         ...
 

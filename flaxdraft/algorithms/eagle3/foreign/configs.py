@@ -13,7 +13,7 @@ from flaxdraft.serving import rope_fields
 
 Trainer = Literal["flaxdraft", "specforge", "torchspec", "nemo", "eagle", "speculators"]
 TRAINERS = ("specforge", "torchspec", "nemo", "eagle", "speculators")
-_ARCHITECTURES = {
+_ARCHITECTURES: dict[str | None, Trainer] = {
     "LlamaEagle3DraftModel": "nemo", "DeepseekV3Eagle3DraftModel": "nemo",
     "DeepseekV3ForCausalLMEagle3": "specforge", "LlamaForCausalLM": "eagle",
 }  # fmt: skip

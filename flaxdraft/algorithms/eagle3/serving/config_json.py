@@ -15,9 +15,7 @@ from flaxdraft.serving.trained_draft import AboutTarget
 _FREE_OF_LENGTH = ("default", "linear", "llama3", "yarn")
 
 
-def config_json(
-    draft: Mapping[str, Any], about: AboutTarget, dtype: str, engine: Engine
-) -> dict[str, Any]:
+def config_json(draft: Mapping[str, Any], about: AboutTarget, dtype: str, engine: Engine) -> dict[str, Any]:
     """The draft's own fields with what serving asks for besides.
 
     Args:

@@ -6,7 +6,7 @@ embedding only where the draft owns one (engines put the target's in its place o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,8 @@ from flaxdraft.interfaces import VocabMap
 from flaxdraft.serving.finding import Finding, few
 from flaxdraft.serving.view import DraftView
 
-title = "EAGLE-3"
-tags = ("eagle3", "speculative-decoding")
+title: str = "EAGLE-3"
+tags: Sequence[str] = ("eagle3", "speculative-decoding")
 
 
 def tables(vocab: VocabMap, engine: Engine) -> dict[str, np.ndarray]:

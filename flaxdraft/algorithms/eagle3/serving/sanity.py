@@ -142,8 +142,9 @@ def tapped_layers(view: View) -> Iterator[Finding]:
     top, nested = view.config.get(layer_ids.NAME), layer_ids.nested_ids(view.config)
     for ids in (top, nested):
         if ids is not None and (sorted(set(ids)) != list(ids) or len(ids) != tensors.NUM_TAPS):
-            yield Finding("wrong", f"layer ids {ids} are not {tensors.NUM_TAPS} ascending ones: engines hand the states "
-                          "over in layer order", "write ascending ids, and fc's columns in that order")  # fmt: skip
+            yield Finding("wrong", f"layer ids {ids} are not {tensors.NUM_TAPS} ascending ones: engines hand the "
+                          "states over in layer order",
+                          "write ascending ids, and fc's columns in that order")  # fmt: skip
             return
     if (top is None) != (nested is None):
         there, missing = ("top level", "eagle_config") if nested is None else ("eagle_config", "top level")

@@ -1,4 +1,4 @@
-"""The tensors of a draft's directory: flat names and PyTorch shapes [out, in], from config.json and the attention's kind.
+"""The tensors of a draft's directory: flat names and PyTorch shapes [out, in], from config.json and the kind.
 
 Written down from what the engines load, not from this project's name tables: the two are compared with each other.
 """
@@ -6,6 +6,7 @@ Written down from what the engines load, not from this project's name tables: th
 from __future__ import annotations
 
 import re
+
 from flaxdraft.algorithms.eagle3.serving.terms import Config, Kind, Shapes, switch
 
 NUM_TAPS = 3

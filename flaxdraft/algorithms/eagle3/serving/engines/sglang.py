@@ -6,8 +6,8 @@ ENGINE = Engine(
     title="SGLang 0.5.23",
     portable=True,
     command="python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 \\\n"
-            "    --speculative-draft-model-path {draft} --speculative-num-steps {tokens} --speculative-eagle-topk 1 \\\n"
-            "    --speculative-num-draft-tokens {rows}",
+            "    --speculative-draft-model-path {draft} --speculative-num-steps {tokens} \\\n"
+            "    --speculative-eagle-topk 1 --speculative-num-draft-tokens {rows}",
     kinds={
         "llama": Served(
             ("LlamaForCausalLMEagle3",), ("fc_norm", "norm_output", "norm_before_fc"), model_prefix=True
