@@ -3,9 +3,9 @@
 import dataclasses
 
 import numpy as np
+from flaxdraft.decode.greedy import Row
 
 from flaxdraft.decode.decoding import Decoded
-from flaxdraft.decode.greedy import Row
 from flaxdraft.evaluate.held_out import summary
 from flaxdraft.evaluate.walk import Part, TeacherForced
 
