@@ -94,7 +94,10 @@ class AlgorithmConfig(_Section):
 
     # Fields that change nothing beyond rounding, so that a run may go on with others.
     free: ClassVar[tuple[str, ...]] = ()
+    # Fields that a draft's Config has under the same names (the size of a block): given here, kept with the draft.
+    in_draft: ClassVar[tuple[str, ...]] = ()
     default_architecture: ClassVar[str]
+    default_engine: ClassVar[str]
 
 
 class TrainConfig(_Section):
@@ -134,7 +137,7 @@ class EvaluateConfig(_Section):
 
 
 class ExportConfig(_Section):
-    engine: str = "sglang"  # whose contract is met (flaxdraft/serving/engines); hf where no engine serves the draft
+    engine: str | None = None  # whose contract is met, one of the algorithm's; null: its default
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     step: Literal["best", "latest"] = "best"  # the checkpoint that is evaluated, exported and reported
 
@@ -255,7 +258,9 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
         config = model.model_validate(raw)
     except ValidationError as error:
         raise InputError("\n".join(_explain(item, path, model) for item in error.errors())) from error
-    if config.draft.architecture is not None:
-        return config
-    draft = config.draft.model_copy(update={"architecture": config.algorithm.default_architecture})
-    return config.model_copy(update={"draft": draft})
+    draft, how = config.draft, config.export
+    if draft.architecture is None:
+        draft = draft.model_copy(update={"architecture": config.algorithm.default_architecture})
+    if how.engine is None:
+        how = how.model_copy(update={"engine": config.algorithm.default_engine})
+    return config.model_copy(update={"draft": draft, "export": how})

@@ -11,6 +11,6 @@ if jax.__version_info__ < (0, 11):  # its kernels of fused loops are two thirds 
 
 # XLA turns float8 into float16 on the way to float32. For CPUs that have no instruction for that (F16C) it calls a
 # function, __extendhfsf2, which jaxlib lacks.
-has_float8 = pytest.mark.skipif(
+needs_float8 = pytest.mark.skipif(
     "max_isa=SSE" in os.environ.get("XLA_FLAGS", ""), reason="XLA cannot convert float8 for a CPU without F16C"
 )

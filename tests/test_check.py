@@ -16,7 +16,7 @@ from test_engine_contracts import SWITCHES, write
 from flaxdraft.algorithms.eagle3.foreign.configs import understand
 from flaxdraft.algorithms.eagle3.serving.fields import malformed
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import load_safetensors, save_safetensors
+from flaxdraft.files.safetensors_file import load_safetensors, save_safetensors
 from flaxdraft.serving import lint
 from flaxdraft.serving.view import view_of_arrays
 

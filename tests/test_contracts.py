@@ -12,7 +12,7 @@ from flax import nnx
 from flaxdraft import algorithms
 from flaxdraft.algorithms.eagle3.objective import ChosenRows
 from flaxdraft.algorithms.loading import ZeroTarget
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Draw, Example, Features, Target, VocabMap
 from flaxdraft.nn.precision import Precision

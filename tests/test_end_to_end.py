@@ -18,7 +18,7 @@ from tiny import random_weights
 from tiny_runs import call, make_workspace, metrics
 
 from flaxdraft.algorithms.loading import from_pretrained
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.files.gguf_file import GGUFCheckpoint
 from flaxdraft.nn.precision import Precision

@@ -16,7 +16,7 @@ from flaxdraft.algorithms.eagle3.serving import contract, layer_ids
 from flaxdraft.algorithms.eagle3.serving.contract import engines, find_engine
 from flaxdraft.algorithms.eagle3.serving.tensors import extras, weights
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import load_safetensors
+from flaxdraft.files.safetensors_file import load_safetensors
 from flaxdraft.nn.rope import RopeConfig
 from flaxdraft.serving import lint
 from flaxdraft.serving.export import check_servable, export

@@ -16,7 +16,7 @@ from tiny import write_prompts
 from flaxdraft import targets
 from flaxdraft.algorithms.eagle3.drafts import llama
 from flaxdraft.algorithms.loading import from_pretrained
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate import __main__ as evaluate_command
 from flaxdraft.evaluate import measure as measure_module

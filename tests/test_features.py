@@ -10,7 +10,7 @@ from closeness import assert_close
 from flaxdraft.data.answer_files import read_rows, write_rows
 from flaxdraft.data.documents import Answer
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import load_safetensors, save_safetensors
+from flaxdraft.files.safetensors_file import load_safetensors, save_safetensors
 from flaxdraft.interfaces import Features
 
 NAMES = [field.name for field in dataclasses.fields(Features)]

@@ -17,7 +17,8 @@ from flaxdraft.algorithms.eagle3.draft import SWITCHES
 from flaxdraft.algorithms.eagle3.foreign.convert import Options, convert
 from flaxdraft.algorithms.loading import from_pretrained
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import load_safetensors, save_safetensors, state_to_torch
+from flaxdraft.files.name_tables import state_to_torch
+from flaxdraft.files.safetensors_file import load_safetensors, save_safetensors
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.rope import RopeConfig
 

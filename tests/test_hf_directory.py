@@ -14,7 +14,7 @@ from tiny import random_weights
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.files.hugging_face import HFDirectory
 from flaxdraft.files.safetensors_file import SafetensorsFile

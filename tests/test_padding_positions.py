@@ -11,7 +11,7 @@ from test_contracts import DRAFTS, V, make_draft
 
 from flaxdraft import targets
 from flaxdraft.algorithms.eagle3 import drafter
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig, cos_sin, turning_positions
 from flaxdraft.targets import decoder, llama

@@ -17,7 +17,7 @@ from test_contracts import DRAFTS, TARGET_HF, V, W
 from test_engine_contracts import DEFAULT_TAPS, SWITCHES
 
 from flaxdraft.algorithms.loading import from_pretrained
-from flaxdraft.files.name_tables import load_safetensors
+from flaxdraft.files.safetensors_file import load_safetensors
 from flaxdraft.serving import lint
 from flaxdraft.serving.record import DraftRecord
 from flaxdraft.serving.view import view_of_directory

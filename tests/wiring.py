@@ -15,6 +15,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import sys
 import threading
 import types
@@ -30,14 +31,17 @@ import numpy as np
 from flax import nnx
 
 import flaxdraft.run.run  # noqa: F401 (what it imports is what the command calls)
-from flaxdraft import interfaces, targets
+from flaxdraft import targets
 from flaxdraft.config import RunConfig, load_config
-from flaxdraft.data import answer_files as feature_files
-from flaxdraft.data import pipeline
-from flaxdraft.decode import decoding, greedy
+from flaxdraft.data import answer_files, answers, pipeline
+from flaxdraft.data.documents import Answer
+from flaxdraft.decode import decoding
+from flaxdraft.errors import InputError
 from flaxdraft.evaluate import report, walk
-from flaxdraft.files.name_tables import load_safetensors
-from flaxdraft.interfaces import Batch, Features, LossSums
+from flaxdraft.files.safetensors_file import load_safetensors
+from flaxdraft.interfaces import Batch, Features
+from flaxdraft.ops.step_sums import StepSums
+from flaxdraft.plugins import parts_of
 from flaxdraft.targets.decoder import DecoderTarget
 from flaxdraft.train import step as step_module
 from flaxdraft.train.__main__ import main
@@ -45,13 +49,12 @@ from flaxdraft.train.checkpoint import Checkpoints
 from flaxdraft.train.state import TrainState
 from flaxdraft.train.step import StepMetrics
 
-ALGORITHMS = "flaxdraft.algorithms"
 MEAN_MOVES = 0.5  # by which the stand-in of a step moves the running mean; it moves weights by 1
 
 
 def algorithms() -> list[str]:
     """The names that `algorithm.name` may have."""
-    return [name for name, _ in interfaces.modules_of(ALGORITHMS)]
+    return [name for name, _ in parts_of("flaxdraft.algorithms")]
 
 
 class _EnoughError(Exception):
@@ -67,9 +70,6 @@ def _replaced(module: types.ModuleType, name: str, other: Any) -> Iterator[None]
             if at.startswith("flaxdraft") and getattr(holder, name, None) is original:
                 stack.enter_context(patch.object(holder, name, other))
         yield
-
-
-# Stand-ins.
 
 
 def _says(target: Any, tokens: np.ndarray) -> Features:
@@ -89,11 +89,11 @@ def _features(target: Any, batch: Batch) -> Features:
     return jax.tree.map(jnp.asarray, _says(target, np.asarray(batch.tokens_BT)))
 
 
-def _answer(target, prompts, max_new_tokens, end_token, num_rows, on_step) -> list[greedy.Row]:
+def _answer(target, prompts, max_new_tokens, end_token, num_rows, on_step) -> list[Answer]:
     rows = []
     for prompt in prompts:
         tokens = np.concatenate([prompt, _words(prompt, max_new_tokens)]).astype(np.int32)
-        rows.append(greedy.Row(tokens, len(prompt), _says(target, tokens)))
+        rows.append(Answer(tokens, len(prompt), _says(target, tokens)))
     on_step(max_new_tokens * len(prompts))
     return rows
 
@@ -101,11 +101,17 @@ def _answer(target, prompts, max_new_tokens, end_token, num_rows, on_step) -> li
 def _evaluated(params: nnx.State, rows, algorithm, batch, told: list[set[int]]) -> walk.TeacherForced:
     """As of a draft that is always right; the loss shows which weights were evaluated."""
     told.append({row.num_answer for row in rows})
-    length = algorithm.num_steps
+    length = algorithm.settings.ttt_length
     yields = [walk.walk([length] * len(row.tokens), row.num_prompt, row.num_answer) for row in rows]
     passes, gained = np.int64(sum(map(len, yields))), np.int64(sum(map(sum, yields)))
-    total = dataclasses.replace(walk.Part.empty(length), passes=passes, gained=gained)
-    return walk.TeacherForced(total, float(np.mean(jax.device_get(jax.tree.leaves(params)[0]))), yields)
+    loss = np.full(length, np.mean(jax.device_get(jax.tree.leaves(params)[0])))
+    sums = dataclasses.replace(_no_sums(algorithm, np), loss_J=loss, loss_count_J=np.ones(length, int))
+    return walk.TeacherForced(walk.Part(sums, passes, gained), yields)
+
+
+def _no_sums(algorithm, xp=jnp) -> StepSums:
+    zeros, none = (xp.zeros(algorithm.settings.ttt_length, dtype) for dtype in (xp.float32, xp.int32))
+    return StepSums(zeros, none, none, none, none, zeros, algorithm.step_weights)
 
 
 class Call(NamedTuple):
@@ -141,7 +147,7 @@ def _decoding(calls: list[Call]) -> type:
     return Decoding
 
 
-def _moves(loss: float) -> Callable:
+def _moves(algorithm: Any, loss: float) -> Callable:
     """A step that adds 1 to every weight."""
 
     def step(state: TrainState, frozen, example) -> tuple[TrainState, StepMetrics]:
@@ -149,18 +155,14 @@ def _moves(loss: float) -> Callable:
             state, step=state.step + 1, params=jax.tree.map(lambda x: x + 1, state.params),
             ema=jax.tree.map(lambda x: x + MEAN_MOVES, state.ema),
         )  # fmt: skip
-        sums = LossSums.empty(len(state.accepted_J))
-        return moved, StepMetrics(jnp.float32(loss), jnp.float32(1.0), sums, state.skipped)
+        return moved, StepMetrics(jnp.float32(loss), jnp.float32(1.0), _no_sums(algorithm), state.skipped)
 
     return step
 
 
-def _summed_gradients(terms, params, example, num):
+def _summed_gradients(terms, params, example, num, compute):
     """The weights as their own gradients: the rest of the step is what it is, and lowers quickly."""
-    return LossSums.empty(len(example.accepted_J)), params
-
-
-# What is seen.
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(terms, params, example)[1]), params
 
 
 @dataclasses.dataclass
@@ -170,22 +172,19 @@ class First:
     weights: dict[str, np.ndarray]  # as they begin, by their paths
     frozen: dict[str, np.ndarray]
     places: dict[str, str]  # where weights and batch lie
+    largest_share: float  # of a matrix, that a device holds
     _make: Callable[[], Any]
     _arguments: tuple
 
-    def _text(self) -> str:
-        mesh = self._arguments[2].rows_BR.sharding.mesh
-        with jax.set_mesh(mesh):
-            return hashlib.sha256(self._make().lower(*self._arguments).as_text().encode()).hexdigest()
-
     def step(self) -> str:
         """A digest of the lowered step."""
-        return self._text()
+        with jax.set_mesh(self._arguments[2].batch.tokens_BT.sharding.mesh):
+            return hashlib.sha256(self._make().lower(*self._arguments).as_text().encode()).hexdigest()
 
     def update(self) -> str:
         """The same of all of it but loss and gradients."""
         with _replaced(step_module, "summed_gradients", _summed_gradients):
-            return self._text()
+            return self.step()
 
 
 def exported(directory: Path) -> dict[str, np.ndarray]:
@@ -197,7 +196,7 @@ def exported(directory: Path) -> dict[str, np.ndarray]:
 class Ended:
     """A run of all stages, by its own configuration."""
 
-    config: RunConfig
+    config: RunConfig | None
     code: int
     said: str
     complained: str
@@ -207,11 +206,6 @@ class Ended:
     traced: list[int]  # first and last step of the profiler's trace
     projects: list[str]  # of Weights & Biases
     readers: set[bool]  # whether batches were read in the thread that trains
-
-    @property
-    def reads_in_the_training_thread(self) -> bool:
-        (only,) = self.readers
-        return only
 
     def files(self) -> list[Path]:
         return [path for path in Path(self.config.output_dir).rglob("*") if path.is_file()]
@@ -238,10 +232,10 @@ class Ended:
         """Steps whose checkpoint is still there."""
         return sorted(int(path.name) for path in self.file("checkpoints").iterdir() if path.name.isdigit())
 
-    def answers(self, split: str) -> list[list[greedy.Row]]:
+    def answers(self, split: str) -> list[list[Answer]]:
         """The rows of each file."""
         paths = sorted((Path(self.config.output_dir) / "data").glob(f"{split}-*.safetensors"))
-        return [feature_files.read_rows(path) for path in paths]
+        return [answer_files.read_rows(path) for path in paths]
 
     def prompts(self, split: str) -> list[str]:
         texts = json.loads((Path(self.config.output_dir) / "data" / f"{split}.json").read_text())
@@ -258,6 +252,11 @@ class Command:
 
     def config(self, *overrides: str) -> RunConfig:
         return load_config(str(self.yaml), list(overrides))
+
+    def _config_of(self, given: list[str]) -> RunConfig | None:
+        """None where the run is refused for its configuration."""
+        with contextlib.suppress(InputError):
+            return self.config(*given)
 
     def first(self, *overrides: str) -> First:
         """What reaches the first step."""
@@ -305,10 +304,9 @@ class Command:
         return out
 
     def _once(self, what: Any, overrides: tuple[str, ...], see: Callable) -> Any:
-        key = what, overrides
-        if key not in self._kept:
-            self._kept[key] = see(*overrides)
-        return self._kept[key]
+        if (what, overrides) not in self._kept:
+            self._kept[what, overrides] = see(*overrides)
+        return self._kept[what, overrides]
 
     def _overrides(self, overrides: tuple[str, ...]) -> list[str]:
         """With a folder of the run's own, unless one is given."""
@@ -324,7 +322,7 @@ class Command:
             stack.enter_context(contextlib.redirect_stdout(out))
             stack.enter_context(contextlib.redirect_stderr(err))
             stack.enter_context(patch.object(targets, "from_pretrained", _load_once))
-            stack.enter_context(_replaced(greedy, "answer_greedily", _answer))
+            stack.enter_context(_replaced(answers, "answer_greedily", _answer))
             stack.enter_context(_replaced(walk, "make_accepted", lambda *args: lambda params: params))
             stack.enter_context(_replaced(walk, "evaluate_teacher_forced", evaluate))
             stack.enter_context(patch.object(DecoderTarget, "features", _features))
@@ -343,9 +341,12 @@ class Command:
                     jax.tree_util.keystr(path): str(x.sharding)
                     for path, x in jax.tree_util.tree_leaves_with_path((state.params, example))
                 }
-                weights, rest = (_by_path(x) for x in (state.params, frozen))
+                matrices = [x for x in jax.tree.leaves(state.params) if x.ndim > 1]
+                share = max(math.prod(x.sharding.shard_shape(x.shape)) / x.size for x in matrices)
+                with jax.transfer_guard_device_to_host("allow"):  # the loop forbids reads
+                    weights, rest = (_by_path(x) for x in (state.params, frozen))
                 again = lambda: make_train_step(*args, **kwargs)  # noqa: E731
-                seen.append(First(weights, rest, places, again, (state, frozen, example)))
+                seen.append(First(weights, rest, places, share, again, (state, frozen, example)))
                 raise _EnoughError
 
             return step
@@ -372,12 +373,17 @@ class Command:
 
     def _ended(self, overrides: tuple[str, ...], loss: float) -> Ended:
         given = self._overrides(overrides)
-        run = Ended(self.config(*given), 0, "", "", [], [], [], [], [], set())
-        step, done = _moves(loss), []
+        run = Ended(self._config_of(given), 0, "", "", [], [], [], [], [], set())
+        done = []
 
-        def counted(*args):
-            done.append(1)
-            return step(*args)
+        def make(graphdef, algorithm, *args):
+            step = _moves(algorithm, loss)
+
+            def counted(*args):
+                done.append(1)
+                return step(*args)
+
+            return counted
 
         save, batch = Checkpoints.save, pipeline.Pipeline.batch
 
@@ -393,7 +399,7 @@ class Command:
         wandb.__spec__ = ModuleSpec("wandb", None)
         wandb.init = lambda project, **more: run.projects.append(project) or Mock()
         with (
-            _replaced(step_module, "make_train_step", lambda *args: counted),
+            _replaced(step_module, "make_train_step", make),
             _replaced(decoding, "Decoding", _decoding(run.decoded)),
             _replaced(report, "write_report", lambda *args: None),
             patch.object(Checkpoints, "save", spied_save),

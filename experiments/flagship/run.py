@@ -33,10 +33,10 @@ def say(text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    from flaxdraft.files import name_tables
+    from flaxdraft.files import json_files
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    name_tables.write_json(path, value)
+    json_files.write_json(path, value)
 
 
 def read_json(path: Path) -> Any:

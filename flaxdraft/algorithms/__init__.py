@@ -56,12 +56,18 @@ def tap_layers(name: str, target: Any, chosen: Sequence[int] | None) -> tuple[in
     return algorithm.tap_layers(target.num_hidden_layers, None if chosen is None else tuple(chosen))
 
 
-def algorithm_of(architecture: ModuleType) -> Algorithm:
-    """The algorithm, with its default settings, whose folder a draft architecture lies in."""
-    folder = architecture.__name__.rpartition(".drafts.")[0]
-    return importlib.import_module(f"{folder}.algorithm").Algorithm(
-        importlib.import_module(f"{folder}.settings").Settings(), packed=True
-    )
+def algorithm_of(architecture: ModuleType, config: Any = None) -> Algorithm:
+    """The algorithm that a draft architecture is of, wherever its file lies.
+
+    Args:
+        config: of a draft, whose settings it then has as far as the draft holds them; the others are the defaults.
+    """
+    for name, folder in parts_of(PACKAGE):
+        if any(module is architecture for _, module in parts_of(f"{folder.__name__}.drafts")):
+            settings = settings_of(name)
+            held = () if config is None else settings.in_draft
+            return make(settings(name=name, **{field: getattr(config, field) for field in held}), packed=True)
+    raise AssertionError(f"{architecture.__name__} is no draft architecture of an algorithm")
 
 
 def draft_packages() -> list[str]:

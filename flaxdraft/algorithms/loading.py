@@ -17,9 +17,11 @@ from jaxtyping import Array, Float
 
 from flaxdraft.algorithms import algorithm_of, draft_packages
 from flaxdraft.algorithms.eagle3.serving.tensors import BUFFERS, flat_name
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import load_safetensors, read_json_object, state_from_torch
+from flaxdraft.files.json_files import read_json_object
+from flaxdraft.files.name_tables import state_from_torch
+from flaxdraft.files.safetensors_file import load_safetensors
 from flaxdraft.interfaces import Algorithm, VocabMap
 from flaxdraft.nn.layers import Frozen
 from flaxdraft.nn.precision import Precision
@@ -132,7 +134,7 @@ def from_pretrained(directory: str | Path, vocab: VocabMap | None = None) -> Loa
     if not config.owns_embedding:
         tensors.pop("embed_tokens.weight", None)
     params = state_from_torch(abstract_params(module, config), module.name_table(config), tensors, origin)
-    return LoadedDraft(algorithm_of(module), module, config, params, found)
+    return LoadedDraft(algorithm_of(module, config), module, config, params, found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from flaxdraft.data.answer_files import read_rows, write_rows
 from flaxdraft.data.documents import Answer
 from flaxdraft.data.prompts import Prompt
 from flaxdraft.decode.generation import Writing, generate_each
-from flaxdraft.files.name_tables import write_json
+from flaxdraft.files.json_files import write_json
 from flaxdraft.interfaces import Target
 from flaxdraft.progress import bar
 

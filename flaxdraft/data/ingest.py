@@ -21,7 +21,7 @@ from flaxdraft.data.documents import Document
 from flaxdraft.data.store import Source
 from flaxdraft.data.store_writer import Plan, fill, make_plan
 from flaxdraft.data.templates import Rendered, rows_digest, tokenizer_digest
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.files.fetch import content_of
 from flaxdraft.interfaces import Features

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import read_json_object
+from flaxdraft.files.json_files import read_json_object
 from flaxdraft.files.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:

@@ -71,8 +71,8 @@ def _prompts(setup: Setup, split: str) -> list[Prompt]:
     prompts = [prompt for prompt in setup.prompts if prompt.split == split]
     if longer := [prompt for prompt in prompts if len(prompt.turns) > 1]:
         raise InputError(
-            f"{setup.config.data.prompts}: prompt {longer[0].id!r} has {len(longer[0].turns)} turns; those of a run have "
-            "one (python -m flaxdraft.evaluate asks several)"
+            f"{setup.config.data.prompts}: prompt {longer[0].id!r} has {len(longer[0].turns)} turns; those of a run "
+            "have one (python -m flaxdraft.evaluate asks several)"
         )
     count = setup.config.data.num_prompts
     if split == "held_out" or count is None:

@@ -9,7 +9,7 @@ from flax import nnx
 from flaxdraft.config import nearest
 from flaxdraft.data.draft_vocabulary import read_map
 from flaxdraft.devices import hosts
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
 from flaxdraft.nn.precision import Precision
@@ -23,14 +23,24 @@ def draft_config(setup: Setup, target: RunTarget) -> Any:
     """The architecture's Config: the target's sizes, with draft.fields on top; or that of draft.init_from.
 
     Raises:
-        InputError: draft.fields names something that the architecture has not, or a size that no draft has.
+        InputError: draft.fields names something that the architecture has not or the algorithm's section says, or a
+            size that no draft has; the draft to begin from was made with other settings of the algorithm.
     """
+    wanted, settings = setup.config.draft, setup.config.algorithm
+    held = {name: getattr(settings, name) for name in settings.in_draft}
     if setup.start is not None:
+        for name, value in held.items():
+            if (found := getattr(setup.start.config, name)) != value:
+                raise InputError(
+                    f"algorithm.{name}: found {value}, the draft at {wanted.init_from} has {found} and keeps it"
+                )
         return setup.start.config
-    config, wanted = setup.architecture.Config, setup.config.draft
+    config = setup.architecture.Config
     size = target.config.vocab_size if setup.algorithm.full_vocabulary else wanted.draft_vocab_size
-    defaults = config.for_target(target.config, size)
+    defaults = config.for_target(target.config, size) | held
     for name in wanted.fields:
+        if name in held:
+            raise InputError(f"draft.fields.{name}: algorithm.{name} says it; leave it out")
         if name not in defaults or name == "rope":
             known = sorted(set(defaults) - {"rope"})
             raise InputError(f"draft.fields: {wanted.architecture} has no {name!r}; {nearest(name, known)}")

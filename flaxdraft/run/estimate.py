@@ -88,7 +88,7 @@ def estimate(setup: Setup, draft_config: Any, num_taps: int) -> Estimate:
         step = make_train_step(graphdef, algorithm, tx, compute, train.accumulate, train.ema_decay)
         compiled = step.lower(state, frozen, example).compile()
     held, work = _bytes_a_device(state), compiled.memory_analysis().temp_size_in_bytes
-    flops = algorithm.flops(params, example.teacher, train.batch_size * length)
+    flops = algorithm.flops(params, frozen, example.teacher, train.batch_size * length)
     trained = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
     return Estimate(
         dict(mesh.shape), mesh.devices.flat[0].device_kind, trained, train.batch_size, length, held,
@@ -122,7 +122,7 @@ def _abstract_draft(module: Any, config: Any, precision: Precision, mesh: jax.sh
     graphdef, *states = split_draft(nnx.eval_shape(make))
 
     def place(path, variable):
-        value, where = variable.get_value(), jax.NamedSharding(mesh, place_of(path, SHARDING))
+        value, where = variable.get_value(), jax.NamedSharding(mesh, place_of(variable, SHARDING))
         return variable.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where))
 
     placed = [[(path, place(path, value)) for path, value in nnx.to_flat_state(state)] for state in states]
@@ -137,8 +137,11 @@ def _zeros(setup: Setup, draft_config: Any, num_taps: int, length: int) -> Examp
     dtype, zeros = DTYPES[config.data.feature_dtype], np.zeros(shape, np.int32)
     counted = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     batch = Batch(zeros, np.ones(shape, bool), zeros + 1, counted)
-    taps = np.zeros((*shape, num_taps, width), dtype)
-    features = Features(taps, np.zeros((*shape, width), dtype), zeros, np.zeros(shape, np.float32))
+    told = {
+        "taps_BTKE": np.zeros((*shape, num_taps, width), dtype), "last_BTE": np.zeros((*shape, width), dtype),
+        "argmax_BT": zeros, "logsumexp_BT": np.zeros(shape, np.float32),
+    }  # fmt: skip
+    features = Features(**{name: told[name] for name in algorithm.needs})
     vocab = VocabMap(np.arange(draft_config.draft_vocab_size), draft_config.vocab_size)
     teacher = jax.eval_shape(lambda: algorithm.teacher(ZeroTarget(draft_config), vocab, compute))
     place = jax.NamedSharding(mesh, SHARDING.weight_ve)

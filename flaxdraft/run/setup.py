@@ -96,6 +96,12 @@ def prepare(config: RunConfig, allowed: Sequence[str] = ()) -> Setup:
             f"mesh: {mesh.size} devices of {jax.device_count()}; a run of {jax.process_count()} processes uses all of "
             "them"
         )
+    most = algorithm.drafter().most_tokens
+    if most is not None and config.evaluate.chain_length > most:
+        raise InputError(
+            f"evaluate.chain_length: found {config.evaluate.chain_length}, but such drafts of {config.algorithm.name} "
+            f"propose at most {most} tokens at a time"
+        )
     evaluation = algorithm.drafting(config.evaluate.chain_length)
     return Setup(
         config, algorithm, evaluation, architecture, mesh, splits, prompts, start, answer_inputs, draft_inputs, allowed

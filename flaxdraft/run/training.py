@@ -13,7 +13,7 @@ from flax import nnx
 from flaxdraft.data.pipeline import make_pipeline
 from flaxdraft.decode.decoding import Settings
 from flaxdraft.devices import host_reads, hosts
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.devices.weight_places import check_heads, on_mesh, weight_on_mesh
 from flaxdraft.evaluate.during_training import UntrainedDraft, make_decoded_accept_length
 from flaxdraft.interfaces import Target

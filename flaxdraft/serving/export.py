@@ -24,7 +24,9 @@ from flaxdraft.algorithms.eagle3.serving.config_json import serving_config
 from flaxdraft.algorithms.eagle3.serving.contract import Engine, find_engine
 from flaxdraft.algorithms.loading import LoadedDraft, abstract_params, from_pretrained
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import save_safetensors, state_to_torch, write_json
+from flaxdraft.files.json_files import write_json
+from flaxdraft.files.name_tables import state_to_torch
+from flaxdraft.files.safetensors_file import save_safetensors
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.plugins import find_by_architecture
 from flaxdraft.serving.card import Origin, model_card
@@ -129,7 +131,7 @@ def open_draft(source: Path, *, step: str = "latest", target: Mapping[str, Any] 
             number = read_record(checkpoint)["step"]  # the folder may be a link's copy
         except DamagedError as error:
             raise InputError(f"{checkpoint}: cannot be read ({error}); take another one with --step") from error
-        draft = LoadedDraft(algorithm_of(module), module, config, params, VocabMap(ids, config.vocab_size))
+        draft = LoadedDraft(algorithm_of(module, config), module, config, params, VocabMap(ids, config.vocab_size))
         return DraftSource(draft, record.tap_layers, record.target, Origin(record.target_path, source, number))
     draft, written = from_pretrained(source), read_config(source / "config.json")
     target = target or {}

@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show(arguments: argparse.Namespace) -> None:
     from flaxdraft import targets
-    from flaxdraft.devices.mesh import Sharding, make_mesh
+    from flaxdraft.devices.mesh import make_mesh
+    from flaxdraft.devices.sharding import Sharding
     from flaxdraft.nn.precision import of_both
     from flaxdraft.progress import CONSOLE
     from flaxdraft.targets import decoder
@@ -41,7 +42,7 @@ def show(arguments: argparse.Namespace) -> None:
     shape = {axis: getattr(arguments, axis) for axis in AXES}
     groups = family.groups(config, precision, Sharding.none())
     _, abstract = decoder.abstract_state(config, groups, precision)
-    held = decoder.bytes_per_device(config, abstract, groups, shape)
+    held = decoder.bytes_per_device(config, abstract, shape)
     tokenizer = opened.source.tokenizer()
     template = "with a chat template" if getattr(tokenizer, "chat_template", None) else "without a chat template"
     devices = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size > 1) or "one device"

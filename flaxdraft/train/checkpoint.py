@@ -180,16 +180,15 @@ def load_params(directory: Path, abstract: nnx.State) -> tuple[nnx.State, np.nda
     context.pytree.loading.partial_load = True
     try:
         with context, _quiet():
-            params = ocp.load_checkpointables(directory.resolve(), {"state": {name: placed}})["state"][name]
+            found = ocp.load_checkpointables(directory.resolve(), {"state": {name: placed}, "vocab": None})
+            params = found["state"][name]
             marks = _read_marks(directory, {"state": labels})
-        with _alone(), _quiet():
-            vocab = ocp.load_checkpointables(directory.resolve(), {"vocab": None})["vocab"]
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
         raise DamagedError(_cause(error)) from error
     for label, value in zip(labels, jax.tree.leaves(jax.device_get(fingerprint(params))), strict=True):
         if int(marks[f"state{label}"]) != int(value):
             raise DamagedError(f"state{label} is not what was written")
-    return params, np.asarray(vocab["target_ids"])
+    return params, np.asarray(found["vocab"]["target_ids"])
 
 
 def _labels(tree: Any) -> list[str]:

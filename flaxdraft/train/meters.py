@@ -85,9 +85,10 @@ class Watch:
 
 
 def _line(figures: dict[str, Any]) -> str:
-    # The mean over rows is no accept length: that is walked or decoded (evaluate/acceptance.py), and smaller.
     accuracy = " ".join(f"{a:.2f}" for a in figures["accuracy"])
+    # The mean over rows is no accept length: that is walked or decoded (evaluate/walk.py), and smaller.
+    mean = f"1 + mean accepted {figures['mean_over_rows']:.2f}  " if "mean_over_rows" in figures else ""
     return (
-        f"loss {figures['loss']:.3f}  accuracy {accuracy}  1 + mean accepted {figures['mean_over_rows']:.2f}  "
+        f"loss {figures['loss']:.3f}  accuracy {accuracy}  {mean}"
         f"{figures['tokens_per_second']:.0f} tokens/s  {figures['data_wait']:.0%} waiting for data"
     )

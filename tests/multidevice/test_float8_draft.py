@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closeness import assert_close
-from compiling import has_float8
+from compiling import needs_float8
 from flax import nnx
 from jax import P
 from training import host_batch, setup, train
@@ -31,7 +31,7 @@ def test_fc_is_rounded_and_the_head_is_not():
     np.testing.assert_array_equal(*logits)
 
 
-@has_float8
+@needs_float8
 @pytest.mark.numeric
 def test_slopes_on_a_mesh_are_those_of_one_device():
     """The kernel's stays in each device's own part, as its type asks for, and is then added up."""

@@ -8,7 +8,8 @@ from closeness import assert_close
 from jax import P
 from test_distillation import ACCEPTED, WEIGHTS, make, weighted
 
-from flaxdraft.devices.mesh import TENSOR_AXIS, make_mesh, per_device
+from flaxdraft.devices.mesh import TENSOR_AXIS, make_mesh
+from flaxdraft.devices.per_device import per_device
 from flaxdraft.ops.distillation import Plan, distill
 from flaxdraft.ops.objectives import OBJECTIVES
 from flaxdraft.ops.vocabulary_axis import first_at, highest

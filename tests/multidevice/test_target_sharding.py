@@ -13,7 +13,8 @@ from tiny import random_weights
 
 from flaxdraft.decode.generation import generate
 from flaxdraft.decode.tree import Tree
-from flaxdraft.devices.mesh import Sharding, make_mesh
+from flaxdraft.devices.mesh import make_mesh
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.files.name_tables import ArraySource, load_state
 from flaxdraft.interfaces import Batch
@@ -41,7 +42,7 @@ def make(name: str, mesh_shape=None, **fields):
     sharding = Sharding.none() if mesh is None else Sharding.parallel()
     groups = family.groups(config, Precision(), sharding)
     _, abstract = decoder.abstract_state(config, groups, Precision())
-    places = None if mesh is None else decoder.weight_shardings(config, abstract, groups, mesh, sharding)
+    places = None if mesh is None else decoder.weight_shardings(config, abstract, mesh, sharding)
     source = ArraySource(random_weights(family, config, groups), "random weights")
     spans = {group.name: group.layers for group in groups}
     state = load_state(abstract, family.name_table(config), source, spans, family.num_experts(config), places)

@@ -18,7 +18,7 @@ from flaxdraft.data.documents import AnsweredPrompts
 from flaxdraft.data.store import TARGET, FeatureStore, Source, finish, shard_name, write_shard
 from flaxdraft.devices import host_reads
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import save_safetensors
+from flaxdraft.files.safetensors_file import save_safetensors
 from flaxdraft.run.draft import draft_config
 from flaxdraft.run.estimate import estimate
 from flaxdraft.run.setup import prepare

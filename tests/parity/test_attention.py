@@ -24,7 +24,7 @@ from closeness import assert_close
 from flax import nnx
 
 from flaxdraft.algorithms.eagle3.drafts import llama, mla
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.files.name_tables import state_to_torch
 from flaxdraft.nn.precision import Precision
 from flaxdraft.ops.attention import attend

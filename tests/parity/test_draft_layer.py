@@ -10,7 +10,7 @@ from flax import nnx
 from jitted import unroll
 
 from flaxdraft.algorithms.eagle3.drafts import llama, mla
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.files.name_tables import state_to_torch
 from flaxdraft.interfaces import Batch, VocabMap
 from flaxdraft.nn.precision import Precision

@@ -17,7 +17,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from flaxdraft.algorithms.eagle3 import objective
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.files.name_tables import state_from_torch, state_to_torch
 from flaxdraft.interfaces import Batch, VocabMap
 from flaxdraft.nn.layers import Frozen

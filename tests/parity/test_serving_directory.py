@@ -18,7 +18,7 @@ from test_from_pytorch import TRAINERS, Source
 from flaxdraft.algorithms.eagle3.drafts import llama, mla
 from flaxdraft.algorithms.eagle3.foreign.convert import Options, convert
 from flaxdraft.algorithms.loading import from_pretrained
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.interfaces import Batch, VocabMap
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig
