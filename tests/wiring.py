@@ -98,7 +98,7 @@ def _answer(target, prompts, max_new_tokens, end_token, num_rows, on_step) -> li
     return rows
 
 
-def _evaluated(params: nnx.State, rows, algorithm, batch, told: list[set[int]]) -> walk.TeacherForced:
+def _evaluated(params: nnx.State, rows, algorithm, batch, multiple=32, *, told: list[set[int]]) -> walk.TeacherForced:
     """As of a draft that is always right; the loss shows which weights were evaluated."""
     told.append({row.num_answer for row in rows})
     length = algorithm.settings.ttt_length
@@ -115,7 +115,7 @@ def _no_sums(algorithm, xp=jnp) -> StepSums:
 
 
 class Call(NamedTuple):
-    """One decoding."""
+    """One decoding with a draft."""
 
     num_prompts: int
     settings: decoding.Settings
@@ -136,11 +136,19 @@ def _decoding(calls: list[Call]) -> type:
         """Answers as long as they may be, of a draft that is always right."""
 
         def __init__(self, target, draft, prompts, settings, **more):
-            calls.append(Call(len(prompts), settings))
-            self._prompts, self._settings = prompts, settings
+            self._prompts, self._settings, self.num_tokens = prompts, settings, len(prompts)
 
-        def finish(self, on_passes=lambda passes, tokens: None):
+        def advance(self, num_passes=0):
+            self.num_tokens = len(self._prompts) * self._settings.max_new_tokens
+            return False
+
+        def finish(self):
+            return self.answers()
+
+        def answers(self):
             most, length = self._settings.max_new_tokens, self._settings.chain_length
+            if length:
+                calls.append(Call(len(self._prompts), self._settings))
             yields = walk.walk([length] * most, 1, most)
             return [decoding.Decoded(_words(prompt, most).tolist(), yields) for prompt in self._prompts]
 
