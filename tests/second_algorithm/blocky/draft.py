@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from flaxdraft.devices.mesh import Sharding, per_device, spec_of
+from flaxdraft.devices.per_device import per_device
+from flaxdraft.devices.sharding import Sharding, spec_of
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
 from flaxdraft.nn.gqa import GQA, GQAConfig
