@@ -11,6 +11,7 @@ import pytest
 from eagle3 import algorithm
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from small_drafts import write_export
 from tiny import write_prompts
 
 from flaxdraft import targets
@@ -24,7 +25,6 @@ from flaxdraft.evaluate.__main__ import main
 from flaxdraft.evaluate.questions import read_questions
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.precision import Precision
-from flaxdraft.serving.export import export
 from flaxdraft.serving.record import DraftRecord
 from flaxdraft.train.checkpoint import Checkpoints
 from flaxdraft.train.state import init_state
@@ -57,9 +57,9 @@ def workspace(tmp_path_factory, tiny_gguf):
         config, vocab, loaded.model, precision=Precision(), sharding=Sharding.none(), rngs=nnx.Rngs(1)
     )  # fmt: skip
     eagle3.warm_start(draft, loaded.model, vocab)
-    export(
+    write_export(
         root / "draft" / "export", llama, config, nnx.state(draft, nnx.Param), vocab,
-        tap_layers=loaded.model.config.tap_layers, target_config=loaded.hf_config, dtype="float32",
+        tap_layers=loaded.model.config.tap_layers, target=loaded.hf_config,
     )  # fmt: skip
     write_jsonl(root / "questions.jsonl", QUESTIONS)
     write_prompts(root / "prompts.jsonl", num_train=2, num_held_out=5)

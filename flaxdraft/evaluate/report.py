@@ -349,7 +349,7 @@ def print_headline(evaluation: dict[str, Any], export_dir: Path, report_dir: Pat
         f"draft   {export_dir}\n"
     )
     if engine.serves:
-        command = engine.command(export_dir, evaluation["chain_length"]).replace("\n", "\n" + 8 * " ")
+        command = engine.serve(export_dir, evaluation["chain_length"]).replace("\n", "\n" + 8 * " ")
         headline += f"serve   {command}\n        (TARGET: the Hugging Face directory of {target})"
     else:
         headline += (
