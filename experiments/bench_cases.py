@@ -19,7 +19,7 @@ from flaxdraft.algorithms.eagle3.drafts import llama, mla
 from flaxdraft.algorithms.eagle3.objective import ChosenRows, supervised_rows
 from flaxdraft.algorithms.eagle3.settings import Settings
 from flaxdraft.decode.greedy import round_up
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.interfaces import Batch, Example, Features, VocabMap
 from flaxdraft.nn.layers import WHOLE
 from flaxdraft.nn.precision import Precision

@@ -30,7 +30,7 @@ from flaxdraft.config import DataConfig, TrainConfig
 from flaxdraft.data.documents import Document
 from flaxdraft.data.pipeline import batches_from, make_pipeline
 from flaxdraft.data.store import TARGET, FeatureStore, Source, finish, write_shard
-from flaxdraft.files.name_tables import save_safetensors
+from flaxdraft.files.safetensors_file import save_safetensors
 from flaxdraft.interfaces import Features
 
 WIDTH, VOCAB, LENGTH, SHARD_ROWS = 576, 49152, 512, 48

@@ -22,6 +22,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,12 @@ from flaxdraft.data.pipeline import make_pipeline
 from flaxdraft.devices.weight_places import on_mesh, weight_on_mesh
 from flaxdraft.files.name_tables import state_to_torch
 from flaxdraft.interfaces import Example
-from flaxdraft.nn.precision import DTYPES
-from flaxdraft.run.run_draft import Run
+from flaxdraft.nn.precision import DTYPES, Precision
+from flaxdraft.run.answers import answer_prompts
+from flaxdraft.run.draft import draft_config, make_draft
+from flaxdraft.run.material import Material, gather
+from flaxdraft.run.setup import Setup, claim_folders, prepare
+from flaxdraft.run.target import RunTarget
 from flaxdraft.train.batch_placement import SHARDING, training_example
 from flaxdraft.train.optimizer import optimizer, schedule
 from flaxdraft.train.state import init_state, split_draft
@@ -49,10 +54,24 @@ CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 
 
+class Run(NamedTuple):
+    """The quickstart up to its training."""
+
+    setup: Setup
+    material: Material
+
+    @property
+    def draft_config(self) -> Any:
+        return draft_config(self.setup, self.material.target)
+
+    def teacher(self, dtype: str) -> Any:
+        return self.setup.algorithm.teacher(self.material.outer, self.material.vocab, DTYPES[dtype])
+
+
 def batch_of_each_length(run: Run) -> dict[int, Example]:
     """The first batch of each row length, in the order of training."""
-    config = run.config
-    pipeline = make_pipeline(run.documents, run.algorithm, config.train, config.data, config.seed)
+    config = run.setup.config
+    pipeline = make_pipeline(run.material.documents, run.setup.algorithm, config.train, config.data, config.seed)
     found: dict[int, Example] = {}
     for step in range(pipeline.steps_per_epoch):
         host = pipeline.batch(step)
@@ -65,41 +84,47 @@ class Ours:
     """flaxdraft's step as the trainer runs it."""
 
     def __init__(self, run: Run):
-        self.run, config = run, run.config
+        self.run, config, material = run, run.setup.config, run.material
         head = run.teacher(config.train.compute_dtype)
-        self.graphdef, params, frozen = split_draft(run.make_draft(SHARDING, config.train.compute_dtype))
+        self.graphdef, params, frozen = split_draft(
+            make_draft(run.setup, material.target, material.outer, material.vocab, SHARDING, Precision())
+        )
         self.tx = optimizer(config.train)
-        with jax.set_mesh(run.mesh):
-            self.head_WE = weight_on_mesh("teacher head", head, run.mesh, SHARDING.weight_ve)
-            self.params, self.frozen = (on_mesh(state, run.mesh, SHARDING) for state in (params, frozen))
-        self.weights = state_to_torch(params, llama.name_table(run.draft_config()), np.float32)
+        with jax.set_mesh(run.setup.mesh):
+            self.head_WE = weight_on_mesh("teacher head", head, run.setup.mesh, SHARDING.weight_ve)
+            self.params, self.frozen = (on_mesh(state, run.setup.mesh, SHARDING) for state in (params, frozen))
+        self.weights = state_to_torch(params, llama.name_table(run.draft_config), np.float32)
 
     def example(self, host: Example):
-        return training_example(host, self.run.mesh, self.run.algorithm, self.head_WE)
+        return training_example(host, self.run.setup.mesh, self.run.setup.algorithm, self.head_WE)
 
     def gradients(self, host: Example) -> tuple[float, dict[str, np.ndarray]]:
         """Loss and gradients, by the servers' names."""
-        algorithm = self.run.algorithm
+        algorithm = self.run.setup.algorithm
 
         def loss(params, frozen, example):
             draft = nnx.merge(self.graphdef, params, frozen)
             numerator, count = algorithm.sums(draft, example, algorithm.first_carry()).terms()
             return numerator / count
 
-        with jax.set_mesh(self.run.mesh):
+        with jax.set_mesh(self.run.setup.mesh):
             value, gradients = jax.jit(jax.value_and_grad(loss))(self.params, self.frozen, self.example(host))
-        return float(value), state_to_torch(gradients, llama.name_table(self.run.draft_config()), np.float32)
+        return float(value), state_to_torch(gradients, llama.name_table(self.run.draft_config), np.float32)
 
     def step(self, host: Example) -> Callable[[], float]:
         """One optimizer step a call; returns its loss."""
-        with jax.set_mesh(self.run.mesh):
-            state = jax.jit(lambda p: init_state(jax.tree.map(jnp.copy, p), self.tx, self.run.algorithm))(self.params)
+        with jax.set_mesh(self.run.setup.mesh):
+            state = jax.jit(lambda p: init_state(jax.tree.map(jnp.copy, p), self.tx, self.run.setup.algorithm))(
+                self.params
+            )
             example = self.example(host)
-        step = make_train_step(self.graphdef, self.run.algorithm, self.tx, DTYPES[self.run.config.train.compute_dtype])
+        step = make_train_step(
+            self.graphdef, self.run.setup.algorithm, self.tx, DTYPES[self.run.setup.config.train.compute_dtype]
+        )
 
         def call() -> float:
             nonlocal state
-            with jax.set_mesh(self.run.mesh):
+            with jax.set_mesh(self.run.setup.mesh):
                 state, metrics = step(state, self.frozen, example)
             return float(metrics.loss)
 
@@ -114,15 +139,17 @@ class Theirs:
 
     def draft(self) -> TorchDraft:
         run = self.run
-        embedding, head = (torch.from_numpy(np.array(x)) for x in (run.outer.embedding(), run.teacher("float32")))
-        draft = TorchDraft(run.draft_config(), embedding, head, run.algorithm.step_weights)
+        embedding, head = (
+            torch.from_numpy(np.array(x)) for x in (run.material.outer.embedding(), run.teacher("float32"))
+        )
+        draft = TorchDraft(run.draft_config, embedding, head, run.setup.algorithm.step_weights)
         draft.load_state_dict({name: torch.from_numpy(x.copy()) for name, x in self.weights.items()})
         return draft
 
     def batch(self, host: Example) -> TorchBatch:
         """Masks become lists of rows here: a step differentiates nothing but what its loss reads."""
-        batch, features, num_steps = host.batch, host.features, self.run.algorithm.settings.ttt_length
-        draft_ids_V, length = self.run.vocab.to_draft(), batch.tokens_BT.shape[1]
+        batch, features, num_steps = host.batch, host.features, self.run.setup.algorithm.settings.ttt_length
+        draft_ids_V, length = self.run.material.vocab.to_draft(), batch.tokens_BT.shape[1]
         supervised_JBT = supervision(batch.assistant_BT, batch.segments_BT, num_steps)
         shape = batch.tokens_BT.shape
         # The teacher of row p at step j is the target's distribution at p + 1 + j.
@@ -162,7 +189,7 @@ class Theirs:
         return loss.item(), {name: parameter.grad.numpy() for name, parameter in draft.named_parameters()}
 
     def step(self, host: Example) -> Callable[[], float]:
-        draft, batch, train = self.draft(), self.batch(host), self.run.config.train
+        draft, batch, train = self.draft(), self.batch(host), self.run.setup.config.train
         forward = torch.compile(draft) if self.compiled else draft
         matrices = [p for p in draft.parameters() if p.ndim > 1]
         vectors = [p for p in draft.parameters() if p.ndim == 1]
@@ -215,8 +242,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="SECTION.FIELD=VALUE")
     arguments = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    run = Run(load_config(str(QUICKSTART), arguments.overrides))
-    run.claim_folders()
+    setup = prepare(load_config(str(QUICKSTART), arguments.overrides))
+    claim_folders(setup)
+    target = RunTarget(setup)
+    run = Run(setup, gather(setup, target, answer_prompts(setup, target)))
     ours = Ours(run)
     names, others = [], []
     for compiled in (False, True) if arguments.compile else (False,):

@@ -15,7 +15,7 @@ from flaxdraft.algorithms.eagle3.drafter import ChainDrafter
 from flaxdraft.algorithms.eagle3.drafts import llama, mla
 from flaxdraft.decode.decoding import ReadyDraft
 from flaxdraft.decode.greedy import answer_greedily
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.precision import Precision
 from flaxdraft.targets import decoder

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from eagle3 import algorithm, target_of
 from flax import nnx
 
@@ -64,9 +63,3 @@ class Teaching:
         with jax.set_mesh(self.mesh):
             hosts = batches_from(pipeline, 0, pipeline.steps_per_epoch, 2)
             return [jax.device_get(self._gradients(self.params, self.frozen, trainer.example(host))) for host in hosts]
-
-
-def assert_close(got, want, rtol, atol=0.0):
-    assert len(got) == len(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)

@@ -1,14 +1,19 @@
 """The EAGLE-3 surface of the draft modules: switches, the normed recurrence."""
 
+import contracts
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_close
 from flax import nnx
 from jitted import unroll
-from test_contracts import DRAFTS, T, W, example, make_draft, target_config
+from test_contracts import DRAFTS, T, V, W, example, make_draft, target_config
 
+from flaxdraft.algorithms.eagle3.draft import SWITCHES
 from flaxdraft.errors import InputError
 from flaxdraft.nn.rope import RopeConfig, attention_factor
+
+pytestmark = pytest.mark.numeric
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 both = pytest.mark.parametrize("name", DRAFTS)
@@ -38,7 +43,7 @@ def test_fc_norm_norms_each_tapped_state_by_itself(name):
     eps = draft.config.rms_norm_eps
     normed = np.concatenate([rms_norm(taps[:, :, i], norm.scale[...], eps) for i, norm in enumerate(norms)], axis=-1)
     want = normed @ np.asarray(draft.fc.kernel[...], np.float64)
-    np.testing.assert_allclose(draft.project(jnp.asarray(taps, jnp.float32)), want, atol=2e-6)
+    assert_close(draft.project(jnp.asarray(taps, jnp.float32)), want, ulp=32)
 
 
 @both
@@ -47,7 +52,7 @@ def test_norm_before_fc_norms_the_tapped_states_together(name):
     taps = np.asarray(example(1).features.taps_BTKE) * np.array([1.0, 10.0, 100.0])[:, None]
     normed = rms_norm(taps.reshape(1, T, -1), draft.input_norm.scale[...], draft.config.rms_norm_eps)
     want = normed @ np.asarray(draft.fc.kernel[...], np.float64)
-    np.testing.assert_allclose(draft.project(jnp.asarray(taps, jnp.float32)), want, atol=2e-6)
+    assert_close(draft.project(jnp.asarray(taps, jnp.float32)), want, ulp=32)
     with pytest.raises(InputError, match=r"norm_before_fc: found it true with fc_norm; .* expected one of the two"):
         make_draft(DRAFTS[name], norm_before_fc=True, fc_norm=True)
 
@@ -65,7 +70,7 @@ def test_norm_before_residual_adds_to_the_normed_state(name):
     heads = jnp.asarray(np.random.default_rng(1).normal(size=(1, T, num_heads, width)), jnp.float32)
     got = switched.finish(hidden, heads)
     normed = rms_norm(hidden, plain.hidden_norm.scale[...], plain.config.rms_norm_eps)
-    np.testing.assert_allclose(got, plain.finish(jnp.asarray(normed, jnp.float32), heads), atol=2e-6)
+    assert_close(got, plain.finish(jnp.asarray(normed, jnp.float32), heads), ulp=5)
     assert np.abs(np.asarray(got - plain.finish(hidden, heads))).max() > 1e-2
 
 
@@ -78,8 +83,8 @@ def test_norm_output_carries_the_normed_state_and_norms_it_once(name):
     taps = ex.features.taps_BTKE
     before, after = (unroll(draft, ex.batch, taps, rows, 2) for draft in (plain, normed))
     want = rms_norm(before[0], plain.norm.scale[...], plain.config.rms_norm_eps)
-    np.testing.assert_allclose(after[0], want, atol=2e-6)
-    np.testing.assert_allclose(normed.logits(after[0]), plain.logits(before[0]), atol=2e-6)
+    assert_close(after[0], want, ulp=9)
+    assert_close(normed.logits(after[0]), plain.logits(before[0]), ulp=32)
     assert normed.logits(after[0]).shape == (1, T, W)
     assert np.abs(np.asarray(normed.logits(after[1]) - plain.logits(before[1]))).max() > 1e-3
 
@@ -133,3 +138,41 @@ def test_features_of_another_target_are_refused():
             InputError, match=r"features: tapped states of shape \(\d, \d+\) a token, expected \(3, 32\)"
         ):
             draft.project(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_every_switch_goes_with_every_draft(name):
+    """The contract (contracts.py) lets a config refuse what it has no weights for."""
+    module = DRAFTS[name]
+    config = module.Config(**module.Config.for_target(target_config(), W))
+    for fields in contracts.switches(config):
+        module.Config(**module.Config.for_target(target_config(), W) | fields)
+    assert {name for fields in contracts.switches(config) for name in fields} == {*SWITCHES, "hidden_size"}
+    assert module.SERVING_ARCHITECTURE in module.ARCHITECTURES
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("hidden_size", 96, "3 x target_hidden_size"), ("intermediate_size", 0, "positive integer"),
+     ("draft_vocab_size", V + 1, "larger than the target's vocabulary"),
+     ("rms_norm_eps", "1e-6", "rms_norm_eps: found '1e-6', expected a positive number"),
+     ("rms_norm_eps", 0.0, "rms_norm_eps: found 0.0, expected a positive number"),
+     ("fc_norm", 1, "fc_norm: found 1, expected true or false")],
+)  # fmt: skip
+@pytest.mark.parametrize("name", DRAFTS)
+def test_unservable_sizes_are_refused(name, field, value, message):
+    module = DRAFTS[name]
+    with pytest.raises(InputError, match=message):
+        module.Config(**module.Config.for_target(target_config(), W) | {field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"num_hidden_layers": 2}, "num_hidden_layers is 2"), ({"tie_word_embeddings": True}, "tie_word_embeddings")],
+)
+@pytest.mark.parametrize("name", DRAFTS)
+def test_unportable_draft_configs_are_refused(name, fields, message):
+    module = DRAFTS[name]
+    config = module.Config(**module.Config.for_target(target_config(), W)).to_hf()
+    with pytest.raises(InputError, match=message):
+        module.Config.from_hf(config | fields)

@@ -5,11 +5,12 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 import pytest
+from closeness import assert_close
 
 from flaxdraft.data.answer_files import read_rows, write_rows
 from flaxdraft.decode.greedy import Row
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import load_safetensors, save_safetensors
+from flaxdraft.files.safetensors_file import load_safetensors, save_safetensors
 from flaxdraft.interfaces import Features
 
 NAMES = [field.name for field in dataclasses.fields(Features)]
@@ -58,10 +59,8 @@ def test_bfloat16_rounds_the_wide_features_and_nothing_else(tmp_path):
         for name in ("taps_BTKE", "last_BTE"):
             got, exact = getattr(a.features, name), getattr(b.features, name)
             assert got.dtype == ml_dtypes.bfloat16
-            wide = got.astype(np.float32)
-            # To nearest: half a unit in the last of bfloat16's 8 significant bits.
-            assert (np.abs(wide - exact) <= 2.0**-8 * np.abs(exact)).all()
-            assert not np.array_equal(wide, exact)
+            assert_close(got, exact, ulp=0.5, of="each")  # rounded to the nearest
+            assert not np.array_equal(got.astype(np.float32), exact)
         np.testing.assert_array_equal(a.features.argmax_BT, b.features.argmax_BT)
         np.testing.assert_array_equal(a.features.logsumexp_BT, b.features.logsumexp_BT)
         assert a.features.logsumexp_BT.dtype == np.float32

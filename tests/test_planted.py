@@ -16,7 +16,7 @@ from flaxdraft.data.documents import as_document
 from flaxdraft.data.pipeline import collate
 from flaxdraft.decode.decoding import Decoding, Settings
 from flaxdraft.decode.greedy import answer_greedily
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.evaluate.results import acceptance
 from flaxdraft.evaluate.walk import accept_length
 from flaxdraft.interfaces import Draw, VocabMap

@@ -14,7 +14,7 @@ from flaxdraft.algorithms.eagle3.drafts import llama
 from flaxdraft.decode.decoding import Decoding, Settings
 from flaxdraft.decode.generation import generate
 from flaxdraft.decode.speculative import advance
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.interfaces import Batch, VocabMap
 from flaxdraft.nn.precision import Precision
 from flaxdraft.ops import rejection

@@ -56,7 +56,7 @@ def abstract_step(
     def placed(state):
         flat = nnx.to_flat_state(state)
         return nnx.from_flat_state(
-            [(path, x.replace(at(place_of(path, SHARDING), *x.shape, dtype=x.dtype))) for path, x in flat]
+            [(path, x.replace(at(place_of(x, SHARDING), *x.shape, dtype=x.dtype))) for path, x in flat]
         )
 
     graphdef, params, frozen = split_draft(nnx.eval_shape(make))

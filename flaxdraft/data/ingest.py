@@ -20,10 +20,9 @@ import numpy as np
 from flaxdraft.data.documents import Document
 from flaxdraft.data.store import Source
 from flaxdraft.data.store_writer import Plan, fill, make_plan
-from flaxdraft.data.tapped_layers import tapped_layers
 from flaxdraft.data.templates import Rendered, rows_digest, tokenizer_digest
 from flaxdraft.decode.greedy import round_up
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.files.fetch import content_of
 from flaxdraft.interfaces import Features
@@ -103,7 +102,7 @@ def plan_of(folder: Folder, opened: OpenedTarget, tap_layers: Sequence[int], sha
     return make_plan(source, lengths, shard_tokens, config.tie_word_embeddings)
 
 
-def ingest(directory: Path, folder: Folder, opened: OpenedTarget, tap_layers: Sequence[int] | None,
+def ingest(directory: Path, folder: Folder, opened: OpenedTarget, tap_layers: Sequence[int],
            shard_tokens: int) -> None:  # fmt: skip
     """Makes a feature store of a folder; a stopped one goes on.
 
@@ -111,12 +110,12 @@ def ingest(directory: Path, folder: Folder, opened: OpenedTarget, tap_layers: Se
     almost none where folder and target do not belong together.
 
     Args:
-        tap_layers: the layers (0-based) whose outputs the folder holds; the default ones where None.
+        tap_layers: the layers (0-based) whose outputs the folder holds.
 
     Raises:
-        InputError: see `tapped_layers`, `plan_of` and `store_writer.start`; a file is damaged, of another width, or not finite.
+        InputError: see `plan_of` and `store_writer.start`; a file is damaged, of another width, or not finite.
     """
-    plan = plan_of(folder, opened, tapped_layers(opened, tap_layers), shard_tokens)
+    plan = plan_of(folder, opened, tap_layers, shard_tokens)
     weights = OuterWeights.of_target(opened, opened.config())
     CONSOLE.print(
         f"{len(folder.rows)} rows, {plan.num_tokens} tokens, taps of layers {list(plan.source.tap_layers)}, "

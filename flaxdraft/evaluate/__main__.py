@@ -89,10 +89,12 @@ def _draft_files(path: Path, step: str | None) -> Iterator[Path]:
             f"draft {path}: found neither config.json nor {'export/ nor ' * (step is None)}checkpoints/; expected an "
             "exported draft, what tools/convert writes, or a run's draft folder"
         )
+    from flaxdraft.run.draft_source import open_draft
     from flaxdraft.serving.export import export_again
 
     with tempfile.TemporaryDirectory() as scratch:
-        export_again(path, Path(scratch) / "draft", engine="hf", dtype="float32", step=step or "latest")
+        source = open_draft(path, step=step or "latest")
+        export_again(Path(scratch) / "draft", source.draft, source.target, engine="hf", dtype="float32")
         yield Path(scratch) / "draft"
 
 
@@ -113,7 +115,7 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     from flaxdraft.evaluate.results import guess_result
     from flaxdraft.evaluate.walk_answers import walk_answers
     from flaxdraft.files.fetch import content_of, sha256_of
-    from flaxdraft.files.name_tables import write_json
+    from flaxdraft.files.json_files import write_json
     from flaxdraft.progress import CONSOLE
     from flaxdraft.stages.claims import claim
 
@@ -169,11 +171,12 @@ def _load(a: argparse.Namespace, directory: Path):
         InputError: the target cannot be asked, or the two do not belong together.
     """
     from flaxdraft import targets
-    from flaxdraft.evaluate.loading import load_draft, tapped_layers
+    from flaxdraft.algorithms.loading import tapped_layers
+    from flaxdraft.evaluate.loading import load_draft
     from flaxdraft.nn.precision import DTYPES, Precision
 
     precision = Precision(compute=DTYPES[a.dtype], param=DTYPES[a.dtype])
-    taps = tapped_layers(directory, targets.open_target(a.target))
+    taps = tapped_layers(directory, targets.open_target(a.target).source.config)
     loaded = targets.from_pretrained(a.target, tap_layers=taps, precision=precision)
     if loaded.tokenizer is None or not loaded.tokenizer.chat_template:
         raise InputError(

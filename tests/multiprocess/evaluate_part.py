@@ -21,7 +21,8 @@ from eagle3 import algorithm as make_algorithm  # noqa: E402
 
 from flaxdraft.decode.decoding import Settings  # noqa: E402
 from flaxdraft.decode.greedy import answer_greedily  # noqa: E402
-from flaxdraft.devices.mesh import Sharding, make_mesh  # noqa: E402
+from flaxdraft.devices.mesh import make_mesh  # noqa: E402
+from flaxdraft.devices.sharding import Sharding  # noqa: E402
 from flaxdraft.evaluate.during_training import UntrainedDraft, make_decoded_accept_length  # noqa: E402
 from flaxdraft.evaluate.walk import evaluate_teacher_forced, make_accepted  # noqa: E402
 from flaxdraft.train.batch_placement import own_rows, placed_rows  # noqa: E402
