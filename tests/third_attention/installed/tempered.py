@@ -10,7 +10,6 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from flaxdraft.algorithms.eagle3.serving.terms import SWITCHES, Kind, Served, Shapes
 from jaxtyping import Array, Float, Int
 
 from flaxdraft.algorithms.eagle3.draft import COMMON_NAMES, Eagle3Draft, Eagle3Sizes, extra_names
