@@ -121,3 +121,12 @@ def test_answers_are_asked_for_once_whatever_is_trained_on(make_run, answered, t
     assert not answered
     with pytest.raises(InputError, match=r"data.max_answer_tokens: there 12, here 11"):
         splits(max_answer_tokens=11)
+
+
+def test_prompts_of_several_turns_are_refused(make_run, answered, workspace, tmp_path):
+    """The draft trains on something else, so only held-out prompts are needed: MT-bench's questions would do."""
+    (workspace / "questions.jsonl").write_text(json.dumps({"question_id": 1, "turns": ["a", "b"]}))
+    setup = make_run(f"output_dir={tmp_path}", prompts="questions.jsonl", conversations="chats.jsonl")
+    with pytest.raises(InputError, match=r"questions.jsonl: prompt '1' has 2 turns; those of a run have one"):
+        answer_prompts(setup, RunTarget(setup))
+    assert not answered
