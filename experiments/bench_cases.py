@@ -6,6 +6,7 @@ Shape letters: B batch, T time, E target width, V target vocabulary, W draft voc
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flaxdraft.algorithms.eagle3.algorithm import Algorithm
 from flaxdraft.algorithms.eagle3.drafts import llama, mla
-from flaxdraft.algorithms.eagle3.objective import Algorithm
+from flaxdraft.algorithms.eagle3.objective import ChosenRows, supervised_rows
+from flaxdraft.algorithms.eagle3.settings import Settings
 from flaxdraft.decode.greedy import round_up
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.interfaces import Batch, Example, Features, VocabMap
 from flaxdraft.nn.layers import WHOLE
 from flaxdraft.nn.precision import Precision
@@ -50,6 +53,11 @@ CASES = {
 }
 
 
+def make_algorithm(num_steps: int, packed: bool, **settings: Any) -> Algorithm:
+    """EAGLE-3 with an unroll of so many steps."""
+    return Algorithm(Settings(ttt_length=num_steps, **settings), packed)
+
+
 def make_draft(case: str, compute: Any, float8: bool = False, sharding: Sharding = WHOLE) -> nnx.Module:
     """A random draft of that size; the target's frozen embedding is in the precision of the products."""
     module, config = CASES[case]
@@ -57,8 +65,9 @@ def make_draft(case: str, compute: Any, float8: bool = False, sharding: Sharding
                      config.vocab_size)  # fmt: skip
     key = jax.random.key(1)
     embedding = jax.random.normal(key, (config.vocab_size, config.hidden_size), compute)
+    target = SimpleNamespace(embedding=lambda: embedding)
     return module.make(
-        config, vocab, embedding, precision=Precision(compute=compute, float8=float8), sharding=sharding,
+        config, vocab, target, precision=Precision(compute=compute, float8=float8), sharding=sharding,
         rngs=nnx.Rngs(0),
     )  # fmt: skip
 
@@ -75,7 +84,7 @@ def make_example(
     assistant = np.tile(np.arange(length) >= round(length * (1 - supervised)), (batch, 1))
     document, place = np.divmod(np.arange(length), -(-length // documents))
     segments, positions = (np.tile(x, (batch, 1)).astype(np.int32) for x in (document + 1, place))
-    kept = Algorithm(1).rows(assistant, segments)
+    kept = supervised_rows(assistant, segments)
     rows = np.full((batch, min(round_up(kept.shape[1], 32), length)), length, np.int32)  # as the pipeline has them
     rows[:, : kept.shape[1]] = kept
     taps = jax.random.normal(keys[1], (*shape, 3, width), compute)
@@ -85,7 +94,7 @@ def make_example(
     features = Features(taps, last, tokens // spread * spread, jnp.full(shape, 12.0))
     return Example(
         Batch(tokens, jnp.asarray(assistant), jnp.asarray(segments), jnp.asarray(positions)), features,
-        jnp.asarray(rows), head_WE,
+        ChosenRows(jnp.asarray(rows)), head_WE,
     )  # fmt: skip
 
 
@@ -111,7 +120,7 @@ def count_flops(case: str, example: Example, num_steps: int) -> Flops:
     teacher once."""
     module, c = CASES[case]
     batch, length = example.batch.tokens_BT.shape
-    rows = np.asarray(example.rows_BR)
+    rows = np.asarray(example.chosen.rows_BR)
     num_rows = int((rows < length).sum())
     # Step-0 keys that one step's queries see, all rows together.
     seen = float((np.asarray(example.batch.positions_BT) + 1)[np.nonzero(rows < length)[0], rows[rows < length]].sum())

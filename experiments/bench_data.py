@@ -24,12 +24,13 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from flaxdraft.algorithms.eagle3.objective import Algorithm
+from flaxdraft.algorithms.eagle3.algorithm import Algorithm
+from flaxdraft.algorithms.eagle3.settings import Settings
 from flaxdraft.config import DataConfig, TrainConfig
 from flaxdraft.data.documents import Document
 from flaxdraft.data.pipeline import batches_from, make_pipeline
 from flaxdraft.data.store import TARGET, FeatureStore, Source, finish, write_shard
-from flaxdraft.files.name_tables import save_safetensors
+from flaxdraft.files.safetensors_file import save_safetensors
 from flaxdraft.interfaces import Features
 
 WIDTH, VOCAB, LENGTH, SHARD_ROWS = 576, 49152, 512, 48
@@ -63,7 +64,7 @@ def peak_bytes() -> int:
 
 def measure(directory: Path, pack_length: int | None, batch_size: int, prefetch: int, epochs: int) -> str:
     train = TrainConfig(num_steps=1, batch_size=batch_size, pack_length=pack_length)
-    pipeline = make_pipeline(FeatureStore(directory), Algorithm(7), train, DataConfig(prompts="none"), seed=0)
+    pipeline = make_pipeline(FeatureStore(directory), Algorithm(Settings()), train, DataConfig(prompts="none"), seed=0)
     steps, before = epochs * pipeline.steps_per_epoch, peak_bytes()
     rows, tokens, began, worked = 0, 0, time.monotonic(), time.process_time()
     for host in batches_from(pipeline, 0, steps, prefetch):

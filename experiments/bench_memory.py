@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from bench_cases import CASES, _llama, _mla, make_draft, make_example
+from bench_cases import CASES, _llama, _mla, make_algorithm, make_draft, make_example
 from bench_step import plain_loss
 from flax import nnx
 
-from flaxdraft.algorithms.eagle3.objective import Algorithm
+from flaxdraft.algorithms.eagle3.objective import ChosenRows
+from flaxdraft.interfaces import Example
 from flaxdraft.train.state import split_draft
 
 CASES |= {
@@ -26,20 +27,20 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 
 def planned_bytes(case: str, length: int, path: str, remat: str = "none") -> int:
     """Temporary bytes of the compiled forward and backward."""
-    algorithm = Algorithm(7, attention=path, remat=remat)
+    algorithm = make_algorithm(7, True, attention=path, remat=remat)
     example = jax.eval_shape(lambda: make_example(case, 1, 8, 1.0, jnp.bfloat16))
     longer = lambda x: jax.ShapeDtypeStruct(tuple(length if n == 8 else n for n in x.shape), x.dtype)  # noqa: E731
     rows = jax.ShapeDtypeStruct((1, length - 2), jnp.int32)
-    example = type(example)(
-        *jax.tree.map(longer, (example.batch, example.features)), rows, example.teacher_head_WE, None
-    )
+    batch, features = jax.tree.map(longer, (example.batch, example.features))
+    example = Example(batch, features, ChosenRows(rows), example.teacher)
     graphdef, params, frozen = split_draft(nnx.eval_shape(lambda: make_draft(case, jnp.bfloat16)))
 
     def loss(params, frozen, example):
         draft = nnx.merge(graphdef, params, frozen)
         if path == "dense":
             return plain_loss(draft, example, algorithm)
-        return algorithm.mean_loss(algorithm.loss_sums(draft, example))
+        numerator, count = algorithm.sums(draft, example, algorithm.first_carry()).terms()
+        return numerator / count
 
     compiled = jax.jit(jax.grad(loss)).lower(params, frozen, example).compile()
     return compiled.memory_analysis().temp_size_in_bytes

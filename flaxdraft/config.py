@@ -6,6 +6,7 @@ Every field is used by exactly one part. Unknown keys are errors that name the n
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -23,6 +24,7 @@ from pydantic import (
 )
 
 from flaxdraft.errors import InputError
+from flaxdraft.plugins import settings_of
 
 
 def _number(value: Any) -> Any:
@@ -92,7 +94,10 @@ class AlgorithmConfig(_Section):
 
     # Fields that change nothing beyond rounding, so that a run may go on with others.
     free: ClassVar[tuple[str, ...]] = ()
+    # Fields that a draft's Config has under the same names (the size of a block): given here, kept with the draft.
+    in_draft: ClassVar[tuple[str, ...]] = ()
     default_architecture: ClassVar[str]
+    default_engine: ClassVar[str]
 
 
 class TrainConfig(_Section):
@@ -132,8 +137,9 @@ class EvaluateConfig(_Section):
 
 
 class ExportConfig(_Section):
-    engine: str = "sglang"  # whose contract is met (flaxdraft/serving/engines); hf where no engine serves the draft
+    engine: str | None = None  # whose contract is met, one of the algorithm's; null: its default
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    step: Literal["best", "latest"] = "best"  # the checkpoint that is evaluated, exported and reported
 
 
 class MeshConfig(_Section):
@@ -181,11 +187,9 @@ def _with_algorithm(raw: dict[str, Any]) -> type[RunConfig]:
     Raises:
         InputError: there is no such algorithm.
     """
-    from flaxdraft import algorithms  # whose settings are made of this module's sections
-
-    section = raw.get("algorithm")
-    name = section.get("name", algorithms.DEFAULT) if isinstance(section, dict) else algorithms.DEFAULT
-    settings = algorithms.settings_of(name if isinstance(name, str) else algorithms.DEFAULT)
+    section, default = raw.get("algorithm"), importlib.import_module("flaxdraft.algorithms").DEFAULT
+    name = section.get("name", default) if isinstance(section, dict) else default
+    settings = settings_of(name if isinstance(name, str) else default)
     return create_model("RunConfig", __base__=RunConfig, algorithm=(settings, settings()))
 
 
@@ -254,7 +258,9 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
         config = model.model_validate(raw)
     except ValidationError as error:
         raise InputError("\n".join(_explain(item, path, model) for item in error.errors())) from error
-    if config.draft.architecture is not None:
-        return config
-    draft = config.draft.model_copy(update={"architecture": config.algorithm.default_architecture})
-    return config.model_copy(update={"draft": draft})
+    draft, how = config.draft, config.export
+    if draft.architecture is None:
+        draft = draft.model_copy(update={"architecture": config.algorithm.default_architecture})
+    if how.engine is None:
+        how = how.model_copy(update={"engine": config.algorithm.default_engine})
+    return config.model_copy(update={"draft": draft, "export": how})

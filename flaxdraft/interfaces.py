@@ -33,12 +33,12 @@ class Batch:
 @dataclasses.dataclass(frozen=True)
 class Features:
     """What the frozen target says about a batch; it knows no draft vocabulary. What whoever made the features did not
-    keep is None."""
+    keep, or an algorithm does not need, is None."""
 
     taps_BTKE: Float[Array, "B T K E"]  # residual stream after K chosen layers, un-normed
-    last_BTE: Float[Array, "B T E"] | None  # after the target's final norm
-    argmax_BT: Int[Array, "B T"] | None  # over the full vocabulary
-    logsumexp_BT: Float[Array, "B T"] | None
+    last_BTE: Float[Array, "B T E"] | None = None  # after the target's final norm
+    argmax_BT: Int[Array, "B T"] | None = None  # over the full vocabulary
+    logsumexp_BT: Float[Array, "B T"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -127,7 +127,8 @@ class Sums(Protocol):
         ...
 
     def figures(self) -> dict[str, float | list[float]]:
-        """What a log or a report shows of sums on the host; a list has one entry a draft position."""
+        """What a log or a report shows of sums on the host; a list has one entry a draft position. Always there is
+        `accuracy`, the share of rows whose likeliest token is right; the others are the algorithm's own."""
         ...
 
 
@@ -261,7 +262,7 @@ class Algorithm(Protocol):
 
     settings: Any
     full_vocabulary: bool  # its drafts know every target token: no vocabulary is chosen
-    needs: tuple[str, ...]  # the fields of `Features` that it reads
+    needs: tuple[str, ...]  # the fields of `Features` that it reads, the taps among them; it gets no others from disk
 
     # The target.
     def tap_layers(self, num_layers: int, chosen: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -313,8 +314,9 @@ class Algorithm(Protocol):
         """How such sums are computed on this machine, for the log."""
         ...
 
-    def flops(self, params: Any, teacher: Any, num_rows: int) -> float:
-        """Of a step's products with weights over so many rows, if every one were supervised; the teacher's included."""
+    def flops(self, params: Any, frozen: Any, teacher: Any, num_rows: int) -> float:
+        """Of a step's products with weights over so many rows, if every one were supervised; those with the draft's
+        frozen arrays and the teacher's included."""
         ...
 
     # Beginning and drafting.

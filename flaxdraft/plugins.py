@@ -1,8 +1,9 @@
 """Parts that are found by their names: algorithms, draft architectures, target families, engines.
 
 A package of parts (`flaxdraft.algorithms`, `flaxdraft.targets`, ...) holds one module or folder a part; a new one is
-found without being registered anywhere; what its parts share is named in the package's SHARED. Parts may also lie outside this project: an installed package names them in its
-entry points, in a group that is called as the package here is:
+found without being registered anywhere. What the parts of a package share is named in its SHARED. Parts may also lie
+outside this project: an installed package names them in its entry points, in a group that is called as the package
+here is:
 
     [project.entry-points."flaxdraft.algorithms"]
     mine = "my_package.mine"
@@ -15,9 +16,12 @@ import importlib.metadata
 import pkgutil
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flaxdraft.errors import InputError
+
+if TYPE_CHECKING:
+    from flaxdraft.config import AlgorithmConfig
 
 
 def _places(package: str) -> dict[str, str]:
@@ -47,6 +51,16 @@ def find_by_name(package: str, name: str, field: str) -> ModuleType:
             f"A new one is a new file {package.replace('.', '/')}/{name}.py"
         )
     return importlib.import_module(places[name])
+
+
+def settings_of(algorithm: str) -> type[AlgorithmConfig]:
+    """The section of the configuration that an algorithm brings. No JAX is started for it.
+
+    Raises:
+        InputError: there is no such algorithm.
+    """
+    folder = find_by_name("flaxdraft.algorithms", algorithm, "algorithm.name").__name__
+    return importlib.import_module(f"{folder}.settings").Settings
 
 
 def find_by_architecture(packages: list[str], config: dict[str, Any], origin: str) -> ModuleType:

@@ -11,9 +11,11 @@ import numpy as np
 from flax import nnx
 from test_contracts import TARGET_HF
 
+from flaxdraft.algorithms.eagle3.drafter import ChainDrafter
 from flaxdraft.algorithms.eagle3.drafts import llama, mla
+from flaxdraft.decode.decoding import ReadyDraft
 from flaxdraft.decode.greedy import answer_greedily
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.precision import Precision
 from flaxdraft.targets import decoder
@@ -101,7 +103,7 @@ def make_draft(name, target, vocab=VOCAB, sharding=Sharding.none(), **fields):  
     }  # fmt: skip
     dtype = target.precision.param
     draft = module.make(
-        module.Config(**sizes | fields), vocab, target.embedding(), precision=Precision(dtype, dtype),
+        module.Config(**sizes | fields), vocab, target, precision=Precision(dtype, dtype),
         sharding=sharding, rngs=nnx.Rngs(0),
     )  # fmt: skip
     params = nnx.state(draft, nnx.Param)
@@ -134,6 +136,11 @@ def _attend(attention, name, values, dtype):
     attention.q_b_proj.kernel[...] = jnp.asarray(queries.reshape(8, -1), dtype)
     attention.kv_a_proj_with_mqa.kernel[...] = jnp.asarray(latent, dtype)
     attention.kv_b_proj.kernel[...] = jnp.asarray(heads.reshape(2 * D, -1), dtype)
+
+
+def ready(draft):
+    """As decoding takes it."""
+    return ReadyDraft(*nnx.split(draft), ChainDrafter())
 
 
 def prompts(num, seed=0, longest=24):

@@ -35,7 +35,9 @@ def vocab_of(size):
     return VocabMap(np.arange(size) * (2 if size < V else 1), V)
 
 
-def write_export(directory, module, config, params, vocab, *, tap_layers, target, dtype="float32", engine="sglang"):
-    """A serving directory without a model card."""
-    draft = TrainedDraft(algorithm_of(module), module, config, params, vocab)
-    export(directory, draft, AboutTarget(target, tap_layers), dtype=dtype, engine=engine)
+def write_export(
+    directory, module, config, params, vocab, *, tap_layers, target, dtype="float32", engine="sglang", origin=None
+):  # fmt: skip
+    """A serving directory; with an origin it has a model card."""
+    draft = TrainedDraft(algorithm_of(module, config), module, config, params, vocab)
+    export(directory, draft, AboutTarget(target, tap_layers), dtype=dtype, engine=engine, origin=origin)

@@ -2,11 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from eagle3 import algorithm, target_of
 from flax import nnx
 
 from flaxdraft.algorithms.eagle3.drafts import llama
-from flaxdraft.algorithms.eagle3.objective import Algorithm
 from flaxdraft.config import DataConfig, TrainConfig
 from flaxdraft.data.draft_vocabulary import choose_vocab
 from flaxdraft.data.pipeline import batches_from, make_pipeline
@@ -25,21 +24,29 @@ class Teaching:
     """One target, one draft, one compiled program for each batch shape."""
 
     def __init__(self, path, token_counts):
-        self.mesh, self.algorithm = make_mesh(1), Algorithm(STEPS)
-        self.target = from_pretrained(str(path), mesh=self.mesh).model
+        self.mesh, self.algorithm = make_mesh(1), algorithm(STEPS)
+        taps = self.algorithm.tap_layers(8, None)
+        self.target = from_pretrained(str(path), mesh=self.mesh, tap_layers=taps).model
         self.vocab = choose_vocab(token_counts, [0, 1, 2], WIDTH)
         config = llama.Config(**llama.Config.for_target(self.target.config, WIDTH))
         embedding, head = jax.device_get((self.target.embedding(), self.target.head()))
         draft = llama.make(
-            config, self.vocab, jnp.asarray(embedding), precision=Precision(), sharding=SHARDING, rngs=nnx.Rngs(0)
+            config,
+            self.vocab,
+            target_of(jnp.asarray(embedding)),
+            precision=Precision(),
+            sharding=SHARDING,
+            rngs=nnx.Rngs(0),
         )
         graphdef, *states = split_draft(draft)
         self.params, self.frozen = (on_mesh(state, self.mesh, SHARDING) for state in states)
         self.head_WE = weight_on_mesh("head", jnp.asarray(head[self.vocab.target_ids_W]), self.mesh, SHARDING.weight_ve)
 
         def loss(params, frozen, example):
-            sums = self.algorithm.loss_sums(nnx.merge(graphdef, params, frozen), example)
-            return self.algorithm.mean_loss(sums), sums
+            draft = nnx.merge(graphdef, params, frozen)
+            sums = self.algorithm.sums(draft, example, self.algorithm.first_carry())
+            numerator, count = sums.terms()
+            return numerator / count, sums
 
         self._gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))
 
@@ -56,9 +63,3 @@ class Teaching:
         with jax.set_mesh(self.mesh):
             hosts = batches_from(pipeline, 0, pipeline.steps_per_epoch, 2)
             return [jax.device_get(self._gradients(self.params, self.frozen, trainer.example(host))) for host in hosts]
-
-
-def assert_close(got, want, rtol, atol=0.0):
-    assert len(got) == len(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)

@@ -17,7 +17,7 @@ from flaxdraft.algorithms.eagle3.foreign.configs import understand
 from flaxdraft.algorithms.eagle3.serving.fields import malformed
 from flaxdraft.algorithms.loading import contract_of
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import load_safetensors, save_safetensors
+from flaxdraft.files.safetensors_file import load_safetensors, save_safetensors
 from flaxdraft.serving import lint
 from flaxdraft.serving.view import view_of_arrays
 

@@ -1,6 +1,7 @@
 """Checkpoints on disk: what stays, what is selected, what damage does, what a full disk does."""
 
 import contextlib
+import math
 import os
 import resource
 import shutil
@@ -17,7 +18,15 @@ from jax import P
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.train import retention
-from flaxdraft.train.checkpoint import Checkpoints, DamagedError, abstract_like, fingerprint, load, read_record
+from flaxdraft.train.checkpoint import (
+    Checkpoints,
+    DamagedError,
+    abstract_like,
+    fingerprint,
+    load,
+    read_record,
+    read_saved,
+)
 
 VOCAB = VocabMap(np.arange(5) * 2, 20)
 
@@ -37,8 +46,8 @@ def arrays(mesh, value: float = 1.0):
     return {"state": state, "counters": {"tokens": put(np.array([5, 0], np.int32))}}
 
 
-def record(score=None):
-    return {"score": score, "inputs": {}, "origin": "", "vocab": {"source": ""}}
+def record(score=None, measure=None):
+    return {"score": score, "measure": measure, "inputs": {}, "origin": "", "vocab": {"source": ""}}
 
 
 def words(tree):
@@ -69,7 +78,7 @@ def test_rotation_keeps_what_is_promised(tmp_path):
     directory.rename(moved)
     assert (os.readlink(moved / "latest"), os.readlink(moved / "best")) == ("40", "15")
     with Checkpoints(moved, keep_latest=2, keep_every=20) as checkpoints:
-        assert (checkpoints.latest.step, checkpoints.best.step, checkpoints.best_score) == (40, 15, 1.9)
+        assert (checkpoints.latest.step, checkpoints.best.step, checkpoints.best_score(None)) == (40, 15, 1.9)
         for step, score in {45: 1.8, 50: 2.0, 55: 0.5, 60: None}.items():
             checkpoints.save(step, state, VOCAB, record(score))
     assert steps_on_disk(moved) == [20, 40, 50, 55, 60]
@@ -80,6 +89,27 @@ def test_the_best_is_the_first_of_the_highest():
     assert retention.best({10: 1.0, 20: 3.0, 30: 3.0, 40: None}) == 20
     assert retention.best({10: None}) is None
     assert retention.kept({10: None, 20: None, 30: None}, 1, None) == {30}
+
+
+def test_only_scores_of_one_measure_compete(tmp_path):
+    """A run that is started again with other settings of its evaluation: its older scores, however high, hold no place
+    against the new ones, and one of before scores said what they measure competes with those of its kind alone."""
+    walked, decoded = ({"kind": kind, "chain_length": 3, "prompts": 4} for kind in ("walked", "decoded"))
+    state = arrays(mesh_of(1, 1))
+    old = {key: value for key, value in record(9.0).items() if key != "measure"}
+    with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
+        for step, one in ((1, old), (2, record(None, walked)), (3, record(5.0, walked)), (4, record(None, decoded))):
+            assert checkpoints.best is None or checkpoints.best.step == 1  # as long as nothing else is scored
+            checkpoints.save(step, state, VOCAB, one)
+        assert [checkpoints.best_score(measure) for measure in (None, walked, decoded)] == [-math.inf, 5.0, -math.inf]
+        checkpoints.finish()
+        assert (checkpoints.best.step, steps_on_disk(tmp_path)) == (3, [3, 4])
+        checkpoints.save(5, state, VOCAB, record(1.0, decoded))
+        checkpoints.finish()
+        checkpoints.save(6, state, VOCAB, record(0.5, decoded))
+    assert (checkpoints.best.step, steps_on_disk(tmp_path)) == (5, [5, 6])
+    assert os.readlink(tmp_path / "best") == "5"
+    assert retention.best_of(read_saved(tmp_path)).step == 5
 
 
 def test_arrays_come_back_on_other_devices(tmp_path):

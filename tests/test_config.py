@@ -82,10 +82,11 @@ def test_numbers_inside_lists_too(load):
             "train.compute_dtype=float64",
             "train.compute_dtype: found 'float64'; input should be 'float32' or 'bfloat16'",
         ),
-        ("target.tap_layers=[0, 1]", "target.tap_layers: found [0, 1]; list should have at least 3 items"),
+        ("target.tap_layers=[]", "target.tap_layers: found []; list should have at least 1 item"),
         ("target.path=", "target.path: found None; input should be a valid string"),
         ("target.path=''", "target.path: found ''; string should have at least 1 character"),
         ("draft.warm_start=1", "draft.warm_start: found 1; input should be a valid boolean"),
+        ("algorithm.ttt_length=0", "algorithm.ttt_length: found 0; input should be greater than or equal to 1"),
         ("algorithm.step_decay=1.5", "algorithm.step_decay: found 1.5; input should be less than or equal to 1"),
         (
             "draft=llama",

@@ -5,12 +5,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_close
 
 from flaxdraft.algorithms.eagle3.suffix_attention import Cudnn, choose, dense, merged
 from flaxdraft.errors import InputError
 from flaxdraft.ops import cudnn_attention
 from flaxdraft.ops.attention import MASKED, grouped_scores
 from flaxdraft.targets import target_attention
+
+pytestmark = pytest.mark.numeric
 
 
 def scores_of(q, k, length_B, scale):
@@ -80,8 +83,7 @@ def test_layout_gives_the_dense_values_and_gradients(starts, packed, monkeypatch
 
     fast = lambda *x: merged(*x, Cudnn(packed))  # noqa: E731
     (got, want) = (jax.jit(jax.value_and_grad(lambda a, f=f: loss(f, a), has_aux=True))(arrays) for f in (fast, dense))
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4)
+    assert_close(got, want, ulp=160)
 
 
 def test_the_private_names_are_where_they_were():
@@ -117,7 +119,7 @@ def test_a_target_reads_packed_rows_with_it(monkeypatch):
     monkeypatch.setattr(cudnn_attention, "_call", lambda *x, **how: calls.append(1) or kernel(*x, **how))
     got = attention(q, k, v, segments)
     assert calls
-    np.testing.assert_allclose(got[segments > 0], want[segments > 0], rtol=2e-5, atol=2e-5)
+    assert_close(got[segments > 0], want[segments > 0], ulp=80)
 
 
 def test_a_jax_without_the_names_falls_back_with_a_warning(monkeypatch):

@@ -4,12 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_close
 
 from flaxdraft.algorithms.eagle3.objective import supervision
 from flaxdraft.ops import distillation_reference as reference
-from flaxdraft.ops.distillation import Plan, TeacherHead, TeacherStates, distill
+from flaxdraft.ops.distillation import Plan, TeacherStates, distill
 from flaxdraft.ops.objectives import LK_ETA, OBJECTIVES, TeacherRows, acceptance
 from flaxdraft.ops.row_signals import row_signals
+
+pytestmark = pytest.mark.numeric
 
 B, R, J, D, E, W = 3, 14, 3, 8, 6, 12
 WEIGHTS = tuple(0.8**j for j in range(J))
@@ -23,7 +26,7 @@ def make(seed=0, batch=B):
     logsumexp, argmax = jnp.full((batch, R), 4.0), jnp.asarray(rng.integers(-1, W, (batch, R)), jnp.int32)
     teacher = TeacherStates(normal(batch, R, E), logsumexp, argmax)
     supervised = jnp.asarray(supervision(rng.random((batch, R)) < 0.9, np.ones((batch, R), int), J))
-    return states, head, teacher, TeacherHead(normal(W, E)), supervised
+    return states, head, teacher, normal(W, E), supervised
 
 
 def weighted(sums):
@@ -32,13 +35,13 @@ def weighted(sums):
 
 def by_reference(objective, teacher, teacher_head, supervised):
     def loss(states, head):
-        logits = jnp.einsum("bre,we->brw", teacher.last_BRE, teacher_head.draft_WE)
+        logits = jnp.einsum("bre,we->brw", teacher.last_BRE, teacher_head)
         rows = reference.Teacher(logits, teacher.logsumexp_BR, teacher.draft_argmax_BR)
         steps = [
             reference.step_signals(jnp.einsum("brd,dw->brw", x, head), rows, j, objective, ACCEPTED[j])
             for j, x in enumerate(states)
         ]
-        sums = reference.sum_signals(steps, supervised, rows)
+        sums = reference.sum_signals(steps, supervised, rows, WEIGHTS)
         return weighted(sums), sums
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
@@ -62,10 +65,12 @@ def test_sums_and_gradients_are_the_references(objective, chunk):
     for name in ("loss_count_J", "row_count_J", "hit_J", "prefix_hit_J"):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
     assert 0 < got.loss_count_J[0] < got.row_count_J[0]
-    np.testing.assert_allclose(got.loss_J, want.loss_J, rtol=2e-6)
-    np.testing.assert_allclose(got.expected_accept_J, want.expected_accept_J, rtol=2e-6)
-    for a, b in zip(jax.tree.leaves(got_grads), jax.tree.leaves(want_grads), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-6)
+    assert_close(got.loss_J, want.loss_J, ulp=16, of="each")
+    assert_close(got.expected_accept_J, want.expected_accept_J, ulp=16, of="each")
+    # A state's gradient goes through both logits, the softmax and the head; the head's adds up rows and steps. Chunks
+    # add them up in another order.
+    assert_close(got_grads[0], want_grads[0], summands=D + E + W + W, path="states")
+    assert_close(got_grads[1], want_grads[1], summands=J * B * R, path="head")
 
 
 def test_a_hit_is_what_argmax_says_with_equal_logits_too():
@@ -83,31 +88,8 @@ def test_value_without_gradient_is_the_same():
         Plan(WEIGHTS, chunk=4), states, head, teacher, teacher_head, supervised, ACCEPTED
     )
     (_, want), _ = by_chunks("soft_cross_entropy", 4, teacher, teacher_head, supervised)(states, head)
-    np.testing.assert_allclose(sums.loss_J, want.loss_J, rtol=1e-6)
+    assert_close(sums.loss_J, want.loss_J, ulp=8, of="each")
     np.testing.assert_array_equal(np.asarray(hit).sum(axis=(0, 1)), want.hit_J)
-
-
-@pytest.mark.parametrize("chunk", [4, 100])
-def test_statistics_made_in_the_chunk_are_those_given(chunk):
-    """Features without argmax and logsumexp: the whole head makes them, chunk by chunk."""
-    states, head, teacher, _, supervised = make()
-    full_VE = jax.random.normal(jax.random.key(1), (2 * W, E))
-    ids = np.arange(0, 2 * W, 2)
-    draft_ids = np.full(2 * W, -1, np.int32)
-    draft_ids[ids] = np.arange(W)
-    logits = jnp.einsum("bre,ve->brv", teacher.last_BRE, full_VE)
-    given = TeacherStates(
-        teacher.last_BRE, jax.nn.logsumexp(logits, axis=-1), jnp.asarray(draft_ids)[jnp.argmax(logits, axis=-1)]
-    )
-    (_, want), want_grads = by_chunks("lk_lambda", chunk, given, TeacherHead(full_VE[ids]), supervised)(states, head)
-    bare, whole = (
-        TeacherStates(teacher.last_BRE, None, None),
-        TeacherHead(full_VE[ids], full_VE, jnp.asarray(draft_ids)),
-    )
-    (_, got), got_grads = by_chunks("lk_lambda", chunk, bare, whole, supervised)(states, head)
-    assert 0 < want.loss_count_J[0] < want.row_count_J[0]
-    for a, b in zip(jax.tree.leaves((got, got_grads)), jax.tree.leaves((want, want_grads)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_any_other_use_of_the_loss_gives_nan_instead_of_a_wrong_gradient():
@@ -163,6 +145,5 @@ def test_objectives_on_numbers_by_hand():
         "lk_alpha": -np.log(alpha),
         "lk_lambda": share * (p * np.log(p / q)).sum() + (1 - share) * (1 - alpha),
     }
-    for name in OBJECTIVES:
-        np.testing.assert_allclose(value[name], want[name], rtol=1e-5, err_msg=name)
-    np.testing.assert_allclose(acceptance(jnp.log(jnp.asarray([q])), teacher)[0], alpha, rtol=1e-6)
+    assert_close(value, {name: want[name] for name in OBJECTIVES}, ulp=16, dtype=np.float32)
+    assert_close(acceptance(jnp.log(jnp.asarray([q])), teacher)[0], alpha, ulp=8)

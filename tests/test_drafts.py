@@ -3,12 +3,15 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_close
 from flax import nnx
 from jitted import unroll
 from test_contracts import DRAFTS, T, W, example, make_draft, target_config
 
 from flaxdraft.errors import InputError
 from flaxdraft.nn.rope import RopeConfig, attention_factor
+
+pytestmark = pytest.mark.numeric
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 both = pytest.mark.parametrize("name", DRAFTS)
@@ -38,7 +41,7 @@ def test_fc_norm_norms_each_tapped_state_by_itself(name):
     eps = draft.config.rms_norm_eps
     normed = np.concatenate([rms_norm(taps[:, :, i], norm.scale[...], eps) for i, norm in enumerate(norms)], axis=-1)
     want = normed @ np.asarray(draft.fc.kernel[...], np.float64)
-    np.testing.assert_allclose(draft.project(jnp.asarray(taps, jnp.float32)), want, atol=2e-6)
+    assert_close(draft.project(jnp.asarray(taps, jnp.float32)), want, ulp=32)
 
 
 @both
@@ -47,7 +50,7 @@ def test_norm_before_fc_norms_the_tapped_states_together(name):
     taps = np.asarray(example(1).features.taps_BTKE) * np.array([1.0, 10.0, 100.0])[:, None]
     normed = rms_norm(taps.reshape(1, T, -1), draft.input_norm.scale[...], draft.config.rms_norm_eps)
     want = normed @ np.asarray(draft.fc.kernel[...], np.float64)
-    np.testing.assert_allclose(draft.project(jnp.asarray(taps, jnp.float32)), want, atol=2e-6)
+    assert_close(draft.project(jnp.asarray(taps, jnp.float32)), want, ulp=32)
     with pytest.raises(InputError, match=r"norm_before_fc: found it true with fc_norm; .* expected one of the two"):
         make_draft(DRAFTS[name], norm_before_fc=True, fc_norm=True)
 
@@ -65,7 +68,7 @@ def test_norm_before_residual_adds_to_the_normed_state(name):
     heads = jnp.asarray(np.random.default_rng(1).normal(size=(1, T, num_heads, width)), jnp.float32)
     got = switched.finish(hidden, heads)
     normed = rms_norm(hidden, plain.hidden_norm.scale[...], plain.config.rms_norm_eps)
-    np.testing.assert_allclose(got, plain.finish(jnp.asarray(normed, jnp.float32), heads), atol=2e-6)
+    assert_close(got, plain.finish(jnp.asarray(normed, jnp.float32), heads), ulp=5)
     assert np.abs(np.asarray(got - plain.finish(hidden, heads))).max() > 1e-2
 
 
@@ -78,8 +81,8 @@ def test_norm_output_carries_the_normed_state_and_norms_it_once(name):
     taps = ex.features.taps_BTKE
     before, after = (unroll(draft, ex.batch, taps, rows, 2) for draft in (plain, normed))
     want = rms_norm(before[0], plain.norm.scale[...], plain.config.rms_norm_eps)
-    np.testing.assert_allclose(after[0], want, atol=2e-6)
-    np.testing.assert_allclose(normed.logits(after[0]), plain.logits(before[0]), atol=2e-6)
+    assert_close(after[0], want, ulp=9)
+    assert_close(normed.logits(after[0]), plain.logits(before[0]), ulp=32)
     assert normed.logits(after[0]).shape == (1, T, W)
     assert np.abs(np.asarray(normed.logits(after[1]) - plain.logits(before[1]))).max() > 1e-3
 

@@ -21,7 +21,7 @@ from flaxdraft.algorithms.eagle3.serving.kinds import engines, kind_of
 from flaxdraft.algorithms.eagle3.serving.tensors import extras, weights
 from flaxdraft.algorithms.loading import from_pretrained
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import load_safetensors
+from flaxdraft.files.safetensors_file import load_safetensors
 from flaxdraft.nn.rope import RopeConfig
 from flaxdraft.serving import lint
 from flaxdraft.serving.contract import find_engine

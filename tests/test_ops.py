@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_close
 
 from flaxdraft.algorithms.eagle3.suffix_attention import suffix_attention
 from flaxdraft.ops.attention import attend, attend_cache, causal_visibility
 from flaxdraft.ops.range_attention import Chunks
+
+pytestmark = pytest.mark.numeric
 
 B, T, N, K, H, C = 2, 7, 4, 2, 6, 5
 
@@ -42,7 +45,7 @@ def test_suffix_attention_is_one_softmax_over_its_keys(num_suffix, kv_heads):
     want = brute_force(q, k0, v0, suffix_k, suffix_v, visible, 0.7)
     for backend in ("dense", "chunked"):
         got = suffix_attention(q, k0, v0, suffix_k, suffix_v, first, last, 0.7, backend=backend, chunks=Chunks(4, 2))
-        np.testing.assert_allclose(got, want, atol=2e-6, err_msg=backend)
+        assert_close(got, want, ulp=9, path=backend)
 
 
 @pytest.mark.parametrize("backend", ["dense", "chunked"])
@@ -50,7 +53,7 @@ def test_step_zero_is_plain_causal_attention(backend):
     q, k, v = normal(B, T, N, H), normal(B, T, K, H, seed=1), normal(B, T, K, H, seed=2)
     first, last = jnp.zeros((B, T), jnp.int32), jnp.tile(jnp.arange(T), (B, 1))
     got = suffix_attention(q, k, v, [], [], first, last, H**-0.5, backend=backend, chunks=Chunks(3, 4))
-    np.testing.assert_allclose(got, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-6)
+    assert_close(got, jax.nn.dot_product_attention(q, k, v, is_causal=True), ulp=5)
 
 
 @pytest.mark.parametrize(("num_new", "machine"), [(1, "cpu"), (1, "gpu"), (3, "cpu")])
@@ -59,7 +62,7 @@ def test_cached_attention_equals_plain(num_new, machine, monkeypatch):
     q, k, v = normal(B, num_new, N, H), normal(B, T, K, H, seed=1), normal(B, T, K, C, seed=2)
     visible = jnp.arange(T)[None, None, :] <= jnp.asarray([[3, 4, 5], [1, 2, 6]])[:, :num_new, None]
     got = attend_cache(q, jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2), visible, 0.3)
-    np.testing.assert_allclose(got, attend(q, k, v, visible, 0.3), atol=1e-6)
+    assert_close(got, attend(q, k, v, visible, 0.3), ulp=9)
 
 
 def test_padding_rows_stay_finite():

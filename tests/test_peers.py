@@ -1,5 +1,7 @@
 """The watch over other processes: silence, loss, failure, waiting, a farewell. Threads stand for processes."""
 
+import contextlib
+import socket
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +11,7 @@ import pytest
 
 from flaxdraft.config import HostsConfig
 from flaxdraft.devices import hosts
+from flaxdraft.devices import watchdog as peers_module
 from flaxdraft.devices.hosts import members
 from flaxdraft.devices.watchdog import RESTART, Peers
 from flaxdraft.errors import InputError
@@ -16,16 +19,19 @@ from flaxdraft.run import supervise
 
 
 class Group:
-    """Three peers; what each would have ended with."""
+    """Three peers, and a stranger who comes to their door first; what each would have ended with."""
 
     def __init__(self, silence=30.0):
         self.ends = [threading.Event() for _ in range(3)]
         self.words: list[tuple[int, str] | None] = [None] * 3
+        self.order: list[int] = []  # in which they ended
         told: list[bytes] = []
         ready = threading.Event()
 
         def broadcast(data):
             if data:
+                with socket.create_connection(("127.0.0.1", int(data.split()[1]))) as stranger:
+                    stranger.sendall(b"hello\n")
                 told.append(data)
                 ready.set()
             ready.wait()
@@ -40,36 +46,50 @@ class Group:
     def end(self, index, words):
         if self.words[index] is None:
             self.words[index] = words
-        self.peers[index].close()  # a process would be gone
+            self.order.append(index)
+        self.vanish(index)
         self.ends[index].set()
 
-    def lines_of(self, index):
-        return self.peers[index]._lines
+    def vanish(self, index):
+        """Without a farewell, as a process that is killed."""
+        self.peers[index]._closed.set()
+        for line in self.peers[index]._lines:
+            with contextlib.suppress(OSError):  # closed by both ends
+                line.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self):
         for peers in self.peers:
             peers.close()
-        for peers in self.peers:
-            peers._thread.join(5)
+        for index, peers in enumerate(self.peers):
+            self.vanish(index)
+            for line in peers._lines:
+                assert line.ended.wait(5)
+                line.file.close()
+                line.socket.close()
+
+
+@pytest.fixture
+def group():
+    made = Group()
+    yield made
+    made.close()
 
 
 @pytest.mark.parametrize("lost", [0, 2])
-def test_a_process_that_is_gone(lost):
-    group = Group()
-    group.peers[lost]._closed = True  # its thread ends and closes its sockets, without a farewell
+def test_a_process_that_is_gone(group, lost):
+    group.vanish(lost)
     for index in {0, 1, 2} - {lost}:
         assert group.ends[index].wait(5)
         code, why = group.words[index]
         assert code == RESTART
         assert f"process {lost} on " in why
         assert "is gone: it was killed" in why
-    group.close()
 
 
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_process_that_says_nothing(silent):
     group = Group(silence=2.0)
-    for line in group.lines_of(silent):
+    for line in group.peers[silent]._lines:
         line.send = lambda text: None
     for index in {0, 1, 2} - {silent}:
         assert group.ends[index].wait(10)
@@ -80,20 +100,36 @@ def test_a_process_that_says_nothing(silent):
 
 
 @pytest.mark.parametrize("failing", [0, 2])
-def test_a_process_that_fails_says_why(failing):
-    group = Group()
-    group.peers[failing].failed(2, "no room\nleft")
+def test_a_process_that_fails_says_why(group, failing):
+    group.peers[failing].fail(2, "no room\nleft")
+    assert group.words[failing] == (2, "no room\nleft")
     for index in {0, 1, 2} - {failing}:
         assert group.ends[index].wait(5)
         code, why = group.words[index]
         assert code == 2
         assert f"process {failing} on " in why
         assert why.endswith("failed: no room left")
-    group.close()
 
 
-def test_the_others_wait_for_process_0_and_nobody_minds_a_farewell():
-    group = Group()
+@pytest.mark.parametrize("fault", ["process 0 fails", "process 1 fails", "process 1 is gone"])
+def test_process_0_ends_last(group, fault):
+    """The JAX runtime of the others aborts them once process 0 is gone, which would hide their exit code."""
+    slow = group.peers[2]
+    slow._on_end = lambda *words: (threading.Event().wait(0.3), group.end(2, words))
+    index, what = int(fault.split()[1]), fault.split(" ", 2)[2]
+    group.vanish(index) if what == "is gone" else group.peers[index].fail(2, "no room left")
+    assert group.ends[0].wait(2)
+    assert group.order[-2:] == [2, 0]
+
+
+def test_process_0_does_not_wait_for_a_process_that_stays(group, monkeypatch):
+    monkeypatch.setattr(peers_module, "_PARTING", 0.2)
+    group.peers[2]._on_end = lambda *words: None
+    group.peers[0].fail(2, "no room left")
+    assert group.order[-1] == 0
+
+
+def test_the_others_wait_for_process_0_and_nobody_minds_a_farewell(group):
     waiting = [threading.Thread(target=group.peers[index].wait, args=("data",)) for index in (1, 2)]
     for thread in waiting:
         thread.start()
@@ -104,8 +140,10 @@ def test_the_others_wait_for_process_0_and_nobody_minds_a_farewell():
     for thread in waiting:
         thread.join(5)
         assert not thread.is_alive()
-    group.close()
-    assert not any(event.wait(0.5) for event in group.ends)
+    for index in range(3):
+        group.peers[index].close()
+        group.vanish(index)
+    assert not any(event.wait(0.3) for event in group.ends)
 
 
 @pytest.mark.parametrize("error", [InputError("the checkpoint could not be written"), RuntimeError("gloo")])
@@ -114,12 +152,11 @@ def test_a_lost_peer_is_heard_of_before_an_error_that_it_caused(monkeypatch, err
     peers = Mock()
     monkeypatch.setattr(hosts, "join", lambda config: None)
     monkeypatch.setattr(hosts, "peers", lambda: peers)
-    monkeypatch.setattr(supervise, "leave", Mock())
     monkeypatch.setattr(supervise.time, "sleep", lambda seconds: sys.exit(RESTART))  # the watch ends the process
     with pytest.raises(SystemExit) as ended:
         supervise.supervised(HostsConfig(), Mock(side_effect=error))
     assert ended.value.code == RESTART
-    peers.failed.assert_not_called()
+    peers.fail.assert_not_called()
 
 
 GIVEN = {"FLAXDRAFT_COORDINATOR": "a:1", "FLAXDRAFT_NUM_PROCESSES": "4", "FLAXDRAFT_PROCESS_ID": "2"}

@@ -9,17 +9,18 @@ from itertools import islice
 import jax
 import numpy as np
 import pytest
+from eagle3 import algorithm
 
-from flaxdraft.algorithms.eagle3.objective import Algorithm, supervision
+from flaxdraft.algorithms.eagle3.objective import supervision
 from flaxdraft.config import DataConfig, TrainConfig
 from flaxdraft.data.documents import AnsweredPrompts, Document, as_document
 from flaxdraft.data.pipeline import batches_from, collate, make_pipeline
 from flaxdraft.decode.greedy import Row
 from flaxdraft.errors import InputError
-from flaxdraft.interfaces import Features
+from flaxdraft.interfaces import Draw, Features
 
 E = 4
-ALGORITHM = Algorithm(3)
+ALGORITHM = algorithm(3)
 
 
 def make_row(mark: int, num_prompt: int, num_answer: int) -> Row:
@@ -63,7 +64,7 @@ def epoch_marks(pipeline, epoch: int) -> list[int]:
 
 
 def assert_equal(a, b):
-    for x, y in zip(jax.tree.leaves(dataclasses.astuple(a)), jax.tree.leaves(dataclasses.astuple(b)), strict=True):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
@@ -108,7 +109,7 @@ def test_rows_are_grouped_by_length_and_shapes_are_few():
         length = host.batch.tokens_BT.shape[1]
         shorter = max((other for other in lengths if other < length), default=0)
         assert all(shorter < by_mark[mark] <= length for mark in marks(host))
-    shapes = {(host.batch.tokens_BT.shape, host.rows_BR.shape) for host in hosts}
+    shapes = {(host.batch.tokens_BT.shape, host.chosen.rows_BR.shape) for host in hosts}
     assert len(shapes) == len(lengths)
     assert {host.batch.tokens_BT.shape[0] for host in hosts} == {4}
 
@@ -117,10 +118,10 @@ def test_rows_hold_every_supervised_row():
     pipeline = bucketed(make_rows(23))
     for step in range(pipeline.steps_per_epoch):
         host = pipeline.batch(step)
-        mask_BT = supervision(host.batch.assistant_BT, host.batch.segments_BT, ALGORITHM.num_steps).any(0)
+        mask_BT = supervision(host.batch.assistant_BT, host.batch.segments_BT, ALGORITHM.settings.ttt_length).any(0)
         length = mask_BT.shape[1]
         assert mask_BT.any()
-        for mask, kept in zip(mask_BT, host.rows_BR, strict=True):
+        for mask, kept in zip(mask_BT, host.chosen.rows_BR, strict=True):
             real = kept[kept < length]
             assert (np.diff(real) > 0).all()
             assert real.tolist() == np.flatnonzero(mask).tolist()
@@ -128,7 +129,7 @@ def test_rows_hold_every_supervised_row():
 
 def test_collate_pads_with_nothing_supervised():
     rows = [make_row(5, 3, 4), make_row(6, 2, 8)]
-    host = collate([[as_document(row)] for row in rows], rows[0].features, 3, 16, 8, ALGORITHM)
+    host = collate([[as_document(row)] for row in rows], rows[0].features, 3, 16, 8, ALGORITHM, Draw(0, 0, 0))
     batch = host.batch
     assert batch.tokens_BT.shape == (3, 16)
     for i, row in enumerate(rows):
@@ -144,13 +145,13 @@ def test_collate_pads_with_nothing_supervised():
     assert not batch.segments_BT[2].any()
     assert not batch.assistant_BT[2].any()
     # The row before the answer up to two before its end; 16, past the end, is padding.
-    assert host.rows_BR.tolist() == [[2, 3, 4] + [16] * 5, [1, 2, 3, 4, 5, 6, 7, 16], [16] * 8]
+    assert host.chosen.rows_BR.tolist() == [[2, 3, 4] + [16] * 5, [1, 2, 3, 4, 5, 6, 7, 16], [16] * 8]
 
 
 def test_features_keep_their_stored_dtype():
     row = make_row(5, 3, 4)
     half = dataclasses.replace(row.features, taps_BTKE=row.features.taps_BTKE.astype(np.float16))
-    host = collate([[as_document(dataclasses.replace(row, features=half))]], half, 2, 16, 8, ALGORITHM)
+    host = collate([[as_document(dataclasses.replace(row, features=half))]], half, 2, 16, 8, ALGORITHM, Draw(0, 0, 0))
     assert host.features.taps_BTKE.dtype == np.float16
     assert host.features.last_BTE.dtype == np.float32
 
@@ -177,8 +178,8 @@ def test_the_parts_of_all_hosts_are_the_global_batch(kind, hosts):
     whole = bucketed(rows, **KINDS[kind])
     parts = [bucketed(rows, part=(i, hosts), **KINDS[kind]) for i in range(hosts)]
     for step in (*range(whole.steps_per_epoch), 5 * whole.steps_per_epoch + 1):
-        joined = jax.tree.map(lambda *x: np.concatenate(x), *(dataclasses.astuple(part.batch(step)) for part in parts))
-        for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(dataclasses.astuple(whole.batch(step))), strict=True):
+        joined = jax.tree.map(lambda *x: np.concatenate(x), *(part.batch(step) for part in parts))
+        for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(whole.batch(step)), strict=True):
             np.testing.assert_array_equal(a, b)
     with pytest.raises(InputError, match=r"train.batch_size: 4 rows cannot be split over 3 hosts"):
         bucketed(rows, part=(0, 3), **KINDS[kind])

@@ -7,19 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from agreeing import VOCAB, D, V, make_draft, make_target, prompts
+from agreeing import VOCAB, D, V, make_draft, make_target, prompts, ready
+from eagle3 import algorithm as make_algorithm
 from flax import nnx
 
 from flaxdraft.algorithms.eagle3.drafts import llama
-from flaxdraft.algorithms.eagle3.objective import Algorithm
 from flaxdraft.data.documents import as_document
 from flaxdraft.data.pipeline import collate
 from flaxdraft.decode.decoding import Decoding, Settings
 from flaxdraft.decode.greedy import answer_greedily
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.evaluate.results import acceptance
 from flaxdraft.evaluate.walk import accept_length
-from flaxdraft.interfaces import Example, VocabMap
+from flaxdraft.interfaces import Draw, VocabMap
 from flaxdraft.nn.precision import Precision
 from flaxdraft.train.state import split_draft
 
@@ -38,7 +38,7 @@ def rows(target):
 
 def gained(target, rows, draft):
     """Accept length; the answers are the target's own, whatever the draft is."""
-    decoded = Decoding(target, nnx.split(draft), PROMPTS, Settings(LIMIT, CHAIN, (STOP,))).finish()
+    decoded = Decoding(target, ready(draft), PROMPTS, Settings(LIMIT, CHAIN, (STOP,))).finish()
     assert [one.tokens for one in decoded] == [row.tokens[row.num_prompt :].tolist() for row in rows]
     return accept_length([one.yields for one in decoded])
 
@@ -89,19 +89,21 @@ def templated(seed):
 @pytest.fixture(scope="module")
 def train(target):
     """A fresh draft after a hundred steps over documents, and what an evaluation says of it on held-out prompts."""
-    config, algorithm, optimizer = make_draft("llama", target).config, Algorithm(1), optax.adam(1e-2)
-    head_WE, embedding_VD = target.head()[VOCAB.target_ids_W], target.embedding()
+    config, algorithm, optimizer = make_draft("llama", target).config, make_algorithm(1), optax.adam(1e-2)
+    head_WE = target.head()[VOCAB.target_ids_W]
 
     def fresh(seed):
         more = {"precision": Precision(), "sharding": Sharding.none(), "rngs": nnx.Rngs(seed)}
-        return split_draft(llama.make(config, VOCAB, embedding_VD, **more))
+        return split_draft(llama.make(config, VOCAB, target, **more))
 
     graphdef, _, frozen = fresh(0)
 
     @jax.jit
     def trained(params, example):
         def loss(params):
-            return algorithm.mean_loss(algorithm.loss_sums(nnx.merge(graphdef, params, frozen), example))
+            draft = nnx.merge(graphdef, params, frozen)
+            numerator, count = algorithm.sums(draft, example, algorithm.first_carry()).terms()
+            return numerator / count
 
         def step(_, carry):
             params, state = carry
@@ -112,9 +114,9 @@ def train(target):
 
     def run(documents, seed):
         rows = ([document] for document in documents)
-        host = collate(rows, documents[0].features, len(PROMPTS), 32, 12, algorithm)
-        params = trained(fresh(seed)[1], Example(host.batch, host.features, host.rows_BR, head_WE))
-        parts = nnx.split(nnx.merge(graphdef, params, frozen))
+        host = collate(rows, documents[0].features, len(PROMPTS), 32, 12, algorithm, Draw(0, 0, 0))
+        params = trained(fresh(seed)[1], dataclasses.replace(host, teacher=head_WE))
+        parts = ready(nnx.merge(graphdef, params, frozen))
         decoded = Decoding(target, parts, templated(1000), Settings(LIMIT, CHAIN, (STOP,))).finish()
         return acceptance([one.yields for one in decoded], CHAIN)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from agreeing import ready
 from flax import nnx
 from test_contracts import TARGET_HF
 
@@ -13,7 +14,7 @@ from flaxdraft.algorithms.eagle3.drafts import llama
 from flaxdraft.decode.decoding import Decoding, Settings
 from flaxdraft.decode.generation import generate
 from flaxdraft.decode.speculative import advance
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.interfaces import Batch, VocabMap
 from flaxdraft.nn.precision import Precision
 from flaxdraft.ops import rejection
@@ -49,11 +50,11 @@ def models():
     target = decoder.build(config, groups, fill(decoder.abstract_state(config, groups, Precision())[1], 0, 1.5),
                            Precision())  # fmt: skip
     draft = llama.make(
-        llama.Config(**llama.Config.for_target(config, VOCAB.draft_vocab_size)), VOCAB, target.embedding(),
+        llama.Config(**llama.Config.for_target(config, VOCAB.draft_vocab_size)), VOCAB, target,
         precision=Precision(), sharding=Sharding.none(), rngs=nnx.Rngs(0),
     )  # fmt: skip
     nnx.update(draft, fill(nnx.state(draft, nnx.Param), 1, 0.5))
-    return target, nnx.split(draft)
+    return target, ready(draft)
 
 
 @functools.cache

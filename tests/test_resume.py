@@ -13,7 +13,7 @@ from flaxdraft.interfaces import VocabMap
 from flaxdraft.stages import same_inputs
 from flaxdraft.stages.claims import check_claimed, claim
 from flaxdraft.train.checkpoint import Checkpoints, abstract_like
-from flaxdraft.train.resume import Resume, begin
+from flaxdraft.train.resume import Resume, begin, goes_back
 
 INPUTS = {
     "seed": 0, "target": {"path": "/a/target", "content": "abc"}, "data": {"prompts": "digest", "prefetch": 4},
@@ -23,6 +23,7 @@ INPUTS = {
     },
 }  # fmt: skip
 VOCAB = VocabMap(np.arange(5) * 2, 20, "tokenizer and data")
+WALKED = {"kind": "walked", "chain_length": 4, "prompts": 40}
 SCORES = {10: 1.0, 20: 3.0, 30: 2.0}
 
 
@@ -38,7 +39,7 @@ def arrays(step: int):
 
 
 def record(score, origin="", inputs=INPUTS):
-    return {"score": score, "inputs": inputs, "origin": origin, "vocab": {"source": VOCAB.source}}
+    return {"score": score, "measure": WALKED, "inputs": inputs, "origin": origin, "vocab": {"source": VOCAB.source}}
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +57,10 @@ def directory(written, tmp_path):
     return shutil.copytree(written, tmp_path / "checkpoints", symlinks=True)
 
 
-def go_on(directory, request="auto", inputs=INPUTS, vocab=VOCAB, allowed=()):
+def go_on(directory, request="auto", inputs=INPUTS, vocab=VOCAB, allowed=(), measure=WALKED):
     """The step that a run begins from."""
     checkpoints = Checkpoints(directory, keep_latest=9)
-    begun = begin(checkpoints, Resume(request, inputs, vocab, allowed), abstract_like(arrays(0)))
+    begun = begin(checkpoints, Resume(request, inputs, vocab, allowed, measure), abstract_like(arrays(0)))
     if begun is None:
         return None
     step = int(begun.arrays["state"]["step"])
@@ -82,6 +83,28 @@ def test_a_repeated_command_goes_on_with_what_it_began(directory):
     with Checkpoints(directory, keep_latest=9) as checkpoints:
         checkpoints.save(25, arrays(25), VOCAB, record(1.0, origin="best"))
     assert go_on(directory, "best") == 25
+
+
+def test_a_run_goes_back_once(directory):
+    """To an older checkpoint that is asked for, until it has checkpoints of its own from there."""
+    asked = {"auto": False, "latest": False, "none": False, "step 30": False, "best": True, "step 10": True}
+    assert {request: goes_back(request, directory) for request in asked} == asked
+    with pytest.raises(InputError, match=r"train.resume: step 11, but .* holds steps 10, 20, 30"):
+        goes_back("step 11", directory)
+    with pytest.raises(InputError, match=r"holds step 30 of a run that did not begin there"):
+        goes_back(str(directory / "10"), directory)
+    assert go_on(directory, "step 10") == 10
+    with Checkpoints(directory, keep_latest=9) as checkpoints:
+        checkpoints.save(15, arrays(15), VOCAB, record(1.0, origin="step 10"))
+    assert not goes_back("step 10", directory)
+
+
+def test_scores_of_another_measure_are_left_out_aloud(directory, capsys):
+    go_on(directory)
+    assert capsys.readouterr().out == ""
+    go_on(directory, measure=WALKED | {"chain_length": 2})
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("older checkpoints (steps 10, 20, 30) measure something else than evaluate.* asks for now") == 1
 
 
 def test_another_run_s_checkpoint(written, tmp_path):

@@ -13,7 +13,10 @@ from tiny_runs import call, make_workspace
 
 from flaxdraft.config import load_config
 from flaxdraft.errors import InputError
-from flaxdraft.run.run_draft import Run
+from flaxdraft.run.draft import check_draft
+from flaxdraft.run.run import plan
+from flaxdraft.run.setup import claim_folders, prepare
+from flaxdraft.run.target import RunTarget
 from flaxdraft.stages.claims import claim
 
 
@@ -35,7 +38,7 @@ def test_wrong_input_claims_nothing(tmp_path):
 def claimed(workspace):
     """Folders that another run has begun to fill."""
     config = load_config(str(workspace / "run.yaml"), [])
-    Run(config).claim_folders()
+    claim_folders(prepare(config))
     (config.draft_dir / "metrics.jsonl").touch()
     (config.draft_dir.parent / "data" / "train-00000.safetensors").touch()
 
@@ -66,7 +69,10 @@ def test_another_configuration_is_refused(workspace, capfd, override, message):
         ("target.path=/nowhere.gguf", r"target.path: no file or directory /nowhere.gguf"),
         ("target.sha256='00'", r"sha256 is .* target.sha256 says 00"),
         ("output_dir=/proc/flaxdraft", r"output_dir: cannot write to /proc/flaxdraft"),
-        ("target.tap_layers=[0,4,7]", r"target.tap_layers: .* holds the last layer, which SGLang cannot capture"),
+        (
+            "target.tap_layers=[0,4,7]",
+            r"export for SGLang .*: layer 7 is the target's last, .* layers up to 6 \(target.tap_layers\)",
+        ),
         ("evaluate.max_new_tokens=120", r"evaluate.max_new_tokens: found 120; after the longest .* context of 128"),
         ("name=data", r"name: found 'data'; .*folder name"),
         ("mesh.data=3", r"train.batch_size: 4 rows cannot be split over mesh.data=3"),
@@ -93,6 +99,23 @@ def test_wrong_input_is_one_message_and_exit_code_2(workspace, tmp_path, capfd, 
     assert re.search(message, error), error
     assert "Traceback" not in error
     assert not list(tmp_path.glob("data/*.safetensors"))  # before the target is asked anything
+
+
+@pytest.mark.parametrize("engine", ["vllm", "hf"])
+def test_the_last_layer_is_tapped_for_an_engine_that_can(workspace, tmp_path, engine):
+    wanted = [f"output_dir={tmp_path}", "target.tap_layers=[0,4,7]", f"export.engine={engine}"]
+    setup = prepare(load_config(str(workspace / "run.yaml"), wanted))
+    target = RunTarget(setup)
+    check_draft(setup, target)
+    assert target.config.tap_layers == (0, 4, 7)
+
+
+def test_a_plan_of_a_run_that_would_be_refused_is_refused(workspace, tmp_path, monkeypatch):
+    """Before its step is compiled; the engine that is named is the one that the export is for."""
+    monkeypatch.setattr("flaxdraft.run.run.make_plan", None)
+    wanted = [f"output_dir={tmp_path}", "target.tap_layers=[1,3,7]", "export.engine=sglang-jax"]
+    with pytest.raises(InputError, match=r"export for sglang-jax .*: layer 7 is the target's last"):
+        plan(load_config(str(workspace / "run.yaml"), wanted))
 
 
 def test_a_map_that_is_none_is_refused_before_the_target_answers(workspace, tmp_path, capfd):

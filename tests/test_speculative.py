@@ -17,10 +17,10 @@ from agreeing import (
     make_target,
     own_answers,
     prompts,
+    ready,
 )  # fmt: skip
-from flax import nnx
+from eagle3 import algorithm as make_algorithm
 
-from flaxdraft.algorithms.eagle3.objective import Algorithm
 from flaxdraft.decode.decoding import Decoding, Settings
 from flaxdraft.decode.speculative import begin
 from flaxdraft.devices.mesh import make_mesh
@@ -63,21 +63,21 @@ CASES = [
 @pytest.mark.parametrize(("name", "chain"), CASES)
 def test_output_is_the_targets_own_and_the_walk_counts_the_same_passes(target, drafts, rows, name, chain):
     draft = drafts[name]
-    decoded = Decoding(target, nnx.split(draft), PROMPTS, Settings(LIMIT, chain, STOPS)).finish()
+    decoded = Decoding(target, ready(draft), PROMPTS, Settings(LIMIT, chain, STOPS)).finish()
     assert_lossless(decoded, rows, chain)
     graphdef, params, frozen = split_draft(draft)
-    algorithm = Algorithm(chain)
+    algorithm = make_algorithm(chain)
     accepted = make_accepted(graphdef, algorithm, frozen, target.head()[VOCAB.target_ids_W])(params)
     forced = evaluate_teacher_forced(accepted, rows, algorithm, 52)
     assert forced.yields == [one.yields for one in decoded]
     assert forced.accept_length == accept_length([one.yields for one in decoded]) > 1.5
-    assert forced.mean_over_rows() != forced.accept_length
+    assert forced.figures()["mean_over_rows"] != forced.accept_length
 
 
 @pytest.fixture(scope="module")
 def run(target, drafts):
     """Decodes with one compiled program."""
-    parts = nnx.split(drafts["llama"])
+    parts = ready(drafts["llama"])
 
     def run(some, stops=STOPS, on_passes=lambda *report: None):
         settings = Settings(LIMIT, CHAIN, stops)
@@ -119,8 +119,9 @@ def test_many_devices_decode_the_same(target, drafts, rows):
     mesh = make_mesh(4)
     everywhere = jax.NamedSharding(mesh, jax.P())
     settings, some = Settings(LIMIT, CHAIN, STOPS), PROMPTS[:7]
-    placed = jax.device_put((target, nnx.split(drafts["llama"])[1]), everywhere)
-    parts = nnx.split(drafts["llama"])[0], placed[1]
+    draft = ready(drafts["llama"])
+    placed = jax.device_put((target, draft.state), everywhere)
+    parts = draft._replace(state=placed[1])
     decoding = Decoding(placed[0], parts, some, settings, mesh=mesh)
     assert decoding._carry.cache.k_LBKHS.sharding.shard_shape(decoding._carry.cache.k_LBKHS.shape)[1] == 2
     assert [one.tokens for one in decoding.finish()] == answers(rows)[:7]

@@ -2,12 +2,13 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
-from flaxdraft.algorithms.eagle3.shared_rows import dealt, split_rows
-from flaxdraft.data.pipeline import HostBatch
-from flaxdraft.interfaces import Batch, Features
+from flaxdraft.algorithms.eagle3.objective import ChosenRows
+from flaxdraft.algorithms.eagle3.shared_rows import dealt, share
+from flaxdraft.interfaces import Batch, Example, Features
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 8])
@@ -44,15 +45,20 @@ def test_the_layout_holds_what_rows_read():
     )  # fmt: skip
     rows = np.sort(np.stack([rng.permutation(22)[:9] for _ in range(3)]), axis=1).astype(np.int32)
     rows[1, 5:] = 22
-    host = HostBatch(Batch(tokens, tokens > 2, tokens, tokens), features, rows)
-    laid, split = split_rows(host, 4, num_steps)
+    host = Example(Batch(tokens, tokens > 2, tokens, tokens), features, ChosenRows(rows))
+    laid, cut = share(host, 4, num_steps)
+    split, rows_BR = laid.chosen.shared, laid.chosen.rows_BR
     length = laid.batch.tokens_BT.shape[1]
     assert length == 24  # a multiple of four
     assert all(getattr(laid.batch, f.name).shape == (3, length) for f in dataclasses.fields(laid.batch))
     assert laid.features.last_BTE is None
-    assert laid.rows_BR.shape[1] % 4 == 0
+    assert rows_BR.shape[1] % 4 == 0
+    # What is cut: the taps, and what the rows bring with them.
+    assert jax.tree.leaves(cut.chosen) == [True] * 4
+    assert not any(jax.tree.leaves(cut.batch))
+    assert jax.tree.leaves(cut.features) == [True, False, False]
     np.testing.assert_array_equal(laid.features.taps_BTKE[:, :22], features.taps_BTKE)
-    for b, row in enumerate(laid.rows_BR):
+    for b, row in enumerate(rows_BR):
         assert sorted(row[split.owned_BR[b]].tolist()) == rows[b][rows[b] < 22].tolist()
         for i, at in enumerate(row):
             if at < 22:

@@ -12,7 +12,7 @@ from flaxdraft.data import store as module
 from flaxdraft.data.documents import Document
 from flaxdraft.data.store import FeatureStore, Source, finish, shard_name, write_shard
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import save_safetensors
+from flaxdraft.files.safetensors_file import save_safetensors
 from flaxdraft.interfaces import Features
 
 E, V = 8, 50

@@ -6,20 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_close
 from flax import nnx
 
 from flaxdraft import targets
 from flaxdraft.decode.greedy import answer_greedily, common_prefix
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch
 from flaxdraft.nn.precision import Precision
 from flaxdraft.targets import decoder, llama
 
+TAPS = (1, 3, 4)
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture(scope="module")
 def loaded(tiny_gguf):
-    return targets.from_pretrained(str(tiny_gguf))
+    return targets.from_pretrained(str(tiny_gguf), tap_layers=TAPS)
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +47,8 @@ def test_cached_forward_equals_uncached_wherever_it_is_split(loaded, tokens, spl
         positions = jnp.tile(jnp.arange(start, start + size), (2, 1))
         cache, got = loaded.model.extend(cache, tokens[:, start : start + size], positions, "all")
         span = slice(start, start + size)
-        np.testing.assert_allclose(got.taps_BTKE, want.taps_BTKE[:, span], atol=1e-4)
-        np.testing.assert_allclose(got.last_BTE, want.last_BTE[:, span], atol=1e-4)
-        np.testing.assert_allclose(got.logsumexp_BT, want.logsumexp_BT[:, span], atol=1e-4)
         np.testing.assert_array_equal(got.argmax_BT, want.argmax_BT[:, span])
+        assert_close(got, jax.tree.map(lambda x, span=span: x[:, span], want), ulp=50)
         start += size
 
 
@@ -54,15 +56,15 @@ def test_statistics_are_those_of_the_head(loaded, tokens):
     got = whole(loaded.model, tokens)
     logits = np.asarray(got.last_BTE, np.float64) @ np.asarray(loaded.model.head(), np.float64).T
     np.testing.assert_array_equal(got.argmax_BT, logits.argmax(-1))
-    np.testing.assert_allclose(got.logsumexp_BT, np.log(np.exp(logits).sum(-1)), rtol=1e-5)
+    assert_close(got.logsumexp_BT, np.log(np.exp(logits).sum(-1)), ulp=32, of="each")
 
 
 def test_packed_documents_equal_separate_ones(loaded, tokens):
     apart = whole(loaded.model, tokens)
     segments = jnp.repeat(jnp.arange(1, 3), 12)[None]
     packed = whole(loaded.model, tokens.reshape(1, -1), segments, jnp.tile(jnp.arange(12), 2)[None])
-    np.testing.assert_allclose(packed.last_BTE.reshape(2, 12, -1), apart.last_BTE, atol=1e-5)
-    np.testing.assert_allclose(packed.taps_BTKE.reshape(2, 12, 3, -1), apart.taps_BTKE, atol=1e-5)
+    assert_close(packed.last_BTE.reshape(2, 12, -1), apart.last_BTE, ulp=40)
+    assert_close(packed.taps_BTKE.reshape(2, 12, 3, -1), apart.taps_BTKE, ulp=11)
 
 
 def test_end_head_gives_the_last_real_position_of_each_row(loaded, tokens):
@@ -72,7 +74,7 @@ def test_end_head_gives_the_last_real_position_of_each_row(loaded, tokens):
     want = whole(loaded.model, tokens)
     for row, end in ((0, 11), (1, 7)):
         assert got.argmax_BT[row, end] == want.argmax_BT[row, end]
-        np.testing.assert_allclose(got.logsumexp_BT[row, end], want.logsumexp_BT[row, end], rtol=1e-5)
+        assert_close(got.logsumexp_BT[row, end], want.logsumexp_BT[row, end], ulp=32)
 
 
 def test_rows_of_another_cache_are_put_where_they_belong(loaded):
@@ -110,8 +112,8 @@ def test_greedy_answers_and_features_equal_the_uncached_ones(loaded):
         assert row.tokens.tolist() == text
         assert row.num_prompt == len(prompt)
         want, inside = whole(loaded.model, padded(text)), slice(len(text) - 1)
-        np.testing.assert_allclose(row.features.taps_BTKE[:-1], want.taps_BTKE[0, inside], atol=1e-4)
-        np.testing.assert_allclose(row.features.last_BTE[:-1], want.last_BTE[0, inside], atol=1e-4)
+        assert_close(row.features.taps_BTKE[:-1], want.taps_BTKE[0, inside], ulp=100)
+        assert_close(row.features.last_BTE[:-1], want.last_BTE[0, inside], ulp=100)
         answer = slice(len(prompt) - 1, len(text) - 1)
         np.testing.assert_array_equal(row.features.argmax_BT[answer], text[len(prompt) :])
 
@@ -123,9 +125,9 @@ def test_taps_are_outputs_of_their_layers(loaded, tokens, tiny_gguf):
     x = np.asarray(features.taps_BTKE[:, :, 2], np.float64)
     eps = one.config.rms_norm_eps
     normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * np.asarray(one.final_norm())
-    np.testing.assert_allclose(features.last_BTE, normed, atol=1e-5)
-    assert loaded.model.config.tap_layers == (1, 3, 4)
-    np.testing.assert_allclose(features.taps_BTKE[:, :, 1], reference_tap(loaded.model, tokens, 2), atol=1e-5)
+    assert_close(features.last_BTE, normed, ulp=40)
+    assert whole(targets.from_pretrained(str(tiny_gguf)).model, tokens).taps_BTKE.shape == (2, 12, 0, x.shape[-1])
+    assert_close(features.taps_BTKE[:, :, 1], reference_tap(loaded.model, tokens, 2), ulp=20)
 
 
 def reference_tap(target, tokens, layer):
@@ -138,6 +140,6 @@ def reference_tap(target, tokens, layer):
 
 
 @pytest.mark.parametrize("taps", [(2, 1, 3), (0, 1, 8), (1, 1, 2)])
-def test_taps_must_be_three_ascending_layers(tiny_gguf, taps):
-    with pytest.raises(InputError, match=r"target.tap_layers: .* not three ascending layers of a 8-layer target"):
+def test_taps_must_be_ascending_layers(tiny_gguf, taps):
+    with pytest.raises(InputError, match=r"target.tap_layers: .* are not ascending layers of a 8-layer target"):
         targets.from_pretrained(str(tiny_gguf), tap_layers=taps)

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import re
 from pathlib import Path
 
 import jax
@@ -21,7 +20,7 @@ from test_engine_contracts import DEFAULT_TAPS, SWITCHES
 from flaxdraft.algorithms.loading import contract_of, from_pretrained
 from flaxdraft.config import DraftConfig
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import load_safetensors
+from flaxdraft.files.safetensors_file import load_safetensors
 from flaxdraft.run.init_from import check_target, load_start, start_files
 from flaxdraft.serving import lint
 from flaxdraft.serving.record import DraftRecord
@@ -170,22 +169,6 @@ def test_a_card_claims_no_figures_of_another_checkpoint(tmp_path):
         assert ("accept length" in card) == (step == "best")
 
 
-@pytest.mark.parametrize(
-    ("engine", "fields", "served"),
-    [
-        ("sglang", {}, ["sglang.launch_server", "vllm serve"]),
-        ("vllm", {}, ["vllm serve", "sglang.launch_server"]),  # its own comes first
-        ("vllm", NORMS_BEFORE, ["vllm serve"]),  # SGLang ignores norm_before_residual
-        ("tpu-inference", {}, ["vllm serve"]),  # SGLang does not know the name
-    ],
-)
-def test_a_card_names_the_engines_that_serve_the_directory(tmp_path, engine, fields, served):
-    make_run(tmp_path / "run", "llama", fields)
-    assert call(tmp_path / "run", tmp_path / "out", "--engine", engine) == 0
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert re.findall(r"sglang\.launch_server|vllm serve", card) == served
-
-
 def test_training_begins_from_a_checkpoint_by_its_own_path(tmp_path):
     config, params = make_run(tmp_path / "run", "llama", {}, steps=(4, 8))
     for name, step in (("best", 4), ("latest", 8), ("4", 4)):
@@ -197,6 +180,13 @@ def test_training_begins_from_a_checkpoint_by_its_own_path(tmp_path):
     check_target(start, path, dataclasses.replace(target, tap_layers=DEFAULT_TAPS), TARGET_HF)
     with pytest.raises(InputError, match=r"has tapped layers \[1, 3, 4\], this target \[2, 3, 4\]"):
         check_target(start, path, dataclasses.replace(target, tap_layers=(2, 3, 4)), TARGET_HF)
+
+
+def test_a_checkpoint_is_read_without_the_other_processes(tmp_path, monkeypatch):
+    """The first process of a run exports while the others wait."""
+    make_run(tmp_path / "run", "llama", {})
+    monkeypatch.setattr("flaxdraft.devices.hosts.all_agree", None)
+    assert call(tmp_path / "run", tmp_path / "out") == 0
 
 
 def test_a_card_without_figures_claims_none(tmp_path):

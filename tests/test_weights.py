@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import load_safetensors, save_safetensors, state_from_torch, state_to_torch, write_json
+from flaxdraft.files.json_files import write_json
+from flaxdraft.files.name_tables import ArraySource, load_state, state_from_torch, state_to_torch
+from flaxdraft.files.safetensors_file import load_safetensors, save_safetensors
 
 STACKED = (
     ("norm", "norm.weight", "copy"),
@@ -93,6 +95,25 @@ def test_a_round_trip_is_bitwise(tmp_path):
     back = state_from_torch(state, FLAT, tensors, "w")
     for (path, want), (_, got) in zip(nnx.to_flat_state(state), nnx.to_flat_state(back), strict=True):
         assert np.asarray(got[...]).tobytes() == np.asarray(want[...]).tobytes(), path
+
+
+def test_stacked_layers_and_experts_come_back_under_their_own_names():
+    """Two groups of layers, of which the second begins where the first ends and has experts."""
+    table = (
+        ("dense/kernel", "layers.{i}.proj.weight", "transpose"),
+        ("moe/experts", "layers.{i}.experts.{e}.weight", "transpose"),
+    )
+    rng, groups = np.random.default_rng(2), {"dense": range(2), "moe": range(2, 5)}
+    leaf = lambda *shape: nnx.Param(jnp.asarray(rng.normal(size=shape), jnp.float32))  # noqa: E731
+    state = nnx.State({"dense": {"kernel": leaf(2, 5, 4)}, "moe": {"experts": leaf(3, 2, 5, 4)}})
+    tensors = state_to_torch(state, table, np.float32, groups)
+    experts = [f"layers.{i}.experts.{e}.weight" for i in groups["moe"] for e in range(2)]
+    assert list(tensors) == ["layers.0.proj.weight", "layers.1.proj.weight", *experts]
+    np.testing.assert_array_equal(tensors["layers.3.experts.1.weight"], state["moe"]["experts"][...][1, 1].T)
+    back = load_state(state, table, ArraySource(tensors, "w"), groups, num_experts=2)
+    for want, got in zip(jax.tree.leaves(state), jax.tree.leaves(back), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert set(state_to_torch(fill(stacked_tensors()), STACKED, np.float32)) == set(stacked_tensors())  # from 0
 
 
 def test_writing_leaves_no_temporary_file(tmp_path):

@@ -33,10 +33,10 @@ def say(text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    from flaxdraft.files import name_tables
+    from flaxdraft.files import json_files
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    name_tables.write_json(path, value)
+    json_files.write_json(path, value)
 
 
 def read_json(path: Path) -> Any:
@@ -201,16 +201,19 @@ def train(a: argparse.Namespace) -> None:
 
 def fitted(config: Any, *, export: bool) -> None:
     """A run's training, and its export; the evaluation is a stage of its own here."""
-    from flaxdraft.run.run_draft import Run
-    from flaxdraft.run.run_results import Results
+    from flaxdraft.run.answers import answer_prompts
+    from flaxdraft.run.material import gather
+    from flaxdraft.run.results import export_draft
+    from flaxdraft.run.setup import claim_folders, prepare
+    from flaxdraft.run.target import RunTarget
+    from flaxdraft.run.training import train_draft
 
-    stages = Run(config)
-    stages.claim_folders()
-    stages.data()
+    setup = prepare(config)
+    claim_folders(setup)
+    target = RunTarget(setup)
+    trained = train_draft(setup, gather(setup, target, answer_prompts(setup, target)))
     if export:
-        Results(stages).export()  # trains
-    else:
-        stages.params  # noqa: B018
+        export_draft(setup, trained)
 
 
 def trial(a: argparse.Namespace, shared: list[str], answers: Path) -> dict[str, Any]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_cases import CASES, count_flops
+from bench_cases import CASES, count_flops, make_algorithm
 from flax import nnx
 
-from flaxdraft.algorithms.eagle3.objective import Algorithm
+from flaxdraft.algorithms.eagle3.objective import ChosenRows, SharedRows
 from flaxdraft.config import TrainConfig
 from flaxdraft.devices.mesh import make_mesh
 from flaxdraft.devices.weight_places import place_of
-from flaxdraft.interfaces import Batch, Example, Features, SplitRows, VocabMap
+from flaxdraft.interfaces import Batch, Example, Features, VocabMap
 from flaxdraft.nn.precision import Precision
 from flaxdraft.train.batch_placement import SHARDING
 from flaxdraft.train.optimizer import optimizer
@@ -44,8 +45,9 @@ def abstract_step(
     def make():
         vocab = VocabMap(np.arange(config.draft_vocab_size) * spread, config.vocab_size)
         embedding = jnp.zeros((config.vocab_size, config.hidden_size), COMPUTE)
+        target = SimpleNamespace(embedding=lambda: embedding)
         return module.make(
-            config, vocab, embedding, precision=Precision(compute=COMPUTE), sharding=SHARDING, rngs=nnx.Rngs(0)
+            config, vocab, target, precision=Precision(compute=COMPUTE), sharding=SHARDING, rngs=nnx.Rngs(0)
         )
 
     def at(spec, *dims, dtype=jnp.float32):
@@ -54,30 +56,30 @@ def abstract_step(
     def placed(state):
         flat = nnx.to_flat_state(state)
         return nnx.from_flat_state(
-            [(path, x.replace(at(place_of(path, SHARDING), *x.shape, dtype=x.dtype))) for path, x in flat]
+            [(path, x.replace(at(place_of(x, SHARDING), *x.shape, dtype=x.dtype))) for path, x in flat]
         )
 
     graphdef, params, frozen = split_draft(nnx.eval_shape(make))
     width, ids = config.target_hidden_size, (num_rows, length)
-    algorithm = Algorithm(num_steps, attention="chunked", loss_chunk=chunk)
+    algorithm = make_algorithm(num_steps, True, attention="chunked", loss_chunk=chunk)
     rows = length if ways == 1 else ways * 2 * (-(-length // (2 * ways)) + num_steps - 1)
     b, split = SHARDING.act_b, SHARDING.split_bt if ways > 1 else SHARDING.act_b
     integers = at(b, *ids, dtype=jnp.int32)
     batch = Batch(integers, at(b, *ids, dtype=jnp.bool), integers, integers)
     last = at(b, *ids, width, dtype=COMPUTE) if ways == 1 else None
     features = Features(at(split, *ids, 3, width, dtype=COMPUTE), last, integers, at(b, *ids))
-    own = None if ways == 1 else SplitRows(
+    own = None if ways == 1 else SharedRows(
         at(split, num_rows, rows, 3, width, dtype=COMPUTE), at(split, num_rows, rows, width, dtype=COMPUTE),
         at(split, num_rows, rows, dtype=jnp.bool),
     )  # fmt: skip
     head = at(SHARDING.weight_ve, config.draft_vocab_size, width, dtype=COMPUTE)
-    example = Example(batch, features, at(split, num_rows, rows, dtype=jnp.int32), head, split=own)
+    example = Example(batch, features, ChosenRows(at(split, num_rows, rows, dtype=jnp.int32), own), head)
     with jax.set_mesh(mesh):
         params, frozen = placed(params), placed(frozen)
         tx = optimizer(TrainConfig(num_steps=1000))
-        state = jax.eval_shape(lambda p: init_state(p, tx, num_steps), params)
+        state = jax.eval_shape(lambda p: init_state(p, tx, algorithm), params)
         state = jax.tree.map(lambda x: at(x.sharding.spec if x.sharding else jax.P(), *x.shape, dtype=x.dtype), state)
-        lowered = make_train_step(graphdef, algorithm, tx).lower(state, frozen, example)
+        lowered = make_train_step(graphdef, algorithm, tx, COMPUTE).lower(state, frozen, example)
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     return lowered, num_rows // replicas * length // ways, _flops(case, length, num_steps) * num_rows / mesh.size
 
@@ -86,4 +88,4 @@ def _flops(case: str, length: int, num_steps: int) -> float:
     """Of one row whose tokens are all supervised."""
     at_T = np.arange(length)[None].astype(np.int32)
     batch = Batch(at_T, at_T >= 0, np.ones_like(at_T), at_T)
-    return count_flops(case, Example(batch, None, at_T, None), num_steps).total
+    return count_flops(case, Example(batch, None, ChosenRows(at_T)), num_steps).total

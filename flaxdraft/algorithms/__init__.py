@@ -6,9 +6,10 @@ What such a folder holds stands in `interfaces.Algorithm`. The configuration's `
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from flaxdraft.plugins import find_by_name, parts_of
+from flaxdraft.plugins import find_by_name, parts_of, settings_of
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -21,13 +22,14 @@ PACKAGE = "flaxdraft.algorithms"
 SHARED = ("loading",)  # modules of this package that are no algorithm
 
 
-def settings_of(name: str) -> type[AlgorithmConfig]:
-    """The section of the configuration that an algorithm brings. No JAX is started for it.
+def architecture(settings: AlgorithmConfig, name: str) -> ModuleType:
+    """One of an algorithm's draft architectures.
 
     Raises:
-        InputError: there is no such algorithm.
+        InputError: it has none of that name.
     """
-    return importlib.import_module(f"{find_by_name(PACKAGE, name, 'algorithm.name').__name__}.settings").Settings
+    folder = find_by_name(PACKAGE, settings.name, "algorithm.name").__name__
+    return find_by_name(f"{folder}.drafts", name, "draft.architecture")
 
 
 def make(settings: AlgorithmConfig, *, packed: bool) -> Algorithm:
@@ -40,12 +42,32 @@ def make(settings: AlgorithmConfig, *, packed: bool) -> Algorithm:
     return importlib.import_module(f"{folder}.algorithm").Algorithm(settings, packed)
 
 
-def algorithm_of(architecture: ModuleType) -> Algorithm:
-    """The algorithm, with its default settings, whose folder a draft architecture lies in."""
-    folder = architecture.__name__.rpartition(".drafts.")[0]
-    return importlib.import_module(f"{folder}.algorithm").Algorithm(
-        importlib.import_module(f"{folder}.settings").Settings(), packed=True
-    )
+def tap_layers(name: str, target: Any, chosen: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers of a target whose outputs an algorithm's drafts read.
+
+    Args:
+        target: its configuration.
+        chosen: by the user, in place of the algorithm's default.
+
+    Raises:
+        InputError: there is no such algorithm, or they are no taps for it.
+    """
+    algorithm = make(settings_of(name)(), packed=True)
+    return algorithm.tap_layers(target.num_hidden_layers, None if chosen is None else tuple(chosen))
+
+
+def algorithm_of(architecture: ModuleType, config: Any = None) -> Algorithm:
+    """The algorithm that a draft architecture is of, wherever its file lies.
+
+    Args:
+        config: of a draft, whose settings it then has as far as the draft holds them; the others are the defaults.
+    """
+    for name, folder in parts_of(PACKAGE):
+        if any(module is architecture for _, module in parts_of(f"{folder.__name__}.drafts")):
+            settings = settings_of(name)
+            held = () if config is None else settings.in_draft
+            return make(settings(name=name, **{field: getattr(config, field) for field in held}), packed=True)
+    raise AssertionError(f"{architecture.__name__} is no draft architecture of an algorithm")
 
 
 def draft_packages() -> list[str]:

@@ -13,14 +13,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flaxdraft.algorithms import DEFAULT, algorithm_of, draft_packages, make, settings_of
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.algorithms import DEFAULT, algorithm_of, draft_packages, make
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import load_safetensors, read_json_object, state_from_torch
+from flaxdraft.files.json_files import read_json_object
+from flaxdraft.files.name_tables import state_from_torch
+from flaxdraft.files.safetensors_file import load_safetensors
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.layers import Frozen
 from flaxdraft.nn.precision import Precision
-from flaxdraft.plugins import find_by_architecture
+from flaxdraft.plugins import find_by_architecture, settings_of
 from flaxdraft.serving.contract import Contract
 from flaxdraft.serving.trained_draft import TrainedDraft
 
@@ -107,7 +109,7 @@ def from_pretrained(directory: str | Path, vocab: VocabMap | None = None) -> Tra
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise InputError(f"{config_path}: a field has a type or value that no draft can have ({error})") from error
     origin = str(Path(directory))
-    algorithm = algorithm_of(module)
+    algorithm = algorithm_of(module, config)
     contract: Contract = algorithm.serving()
     tensors = _read_tensors(paths, contract)
     found = contract.take_vocab(tensors, config, origin)

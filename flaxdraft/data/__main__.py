@@ -9,63 +9,68 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
+from collections.abc import Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 
+from flaxdraft import algorithms
 from flaxdraft.errors import InputError
+from flaxdraft.run.commands import ADDRESS, DTYPES, Command, call_one_of
 
-ADDRESS = "a model directory, a .gguf file, wheel:NAME==VERSION/FILE, or ORG/NAME"
 
-
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """0 when done; 2 with one message for wrong input."""
-    arguments = _parser().parse_args(argv)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    try:
-        arguments.command(arguments)
-    except InputError as error:
-        print(f"flaxdraft: {error}", file=sys.stderr)
-        return 2
-    return 0
+    commands = {
+        "show": Command("print rows with what is supervised in colour", _show_arguments, show),
+        "regenerate": Command("replace every assistant turn by the target's own", _answer_arguments, answer_all),
+        "capture": Command("run the target over conversations and keep its features", _capture_arguments, capture_all),
+    }
+    return call_one_of(commands, argv, "python -m flaxdraft.data", __doc__)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _file_and_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="conversations, .jsonl or .parquet")
+    parser.add_argument("--target", required=True, help=ADDRESS)
+
+
+def _supervision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-length", type=int, default=4096, help="tokens, where rows are cut")
+    parser.add_argument("--last-turn-only", action="store_true", help="supervise the last assistant turn alone")
+    parser.add_argument("--mask-reasoning", action="store_true", help="leave out what stands in <think> tags")
+
+
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    _file_and_target(parser)
+    _supervision(parser)
+    parser.add_argument("--rows", type=int, default=3, help="from the beginning of the file")
+
+
+def _answer_arguments(parser: argparse.ArgumentParser) -> None:
     from flaxdraft.data.regenerate import Answering
 
-    parser = argparse.ArgumentParser(prog="python -m flaxdraft.data", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    commands = parser.add_subparsers(required=True, metavar="show | regenerate | capture")
-    look = commands.add_parser("show", help="print rows with what is supervised in colour")
-    look.set_defaults(command=show)
-    look.add_argument("--rows", type=int, default=3, help="from the beginning of the file")
-    answer = commands.add_parser("regenerate", help="replace every assistant turn by the target's own")
-    answer.set_defaults(command=answer_all)
-    answer.add_argument("--rows", type=int, default=32, help="conversations answered together")
-    answer.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of weights and products")
+    _file_and_target(parser)
+    parser.add_argument("output_dir", type=Path, help="a folder for the answers; the same one goes on")
+    parser.add_argument("--rows", type=int, default=32, help="conversations answered together")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and products")
     for field in dataclasses.fields(Answering):
-        answer.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
-    keep = commands.add_parser("capture", help="run the target over conversations and keep its features")
-    keep.set_defaults(command=capture_all)
-    keep.add_argument("--taps-dtype", choices=("bfloat16", "float32", "fp8"), default="bfloat16", help="on disk")
-    keep.add_argument("--last-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="on disk")
-    keep.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of weights and products")
-    keep.add_argument("--max-silent", type=float, default=0.5, help="largest share of rows that supervise nothing")
-    keep.add_argument("--shard-tokens", type=int, default=16384, help="of one file, about")
-    keep.add_argument("--batch-tokens", type=int, default=8192, help="of one forward pass")
-    keep.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="this host's share: 0/4, 1/4, ...")
-    keep.add_argument("--plan", action="store_true", help="say what the store will take, and stop")
-    for each in (look, keep):
-        each.add_argument("--max-length", type=int, default=4096, help="tokens, where rows are cut")
-        each.add_argument("--last-turn-only", action="store_true", help="supervise the last assistant turn alone")
-        each.add_argument("--mask-reasoning", action="store_true", help="leave out what stands in <think> tags")
-    for each in (look, answer, keep):
-        each.add_argument("file", type=Path, help="conversations, .jsonl or .parquet")
-        each.add_argument("--target", required=True, help=ADDRESS)
-    answer.add_argument("output_dir", type=Path, help="a folder for the answers; the same one goes on")
-    keep.add_argument("output_dir", type=Path, help="the store; the same one goes on")
-    return parser
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+
+
+def _capture_arguments(parser: argparse.ArgumentParser) -> None:
+    _file_and_target(parser)
+    _supervision(parser)
+    parser.add_argument("output_dir", type=Path, help="the store; the same one goes on")
+    parser.add_argument("--algorithm", default=algorithms.DEFAULT, help="that the store is for; it chooses the layers")
+    parser.add_argument("--tap-layers", type=int, nargs="+", metavar="LAYER", help="(0-based) in place of those")
+    parser.add_argument("--taps-dtype", choices=("bfloat16", "float32", "fp8"), default="bfloat16", help="on disk")
+    parser.add_argument("--last-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="on disk")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and products")
+    parser.add_argument("--max-silent", type=float, default=0.5, help="largest share of rows that supervise nothing")
+    parser.add_argument("--shard-tokens", type=int, default=16384, help="of one file, about")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="of one forward pass")
+    parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="this host's share: 0/4, 1/4, ...")
+    parser.add_argument("--plan", action="store_true", help="say what the store will take, and stop")
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -121,7 +126,7 @@ def answer_all(arguments: argparse.Namespace) -> None:
     from flaxdraft.data.conversations import read_conversations
     from flaxdraft.data.regenerate import FILE, Answering, regenerate
     from flaxdraft.files.fetch import content_of, sha256_of
-    from flaxdraft.nn.precision import DTYPES, Precision
+    from flaxdraft.nn.precision import of_both
     from flaxdraft.progress import CONSOLE
     from flaxdraft.stages.claims import claim
 
@@ -133,8 +138,7 @@ def answer_all(arguments: argparse.Namespace) -> None:
         "conversations": sha256_of(arguments.file), **dataclasses.asdict(options),
     }  # fmt: skip
     claim(arguments.output_dir, inputs, "Give another folder, or remove it to start anew.")
-    precision = Precision(compute=DTYPES[arguments.dtype], param=DTYPES[arguments.dtype])
-    loaded = targets.from_pretrained(arguments.target, precision=precision)
+    loaded = targets.from_pretrained(arguments.target, precision=of_both(arguments.dtype))
     tokenizer, context = loaded.tokenizer, loaded.model.config.max_position_embeddings
     if tokenizer is None or not tokenizer.chat_template:
         raise InputError(f"{arguments.target}: has no {'tokenizer' if tokenizer is None else 'chat template'}")
@@ -164,13 +168,14 @@ def capture_all(arguments: argparse.Namespace) -> None:
     from flaxdraft.data.store_writer import make_plan, start
     from flaxdraft.data.templates import ChatOptions, render_all, tokenizer_digest
     from flaxdraft.files.fetch import content_of
-    from flaxdraft.nn.precision import DTYPES, Precision
+    from flaxdraft.nn.precision import of_both
     from flaxdraft.progress import CONSOLE
 
     opened = targets.open_target(arguments.target)
-    tokenizer, config = opened.source.tokenizer(), opened.config(None)
+    tokenizer = opened.source.tokenizer()
     if tokenizer is None:
         raise InputError(f"{arguments.target}: has no tokenizer")
+    config = opened.config(algorithms.tap_layers(arguments.algorithm, opened.config(), arguments.tap_layers))
     options = ChatOptions(arguments.max_length, arguments.last_turn_only, arguments.mask_reasoning)
     documents = render_all(
         read_conversations(arguments.file), tokenizer, options, arguments.max_silent
@@ -197,8 +202,9 @@ def capture_all(arguments: argparse.Namespace) -> None:
     missing = start(arguments.output_dir, plan)
     if missing:
         CONSOLE.print(f"{len(missing)} shards to do")
-    precision = Precision(compute=DTYPES[arguments.dtype], param=DTYPES[arguments.dtype])
-    target = targets.from_pretrained(arguments.target, precision=precision).model
+    target = targets.from_pretrained(
+        arguments.target, tap_layers=config.tap_layers, precision=of_both(arguments.dtype)
+    ).model
     complete = capture(
         arguments.output_dir, plan, documents.rows, target, batch_tokens=arguments.batch_tokens, part=arguments.part
     )  # fmt: skip

@@ -14,7 +14,7 @@ import numpy as np
 
 from flaxdraft.decode.greedy import Row
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import load_safetensors, save_safetensors
+from flaxdraft.files.safetensors_file import load_safetensors, save_safetensors
 from flaxdraft.interfaces import Features
 
 # What each field of `Features` is called in a file, as the first files called it.

@@ -9,7 +9,7 @@ from pathlib import Path
 from flaxdraft.data.answer_files import read_rows, write_rows
 from flaxdraft.data.prompts import Prompt, render
 from flaxdraft.decode.greedy import Row, answer_greedily
-from flaxdraft.files.name_tables import write_json
+from flaxdraft.files.json_files import write_json
 from flaxdraft.interfaces import Target
 from flaxdraft.progress import bar
 

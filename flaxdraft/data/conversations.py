@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from flaxdraft.errors import InputError
-from flaxdraft.files.json_lines import read_json_lines
+from flaxdraft.files.json_files import read_json_lines
 
 # ShareGPT's speakers.
 _SPEAKERS = {

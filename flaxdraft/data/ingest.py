@@ -22,7 +22,7 @@ from flaxdraft.data.store import Source
 from flaxdraft.data.store_writer import Plan, fill, make_plan
 from flaxdraft.data.templates import Rendered, rows_digest, tokenizer_digest
 from flaxdraft.decode.greedy import round_up
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.files.fetch import content_of
 from flaxdraft.interfaces import Features
@@ -73,7 +73,7 @@ def token_row(tokens: np.ndarray, mask: np.ndarray, where: str) -> Rendered:
     return Rendered(tokens.astype(np.int32), mask.astype(bool))
 
 
-def plan_of(folder: Folder, opened: OpenedTarget, tap_layers: Sequence[int] | None, shard_tokens: int) -> Plan:
+def plan_of(folder: Folder, opened: OpenedTarget, tap_layers: Sequence[int], shard_tokens: int) -> Plan:
     """
     Raises:
         InputError: the folder has no rows, its states are of another width or of a type that no store has, or a token
@@ -102,7 +102,7 @@ def plan_of(folder: Folder, opened: OpenedTarget, tap_layers: Sequence[int] | No
     return make_plan(source, lengths, shard_tokens, config.tie_word_embeddings)
 
 
-def ingest(directory: Path, folder: Folder, opened: OpenedTarget, tap_layers: Sequence[int] | None,
+def ingest(directory: Path, folder: Folder, opened: OpenedTarget, tap_layers: Sequence[int],
            shard_tokens: int) -> None:  # fmt: skip
     """Makes a feature store of a folder; a stopped one goes on.
 
@@ -110,13 +110,13 @@ def ingest(directory: Path, folder: Folder, opened: OpenedTarget, tap_layers: Se
     almost none where folder and target do not belong together.
 
     Args:
-        tap_layers: the layers (0-based) whose outputs the folder holds; the target's default where None.
+        tap_layers: the layers (0-based) whose outputs the folder holds.
 
     Raises:
         InputError: see `plan_of` and `store_writer.start`; a file is damaged, of another width, or not finite.
     """
     plan = plan_of(folder, opened, tap_layers, shard_tokens)
-    weights = OuterWeights.of_target(opened, opened.config(tap_layers))
+    weights = OuterWeights.of_target(opened, opened.config())
     CONSOLE.print(
         f"{len(folder.rows)} rows, {plan.num_tokens} tokens, taps of layers {list(plan.source.tap_layers)}, "
         f"{folder.num_left_out} rows left out; {len(plan.first_rows) - 1} shards, {plan.num_bytes / 1e9:.2f} GB"

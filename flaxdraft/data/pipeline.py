@@ -6,7 +6,6 @@ nothing. A host reads its own rows of a global batch only.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -28,16 +27,17 @@ def collate(
     taken at a time.
 
     Args:
-        like: features of any document, for their types; None where documents come without.
+        like: features of any document, for their types; None where documents come without. Of them the algorithm gets
+            what it needs.
         most_supervised: a bound on the supervised tokens of a row, from which the sizes of `Example.chosen` follow.
     """
     shape = (num_rows, length)
     tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
     assistant = np.zeros(shape, bool)
     features: dict[str, np.ndarray] = {}
-    for field in dataclasses.fields(Features) if like is not None else ():
-        sample = getattr(like, field.name)
-        features[field.name] = np.zeros((*shape, *sample.shape[1:]), sample.dtype)
+    for name in algorithm.needs if like is not None else ():
+        sample = getattr(like, name)
+        features[name] = np.zeros((*shape, *sample.shape[1:]), sample.dtype)
     for at, row in enumerate(rows):
         start = 0
         for number, document in enumerate(row, 1):

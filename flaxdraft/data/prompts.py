@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxdraft.errors import InputError
-from flaxdraft.files.json_lines import read_json_lines
+from flaxdraft.files.json_files import read_json_lines
 
 SPLITS = ("train", "held_out")
 _FIELDS = ("id", "category", "split", "prompt")

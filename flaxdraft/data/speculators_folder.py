@@ -16,7 +16,7 @@ import numpy as np
 from flaxdraft.data.ingest import States, token_row
 from flaxdraft.data.templates import Rendered
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import load_safetensors
+from flaxdraft.files.safetensors_file import load_safetensors
 
 _PREPARE = "give the folder that prepare_data.py wrote"
 

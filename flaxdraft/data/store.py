@@ -32,8 +32,8 @@ import safetensors.numpy
 
 from flaxdraft.data.documents import Document
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import load_safetensors, write_json
-from flaxdraft.files.safetensors_file import Entry, SafetensorsFile
+from flaxdraft.files.json_files import write_json
+from flaxdraft.files.safetensors_file import Entry, SafetensorsFile, load_safetensors
 from flaxdraft.interfaces import Features
 
 SCHEMA = 1

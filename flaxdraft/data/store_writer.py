@@ -19,7 +19,7 @@ import numpy as np
 from flaxdraft.data.documents import Document
 from flaxdraft.data.store import DTYPES, MANIFEST, PLAN, TARGET, Source, finish, save, shard_name, write_shard
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import write_json
+from flaxdraft.files.json_files import write_json
 from flaxdraft.progress import bar
 from flaxdraft.stages.same_inputs import flatten
 

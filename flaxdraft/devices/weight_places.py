@@ -1,8 +1,11 @@
-"""Where the weights of targets and drafts live, found by the end of their JAX paths."""
+"""The weights of targets and drafts, each in the place that the module which made it chose.
+
+The choice travels as metadata of the variable, through nnx.split, merge, eval_shape and vmap. It is a name, and not a
+place itself, so that a state has the same structure whatever mesh it is made for.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,26 +14,17 @@ import numpy as np
 from flax import nnx
 from jax import P
 
-from flaxdraft.devices.mesh import Sharding, check_divides
-
-# Path pattern -> field of `Sharding`.
-_PLACES = (
-    (r"(^|/)(embed|head|embed_tokens)$", "weight_ve"),
-    (r"(q_proj|k_proj|v_proj|q_b_proj|kv_b_proj|gate_proj|up_proj|fc|lm_head)/kernel$", "weight_df"),
-    (r"(q_proj|k_proj|v_proj|gate_proj|up_proj)/bias$", "weight_f"),
-    (r"(o_proj|down_proj)/kernel$", "weight_fd"),
-    (r"(q_a_proj|kv_a_proj_with_mqa)/kernel$", "weight_dd"),
-    (r"experts/(gate_proj|up_proj)$", "weight_xdf"),
-    (r"experts/down_proj$", "weight_xfd"),
-    (r"(scale|(o_proj|down_proj|q_a_proj|kv_a_proj_with_mqa)/bias|gate/kernel|gate/bias)$", "whole"),
-    (r"(target_ids|draft_ids)$", "whole"),
-)
+from flaxdraft.devices.mesh import check_divides
+from flaxdraft.devices.sharding import Sharding
 
 
-def place_of(path: tuple, sharding: Sharding) -> P:
-    """Of the weight at that path of an NNX state."""
-    name = "/".join(map(str, path))
-    return getattr(sharding, next(field for pattern, field in _PLACES if re.search(pattern, name)))
+def place_of(variable: nnx.Variable, sharding: Sharding) -> P:
+    """Where a variable of an NNX state lives: who made it named a field of `sharding` (`nnx.Param(value, place=...)`),
+    or nothing, and then every device holds all of it. The field speaks of one layer's axes; an axis before them is of
+    stacked layers, and every device holds its part of each."""
+    spec = getattr(sharding, variable.get_metadata().get("place", "whole"))
+    stacked = len(variable.shape) - len(spec)
+    return P(*[None] * stacked, *spec) if len(spec) else spec
 
 
 def check_heads(config: Any, sharding: Sharding, mesh_shape: Mapping[str, int]) -> None:
@@ -55,10 +49,10 @@ def weight_on_mesh(name: str, weight: jax.Array, mesh: jax.sharding.Mesh, spec: 
 
 
 def on_mesh(state: nnx.State, mesh: jax.sharding.Mesh, sharding: Sharding) -> nnx.State:
-    """An unstacked state, each weight in its place; see `weight_on_mesh`."""
+    """A state, each weight in its place; see `weight_on_mesh`."""
 
     def place(path, variable):
-        name, spec = "/".join(map(str, path)), place_of(path, sharding)
+        name, spec = "/".join(map(str, path)), place_of(variable, sharding)
         return variable.replace(weight_on_mesh(name, variable[...], mesh, spec))
 
     return nnx.from_flat_state([(path, place(path, variable)) for path, variable in nnx.to_flat_state(state)])

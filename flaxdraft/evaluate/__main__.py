@@ -115,7 +115,7 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     from flaxdraft.evaluate.results import guess_result
     from flaxdraft.evaluate.walk_answers import walk_answers
     from flaxdraft.files.fetch import content_of, sha256_of
-    from flaxdraft.files.name_tables import write_json
+    from flaxdraft.files.json_files import write_json
     from flaxdraft.progress import CONSOLE
     from flaxdraft.stages.claims import claim
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from flaxdraft.algorithms import loading
 from flaxdraft.decode.decoding import ReadyDraft
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Algorithm, VocabMap
 from flaxdraft.nn.layers import Frozen

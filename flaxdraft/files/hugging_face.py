@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import read_json_object
+from flaxdraft.files.json_files import read_json_object
 from flaxdraft.files.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
@@ -52,8 +52,10 @@ class HFDirectory:
         files = {}
         for name in sorted(set(where.values())):
             path = self.path / name
-            if path.resolve().parent != self.path.resolve() and not path.is_symlink():
-                raise InputError(f"{index}: names {name!r}, which is outside the directory")
+            if path.name != name or path.suffix != ".safetensors":  # others are no part of the model's digest
+                raise InputError(
+                    f"{index}: names {name!r}, which is outside the directory or no .safetensors file; fetch it again"
+                )
             if not path.is_file():
                 raise InputError(f"{index}: names {name}, which is not there; fetch it, or the whole model, again")
             files[name] = SafetensorsFile(path)

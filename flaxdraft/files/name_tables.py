@@ -1,4 +1,4 @@
-"""Weights across the border: safetensors files and declarative name tables.
+"""Weights across the border between other projects' names and shapes and ours: declarative name tables.
 
 A table row is (JAX path, PyTorch key template, transform). A `{i}` in the template stacks layers on axis 0, an `{e}`
 experts on the next. Transforms invert bitwise. Reading accounts for every tensor: one that is missing, left over or
@@ -8,17 +8,12 @@ misshapen is an error that names it.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from flaxdraft.errors import InputError
 
@@ -32,6 +27,16 @@ def _apply(array: np.ndarray, transform: Transform) -> np.ndarray:
 
 def _path(name: str) -> tuple[str, ...]:
     return tuple(name.split("/"))
+
+
+def _keys(template: str, layers: Sequence[int], num_experts: int) -> np.ndarray:
+    """The names that a template stands for, of str, one axis for each stacked one."""
+    keys = np.array(template, object)
+    if "{i}" in template:
+        keys = np.array([template.replace("{i}", str(i)) for i in layers], object)
+    if "{e}" in template:
+        keys = np.array([[key.replace("{e}", str(e)) for e in range(num_experts)] for key in keys], object)
+    return keys
 
 
 class TensorSource(Protocol):
@@ -108,11 +113,7 @@ class _Leaf(NamedTuple):
     def of(cls, row, slots, groups, num_experts: int) -> _Leaf:
         jax_path, template, transform = row
         path = _path(jax_path)
-        keys = np.array(template, object)
-        if "{i}" in template:
-            keys = np.array([template.replace("{i}", str(i)) for i in groups[path[0]]], object)
-        if "{e}" in template:
-            keys = np.array([[key.replace("{e}", str(e)) for e in range(num_experts)] for key in keys], object)
+        keys = _keys(template, groups.get(path[0], ()), num_experts)
         return cls(path, keys, tuple(slots[path].shape), slots[path].dtype, transform)
 
     @property
@@ -181,62 +182,21 @@ def state_from_torch(
     return load_state(abstract, table, ArraySource(tensors, origin), {"layers": range(num_layers)})
 
 
-def state_to_torch(state: nnx.State, table: NameTable, dtype: Any) -> dict[str, np.ndarray]:
-    """The inverse for unstacked tables: PyTorch key -> array of `dtype`."""
-    flat = {path: variable for path, variable in nnx.to_flat_state(state)}
-    out = {}
-    for jax_path, key, transform in table:
-        with np.errstate(over="ignore"):  # the caller looks for what overflowed
-            array = np.asarray(jax.device_get(flat[_path(jax_path)][...])).astype(dtype)
-        out[key] = np.ascontiguousarray(_apply(array, transform))
-    return out
+def state_to_torch(
+    state: nnx.State, table: NameTable, dtype: Any, groups: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, np.ndarray]:
+    """The inverse: PyTorch key -> array of `dtype`.
 
-
-def save_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Writes to a temporary name, then renames: a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata=metadata)
-    # safetensors makes files that their owner alone can read; a server often runs as somebody else.
-    os.umask(umask := os.umask(0))
-    temporary.chmod(0o666 & ~umask)
-    os.replace(temporary, path)
-
-
-def load_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of one file.
-
-    Raises:
-        InputError: no such file, or it is truncated or altered in its header.
-    """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}); remove it and make it again") from error
-
-
-def read_json_object(path: Path, role: str, mend: str) -> dict[str, Any]:
-    """
     Args:
-        role: who needs the file, for the message where it is missing.
-        mend: what to do where it is damaged.
-
-    Raises:
-        InputError: missing, not JSON, or not an object.
+        groups: see `load_state`; where a group is not named, its layers count from 0.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {role}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); {mend}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected an object, found {type(value).__name__}; {mend}")
-    return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON, through a temporary name."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    flat, groups, out = dict(nnx.to_flat_state(state)), groups or {}, {}
+    for jax_path, template, transform in table:
+        path = _path(jax_path)
+        with np.errstate(over="ignore"):  # the caller looks for what overflowed
+            array = np.asarray(jax.device_get(flat[path][...])).astype(dtype)
+        layers = groups.get(path[0], range(array.shape[0])) if "{i}" in template else ()
+        keys = _keys(template, layers, array.shape[1] if "{e}" in template else 0)
+        for at in np.ndindex(keys.shape):
+            out[str(keys[at])] = np.ascontiguousarray(_apply(array[at], transform))
+    return out

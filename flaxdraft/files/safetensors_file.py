@@ -1,4 +1,4 @@
-"""One safetensors file, mapped into memory: any slice of any tensor without reading the rest of it.
+"""Safetensors files: written whole, read whole, or mapped into memory: any slice of any tensor without the rest of it.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes of header length, little-endian; a JSON header of
 {name: {dtype, shape, data_offsets}}; the tensors. The safetensors package itself reads no float8 into numpy.
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from flaxdraft.errors import InputError
 
@@ -81,3 +84,26 @@ def _entry(name: str, record: Any, data: int, size: int) -> Entry:
     if record["dtype"] in _BITS and math.prod(shape) * _BITS[record["dtype"]] != (stop - start) * 8:
         raise ValueError(f"{name} of shape {shape} does not fill {stop - start} bytes")
     return Entry(record["dtype"], shape, data + start, data + stop)
+
+
+def save_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Writes to a temporary name, then renames: a reader never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, metadata=metadata)
+    # safetensors makes files that their owner alone can read; a server often runs as somebody else.
+    os.umask(umask := os.umask(0))
+    temporary.chmod(0o666 & ~umask)
+    os.replace(temporary, path)
+
+
+def load_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of one file.
+
+    Raises:
+        InputError: no such file, or it is truncated or altered in its header.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error}); remove it and make it again") from error

@@ -1,9 +1,12 @@
 """The small blocks: projection, norm, gated feed-forward.
 
-Precision and place are decided here and nowhere else. Kernels are stored [in, out].
+Precision and place are decided here and nowhere else. Kernels are stored [in, out]. Who makes a variable says where it
+lives: `nnx.Param(value, place=...)` names a field of `Sharding`; see devices/weight_places.py.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,7 @@ from flax import nnx
 from jax import P
 from jaxtyping import Array, Float
 
-from flaxdraft.devices.mesh import Sharding, along, gathered, into_columns, spec_of
+from flaxdraft.devices.sharding import Sharding, along, gathered, into_columns, spec_of
 from flaxdraft.nn.precision import Precision
 from flaxdraft.ops.float8 import float8_product
 
@@ -22,22 +25,31 @@ class Frozen(nnx.Variable):
     """An array that travels with a module but is never trained."""
 
 
+class Split(NamedTuple):
+    """How a projection is split over devices, as fields of `Sharding`."""
+
+    kernel: str  # [in, out]
+    bias: str
+    result: str  # [B, T, out], batch and time as in the input (`along`)
+
+
+COLUMN = Split("weight_df", "weight_f", "act_btf")
+ROW = Split("weight_fd", "whole", "act_btd")
+LATENT = Split("weight_dd", "whole", "act_btd")
+
+
 class Linear(nnx.Module):
     """x @ kernel (+ bias), in compute precision."""
 
     def __init__(
-        self, num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs, *, use_bias: bool = False,
-        spec: P | None = None, out_spec: P | None = None,
+        self, num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs, sharding: Sharding, split: Split, *,
+        use_bias: bool = False,
     ):  # fmt: skip
-        """
-        Args:
-            spec: where the kernel [in, out] lives.
-            out_spec: where the result [B, T, out] lives, batch and time as in the input (`along`).
-        """
         init = nnx.initializers.normal(0.02)
-        self.precision, self.spec, self.out_spec = precision, spec, out_spec
-        self.kernel = nnx.Param(init(rngs.params(), (num_in, num_out), precision.param))
-        self.bias = nnx.Param(jnp.zeros((num_out,), precision.param)) if use_bias else None
+        self.precision = precision
+        self.spec, self.out_spec = getattr(sharding, split.kernel), getattr(sharding, split.result)
+        self.kernel = nnx.Param(init(rngs.params(), (num_in, num_out), precision.param), place=split.kernel)
+        self.bias = nnx.Param(jnp.zeros((num_out,), precision.param), place=split.bias) if use_bias else None
 
     def __call__(self, x: Float[Array, "*lead I"], inputs: slice = slice(None)) -> Float[Array, "*lead O"]:
         """
@@ -69,17 +81,17 @@ def _product(x: Float[Array, "*lead I"], kernel: Float[Array, "I O"], out_spec: 
 
 def latent(num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs, s: Sharding, *, use_bias=False) -> Linear:
     """A projection to what all heads share: not split by tensor, only kept in pieces."""
-    return Linear(num_in, num_out, precision, rngs, use_bias=use_bias, spec=s.weight_dd, out_spec=s.act_btd)
+    return Linear(num_in, num_out, precision, rngs, s, LATENT, use_bias=use_bias)
 
 
 def column(num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs, s: Sharding, *, use_bias=False) -> Linear:
     """A projection whose outputs (heads, feed-forward) are split over devices."""
-    return Linear(num_in, num_out, precision, rngs, use_bias=use_bias, spec=s.weight_df, out_spec=s.act_btf)
+    return Linear(num_in, num_out, precision, rngs, s, COLUMN, use_bias=use_bias)
 
 
 def row(num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs, s: Sharding, *, use_bias=False) -> Linear:
     """The projection back, whose inputs are split: one sum over devices."""
-    return Linear(num_in, num_out, precision, rngs, use_bias=use_bias, spec=s.weight_fd, out_spec=s.act_btd)
+    return Linear(num_in, num_out, precision, rngs, s, ROW, use_bias=use_bias)
 
 
 class RMSNorm(nnx.Module):
@@ -88,7 +100,7 @@ class RMSNorm(nnx.Module):
     def __init__(self, width: int, eps: float, precision: Precision):
         self.eps = eps
         self.precision = precision
-        self.scale = nnx.Param(jnp.ones((width,), precision.param))
+        self.scale = nnx.Param(jnp.ones((width,), precision.param), place="whole")
 
     def __call__(self, x: Float[Array, "*lead width"]) -> Float[Array, "*lead width"]:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))

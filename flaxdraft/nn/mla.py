@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.devices.mesh import Sharding, along
+from flaxdraft.devices.sharding import Sharding, along
 from flaxdraft.nn.layers import WHOLE, RMSNorm, column, latent, row
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig, cos_sin, rotate_interleaved

@@ -19,7 +19,9 @@ from flax import nnx
 from jax import P, lax
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.devices.mesh import EXPERT_AXIS, TENSOR_AXIS, Sharding, gathered, on_shards
+from flaxdraft.devices.mesh import EXPERT_AXIS, TENSOR_AXIS
+from flaxdraft.devices.per_device import on_shards
+from flaxdraft.devices.sharding import Sharding, gathered
 from flaxdraft.nn.layers import WHOLE, GatedMLP
 from flaxdraft.nn.precision import Precision
 
@@ -102,9 +104,12 @@ class Experts(nnx.Module):
 
     def __init__(self, num_experts: int, width: int, intermediate: int, precision: Precision, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
-        make = lambda *shape: nnx.Param(init(rngs.params(), (num_experts, *shape), precision.param))  # noqa: E731
-        self.gate_proj, self.up_proj = make(width, intermediate), make(width, intermediate)
-        self.down_proj = make(intermediate, width)
+        make = lambda place, *shape: nnx.Param(  # noqa: E731
+            init(rngs.params(), (num_experts, *shape), precision.param), place=place
+        )
+        self.gate_proj = make("weight_xdf", width, intermediate)
+        self.up_proj = make("weight_xdf", width, intermediate)
+        self.down_proj = make("weight_xfd", intermediate, width)
 
 
 class Router(nnx.Module):
@@ -112,8 +117,10 @@ class Router(nnx.Module):
 
     def __init__(self, config: MoEConfig, width: int, precision: Precision, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
-        self.kernel = nnx.Param(init(rngs.params(), (width, config.num_experts), precision.param))
-        self.bias = nnx.Param(jnp.zeros((config.num_experts,))) if config.routing == "noaux_tc" else None
+        kernel = init(rngs.params(), (width, config.num_experts), precision.param)
+        self.kernel = nnx.Param(kernel, place="whole")
+        biased = config.routing == "noaux_tc"
+        self.bias = nnx.Param(jnp.zeros((config.num_experts,)), place="whole") if biased else None
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T X"]:
         kernel = self.kernel[...].astype(jnp.float32)

@@ -21,3 +21,8 @@ class Precision:
     compute: jnp.dtype = jnp.float32
     param: jnp.dtype = jnp.float32
     float8: bool = False
+
+
+def of_both(dtype: str) -> Precision:
+    """Weights and products of one dtype, by its name."""
+    return Precision(compute=DTYPES[dtype], param=DTYPES[dtype])

@@ -134,7 +134,9 @@ def _yarn(rope: RopeConfig, inv_freq: np.ndarray, width: int) -> np.ndarray:
 def inverse_frequencies(
     rope: RopeConfig, width: int, positions_BT: Int[Array, "B T"]
 ) -> Float[Array, " half"] | np.ndarray:
-    """Angle per position of each of the width/2 pairs; only dynamic NTK looks at the positions."""
+    """Angle per position of each of the width/2 pairs. Only dynamic NTK looks at the positions: the farthest one of all
+    rows stretches the angles of all, as in transformers (`dynamic_rope_update`), so none may be padding's beyond the
+    real ones (see `turning_positions`)."""
     exponent = np.arange(0, width, 2, dtype=np.float64) / width
     if rope.rope_type == "dynamic":
         # Readers of this type know no original_max_position_embeddings: the window is the config's.
@@ -150,6 +152,12 @@ def inverse_frequencies(
     elif rope.rope_type == "yarn":
         inv_freq = _yarn(rope, inv_freq, width)
     return inv_freq.astype(np.float32)
+
+
+def turning_positions(positions_BT: Int[Array, "B T"], num_slots: int) -> Int[Array, "B T"]:
+    """The positions by which queries and keys turn, beside a cache of `num_slots` slots. Positions from there on mark
+    padding, which nobody reads: it turns like the first token, so that no real one's angles depend on it."""
+    return jnp.where(positions_BT < num_slots, positions_BT, 0)
 
 
 def cos_sin(

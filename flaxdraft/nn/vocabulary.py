@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jax import P, lax
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.devices.mesh import TENSOR_AXIS, Sharding, axes_of, gathered, on_shards, per_device, spec_of
+from flaxdraft.devices.mesh import TENSOR_AXIS
+from flaxdraft.devices.per_device import on_shards, per_device
+from flaxdraft.devices.sharding import Sharding, axes_of, gathered, spec_of
 from flaxdraft.ops.vocabulary_axis import total
 
 LOGITS_AT_ONCE = 2**26  # of one device; more are made in chunks of rows

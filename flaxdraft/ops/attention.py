@@ -23,16 +23,26 @@ def grouped_scores(
     return jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=wide) * scale
 
 
+def _weights(scores_BKGTS, sinks_N):
+    """Softmax over the keys, and over a sink that takes its share and is left out."""
+    if sinks_N is None:
+        return jax.nn.softmax(scores_BKGTS, axis=-1)
+    sinks_1KG11 = sinks_N.astype(scores_BKGTS.dtype).reshape(1, *scores_BKGTS.shape[1:3], 1, 1)
+    sinks_BKGT1 = jnp.broadcast_to(sinks_1KG11, (*scores_BKGTS.shape[:-1], 1))
+    return jax.nn.softmax(jnp.concatenate([scores_BKGTS, sinks_BKGT1], axis=-1), axis=-1)[..., :-1]
+
+
 def attend(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKC: Float[Array, "B S K C"],
     visible_BTS: Bool[Array, "B T S"],
     scale: float,
+    sinks_N: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N C"]:
-    """softmax(scale q.k over the visible keys) v."""
+    """softmax(scale q.k over the visible keys) v; sinks are scores of each head that have no value."""
     scores = jnp.where(visible_BTS[:, None, None], grouped_scores(q_BTNH, k_BSKH, scale), MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKC.dtype)
+    weights = _weights(scores, sinks_N).astype(v_BSKC.dtype)
     out = jnp.einsum("bkgts,bskc->btkgc", weights, v_BSKC)
     return out.reshape(*q_BTNH.shape[:3], v_BSKC.shape[-1])
 
@@ -43,6 +53,7 @@ def attend_cache(
     v_BKSC: Float[Array, "B K S C"],
     visible_BTS: Bool[Array, "B T S"],
     scale: float,
+    sinks_N: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N C"]:
     """`attend` over a cache, which keeps keys with the slots last.
 
@@ -59,7 +70,7 @@ def attend_cache(
     else:
         scores = jnp.einsum("btkgh,bkhs->bkgts", q_BTKGH, k_BKHS) * scale
     scores = jnp.where(visible_BTS[:, None, None], scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSC.dtype)
+    weights = _weights(scores, sinks_N).astype(v_BKSC.dtype)
     if single:
         out = jnp.sum(v_BKSC[:, :, None] * weights[:, :, :, 0, :, None], axis=3)[:, None]
     else:

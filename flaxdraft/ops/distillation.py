@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from flaxdraft.devices.mesh import added_up, axes_of, gradient_spec, per_device, scaled, spec_of
+from flaxdraft.devices.per_device import added_up, per_device, scaled
+from flaxdraft.devices.sharding import axes_of, gradient_spec, spec_of
 from flaxdraft.ops.objectives import TeacherRows
 from flaxdraft.ops.row_signals import row_signals
 from flaxdraft.ops.step_sums import StepSums

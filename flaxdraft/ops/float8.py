@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import P
 from jaxtyping import Array, Float
 
-from flaxdraft.devices.mesh import gradient_spec, scaled, spec_of
+from flaxdraft.devices.per_device import scaled
+from flaxdraft.devices.sharding import gradient_spec, spec_of
 
 FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.devices.mesh import per_device, spec_of
+from flaxdraft.devices.per_device import per_device
+from flaxdraft.devices.sharding import spec_of
 
 
 def take_rows(x: Float[Array, "B T *tail"], rows_BR: Int[Array, "B R"]) -> Float[Array, "B R *tail"]:

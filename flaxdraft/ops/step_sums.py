@@ -12,6 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+# What a report calls the figures below.
+TITLES = {
+    "mean_over_rows": "1 + joint-prefix rates, mean over rows",
+    "product_of_marginals":
+        "sum of products of marginal accuracies (reference trainers' simulated accept length)",
+    "accuracy": "top-1 accuracy",
+    "expected_accept": "expected acceptance (sampling)",
+}  # fmt: skip
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

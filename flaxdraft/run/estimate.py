@@ -18,8 +18,9 @@ from flaxdraft.algorithms.loading import ZeroTarget
 from flaxdraft.config import RunConfig
 from flaxdraft.decode.greedy import round_up
 from flaxdraft.devices.weight_places import place_of
-from flaxdraft.interfaces import Algorithm, Batch, Draw, Example, Features, VocabMap
+from flaxdraft.interfaces import Batch, Draw, Example, Features, VocabMap
 from flaxdraft.nn.precision import DTYPES, Precision
+from flaxdraft.run.setup import Setup
 from flaxdraft.train.batch_placement import SHARDING, training_example
 from flaxdraft.train.optimizer import optimizer
 from flaxdraft.train.state import init_state, split_draft
@@ -68,35 +69,30 @@ def row_length(config: RunConfig) -> int:
     return round_up(config.data.max_prompt_tokens + config.data.max_answer_tokens, 32)
 
 
-def estimate(
-    config: RunConfig,
-    mesh: jax.sharding.Mesh,
-    draft_module: Any,
-    draft_config: Any,
-    algorithm: Algorithm,
-    num_taps: int,
-) -> Estimate:
+def estimate(setup: Setup, draft_config: Any, num_taps: int) -> Estimate:
     """Compiles the step of a configuration.
 
     Args:
         draft_config: the draft's sizes; vocabulary and widths of the target are among them.
+        num_taps: layers of the target that the draft reads.
     """
-    compute, length = DTYPES[config.train.compute_dtype], row_length(config)
-    precision = Precision(compute=compute, float8=config.train.float8)
-    graphdef, params, frozen = _abstract_draft(draft_module, draft_config, precision, mesh)
+    config, mesh, algorithm, train = setup.config, setup.mesh, setup.algorithm, setup.config.train
+    compute, length = DTYPES[train.compute_dtype], row_length(config)
+    precision = Precision(compute=compute, float8=train.float8)
+    graphdef, params, frozen = _abstract_draft(setup.architecture, draft_config, precision, mesh)
     with jax.set_mesh(mesh):
-        example = _described(_zeros(config, mesh, draft_config, algorithm, num_taps, length), mesh)
-        tx, train = optimizer(config.train), config.train
+        example = _described(_zeros(setup, draft_config, num_taps, length), mesh)
+        tx = optimizer(train)
         init = jax.jit(lambda p: init_state(p, tx, algorithm, ema=train.ema_decay is not None))
         state = _described(init.eval_shape(params), mesh)
         step = make_train_step(graphdef, algorithm, tx, compute, train.accumulate, train.ema_decay)
         compiled = step.lower(state, frozen, example).compile()
     held, work = _bytes_a_device(state), compiled.memory_analysis().temp_size_in_bytes
-    flops = algorithm.flops(params, example.teacher, train.batch_size * length)
+    flops = algorithm.flops(params, frozen, example.teacher, train.batch_size * length)
+    trained = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
     return Estimate(
-        dict(mesh.shape), mesh.devices.flat[0].device_kind, sum(math.prod(p.shape) for p in jax.tree.leaves(params)),
-        train.batch_size, length, held, _bytes_a_device((frozen, example)), work, flops,
-        train.num_steps,
+        dict(mesh.shape), mesh.devices.flat[0].device_kind, trained, train.batch_size, length, held,
+        _bytes_a_device((frozen, example)), work, flops, train.num_steps,
     )  # fmt: skip
 
 
@@ -126,22 +122,26 @@ def _abstract_draft(module: Any, config: Any, precision: Precision, mesh: jax.sh
     graphdef, *states = split_draft(nnx.eval_shape(make))
 
     def place(path, variable):
-        value, where = variable.get_value(), jax.NamedSharding(mesh, place_of(path, SHARDING))
+        value, where = variable.get_value(), jax.NamedSharding(mesh, place_of(variable, SHARDING))
         return variable.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where))
 
     placed = [[(path, place(path, value)) for path, value in nnx.to_flat_state(state)] for state in states]
     return graphdef, *map(nnx.from_flat_state, placed)
 
 
-def _zeros(config: RunConfig, mesh, draft_config: Any, algorithm: Algorithm, num_taps: int, length: int) -> Example:
+def _zeros(setup: Setup, draft_config: Any, num_taps: int, length: int) -> Example:
     """A global batch of full rows."""
+    config, mesh, algorithm = setup.config, setup.mesh, setup.algorithm
     rows, width, compute = config.train.batch_size, draft_config.target_hidden_size, DTYPES[config.train.compute_dtype]
     shape = (rows, length)
     dtype, zeros = DTYPES[config.data.feature_dtype], np.zeros(shape, np.int32)
     counted = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     batch = Batch(zeros, np.ones(shape, bool), zeros + 1, counted)
-    taps = np.zeros((*shape, num_taps, width), dtype)
-    features = Features(taps, np.zeros((*shape, width), dtype), zeros, np.zeros(shape, np.float32))
+    told = {
+        "taps_BTKE": np.zeros((*shape, num_taps, width), dtype), "last_BTE": np.zeros((*shape, width), dtype),
+        "argmax_BT": zeros, "logsumexp_BT": np.zeros(shape, np.float32),
+    }  # fmt: skip
+    features = Features(**{name: told[name] for name in algorithm.needs})
     vocab = VocabMap(np.arange(draft_config.draft_vocab_size), draft_config.vocab_size)
     teacher = jax.eval_shape(lambda: algorithm.teacher(ZeroTarget(draft_config), vocab, compute))
     place = jax.NamedSharding(mesh, SHARDING.weight_ve)

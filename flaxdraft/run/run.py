@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import jax
 
@@ -11,19 +12,16 @@ from flaxdraft.config import RunConfig
 from flaxdraft.devices import hosts
 from flaxdraft.evaluate.report import print_headline
 from flaxdraft.progress import CONSOLE, process_log
+from flaxdraft.run.answers import answer_prompts
+from flaxdraft.run.draft import check_draft, draft_config
 from flaxdraft.run.estimate import estimate
-from flaxdraft.run.run_draft import Run
-from flaxdraft.run.run_results import Results
-from flaxdraft.stages.directory_lock import DirectoryLock
-
-
-def plan(config: RunConfig) -> None:
-    """Says what the configuration would take, and does nothing else."""
-    stages = Run(config)
-    num_taps = len(stages.target.config.tap_layers)
-    planned = estimate(config, stages.mesh, stages.draft_module, stages.draft_config(), stages.algorithm, num_taps)
-    for line in planned.lines():
-        CONSOLE.print(line)
+from flaxdraft.run.material import gather
+from flaxdraft.run.results import evaluate_draft, export_draft, finished, report_run
+from flaxdraft.run.setup import claim_folders, prepare
+from flaxdraft.run.target import RunTarget
+from flaxdraft.run.training import train_draft
+from flaxdraft.serving.contract import find_engine
+from flaxdraft.stages.directory_lock import directory_lock
 
 
 def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
@@ -31,21 +29,36 @@ def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
     exports and reports, while the others wait.
 
     Args:
-        allowed: see `Run`.
+        allowed: fields of the configuration that may differ from what the output directory was made with.
     """
-    stages = Run(config, allowed)
-    results = Results(stages)
-    stages.claim_folders()
-    log = process_log(stages.draft_dir / "logs" / f"process-{jax.process_index()}.log", speaks=hosts.is_main())
-    lock = lambda directory: DirectoryLock(directory) if hosts.is_main() else nullcontext()  # noqa: E731
-    with log, lock(stages.draft_dir):
-        with hosts.main_first("data"), lock(stages.data_dir):  # other drafts share the answers
-            stages.data()
-        if hosts.agree(not (results.evaluated() and results.exported())):
-            stages.params  # noqa: B018 (trains, in every process)
+    setup = prepare(config, allowed)
+    claim_folders(setup)
+    log = process_log(setup.draft_dir / "logs" / f"process-{jax.process_index()}.log", speaks=hosts.is_main())
+    with log, _lock(setup.draft_dir):
+        target = RunTarget(setup)
+        with hosts.main_first("data"), _lock(setup.data_dir):  # other drafts share the answers
+            answers = answer_prompts(setup, target)
+        trained = None
+        if hosts.agree(hosts.is_main() and not finished(setup)):
+            trained = train_draft(setup, gather(setup, target, answers))
         with hosts.main_first("results"):
             if hosts.is_main():
-                evaluation = results.evaluate()
-                export_dir = results.export()
-                report_dir = results.report(evaluation)
-                print_headline(evaluation, export_dir, report_dir, config.target.path)
+                evaluation = evaluate_draft(setup, trained)
+                export_dir = export_draft(setup, trained)
+                report_dir = report_run(setup, evaluation)
+                engine = find_engine(setup.algorithm.serving(), config.export.engine)
+                print_headline(evaluation, export_dir, report_dir, config.target.path, engine)
+
+
+def _lock(directory: Path) -> AbstractContextManager:
+    """One run at a time in a folder, whose first process holds it."""
+    return directory_lock(directory) if hosts.is_main() else nullcontext()
+
+
+def plan(config: RunConfig) -> None:
+    """Says what the configuration would take, and does nothing else."""
+    setup = prepare(config)
+    target = RunTarget(setup)
+    check_draft(setup, target)
+    for line in estimate(setup, draft_config(setup, target), len(target.config.tap_layers)).lines():
+        CONSOLE.print(line)

@@ -1,8 +1,9 @@
 """How a process of a run ends: what it says, what it tells the others, and its exit code.
 
 0, all is done; 2, wrong input, with one message; 75, the run can go on from its last checkpoint and should be started
-again (it was asked to stop, or another process was lost); 1, a bug, with a traceback. The JAX runtime's own abort, 134,
-and SIGTERM's 143 outside training may be restarted too.
+again (it was asked to stop, or another process was lost); 1, a bug, with a traceback. Two more mean "start it again":
+134, where the JAX runtime was the first to miss process 0, whose end it notices as quickly as `peers` does and answers
+with SIGABRT; and 143, SIGTERM outside training.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 
 from flaxdraft.config import HostsConfig
 from flaxdraft.devices import hosts
-from flaxdraft.devices.watchdog import RESTART, leave
+from flaxdraft.devices.watchdog import RESTART
 from flaxdraft.errors import InputError
 from flaxdraft.progress import CONSOLE
 from flaxdraft.train.guards import PreemptedError
@@ -43,8 +44,8 @@ def supervised(config: HostsConfig, work: Callable[[], None]) -> int:
         return _fail(1, f"{type(error).__name__}: {error}")
     else:
         code = 0
-    if hosts.peers() is not None:
-        hosts.peers().close()
+    if (peers := hosts.peers()) is not None:
+        peers.close()
     return code
 
 
@@ -56,8 +57,7 @@ def _hear_of_a_lost_peer() -> None:
 
 
 def _fail(code: int, why: str) -> int:
-    if hosts.peers() is None:
-        print(f"flaxdraft: {why}", file=sys.stderr)
-        return code
-    hosts.peers().failed(code, why)
-    leave(code, why)
+    if (peers := hosts.peers()) is not None:
+        peers.fail(code, why)  # ends the process
+    print(f"flaxdraft: {why}", file=sys.stderr)
+    return code

@@ -13,20 +13,18 @@ from flaxdraft.serving.trained_draft import AboutTarget, Origin, TrainedDraft
 TOKENS = 3  # draft tokens a pass, where nothing was measured
 
 
-def describe_checkpoint(step: int, last: int) -> str:
+def describe(step: int, last: int) -> str:
     """Which of a run's checkpoints was chosen, for people."""
     return f"step {step}" if step == last else f"step {step} of {last}, the best held-out score"
 
 
 def model_card(
-    draft: TrainedDraft, config: Mapping[str, Any], target: AboutTarget, origin: Origin, engine: Engine,
-    others: Sequence[Engine],
-) -> str:  # fmt: skip
+    draft: TrainedDraft, config: Mapping[str, Any], target: AboutTarget, origin: Origin, takers: Sequence[Engine]
+) -> str:
     """
     Args:
         config: config.json of the directory.
-        engine: that it was written for.
-        others: engines that serve it as well.
+        takers: the engines that serve the directory as it is.
     """
     contract: Contract = draft.algorithm.serving()
     inputs = _recorded(origin.run, "inputs.json")
@@ -48,16 +46,16 @@ def model_card(
         )
     if origin.step is not None:
         same = measured["step"] == origin.step
-        facts["checkpoint"] = describe_checkpoint(origin.step, measured["last"] if same else origin.step)
+        facts["checkpoint"] = describe(origin.step, measured["last"] if same else origin.step)
     title = f"# {contract.title} draft for {Path(origin.target).name}"
     lines = ["---", f"tags: [{', '.join(contract.tags)}]", "---", "", title, ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())]
     lines += _figures(evaluation) if measured["step"] == origin.step else []
-    lines += ["", f"Exported for {engine.title}."]
-    for one in (engine, *others):
-        if one.command:
-            command = one.serve(".", evaluation.get("chain_length", TOKENS))
-            lines += ["", f"{one.title}, TARGET being the target's Hugging Face directory:", "", "```", command, "```"]
+    for engine in takers:
+        command = engine.command(".", evaluation.get("chain_length", TOKENS))
+        lines += ["", f"{engine.title}, TARGET being the target's Hugging Face directory:", "", "```", command, "```"]
+    if not takers:
+        lines += ["", "No engine that flaxdraft knows serves this directory as it is."]
     return "\n".join([*lines, ""])
 
 

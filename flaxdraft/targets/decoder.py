@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +23,19 @@ from flax import nnx
 from jax import P, lax
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.devices.mesh import Sharding, check_divides, gathered, on_shards
+from flaxdraft.devices.mesh import check_divides
+from flaxdraft.devices.per_device import on_shards
+from flaxdraft.devices.sharding import Sharding, gathered
 from flaxdraft.devices.weight_places import check_heads, place_of
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Features, Placement
 from flaxdraft.nn import vocabulary
 from flaxdraft.nn.layers import RMSNorm
 from flaxdraft.nn.precision import Precision
-from flaxdraft.nn.rope import RopeConfig
-from flaxdraft.targets import target_attention
+from flaxdraft.nn.rope import RopeConfig, turning_positions
+from flaxdraft.nn.self_attention import Attend
 from flaxdraft.targets.kv_cache import Cache
+from flaxdraft.targets.target_attention import LayerAttention, Rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,10 @@ class DecoderConfig:
     def value_width(self) -> int:
         """Of a head's value in the cache."""
         return self.head_dim
+
+    def before_layers(self, embeds_BTE: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """What the first layer reads, given rows of the embedding; a family may scale them."""
+        return embeds_BTE
 
     @classmethod
     def common(cls, config: dict[str, Any], tap_layers: Sequence[int]) -> dict[str, Any]:
@@ -103,22 +110,26 @@ def checked_taps(num_layers: int, taps: Sequence[int]) -> tuple[int, ...]:
     return taps
 
 
+class Layer(Protocol):
+    """What a family's layer is: a module that composes itself, norms and residuals included."""
+
+    def __call__(
+        self, x_BTE: Float[Array, "B T E"], positions_BT: Int[Array, "B T"], attend: Attend, number: Int[Array, ""]
+    ) -> Float[Array, "B T E"]:
+        """
+        Args:
+            attend: hides cache, documents, trees and devices; called once.
+            number: of the layer in the target, from 0, traced: for what differs among layers that are otherwise alike.
+        """
+        ...
+
+
 class Group(NamedTuple):
     """Consecutive layers of one kind."""
 
     name: str  # first component of their JAX paths
     layers: range  # their numbers in the file
-    make: Callable[[nnx.Rngs], nnx.Module]
-
-
-class Layer(nnx.Module):
-    """Pre-norm attention and feed-forward."""
-
-    def __init__(self, config: DecoderConfig, attention: nnx.Module, mlp: nnx.Module, precision: Precision):
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
-        self.self_attn = attention
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
-        self.mlp = mlp
+    make: Callable[[nnx.Rngs], nnx.Module]  # a `Layer`
 
 
 class DecoderWeights(nnx.Module):
@@ -127,13 +138,13 @@ class DecoderWeights(nnx.Module):
     def __init__(self, config: DecoderConfig, groups: Sequence[Group], precision: Precision, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
         shape = (config.vocab_size, config.hidden_size)
-        self.embed = nnx.Param(init(rngs.params(), shape, precision.param))
+        self.embed = nnx.Param(init(rngs.params(), shape, precision.param), place="weight_ve")
         for group in groups:
             keys = jax.random.split(rngs.params(), len(group.layers))
             setattr(self, group.name, nnx.vmap(partial(_make_layer, group.make))(keys))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
         if not config.tie_word_embeddings:
-            self.head = nnx.Param(init(rngs.params(), shape, precision.param))
+            self.head = nnx.Param(init(rngs.params(), shape, precision.param), place="weight_ve")
 
 
 def _make_layer(make, key):
@@ -148,63 +159,50 @@ def abstract_state(
 
 
 def weight_shardings(
-    config: DecoderConfig, abstract: nnx.State, groups: Sequence[Group], mesh: jax.sharding.Mesh, sharding: Sharding
+    config: DecoderConfig, abstract: nnx.State, mesh: jax.sharding.Mesh, sharding: Sharding
 ) -> dict[tuple[str, ...], jax.NamedSharding]:
     """Where each weight lives, by its JAX path.
 
     Raises:
         InputError: see `_checked_specs`.
     """
-    specs = _checked_specs(config, abstract, groups, mesh.shape, sharding)
+    specs = _checked_specs(config, abstract, mesh.shape, sharding)
     return {path: jax.NamedSharding(mesh, spec) for path, _, spec in specs}
 
 
-def _checked_specs(config, abstract, groups, mesh_shape: Mapping[str, int], sharding: Sharding) -> list:
-    """(path, shape, spec) of every weight.
+def _checked_specs(config, abstract, mesh_shape: Mapping[str, int], sharding: Sharding) -> list:
+    """(path, variable, spec) of every weight.
 
     Raises:
         InputError: the mesh does not divide a weight, or the heads; the message names it and the axis.
     """
     check_heads(config, sharding, mesh_shape)
-    specs = list(_weight_specs(abstract, groups, sharding))
-    for path, shape, spec in specs:
-        check_divides("/".join(map(str, path)), shape, spec, mesh_shape)
+    specs = [(path, variable, place_of(variable, sharding)) for path, variable in nnx.to_flat_state(abstract)]
+    for path, variable, spec in specs:
+        check_divides("/".join(map(str, path)), variable.shape, spec, mesh_shape)
     return specs
 
 
-def _weight_specs(abstract: nnx.State, groups: Sequence[Group], sharding: Sharding):
-    stacked = {group.name for group in groups}
-    for path, variable in nnx.to_flat_state(abstract):
-        spec = place_of(path, sharding)
-        yield path, variable.shape, P(None, *spec) if path[0] in stacked else spec
-
-
-def bytes_per_device(
-    config: DecoderConfig, abstract: nnx.State, groups: Sequence[Group], mesh_shape: Mapping[str, int]
-) -> int:
+def bytes_per_device(config: DecoderConfig, abstract: nnx.State, mesh_shape: Mapping[str, int]) -> int:
     """Of weights alone, on a mesh of that shape, which need not be there.
 
     Raises:
         InputError: see `_checked_specs`.
     """
     total = 0
-    sizes = {path: variable.dtype.itemsize for path, variable in nnx.to_flat_state(abstract)}
-    for path, shape, spec in _checked_specs(config, abstract, groups, mesh_shape, Sharding.parallel()):
+    for _, variable, spec in _checked_specs(config, abstract, mesh_shape, Sharding.parallel()):
         parts = math.prod(mesh_shape[axis] for axis in spec if axis is not None)
-        total += math.prod(shape) * sizes[path] // parts
+        total += math.prod(variable.shape) * variable.dtype.itemsize // parts
     return total
 
 
-def _run_layers(
-    model, spans, config: DecoderConfig, x_BTE, positions_BT, segments_BT, cache, placement, sharding: Sharding
-):  # fmt: skip
+def _run_layers(model, spans, config: DecoderConfig, x_BTE, rows: Rows, cache, sharding: Sharding):
     """The residual stream through all layers, and the tapped ones' outputs [B, T, K, E].
 
     One loop for each group: a tap writes its output to a place of its own, every other layer to one that nobody reads.
     """
-    heads_spec, rows_spec = sharding.act_btnh, sharding.act_btd and P(*sharding.act_btd[:2])
-    cache_spec = Cache(sharding.cache_lbn, sharding.cache_lbn)
     num_taps = len(config.tap_layers)
+    turning_BT = rows.positions_BT if cache is None else turning_positions(rows.positions_BT, cache.num_slots)
     places = [
         config.tap_layers.index(i) if i in config.tap_layers else num_taps for i in range(config.num_hidden_layers)
     ]
@@ -213,22 +211,9 @@ def _run_layers(
         def body(i, carry):
             x, taps_KBTE, cache = carry
             at_layer = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, i - span.start, keepdims=False), layers)
-            layer = nnx.merge(graphdef, at_layer)
-            projected = layer.self_attn.project(layer.input_layernorm(x))
-            q, scale = layer.self_attn.query(projected, positions_BT), layer.self_attn.softmax_scale
-            k, v = layer.self_attn.key_value(projected, positions_BT)
-            if cache is None:
-                attention, specs = partial(target_attention.uncached, scale=scale), (heads_spec,) * 3 + (rows_spec,)
-                heads = on_shards(sharding, attention, specs, heads_spec)(q, k, v, segments_BT)
-            else:
-                how = target_attention.cached if placement is None else target_attention.placed
-                attention = partial(how, scale=scale)
-                specs = (cache_spec, P(), heads_spec, heads_spec, heads_spec, rows_spec)
-                on_device = on_shards(sharding, attention, specs, (heads_spec, cache_spec))
-                heads, cache = on_device(cache, i, q, k, v, positions_BT if placement is None else placement)
-            x = x + layer.self_attn.output(heads)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-            return x, lax.dynamic_update_index_in_dim(taps_KBTE, x, jnp.asarray(places)[i], 0), cache
+            attend = LayerAttention(rows, cache, i, sharding)
+            x = nnx.merge(graphdef, at_layer)(x, turning_BT, attend, i)
+            return x, lax.dynamic_update_index_in_dim(taps_KBTE, x, jnp.asarray(places)[i], 0), attend.cache
 
         return lax.fori_loop(span.start, span.stop, body, carry)
 
@@ -251,7 +236,8 @@ def _forward(
         tokens_BT, positions_BT = jax.reshard(tokens_BT, rows), jax.reshard(positions_BT, rows)
         segments_BT, placement = jax.tree.map(lambda x: jax.reshard(x, rows), (segments_BT, placement))
     embeds = vocabulary.lookup(model.embed[...], tokens_BT, sharding).astype(model.norm.precision.compute)
-    taps, x, cache = _run_layers(model, spans, config, embeds, positions_BT, segments_BT, cache, placement, sharding)
+    rows = Rows(positions_BT, segments_BT, placement)
+    taps, x, cache = _run_layers(model, spans, config, config.before_layers(embeds), rows, cache, sharding)
     last = model.norm(x)
     head_VE = model.embed[...] if config.tie_word_embeddings else model.head[...]
     if head == "all":

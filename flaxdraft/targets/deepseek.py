@@ -9,13 +9,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.nn.layers import GatedMLP
 from flaxdraft.nn.mla import MLA, MLAConfig
 from flaxdraft.nn.moe import MoE, MoEConfig
 from flaxdraft.nn.precision import Precision
-from flaxdraft.targets.decoder import DecoderConfig, Group, Layer
+from flaxdraft.targets.decoder import DecoderConfig, Group
+from flaxdraft.targets.pre_norm_layer import PreNormLayer
 
 ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
@@ -162,7 +163,7 @@ def groups(config: Config, precision: Precision, sharding: Sharding) -> tuple[Gr
     attention = MLAConfig(**{name: getattr(c, name) for name in names}, latent_norm_eps=LATENT_NORM_EPS)
 
     def layer(rngs, mlp):
-        return Layer(c, MLA(attention, c.hidden_size, c.hidden_size, precision, rngs, sharding), mlp, precision)
+        return PreNormLayer(c, MLA(attention, c.hidden_size, c.hidden_size, precision, rngs, sharding), mlp, precision)
 
     def dense(rngs):
         return layer(rngs, GatedMLP(c.hidden_size, c.intermediate_size, precision, rngs, sharding))

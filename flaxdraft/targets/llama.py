@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.nn.gqa import GQA, GQAConfig
 from flaxdraft.nn.layers import GatedMLP
 from flaxdraft.nn.precision import Precision
-from flaxdraft.targets.decoder import DecoderConfig, Group, Layer
+from flaxdraft.targets.decoder import DecoderConfig, Group
+from flaxdraft.targets.pre_norm_layer import PreNormLayer
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
@@ -96,7 +97,7 @@ def groups(config: Config, precision: Precision, sharding: Sharding) -> tuple[Gr
     def make(rngs):
         gqa = GQA(attention, c.hidden_size, c.hidden_size, precision, rngs, sharding)
         mlp = GatedMLP(c.hidden_size, c.intermediate_size, precision, rngs, sharding, use_bias=c.mlp_bias)
-        return Layer(c, gqa, mlp, precision)
+        return PreNormLayer(c, gqa, mlp, precision)
 
     return (Group("layers", range(c.num_hidden_layers), make),)
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from flaxdraft.config import RunConfig
 from flaxdraft.devices.hosts import local_part
-from flaxdraft.devices.mesh import BATCH_AXIS, FSDP_AXIS, SEQUENCE_AXIS, Sharding
+from flaxdraft.devices.mesh import BATCH_AXIS, FSDP_AXIS, SEQUENCE_AXIS
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Algorithm, Example
 

@@ -1,17 +1,16 @@
 """Checkpoints on Orbax: the only file that imports it.
 
 `checkpoints/STEP/` holds the train state (every process writes its own shards), counters, the draft's vocabulary map, a
-fingerprint of every array, and a record: the step, which is also the position in the data, the held-out score, the
-run's inputs, versions. Orbax writes under a temporary name and renames once all processes are through, so a directory
-named by a number is a complete checkpoint. `latest` and `best` beside them are relative links, for people: what counts
-is read from the directories.
+fingerprint of every array, and a record: the step, which is also the position in the data, the held-out score and what
+it measures, the run's inputs, versions. Orbax writes under a temporary name and renames once all processes are through,
+so a directory named by a number is a complete checkpoint. `latest` and `best` beside them are relative links, for
+people: what counts is read from the directories.
 
 Saving is asynchronous. Process 0 alone lists, removes and renames; what the others need of it is broadcast.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import hashlib
 import json
@@ -38,6 +37,7 @@ from flaxdraft.devices import hosts
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.train import retention
+from flaxdraft.train.retention import Saved
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _ARRAYS = ("state", "counters")  # what is fingerprinted
@@ -45,18 +45,6 @@ _ARRAYS = ("state", "counters")  # what is fingerprinted
 
 class DamagedError(Exception):
     """A checkpoint that cannot be read, or that reads differently from what was written."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Saved:
-    """One complete checkpoint on disk."""
-
-    step: int
-    record: Mapping[str, Any]
-
-    @property
-    def score(self) -> float | None:
-        return self.record["score"]
 
 
 @jax.jit
@@ -128,6 +116,24 @@ def read_record(directory: Path) -> dict[str, Any]:
     return record
 
 
+def _scan(directory: Path) -> tuple[dict[int, Any], dict[int, str]]:
+    """Records by step, and why others cannot be read."""
+    records, damaged = {}, {}
+    for path in directory.glob("*"):
+        if path.name.isdigit():
+            try:
+                records[int(path.name)] = read_record(path)
+            except DamagedError as error:
+                damaged[int(path.name)] = str(error)
+    return records, damaged
+
+
+def read_saved(directory: Path) -> list[Saved]:
+    """The complete checkpoints of a folder, oldest first, as one process sees them; nothing is changed there."""
+    records, _ = _scan(directory)
+    return [Saved(step, records[step]) for step in sorted(records)]
+
+
 def load(directory: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     """Arrays of a checkpoint, placed where the abstract ones say; `state` and `counters` are checked bit by bit.
 
@@ -155,7 +161,8 @@ def load(directory: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
 
 def load_params(directory: Path, abstract: nnx.State) -> tuple[nnx.State, np.ndarray]:
     """What is evaluated and exported of a checkpoint, and no more of it: the parameters (their running mean where one
-    is kept), on the first local device, checked bit by bit, and the target ids of the vocabulary map.
+    is kept), on the first local device, checked bit by bit, and the target ids of the vocabulary map. No other process
+    takes part.
 
     Args:
         directory: of one step.
@@ -173,14 +180,15 @@ def load_params(directory: Path, abstract: nnx.State) -> tuple[nnx.State, np.nda
     context.pytree.loading.partial_load = True
     try:
         with context, _quiet():
-            params = ocp.load_checkpointables(directory.resolve(), {"state": {name: placed}})["state"][name]
+            found = ocp.load_checkpointables(directory.resolve(), {"state": {name: placed}, "vocab": None})
+            params = found["state"][name]
             marks = _read_marks(directory, {"state": labels})
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
         raise DamagedError(_cause(error)) from error
     for label, value in zip(labels, jax.tree.leaves(jax.device_get(fingerprint(params))), strict=True):
         if int(marks[f"state{label}"]) != int(value):
             raise DamagedError(f"state{label} is not what was written")
-    return params, np.asarray(load(directory, {"vocab": None})["vocab"]["target_ids"])
+    return params, np.asarray(found["vocab"]["target_ids"])
 
 
 def _labels(tree: Any) -> list[str]:
@@ -228,21 +236,11 @@ class Checkpoints:
             directory.mkdir(parents=True, exist_ok=True)
             for left in directory.glob(f"*{_TEMPORARY}*"):  # of a save that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            found = self._scan()
+            found = _scan(directory)
         records, damaged = hosts.agree(found)
         self._saved = {int(step): Saved(int(step), record) for step, record in records.items()}
         self.damaged = {int(step): why for step, why in damaged.items()}  # why a step is not among the saved ones
         self._link()
-
-    def _scan(self) -> tuple[dict[int, Any], dict[int, str]]:
-        records, damaged = {}, {}
-        for path in self.directory.iterdir():
-            if path.name.isdigit():
-                try:
-                    records[int(path.name)] = read_record(path)
-                except DamagedError as error:
-                    damaged[int(path.name)] = str(error)
-        return records, damaged
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -264,21 +262,20 @@ class Checkpoints:
 
     @property
     def best(self) -> Saved | None:
-        step = retention.best({step: saved.score for step, saved in self._saved.items()})
-        return None if step is None else self._saved[step]
+        return retention.best_of(self._saved.values())
 
-    @property
-    def best_score(self) -> float:
-        """Of all checkpoints, the one under way included."""
+    def best_score(self, measure: Mapping[str, Any] | None) -> float:
+        """Of all checkpoints whose score is of that measure, the one under way included."""
         under_way = [self._saving[0]] if self._saving else []
-        return max((one.score for one in [*self.saved(), *under_way] if one.score is not None), default=-math.inf)
+        scores = [one.score for one in [*self.saved(), *under_way] if one.measure == measure and one.score is not None]
+        return max(scores, default=-math.inf)
 
     def save(self, step: int, arrays: Mapping[str, Any], vocab: VocabMap, record: Mapping[str, Any]) -> None:
         """Starts an asynchronous save; waits for the one before it.
 
         Args:
             arrays: `state` and `counters`.
-            record: facts for JSON; `score` and `inputs` among them.
+            record: facts for JSON; `score`, `measure` and `inputs` among them.
 
         Raises:
             InputError: the save before it failed.
@@ -334,9 +331,7 @@ class Checkpoints:
             raise self._failed(saved.step, error) from error
         self._saving = None
         self._saved[saved.step] = saved
-        stay = retention.kept(
-            {step: one.score for step, one in self._saved.items()}, self._keep_latest, self._keep_every
-        )
+        stay = retention.kept(retention.competing(self._saved.values()), self._keep_latest, self._keep_every)
         for step in set(self._saved) - stay:
             del self._saved[step]
             self._remove(step)

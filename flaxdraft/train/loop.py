@@ -29,7 +29,7 @@ from flaxdraft.train.metrics_log import MetricsLog
 from flaxdraft.train.optimizer import optimizer
 from flaxdraft.train.profiling import Trace
 from flaxdraft.train.resume import Resume, begin
-from flaxdraft.train.state import TrainState, evaluation_params, init_state
+from flaxdraft.train.state import SCHEMA, TrainState, evaluation_params, init_state
 from flaxdraft.train.step import make_train_step
 
 
@@ -76,7 +76,7 @@ class Trainer:
     def record(self, score: float | None) -> dict[str, Any]:
         """What a checkpoint says of itself."""
         return {
-            "score": score, "inputs": self.resume.inputs, "origin": self.resume.origin,
+            "schema": SCHEMA, "score": score, "measure": self.resume.measure, "inputs": self.resume.inputs, "origin": self.resume.origin,
             "vocab": {"size": self.vocab.draft_vocab_size, "source": self.vocab.source},
             "versions": provenance.versions(), "git": provenance.git_revision(),
             "topology": provenance.topology(self.mesh),
@@ -167,16 +167,13 @@ class _Run:
 
     def _evaluate_and_save(self, done: int, arrays: Mapping[str, Any], watch: Watch, force: bool) -> None:
         config, score = self.trainer.config, None
-        if evaluated := done % config.eval_every == 0 or done == config.num_steps:
-            with host_reads.allowed():
+        if done % config.eval_every == 0 or done == config.num_steps:
+            with watch.paused(arrays), host_reads.allowed():
                 score = _evaluated(self.log, done, self.evaluate(arrays["state"]))
-        is_best = score is not None and score > self.checkpoints.best_score
-        due = done % config.checkpoint_every == 0
+        is_best = score is not None and score > self.checkpoints.best_score(self.trainer.resume.measure)
         self.checkpoints.poll()
-        if due or is_best or force:
-            with host_reads.allowed():
+        if done % config.checkpoint_every == 0 or is_best or force:
+            with watch.paused(arrays), host_reads.allowed():
                 self.checkpoints.save(done, arrays, self.trainer.vocab, self.trainer.record(score))
                 if force:
                     self.checkpoints.finish()
-        if evaluated or due:
-            watch.restart_clock()

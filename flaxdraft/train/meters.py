@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
+
+import jax
 
 from flaxdraft.data.pipeline import Pipeline
 from flaxdraft.devices import host_reads
@@ -65,16 +68,27 @@ class Watch:
         self._log.write(done, "train", figures)
         self._progress.advance(done - self._progress.done, _line(figures))
         self._pending, self._tokens = [], tokens
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Evaluation and saving are not training: they must not count in its rates."""
         self.waited, self._clock = 0.0, time.monotonic()
+
+    @contextmanager
+    def paused(self, arrays: Any) -> Iterator[None]:
+        """Within it time does not count: evaluation and saving are not training.
+
+        Args:
+            arrays: of the newest step. The steps that the device has not finished are training, so they are waited for
+                first (nothing is read).
+        """
+        jax.block_until_ready(arrays)
+        began = time.monotonic()
+        yield
+        self._clock += time.monotonic() - began
 
 
 def _line(figures: dict[str, Any]) -> str:
     accuracy = " ".join(f"{a:.2f}" for a in figures["accuracy"])
+    # The mean over rows is no accept length: that is walked or decoded (evaluate/walk.py), and smaller.
+    mean = f"1 + mean accepted {figures['mean_over_rows']:.2f}  " if "mean_over_rows" in figures else ""
     return (
-        f"loss {figures['loss']:.3f}  accuracy {accuracy}  accept length {figures['mean_over_rows']:.2f}  "
+        f"loss {figures['loss']:.3f}  accuracy {accuracy}  {mean}"
         f"{figures['tokens_per_second']:.0f} tokens/s  {figures['data_wait']:.0%} waiting for data"
     )

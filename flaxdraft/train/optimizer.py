@@ -9,7 +9,7 @@ import optax
 import optax.contrib
 
 from flaxdraft.config import TrainConfig
-from flaxdraft.devices.mesh import spec_of
+from flaxdraft.devices.sharding import spec_of
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:

@@ -8,13 +8,14 @@
 - `none`: from nothing; an error where there are checkpoints.
 
 A run that was begun from `best`, `step N` or a directory and is started again by the same command goes on from its own
-newest checkpoint: launchers may repeat any command.
+newest checkpoint: launchers may repeat any command. A run that has ended is trained again from `best` or `step N` where
+that is not its last checkpoint; the same command then goes on with it, and shows the result once that is done.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,9 @@ from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.progress import CONSOLE
 from flaxdraft.stages import same_inputs
-from flaxdraft.train.checkpoint import Checkpoints, DamagedError, Saved, load, read_record
+from flaxdraft.train.checkpoint import Checkpoints, DamagedError, load, read_record, read_saved
+from flaxdraft.train.retention import Saved, best_of
+from flaxdraft.train.state import SCHEMA
 
 
 class Begun(NamedTuple):
@@ -41,6 +44,7 @@ class Resume(NamedTuple):
     inputs: Mapping[str, Any]
     vocab: VocabMap
     allowed: Iterable[str] = ()  # fields that the user allows to differ
+    measure: Mapping[str, Any] | None = None  # what the held-out scores of this run are of
 
     @property
     def origin(self) -> str:
@@ -68,13 +72,17 @@ def check_request(request: str, directory: Path) -> None:
         )
 
 
-def wanted(request: str, checkpoints: Checkpoints) -> Saved | Path | None:
+def wanted(request: str, where: Path, saved: Sequence[Saved]) -> Saved | Path | None:
     """The checkpoint that is asked for; a path where it belongs to another run; None for a beginning from nothing.
+
+    Args:
+        where: the folder of this run's checkpoints.
+        saved: those that lie there, oldest first.
 
     Raises:
         InputError: there is no such checkpoint, or there are some and none should be.
     """
-    latest, where = checkpoints.latest, checkpoints.directory
+    latest = saved[-1] if saved else None
     if request == "auto":
         return latest
     if request == "none":
@@ -97,12 +105,29 @@ def wanted(request: str, checkpoints: Checkpoints) -> Saved | Path | None:
         raise InputError(f"train.resume: {request}, but {where} holds no complete checkpoint")
     if request == "latest" or (latest.record["origin"] == request):
         return latest
-    found = {saved.step: saved for saved in checkpoints.saved()}
-    chosen = checkpoints.best if request == "best" else found.get(int(step[1]))
+    found = {one.step: one for one in saved}
+    chosen = best_of(saved) if request == "best" else found.get(int(step[1]))
     if chosen is None:
         there = "no evaluated one" if request == "best" else f"steps {', '.join(map(str, found))}"
         raise InputError(f"train.resume: {request}, but {where} holds {there}")
     return chosen
+
+
+def goes_back(request: str, directory: Path) -> bool:
+    """Whether the request names an older checkpoint of this run than its newest one, as one process sees them: then the
+    run is trained again from there, also where it has ended.
+
+    Args:
+        directory: of the run's checkpoints.
+
+    Raises:
+        InputError: see `wanted`.
+    """
+    if request in ("auto", "latest", "none"):
+        return False
+    saved = read_saved(directory)
+    chosen = wanted(request, directory, saved)
+    return isinstance(chosen, Saved) and chosen.step < saved[-1].step
 
 
 def begin(checkpoints: Checkpoints, resume: Resume, abstract: Mapping[str, Any]) -> Begun | None:
@@ -111,9 +136,19 @@ def begin(checkpoints: Checkpoints, resume: Resume, abstract: Mapping[str, Any])
     Raises:
         InputError: see `wanted`; the checkpoint is damaged (other than for `auto`), or of other inputs.
     """
-    if resume.request == "auto":
-        return _newest_readable(checkpoints, resume, abstract)
-    chosen = wanted(resume.request, checkpoints)
+    find = _newest_readable if resume.request == "auto" else _asked_for
+    begun = find(checkpoints, resume, abstract)
+    others = [one.step for one in checkpoints.saved() if one.score is not None and one.measure != resume.measure]
+    if others:
+        CONSOLE.print(
+            f"  the held-out scores of older checkpoints (steps {', '.join(map(str, others))}) measure something else "
+            "than evaluate.* asks for now: they are not compared with new ones"
+        )
+    return begun
+
+
+def _asked_for(checkpoints: Checkpoints, resume: Resume, abstract: Mapping[str, Any]) -> Begun | None:
+    chosen = wanted(resume.request, checkpoints.directory, checkpoints.saved())
     if chosen is None:
         return None
     path = chosen if isinstance(chosen, Path) else checkpoints.path(chosen.step)
@@ -158,6 +193,11 @@ def _say_damaged(checkpoints: Checkpoints, step: int, why: str) -> None:
 
 
 def _load(path: Path, record: Mapping[str, Any], resume: Resume, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    if (found := record.get("schema", 1)) != SCHEMA:
+        raise InputError(
+            f"train.resume: {path} holds a train state of schema {found}, this version reads {SCHEMA}; go on with the "
+            "version that wrote it, or train anew under another name= (draft.init_from takes its weights over)"
+        )
     if differences := same_inputs.differing(record["inputs"], resume.inputs, resume.allowed):
         raise InputError(
             f"train.resume: {path} was made by another configuration ({same_inputs.describe(differences)}). Put it "

@@ -13,6 +13,8 @@ from flax import nnx
 from flaxdraft.interfaces import Algorithm
 from flaxdraft.nn.layers import Frozen
 
+SCHEMA = 2  # of the state in checkpoints; 1 knew one algorithm
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

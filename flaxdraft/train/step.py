@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 from jax import P
 
-from flaxdraft.devices.mesh import axes_of, spec_of
+from flaxdraft.devices.sharding import axes_of, spec_of
 from flaxdraft.interfaces import Algorithm, Example, Sums
 from flaxdraft.train.state import TrainState
 

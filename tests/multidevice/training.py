@@ -6,15 +6,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from eagle3 import algorithm, target_of
 from flax import nnx
 from test_contracts import DRAFTS, V, W, target_config
 
-from flaxdraft.algorithms.eagle3.objective import Algorithm
+from flaxdraft.algorithms.eagle3.objective import ChosenRows, supervised_rows
 from flaxdraft.config import TrainConfig
-from flaxdraft.data.pipeline import HostBatch
 from flaxdraft.devices.mesh import make_mesh
 from flaxdraft.devices.weight_places import check_heads, on_mesh, weight_on_mesh
-from flaxdraft.interfaces import Batch, Features, VocabMap
+from flaxdraft.interfaces import Algorithm, Batch, Example, Features, VocabMap
 from flaxdraft.nn.precision import Precision
 from flaxdraft.train.batch_placement import SHARDING, training_example
 from flaxdraft.train.optimizer import optimizer
@@ -22,11 +22,11 @@ from flaxdraft.train.state import init_state, split_draft
 from flaxdraft.train.step import make_train_step
 
 J, E = 2, 32
-ALGORITHM = Algorithm(J, loss_chunk=32)
+ALGORITHM = algorithm(J, loss_chunk=32)
 CONFIG = TrainConfig(num_steps=20, learning_rate=3e-3, warmup_ratio=0.1, weight_decay=0.1)
 
 
-def host_batch(num_rows: int = 16, length: int = 24, seed: int = 0) -> tuple[HostBatch, np.ndarray]:
+def host_batch(num_rows: int = 16, length: int = 24, seed: int = 0) -> tuple[Example, np.ndarray]:
     """Rows of two packed documents each, supervised from different places on, one of them not at all; and a teacher
     head [W, E]."""
     rng = np.random.default_rng(seed)
@@ -43,7 +43,7 @@ def host_batch(num_rows: int = 16, length: int = 24, seed: int = 0) -> tuple[Hos
     features = Features(normal(3, E), normal(E), argmax, np.full(shape, 5.0, np.float32))
     batch = Batch(tokens, assistant, segments, positions)
     head_WE = rng.normal(size=(W, E)).astype(np.float32)
-    return HostBatch(batch, features, ALGORITHM.rows(assistant, segments)), head_WE
+    return Example(batch, features, ChosenRows(supervised_rows(assistant, segments))), head_WE
 
 
 @dataclasses.dataclass
@@ -56,8 +56,8 @@ class Setup:
     frozen: nnx.State
     teacher_head_WE: jax.Array
 
-    def example(self, host: HostBatch, algorithm: Algorithm = ALGORITHM):
-        return training_example(host, self.mesh, algorithm.num_steps, self.teacher_head_WE)
+    def example(self, host: Example, algorithm: Algorithm = ALGORITHM):
+        return training_example(host, self.mesh, algorithm, self.teacher_head_WE)
 
 
 def setup(name: str, shape: dict[str, int], head_WE: np.ndarray, compute=jnp.float32, float8=False, **fields) -> Setup:
@@ -67,9 +67,9 @@ def setup(name: str, shape: dict[str, int], head_WE: np.ndarray, compute=jnp.flo
     config = module.Config(**module.Config.for_target(target_config(), W) | heads | fields)
     check_heads(config, SHARDING, mesh.shape)
     rng = np.random.default_rng(1)
-    embedding = None if config.owns_embedding else jnp.asarray(rng.normal(size=(V, E)), compute) * 0.1
+    target = target_of(jnp.asarray(rng.normal(size=(V, E)), compute) * 0.1)
     draft = module.make(
-        config, VocabMap(np.arange(W) * 2, V), embedding, precision=Precision(compute=compute, float8=float8),
+        config, VocabMap(np.arange(W) * 2, V), target, precision=Precision(compute=compute, float8=float8),
         sharding=SHARDING, rngs=nnx.Rngs(0),
     )  # fmt: skip
     graphdef, params, frozen = split_draft(draft)
@@ -96,12 +96,12 @@ def train(name: str, shape: dict[str, int], num_microbatches: int, optimizer: st
 def _train(name, shape, num_microbatches, kind, fields) -> Trained:
     batches, head_WE = zip(*(host_batch(seed=i) for i in range(3)), strict=True)
     run = setup(name, dict(shape), head_WE[0], **dict(fields))
-    width = max(host.rows_BR.shape[1] for host in batches)
+    width = max(host.chosen.rows_BR.shape[1] for host in batches)
     with jax.set_mesh(run.mesh):
         tx = optimizer(CONFIG.model_copy(update={"optimizer": kind}))
-        state = jax.jit(lambda params: init_state(params, tx, J))(run.params)
+        state = jax.jit(lambda params: init_state(params, tx, ALGORITHM))(run.params)
         examples = [run.example(_widened(host, width)) for host in batches]
-        step = make_train_step(run.graphdef, ALGORITHM, tx, num_microbatches)
+        step = make_train_step(run.graphdef, ALGORITHM, tx, jnp.float32, num_microbatches)
         compiled = step.lower(state, run.frozen, examples[0]).compile()
         losses, sums = [], []
         for i in range(CONFIG.num_steps):
@@ -111,10 +111,11 @@ def _train(name, shape, num_microbatches, kind, fields) -> Trained:
     return Trained(losses, sums, jax.device_get(state.params), compiled.as_text(), _specs(state))
 
 
-def _widened(host: HostBatch, width: int) -> HostBatch:
+def _widened(host: Example, width: int) -> Example:
     length = host.batch.tokens_BT.shape[1]
-    rows_BR = np.pad(host.rows_BR, ((0, 0), (0, width - host.rows_BR.shape[1])), constant_values=length)
-    return dataclasses.replace(host, rows_BR=rows_BR)
+    rows_BR = host.chosen.rows_BR
+    rows_BR = np.pad(rows_BR, ((0, 0), (0, width - rows_BR.shape[1])), constant_values=length)
+    return dataclasses.replace(host, chosen=ChosenRows(rows_BR))
 
 
 def _specs(state) -> dict[str, set]:

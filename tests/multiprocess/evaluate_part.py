@@ -1,5 +1,6 @@
-"""One host of a run of several: evaluates its share of the answers, for each way to share them out, and prints what
-all hosts' parts come to. Arguments: its number, how many there are, the coordinator's port; one process needs none."""
+"""One host of a run of several: evaluates all answers by itself, then together with the others as the trainer does,
+and decodes its share of the prompts; prints what each comes to. Arguments: its number, how many there are, the
+coordinator's port; one process needs none."""
 
 import json
 import sys
@@ -16,36 +17,35 @@ if count > 1:
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from agreeing import VOCAB, make_draft, make_target, prompts  # noqa: E402 (devices are set first)
+from eagle3 import algorithm as make_algorithm  # noqa: E402
 
-from flaxdraft.algorithms.eagle3.objective import Algorithm  # noqa: E402
 from flaxdraft.decode.decoding import Settings  # noqa: E402
 from flaxdraft.decode.greedy import answer_greedily  # noqa: E402
-from flaxdraft.devices.mesh import Sharding, make_mesh  # noqa: E402
-from flaxdraft.evaluate.during_training import make_decoded_accept_length  # noqa: E402
-from flaxdraft.evaluate.hosts import gather_parts  # noqa: E402
+from flaxdraft.devices.mesh import make_mesh  # noqa: E402
+from flaxdraft.devices.sharding import Sharding  # noqa: E402
+from flaxdraft.evaluate.during_training import UntrainedDraft, make_decoded_accept_length  # noqa: E402
 from flaxdraft.evaluate.walk import evaluate_teacher_forced, make_accepted  # noqa: E402
-from flaxdraft.train.batch_placement import evaluation_batch, own_rows  # noqa: E402
+from flaxdraft.train.batch_placement import own_rows, placed_rows  # noqa: E402
 from flaxdraft.train.state import split_draft  # noqa: E402
 
 target = make_target()
 rows = answer_greedily(target, prompts(7), 16, 7, 7, lambda num: None)
 graphdef, params, frozen = split_draft(make_draft("llama", target))
-algorithm = Algorithm(3)
+algorithm = make_algorithm(3)
 accepted = make_accepted(graphdef, algorithm, frozen, target.head()[VOCAB.target_ids_W])(params)
 
 
-def show(forced, here):
+def show(forced):
     total = jax.tree.map(lambda x: x.tolist(), forced.total)
     figures = {name: getattr(total.sums, name) for name in vars(total.sums)}
-    figures |= {"passes": total.passes, "gained": total.gained, "answers_here": here}
-    ratios = [forced.accept_length, forced.mean_over_rows(), forced.product_of_marginals(), *forced.accuracy().tolist()]
-    print(json.dumps(figures | {"ratios": ratios, "loss": forced.mean_loss}), flush=True)
+    figures |= {"passes": total.passes, "gained": total.gained}
+    found = forced.figures()
+    ratios = [found[name] for name in ("accept_length", "mean_over_rows", "product_of_marginals")] + found["accuracy"]
+    print(json.dumps(figures | {"ratios": ratios, "loss": found["loss"]}), flush=True)
 
 
-for share in (rows[index::count], rows if index == 0 else []):  # shared out evenly; all to one host
-    show(evaluate_teacher_forced(accepted, share, algorithm, 3, gather_parts), len(share))
-
-own_draft = graphdef, frozen
+show(evaluate_teacher_forced(accepted, rows, algorithm, 3))
+own_draft = UntrainedDraft(graphdef, frozen, algorithm.drafter())
 # As the trainer does it: one program over all processes, which holds a part of every batch on each.
 mesh = make_mesh(jax.device_count())
 with jax.set_mesh(mesh):
@@ -53,9 +53,9 @@ with jax.set_mesh(mesh):
     parts = jax.device_get((params, frozen, target.head()[VOCAB.target_ids_W]))
     params, frozen, head = jax.tree.map(lambda x: jax.device_put(x, everywhere), parts)
     graphdef = split_draft(make_draft("llama", target, sharding=Sharding.parallel()))[0]
-    place = lambda host: evaluation_batch(own_rows(host, mesh), mesh)  # noqa: E731
+    place = lambda host: placed_rows(own_rows(host, mesh), mesh)  # noqa: E731
     accepted = make_accepted(graphdef, algorithm, frozen, head, place)(params)
-    show(evaluate_teacher_forced(accepted, rows, algorithm, 4), len(rows))
+    show(evaluate_teacher_forced(accepted, rows, algorithm, 4))
     # Real decoding: each process takes some of the prompts.
-    decoded = make_decoded_accept_length(target, *own_draft, rows, 5, Settings(16, 3, (7,)))
+    decoded = make_decoded_accept_length(target, own_draft, rows, 5, Settings(16, 3, (7,)))
     print(json.dumps({"decoded": decoded(params)}), flush=True)

@@ -1,4 +1,4 @@
-"""Evaluation by several processes gives what one gives, on each of them, also where one has nothing to do."""
+"""Evaluation by several processes gives what one gives, on each of them."""
 
 import json
 import socket
@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from closeness import assert_close
 
 SCRIPT = Path(__file__).with_name("evaluate_part.py")
 
 
 def run(count: int) -> list[list[dict]]:
-    """What each process printed: one line for each way to share the answers out, then the figure of decoding."""
+    """What each process printed: its own evaluation, that of all processes, then the figure of decoding."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -27,7 +28,7 @@ def run(count: int) -> list[list[dict]]:
     ended = [process.communicate(timeout=300) for process in started]
     assert [process.returncode for process in started] == [0] * count, ended
     lines = [[json.loads(line) for line in out.splitlines() if line.startswith("{")] for out, _ in ended]
-    assert all(len(each) == 4 for each in lines)
+    assert all(len(each) == 3 for each in lines)
     return lines
 
 
@@ -38,20 +39,15 @@ def alone():
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_add_up(alone, count):
-    processes = run(count)
-    shares = [[line["answers_here"] for line in lines] for lines in zip(*(each[:3] for each in processes), strict=True)]
-    assert sum(shares[0]) == 7
-    assert min(shares[0]) > 0
-    assert sorted(shares[1]) == [0] * (count - 1) + [7]
-    for *lines, decoded in processes:
-        assert decoded == alone[3]
+    for *lines, decoded in run(count):
+        assert decoded == alone[2]
         assert decoded["decoded"] > 1.5
         for line in lines:
-            for name in alone[0].keys() - {"answers_here"}:
+            for name in alone[0]:
                 want = alone[0][name]
                 if name == "ratios":
-                    np.testing.assert_allclose(line[name], want, rtol=0, atol=1e-12)
+                    assert_close(line[name], want, ulp=16)
                 elif name in ("loss", "loss_J", "expected_accept_J"):
-                    np.testing.assert_allclose(line[name], want, rtol=1e-6)
+                    assert_close(line[name], want, ulp=8, dtype=np.float32)
                 else:
                     assert line[name] == want, name

@@ -10,15 +10,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from worker import E, SmallRun, V, rows, train
+from closeness import assert_close
+from worker import E, V, material_of, rows, train
 
 from flaxdraft.config import load_config
 from flaxdraft.data.documents import AnsweredPrompts
 from flaxdraft.data.store import TARGET, FeatureStore, Source, finish, shard_name, write_shard
 from flaxdraft.devices import host_reads
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import save_safetensors
-from flaxdraft.run.estimate import make_plan
+from flaxdraft.files.safetensors_file import save_safetensors
+from flaxdraft.run.draft import draft_config
+from flaxdraft.run.estimate import estimate
+from flaxdraft.run.setup import prepare
 from flaxdraft.train import loop
 from flaxdraft.train.guards import PreemptedError, Preemption, memory_advice
 
@@ -70,9 +73,10 @@ def test_one_compile_for_each_length(runs, monkeypatch):
     """200 steps over documents of two lengths."""
     made, real = [], loop.make_train_step
     monkeypatch.setattr(loop, "make_train_step", lambda *args: made.append(real(*args)) or made[-1])
-    monkeypatch.setattr(SmallRun, "documents", AnsweredPrompts([*rows(24, 2, []), *rows(8, 5, [], 40)], V))
+    documents = AnsweredPrompts([*rows(24, 2, []), *rows(8, 5, [], 40)], V)
     seldom = [f"train.{name}_every=200" for name in ("log", "eval", "checkpoint")]
-    train(runs, "compiles", "mesh.data=1", "train.length_buckets=2", "train.num_steps=200", *seldom)
+    options = ("mesh.data=1", "train.length_buckets=2", "train.num_steps=200", *seldom)
+    train(runs, "compiles", *options, documents=documents)
     assert made[0]._cache_size() == 2
     assert runs.lines("compiles")[-1]["tokens"] == 200 // 4 * (24 * 14 + 8 * 40)  # 50 epochs of 4 batches
 
@@ -122,17 +126,16 @@ def stored(directory: Path, documents) -> FeatureStore:
     return FeatureStore(directory)
 
 
-def test_a_shard_that_vanishes_ends_the_run_and_is_named(runs, monkeypatch, tmp_path):
+def test_a_shard_that_vanishes_ends_the_run_and_is_named(runs, tmp_path):
     """Once it is back, the same command goes on and trains what a run on the documents in memory does."""
     train(runs, "in-memory")
     store = stored(tmp_path / "store", AnsweredPrompts(rows(24, 2, []), V))
-    monkeypatch.setattr(SmallRun, "documents", store)
     shard, away = tmp_path / "store" / shard_name(3), tmp_path / "away"
     shard.rename(away)
     with pytest.raises(InputError, match=shard.name):
-        train(runs, "stored")
+        train(runs, "stored", documents=store)
     away.rename(shard)
-    train(runs, "stored")
+    train(runs, "stored", documents=store)
     assert runs.losses("stored") == runs.losses("in-memory")
 
 
@@ -162,7 +165,7 @@ def test_float8_is_asked_for_in_the_configuration(runs):
     exact, narrow = np.array(losses)
     assert len(exact) == 2
     assert (exact != narrow).all()
-    np.testing.assert_allclose(narrow, exact, rtol=0.05)
+    assert_close(narrow, exact, rtol=0.05, of="each")
 
 
 def test_out_of_memory_says_what_to_change(tmp_path):
@@ -184,9 +187,9 @@ def test_a_plan_says_what_a_step_holds_and_writes_nothing(runs):
     """Weights and moments in float32, three of each parameter, in as many pieces as the mesh has."""
     short = ("data.max_prompt_tokens=16", "data.max_answer_tokens=16", "mesh.data=1", "mesh.fsdp=4")
     config = load_config(str(runs.root / "run.yaml"), [f"output_dir={runs.root / 'planned'}", *short])
-    run = SmallRun(config)
-    plan = make_plan(config, run.mesh, run.draft_module, run.draft_config(), run.algorithm)
-    assert plan.trained * 12 / 4 == pytest.approx(plan.state_bytes, rel=0.03)  # norm scales are whole
+    setup = prepare(config)
+    plan = estimate(setup, draft_config(setup, material_of(setup).target), 3)
+    assert_close(plan.trained * 12 / 4, float(plan.state_bytes), rtol=0.03)  # norm scales are whole
     assert plan.work_bytes > 0
     assert (plan.rows, plan.length, plan.steps) == (8, 32, 12)
     assert any(line.startswith("mesh       fsdp 4 (4 of 8 visible") for line in plan.lines())

@@ -151,8 +151,10 @@ def test_kills_at_random_moments(request, num_processes, num_kills, record_prope
             process.kill()
         start = time.monotonic()
         codes = finish(processes)
+        # The JAX runtime sees the end of process 0 too, and may be the first to end the others.
+        others = {RESTART, -signal.SIGABRT} if processes[0] in killed else {RESTART}
         for process, code in zip(processes, codes, strict=True):
-            assert code == (-signal.SIGKILL if process in killed else RESTART), (codes, one.output(0)[-2000:])
+            assert code in ({-signal.SIGKILL} if process in killed else others), (codes, one.output(0)[-2000:])
         assert time.monotonic() - start < 60  # a second, on a quiet machine
         one.ended()
         kills += 1

@@ -3,7 +3,6 @@
 python worker.py CONFIG.yaml RESULT.json [field=value ...]
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -17,15 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxdraft.config import load_config
-from flaxdraft.data.documents import AnsweredPrompts
+from flaxdraft.data.documents import AnsweredPrompts, Documents
 from flaxdraft.data.draft_vocabulary import choose_vocab
 from flaxdraft.decode.greedy import Row
 from flaxdraft.devices import hosts
 from flaxdraft.interfaces import Features
 from flaxdraft.progress import process_log
-from flaxdraft.run.run_draft import Run
+from flaxdraft.run.material import Material
+from flaxdraft.run.setup import Setup, claim_folders, prepare
 from flaxdraft.run.supervise import supervised
-from flaxdraft.stages.directory_lock import DirectoryLock
+from flaxdraft.run.training import train_draft
+from flaxdraft.stages.directory_lock import directory_lock
 from flaxdraft.targets import llama
 
 V, E, LENGTH = 64, 32, 14
@@ -39,7 +40,7 @@ def target_stub():
         "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 64,
         "tie_word_embeddings": True,
     }  # fmt: skip
-    config = llama.Config.from_hf(hf)
+    config = llama.Config.from_hf(hf, (1, 3, 4))
     rng = np.random.default_rng(0)
     embedding, head = (jnp.asarray(rng.normal(size=(V, E)), jnp.float32) for _ in range(2))
     model = SimpleNamespace(
@@ -66,34 +67,29 @@ def rows(num: int, seed: int, broken: list[int], length: int = LENGTH) -> list[R
     return out
 
 
-class SmallRun(Run):
-    """A run whose target and answers are made up on the spot."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.target = target_stub()
-
-    @functools.cached_property
-    def data_rows(self):
-        return {"train": rows(24, 2, json.loads(os.environ.get("WORKER_BROKEN", "[]"))), "held_out": rows(3, 3, [])}
-
-    @functools.cached_property
-    def documents(self):
-        return AnsweredPrompts(self.data_rows["train"], V)
-
-    @property
-    def vocab(self):
-        return choose_vocab(self.documents.token_counts, [0, 1], self.config.draft.draft_vocab_size)
+def stub_answers(directory: Path) -> SimpleNamespace:
+    """Answers that were made up on the spot."""
+    made = {"train": rows(24, 2, json.loads(os.environ.get("WORKER_BROKEN", "[]"))), "held_out": rows(3, 3, [])}
+    return SimpleNamespace(directory=directory, rows=made.__getitem__, special=[0, 1], eos=0)
 
 
-def train(runs, name: str, *overrides: str):
+def material_of(setup: Setup, documents: Documents | None = None) -> Material:
+    """What a small run trains on, around the stub of a target."""
+    target, answers = target_stub(), stub_answers(setup.data_dir)
+    documents = AnsweredPrompts(answers.rows("train"), V) if documents is None else documents
+    vocab = choose_vocab(documents.token_counts, [0, 1], setup.config.draft.draft_vocab_size)
+    return Material(target, answers, documents, vocab, target.loaded.model)
+
+
+def train(runs, name: str, *overrides: str, documents: Documents | None = None):
     """A small run in this process, on two devices where the overrides do not say otherwise; its parameters, whose
     digest is kept like that of a run in a process of its own."""
     config = load_config(str(runs.root / "run.yaml"), [f"output_dir={runs.root / name}", "mesh.data=2", *overrides])
-    run = SmallRun(config)
-    run.claim_folders()
-    write_result(runs.result(name), run.params)
-    return run.params
+    setup = prepare(config)
+    claim_folders(setup)
+    params = train_draft(setup, material_of(setup, documents)).params
+    write_result(runs.result(name), params)
+    return params
 
 
 def write_result(path: Path, params) -> None:
@@ -104,11 +100,11 @@ def write_result(path: Path, params) -> None:
 
 
 def work(config, result: Path) -> None:
-    run = SmallRun(config)
-    run.claim_folders()
-    log = process_log(run.draft_dir / "logs" / f"process-{jax.process_index()}.log", speaks=hosts.is_main())
-    with log, DirectoryLock(run.draft_dir) if hosts.is_main() else nullcontext():
-        params = run.params
+    setup = prepare(config)
+    claim_folders(setup)
+    log = process_log(setup.draft_dir / "logs" / f"process-{jax.process_index()}.log", speaks=hosts.is_main())
+    with log, directory_lock(setup.draft_dir) if hosts.is_main() else nullcontext():
+        params = train_draft(setup, material_of(setup)).params
     write_result(result, params)
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 from flaxdraft.ops.attention import causal_visibility
 
 B, T, WINDOW = 2, 24, 64
+PARITY = 1e-5  # the largest difference from PyTorch, of the largest value
 
 ROPES = {
     "default": {"rope_type": "default"},
@@ -75,11 +76,3 @@ def randomize(module: nnx.Module, seed: int) -> None:
         noise = normal(seed + i, *shape)
         variable[...] = jnp.asarray(1 + 0.2 * noise if path[-1] == "scale" else noise / np.sqrt(shape[0]))
     nnx.update(module, params)
-
-
-def assert_close(got, want, tolerance: float = 1e-5) -> None:
-    """Largest difference against the largest value."""
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert got.shape == want.shape
-    error = np.abs(got - want).max() / np.abs(want).max()
-    assert error <= tolerance, f"relative error {error:.1e}"

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import ROPES
+from cases import PARITY, ROPES
+from closeness import assert_close
 from flax import nnx
 
 from flaxdraft.interfaces import Batch
@@ -79,7 +80,7 @@ def test_logits_taps_and_last_hidden_state(oracle, pair):
         tokens, positions,
     )  # fmt: skip
     got = features_of(loaded, tokens, positions)
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)  # noqa: E731
+    close = lambda a, b: assert_close(a, b, rtol=PARITY)  # noqa: E731
     # hidden_states[k] is the input of layer k, the output of layer k - 1; the very last one comes after the norm.
     for tap, layer in enumerate(TAPS):
         close(got.taps_BTKE[:, :, tap], want["hidden_states"][layer + 1])
@@ -105,7 +106,7 @@ def test_routing_decisions(oracle, pair):
     got_weights, got_experts = (np.asarray(a).reshape(200, -1) for a in mlp.routing(jnp.asarray(x)))
     order, want_order = np.argsort(got_experts, -1), np.argsort(experts, -1)
     np.testing.assert_array_equal(np.take_along_axis(got_experts, order, -1), np.sort(experts, -1))
-    np.testing.assert_allclose(
-        np.take_along_axis(got_weights, order, -1), np.take_along_axis(weights, want_order, -1), rtol=2e-5
+    assert_close(
+        np.take_along_axis(got_weights, order, -1), np.take_along_axis(weights, want_order, -1), rtol=2e-5, of="each"
     )
     assert len(np.unique(experts)) > 3

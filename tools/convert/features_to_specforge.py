@@ -20,20 +20,18 @@ from specforge_files import ROWS_IN_A_FOLDER, as_torch
 from flaxdraft.data.store import FeatureStore
 from flaxdraft.errors import InputError
 from flaxdraft.progress import CONSOLE, bar
+from flaxdraft.run.commands import Command, call
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", type=Path, help="a feature store")
+    parser.add_argument("folder", type=Path, help="for SpecForge's files; those that are there stay")
 
 
 def main(argv: list[str] | None = None) -> int:
     """0 when every row is written; 2 with one message for wrong input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", type=Path, help="a feature store")
-    parser.add_argument("folder", type=Path, help="for SpecForge's files; those that are there stay")
-    arguments = parser.parse_args(argv)
-    try:
-        write(FeatureStore(arguments.store), arguments.folder)
-    except InputError as error:
-        print(f"flaxdraft: {error}", file=sys.stderr)
-        return 2
-    return 0
+    work = lambda arguments: write(FeatureStore(arguments.store), arguments.folder)  # noqa: E731
+    return call(Command(__doc__, _arguments, work), argv)
 
 
 def write(store: FeatureStore, directory: Path) -> None:

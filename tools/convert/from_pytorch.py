@@ -71,7 +71,7 @@ def read_tensors(source: Path) -> tuple[dict[str, np.ndarray], bool]:
     Raises:
         InputError: nothing to read, or it cannot be read.
     """
-    from flaxdraft.files.name_tables import load_safetensors
+    from flaxdraft.files.safetensors_file import load_safetensors
 
     if not source.exists():
         raise InputError(f"{source}: no such file or directory")

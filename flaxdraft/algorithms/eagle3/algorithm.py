@@ -22,7 +22,7 @@ from flaxdraft.algorithms.eagle3.objective import ChosenRows, UnrollOptions, sup
 from flaxdraft.algorithms.eagle3.settings import Settings
 from flaxdraft.algorithms.eagle3.suffix_attention import choose
 from flaxdraft.algorithms.eagle3.surface import Draft
-from flaxdraft.devices.mesh import spec_of, split_like
+from flaxdraft.devices.sharding import spec_of, split_like
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Draw, EmbeddingAndHead, Example, VocabMap
 from flaxdraft.ops import distillation
@@ -167,7 +167,7 @@ class Algorithm:
         chunks = f" ({s.attention_chunk} x {s.attention_chunk})" if attention == "chunked" else ""
         return f"attention {attention}{chunks}, loss in chunks of {s.loss_chunk} rows, rematerialisation {s.remat}"
 
-    def flops(self, params: nnx.State, teacher: Any, num_rows: int) -> float:
+    def flops(self, params: nnx.State, frozen: nnx.State, teacher: Any, num_rows: int) -> float:
         """Counted, since XLA counts what is in a loop once: two operations for each entry of a matrix, three times over
         for the two gradients; `fc` reads a row once, all other matrices do at every step, the teacher once, forwards."""
         per_row = 2.0 * math.prod(teacher.shape)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.devices.mesh import Sharding, along, gathered
+from flaxdraft.devices.sharding import Sharding, along, gathered
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.layers import Frozen, GatedMLP, RMSNorm, column
@@ -204,13 +204,14 @@ class Eagle3Draft(nnx.Module):
         self.precision = precision
         if c.owns_embedding:
             shape = (c.vocab_size, c.hidden_size)
-            self.embed_tokens = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, precision.param))
+            embedding = nnx.initializers.normal(0.02)(rngs.params(), shape, precision.param)
+            self.embed_tokens = nnx.Param(embedding, place="weight_ve")
         else:
             if embedding_VD.shape != (c.vocab_size, c.hidden_size):
                 raise InputError(
                     f"draft embedding: found {embedding_VD.shape}, expected {(c.vocab_size, c.hidden_size)}"
                 )
-            self.embed_tokens = Frozen(embedding_VD)
+            self.embed_tokens = Frozen(embedding_VD, place="weight_ve")
         if c.fc_norm:
             self.fc_norm_low, self.fc_norm_mid, self.fc_norm_high = (
                 RMSNorm(c.target_hidden_size, c.rms_norm_eps, precision) for _ in range(3)
@@ -227,8 +228,8 @@ class Eagle3Draft(nnx.Module):
         # The loss reads the head's master weights; the logits of a served draft are as exact.
         exact = dataclasses.replace(precision, float8=False)
         self.lm_head = column(c.hidden_size, c.draft_vocab_size, exact, rngs, sharding)
-        self.target_ids = Frozen(jnp.asarray(vocab.target_ids_W, jnp.int32))
-        self.draft_ids = Frozen(jnp.asarray(vocab.to_draft()))
+        self.target_ids = Frozen(jnp.asarray(vocab.target_ids_W, jnp.int32), place="whole")
+        self.draft_ids = Frozen(jnp.asarray(vocab.to_draft()), place="whole")
 
     @property
     def softmax_scale(self) -> float:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from flaxdraft.algorithms.eagle3.surface import Draft
 from flaxdraft.decode.tree import Tree
 from flaxdraft.interfaces import Chooser, Placement, Proposal
+from flaxdraft.nn.rope import turning_positions
 from flaxdraft.ops.attention import attend_cache
 
 
@@ -62,17 +63,19 @@ def cached_layer(
 ) -> tuple[DraftCache, Float[Array, "B T D"]]:
     """The draft layer on new rows against its cache; positions beyond the last slot mark padding. Without a placement
     every row lies at its position and sees all up to it."""
+    num_slots = cache.k_BKHS.shape[-1]
     if placement is None:
-        every_S = jnp.arange(cache.k_BKHS.shape[-1])
+        every_S = jnp.arange(num_slots)
         placement = Placement(positions_BT, every_S[None, None, :] <= positions_BT[:, :, None])
     projections = draft.projections(draft.token_projections(embeds_BTD), hidden_BTD)
-    k, v = draft.key_value(projections, positions_BT)
+    turning_BT = turning_positions(positions_BT, num_slots)
+    k, v = draft.key_value(projections, turning_BT)
     rows_B1 = jnp.arange(hidden_BTD.shape[0])[:, None]
     cache = DraftCache(
         cache.k_BKHS.at[rows_B1, :, :, placement.slots_BT].set(k, mode="drop"),
         cache.v_BKSC.at[rows_B1, :, placement.slots_BT].set(v, mode="drop"),
     )
-    q = draft.query(projections, positions_BT)
+    q = draft.query(projections, turning_BT)
     heads = attend_cache(q, cache.k_BKHS, cache.v_BKSC, placement.visible_BTS, draft.softmax_scale)
     return cache, draft.finish(hidden_BTD, heads)
 

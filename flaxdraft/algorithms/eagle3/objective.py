@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flaxdraft.algorithms.eagle3.suffix_attention import ATTENTION_OUTPUT, Backend, suffix_attention
 from flaxdraft.algorithms.eagle3.surface import Draft
-from flaxdraft.devices.mesh import split_like, whole_in_time
+from flaxdraft.devices.sharding import split_like, whole_in_time
 from flaxdraft.interfaces import Batch
 from flaxdraft.ops.attention import document_ranges
 from flaxdraft.ops.range_attention import DEFAULT_CHUNK, Chunks

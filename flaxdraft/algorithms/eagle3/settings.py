@@ -23,3 +23,4 @@ class Settings(AlgorithmConfig):
 
     free: ClassVar[tuple[str, ...]] = ("attention", "remat", "loss_chunk", "attention_chunk")
     default_architecture: ClassVar[str] = "llama"
+    default_engine: ClassVar[str] = "sglang"  # its form serves others as well

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.devices.mesh import added_up, axes_of, gradient_spec, per_device, spec_of
+from flaxdraft.devices.per_device import added_up, per_device
+from flaxdraft.devices.sharding import axes_of, gradient_spec, spec_of
 from flaxdraft.errors import InputError
 from flaxdraft.ops import cudnn_attention, range_attention
 from flaxdraft.ops.attention import MASKED, grouped_scores

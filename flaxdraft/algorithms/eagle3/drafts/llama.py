@@ -10,7 +10,7 @@ from flax import nnx
 
 from flaxdraft.algorithms.eagle3.draft import COMMON_NAMES, Eagle3Draft, Eagle3Sizes, extra_names
 from flaxdraft.algorithms.eagle3.serving.terms import Kind, Shapes
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import EmbeddingAndHead
 from flaxdraft.nn.gqa import GQA, GQAConfig

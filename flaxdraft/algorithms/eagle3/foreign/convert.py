@@ -19,7 +19,8 @@ from flaxdraft.algorithms.eagle3.serving.kinds import kind_of
 from flaxdraft.algorithms.eagle3.serving.tensors import ATTENTION, sizes
 from flaxdraft.algorithms.loading import from_pretrained
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import save_safetensors, write_json
+from flaxdraft.files.json_files import write_json
+from flaxdraft.files.safetensors_file import save_safetensors
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.serving import rope_fields
 

@@ -4,6 +4,10 @@ from flaxdraft.algorithms.eagle3.serving.terms import Engine, Served
 
 ENGINE = Engine(
     title="sglang-jax cddbf6f",
+    # Its documentation turns the overlapping schedule off for EAGLE-3.
+    serve="python -m sgl_jax.launch_server --model-path TARGET --speculative-algorithm EAGLE3 \\\n"
+          "    --speculative-draft-model-path {draft} --speculative-num-steps {chain} --speculative-eagle-topk 1 \\\n"
+          "    --speculative-num-draft-tokens {verified} --disable-overlap-schedule",
     kinds={"llama": Served(("LlamaForCausalLMEagle3",))},
     layer_prefixes=("midlayer.",),
     unknown_key="unread",
@@ -14,4 +18,4 @@ ENGINE = Engine(
     attention_bias=True,
     tap_fields=(),  # it looks for them in the target's config.json, not in the draft's
     rope_dialects=("rope_theta",),
-)
+)  # fmt: skip

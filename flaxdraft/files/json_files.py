@@ -1,14 +1,42 @@
-"""Files of one JSON value a line."""
+"""JSON files: of one value, and of one value a line."""
 
 from __future__ import annotations
 
 import codecs
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from flaxdraft.errors import InputError
+
+
+def read_json_object(path: Path, role: str, mend: str) -> dict[str, Any]:
+    """
+    Args:
+        role: who needs the file, for the message where it is missing.
+        mend: what to do where it is damaged.
+
+    Raises:
+        InputError: missing, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {role}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); {mend}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected an object, found {type(value).__name__}; {mend}")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON, through a temporary name."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def read_json_lines(path: Path, unit: str) -> Iterator[tuple[int, Any]]:

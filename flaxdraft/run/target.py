@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from flaxdraft import targets
-from flaxdraft.config import TargetConfig
 from flaxdraft.errors import InputError
-from flaxdraft.interfaces import Algorithm, Target
+from flaxdraft.interfaces import Target
 from flaxdraft.nn.precision import Precision
 from flaxdraft.progress import CONSOLE
+from flaxdraft.run.init_from import check_target
+from flaxdraft.run.saying import say
+from flaxdraft.run.setup import Setup
+from flaxdraft.serving.trained_draft import AboutTarget
 from flaxdraft.targets.decoder import DecoderConfig
 
 if TYPE_CHECKING:
@@ -23,27 +25,19 @@ if TYPE_CHECKING:
 class RunTarget:
     """Each part is read when it is first asked for, and once."""
 
-    def __init__(
-        self, wanted: TargetConfig, algorithm: Algorithm, announce: Callable[[], None],
-        check: Callable[[DecoderConfig], None],
-    ):  # fmt: skip
-        """
-        Args:
-            announce: called before anything is read.
-            check: raises `InputError` where the rest of the run does not go with the target.
-        """
-        self._wanted, self._algorithm, self._announce, self._check = wanted, algorithm, announce, check
+    def __init__(self, setup: Setup):
+        self._setup, self._wanted = setup, setup.config.target
 
     @functools.cached_property
     def opened(self) -> targets.OpenedTarget:
         """The files."""
-        self._announce()
+        say("target", self._wanted.path)
         return targets.open_target(self._wanted.path, self._wanted.sha256)
 
     @functools.cached_property
     def _taps(self) -> tuple[int, ...]:
         given = self._wanted.tap_layers
-        return self._algorithm.tap_layers(
+        return self._setup.algorithm.tap_layers(
             self.opened.config().num_hidden_layers, None if given is None else tuple(given)
         )
 
@@ -51,20 +45,21 @@ class RunTarget:
     def config(self) -> DecoderConfig:
         """
         Raises:
-            InputError: a tapped layer is one that no server captures, or the run does not go with the target.
+            InputError: the tapped layers are none of the algorithm's, or the draft to begin from is of another target.
         """
         c = self.opened.config(self._taps)
-        if c.tap_layers[-1] == c.num_hidden_layers - 1:
-            raise InputError(
-                f"target.tap_layers: {list(c.tap_layers)} holds the last layer, which SGLang cannot capture; "
-                f"expected layers up to {c.num_hidden_layers - 2}"
-            )
-        self._check(c)
+        if self._setup.start is not None:
+            check_target(self._setup.start, self._setup.config.draft.init_from, c, self.opened.source.config)
         CONSOLE.print(
             f"  {c.num_hidden_layers} layers, width {c.hidden_size}, vocabulary {c.vocab_size}, "
             f"taps after layers {', '.join(map(str, c.tap_layers))}"
         )
         return c
+
+    @property
+    def about(self) -> AboutTarget:
+        """What an export asks of it."""
+        return AboutTarget(self.opened.source.config, self.config.tap_layers)
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:

@@ -1,0 +1,104 @@
+"""The stage `data`: the target answers the prompts, once for all drafts of an output directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import numpy as np
+
+from flaxdraft.data.answers import capture, is_captured, load_split, write_texts
+from flaxdraft.data.prompts import Prompt, render
+from flaxdraft.decode.greedy import Row
+from flaxdraft.errors import InputError
+from flaxdraft.run.draft import check_draft
+from flaxdraft.run.saying import say
+from flaxdraft.run.setup import Setup
+from flaxdraft.run.target import RunTarget
+from flaxdraft.stages.claims import Stage
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answers:
+    """What the stage left on disk."""
+
+    directory: Path
+    order: dict[str, list[str]]  # ids of the prompts of each split, in the order of its rows
+    eos: int
+    special: list[int]  # tokens that every draft vocabulary holds
+    chunk: int  # answered at a time
+
+    @functools.cache  # noqa: B019 (a run has one, and its rows are wanted to its end)
+    def rows(self, split: str) -> list[Row]:
+        return load_split(self.directory, split, len(self.order[split]), self.chunk)
+
+
+def answer_prompts(setup: Setup, target: RunTarget) -> Answers:
+    """Answers and features of the splits that are asked for; what is there from the same inputs is left alone.
+
+    Raises:
+        InputError: the draft could not be trained or served beside this target; a prompt is too long.
+    """
+    data, directory = setup.config.data, setup.data_dir
+    stage = Stage(directory / "data.json", setup.answer_inputs)
+    result = stage.load()
+    order = {} if result is None else result["order"]  # of other splits, too
+    missing = [
+        split for split in setup.splits
+        if split not in order or not is_captured(directory, split, len(order[split]), data.rows)
+    ]  # fmt: skip
+    if not missing:
+        say("data", f"done before: {directory}")
+        return Answers(directory, order, result["eos"], result["special"], data.rows)
+    check_draft(setup, target)
+    loaded = target.loaded
+    say("data", "the target answers the prompts")
+    _check_context(setup, target)
+    special = sorted({*loaded.tokenizer.all_special_ids, *loaded.stop_tokens})
+    for split in setup.splits:
+        _, limit = _answer_limit(setup, split)
+        prompts = _prompts(setup, split)
+        order[split] = capture(
+            directory, split, loaded.model, loaded.tokenizer, prompts, max_prompt_tokens=data.max_prompt_tokens,
+            max_new_tokens=limit, num_rows=data.rows, dtype=data.feature_dtype if split == "train" else "float32",
+        )  # fmt: skip
+        rows = load_split(directory, split, len(order[split]), data.rows)
+        write_texts(directory / f"{split}.json", loaded.tokenizer, prompts, order[split], rows)
+    stage.store({"order": order, "eos": loaded.tokenizer.eos_token_id, "special": special})
+    return Answers(directory, order, loaded.tokenizer.eos_token_id, special, data.rows)
+
+
+def _prompts(setup: Setup, split: str) -> list[Prompt]:
+    prompts = [prompt for prompt in setup.prompts if prompt.split == split]
+    count = setup.config.data.num_prompts
+    if split == "held_out" or count is None:
+        return prompts
+    if count > len(prompts):
+        raise InputError(f"data.num_prompts: found {count}, {setup.config.data.prompts} has {len(prompts)}")
+    # A fixed mixture of categories, whatever the order of the file.
+    order = np.random.default_rng(0).permutation(len(prompts))[:count]
+    return [prompts[i] for i in sorted(order)]
+
+
+def _answer_limit(setup: Setup, split: str) -> tuple[str, int]:
+    """The field and its value."""
+    if split == "train":
+        return "data.max_answer_tokens", setup.config.data.max_answer_tokens
+    return "evaluate.max_new_tokens", setup.config.evaluate.max_new_tokens
+
+
+def _check_context(setup: Setup, target: RunTarget) -> None:
+    """
+    Raises:
+        InputError: a prompt with its longest answer would leave the target's context.
+    """
+    most, context = setup.config.data.max_prompt_tokens, target.config.max_position_embeddings
+    for split in setup.splits:
+        field, limit = _answer_limit(setup, split)
+        longest = max(len(render(target.tokenizer, prompt, most)) for prompt in _prompts(setup, split))
+        if longest + limit > context:
+            raise InputError(
+                f"{field}: found {limit}; after the longest prompt ({longest} tokens) that leaves the target's "
+                f"context of {context}; expected at most {context - longest}"
+            )

@@ -1,0 +1,107 @@
+"""The stage `train`: a run's material on its mesh, and the loop over it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from flaxdraft.data.pipeline import make_pipeline
+from flaxdraft.decode.decoding import Settings
+from flaxdraft.devices import host_reads, hosts
+from flaxdraft.devices.sharding import Sharding
+from flaxdraft.devices.weight_places import check_heads, on_mesh, weight_on_mesh
+from flaxdraft.evaluate.during_training import UntrainedDraft, make_decoded_accept_length
+from flaxdraft.interfaces import Target
+from flaxdraft.nn.precision import DTYPES, Precision
+from flaxdraft.progress import CONSOLE
+from flaxdraft.run.draft import check_draft, draft_config, make_draft, write_record
+from flaxdraft.run.material import Material
+from flaxdraft.run.saying import say
+from flaxdraft.run.setup import Setup
+from flaxdraft.train.batch_placement import SHARDING
+from flaxdraft.train.loop import Trainer
+from flaxdraft.train.resume import Resume
+from flaxdraft.train.state import split_draft
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+    """A draft after its last step."""
+
+    material: Material
+    params: nnx.State  # on one device
+
+
+def train_draft(setup: Setup, material: Material) -> Trained:
+    """Trains in every process of the run; where training is done, the parameters come from its last checkpoint.
+
+    Raises:
+        InputError: see `check_draft`, `make_pipeline` and `Trainer.train`.
+    """
+    config, target = setup.config.train, material.target
+    check_draft(setup, target)
+    write_record(setup, target)
+    part = hosts.local_part(jax.NamedSharding(setup.mesh, SHARDING.act_b), config.batch_size)
+    data, seed = setup.config.data, setup.config.seed
+    pipeline = make_pipeline(material.documents, setup.algorithm, config, data, seed, part)
+    CONSOLE.print(f"  {pipeline.layout.describe()}")
+    say("train", f"{config.num_steps} steps of {config.batch_size} answers to {target.opened.path.name}")
+    compute, held_out = DTYPES[config.compute_dtype], material.answers.rows("held_out")
+    teacher = setup.algorithm.teacher(material.outer, material.vocab, compute)
+    decoded = _decoded_in_training(setup, material)
+    precision = Precision(compute=compute, float8=config.float8)
+    draft = make_draft(setup, target, material.outer, material.vocab, SHARDING, precision)
+    graphdef, params, frozen = split_draft(draft)
+    check_heads(draft_config(setup, target), SHARDING, setup.mesh.shape)
+    with jax.set_mesh(setup.mesh):
+        params, frozen = (on_mesh(state, setup.mesh, SHARDING) for state in (params, frozen))
+        teacher = jax.tree.map(lambda x: weight_on_mesh("teacher", x, setup.mesh, SHARDING.weight_ve), teacher)
+        CONSOLE.print(f"  {sum(math.prod(p.shape) for p in jax.tree.leaves(params)) / 1e6:.1f} M trained parameters")
+        resume = Resume(
+            config.resume, setup.draft_inputs, material.vocab, setup.allowed, _score_measure(setup, len(held_out))
+        )  # fmt: skip
+        trainer = Trainer(
+            setup.draft_dir, config, setup.algorithm, setup.evaluation, setup.mesh, material.vocab, teacher, resume,
+            data.prefetch, _reader(setup, material), decoded,
+        )  # fmt: skip
+        params = trainer.train(graphdef, params, frozen, pipeline, held_out)
+    return Trained(material, jax.device_put(host_reads.read(params), jax.local_devices()[0]))
+
+
+def untrained_draft(setup: Setup, material: Material) -> UntrainedDraft:
+    """All of the draft but its parameters, in float32 on one device, as evaluation wants it."""
+    draft = make_draft(setup, material.target, material.outer, material.vocab, Sharding.none(), Precision())
+    graphdef, _, frozen = split_draft(draft)
+    return UntrainedDraft(graphdef, frozen, setup.evaluation.drafter())
+
+
+def _decoded_in_training(setup: Setup, material: Material) -> Callable[[nnx.State], float] | None:
+    """The accept length of `evaluate.decode_prompts` held-out prompts, by decoding in float32."""
+    config = setup.config.evaluate
+    if not config.decode_prompts:
+        return None
+    settings = Settings(config.max_new_tokens, config.chain_length, (material.answers.eos,))
+    rows, model = material.answers.rows("held_out"), material.target.loaded.model
+    return make_decoded_accept_length(model, untrained_draft(setup, material), rows, config.decode_prompts, settings)
+
+
+def _score_measure(setup: Setup, num_rows: int) -> dict[str, Any]:
+    """What the held-out score is of, by which the best checkpoint is chosen."""
+    config = setup.config.evaluate
+    num_decoded = min(config.decode_prompts, num_rows)
+    return {
+        "kind": "decoded" if num_decoded else "walked", "chain_length": config.chain_length,
+        "prompts": num_decoded or num_rows,
+    }  # fmt: skip
+
+
+def _reader(setup: Setup, material: Material) -> Target | None:
+    """The target on the training mesh, where it reads conversations while the draft trains."""
+    if setup.config.data.conversations is None:
+        return None
+    return material.target.on(setup.mesh, DTYPES[setup.config.train.compute_dtype])

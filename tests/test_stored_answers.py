@@ -1,0 +1,123 @@
+"""The answers under `data/` are bound by what they depend on and by nothing else: any draft of the target may use them,
+whatever it trains on and however its rows are put into batches."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tiny_runs import make_workspace
+
+from flaxdraft.config import DataConfig, load_config
+from flaxdraft.data.store import MANIFEST
+from flaxdraft.decode.greedy import Row
+from flaxdraft.errors import InputError
+from flaxdraft.interfaces import Features
+from flaxdraft.run.answers import answer_prompts
+from flaxdraft.run.setup import claim_folders, prepare
+from flaxdraft.run.target import RunTarget
+from flaxdraft.stages import same_inputs
+from flaxdraft.stages.claims import claim
+
+# Field -> another value, and whether stored answers and a draft depend on it.
+FIELDS = {
+    "prompts": ("other.jsonl", True, True), "num_prompts": (7, True, True), "max_prompt_tokens": (100, True, True),
+    "max_answer_tokens": (11, True, True), "rows": (3, True, True), "feature_dtype": ("float32", True, True),
+    "store": ("store", False, True), "conversations": ("chats.jsonl", False, True), "max_length": (64, False, True),
+    "last_turn_only": (True, False, True), "mask_reasoning": (True, False, True), "max_silent": (0.1, False, True),
+    "last_batch": ("drop", False, True), "prefetch": (1, False, False),
+}  # fmt: skip
+FILES = ("prompts", "store", "conversations")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, tiny_gguf):
+    root = make_workspace(tmp_path_factory.mktemp("run"), tiny_gguf)
+    (root / "other.jsonl").write_text((root / "prompts.jsonl").read_text().replace("prompt 0", "prompt zero"))
+    (root / "chats.jsonl").write_text("{}")
+    (root / "store").mkdir()
+    (root / "store" / MANIFEST).write_text("{}")
+    return root
+
+
+@pytest.fixture
+def make_run(workspace, monkeypatch):
+    """A run of the workspace with some fields of `data` changed."""
+    monkeypatch.setattr("flaxdraft.run.setup.FeatureStore", lambda path: SimpleNamespace(directory=workspace / "store"))
+
+    def make(*overrides, **data):
+        changed = [f"data.{name}={workspace / value if name in FILES else value}" for name, value in data.items()]
+        return prepare(load_config(str(workspace / "run.yaml"), [*changed, *overrides]))
+
+    return make
+
+
+@pytest.fixture
+def answered(monkeypatch):
+    """Answers of random numbers in place of a target's; the list has the number of prompts of each asking."""
+    asked = []
+
+    def row(prompt, end_token):
+        zeros = lambda *shape: np.zeros((len(prompt) + 2, *shape), np.float32)  # noqa: E731
+        features = Features(zeros(3, 4), zeros(4), zeros().astype(np.int32), zeros())
+        return Row(np.array([*prompt, 5, end_token], np.int32), len(prompt), features)
+
+    def answer(target, prompts, max_new_tokens, end_token, num_rows, on_step):
+        asked.append(len(prompts))
+        return [row(prompt, end_token) for prompt in prompts]
+
+    loaded = lambda target: SimpleNamespace(model=None, tokenizer=target.tokenizer, stop_tokens=())  # noqa: E731
+    monkeypatch.setattr("flaxdraft.data.answers.answer_greedily", answer)
+    monkeypatch.setattr(RunTarget, "loaded", property(loaded))
+    return asked
+
+
+def test_every_field_is_decided():
+    assert FIELDS.keys() == DataConfig.model_fields.keys()
+    assert {f"data.{name}" for name, (_, answers, draft) in FIELDS.items() if draft and not answers} == {
+        *same_inputs.NOT_OF_ANSWERS
+    }
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_field_binds_what_depends_on_it(make_run, name):
+    value, answers, draft = FIELDS[name]
+    before, after = make_run(), make_run(**{name: value})
+    assert bool(same_inputs.differing(before.answer_inputs, after.answer_inputs)) == answers
+    assert bool(same_inputs.differing(before.draft_inputs, after.draft_inputs)) == draft
+
+
+def test_a_folder_of_before_is_taken_over(make_run, tmp_path):
+    """Its inputs name the whole section; what the answers depend on is compared all the same."""
+    old = make_run(last_batch="drop", max_length=64, conversations="chats.jsonl")
+    (tmp_path / "result").touch()
+    (tmp_path / "inputs.json").write_text(json.dumps(old.answer_inputs | {"data": old.draft_inputs["data"]}))
+    with pytest.raises(InputError, match=r"data.rows: there 4, here 3\)"):
+        claim(tmp_path, make_run(rows=3).answer_inputs, "")
+    claim(tmp_path, make_run().answer_inputs, "")
+    assert json.loads((tmp_path / "inputs.json").read_text()) == make_run().answer_inputs
+    with pytest.raises(InputError, match=r"data.rows: there 4, here 3\)"):
+        claim(tmp_path, make_run(rows=3).answer_inputs, "")
+
+
+def test_answers_are_asked_for_once_whatever_is_trained_on(make_run, answered, tmp_path):
+    """Ten prompts to train on and four held out, four at a time."""
+    here = f"output_dir={tmp_path}"
+
+    def splits(**data):
+        setup = make_run(here, f"name=draft-{len(list(tmp_path.iterdir()))}", **data)
+        claim_folders(setup)
+        (setup.draft_dir / "metrics.jsonl").touch()
+        answers = answer_prompts(setup, RunTarget(setup))
+        return {split: len(answers.rows(split)) for split in setup.splits}
+
+    assert splits(conversations="chats.jsonl") == {"held_out": 4}
+    assert answered == [4]
+    assert splits(last_batch="drop") == {"train": 10, "held_out": 4}  # the held-out answers are there
+    assert sum(answered) == 14
+    del answered[:]
+    assert splits(store="store", max_length=64) == {"held_out": 4}
+    assert splits(max_silent=0.1) == {"train": 10, "held_out": 4}
+    assert not answered
+    with pytest.raises(InputError, match=r"data.max_answer_tokens: there 12, here 11"):
+        splits(max_answer_tokens=11)

@@ -1,0 +1,193 @@
+"""The list of `breaks.py`: what is broken, and who should notice."""
+
+from typing import NamedTuple
+
+
+class Break(NamedTuple):
+    what: str
+    old: str  # stands once in the package; white space may differ
+    new: str
+    tests: tuple[str, ...]  # arguments of pytest
+    why: str = ""  # it may go unnoticed
+
+
+def wire(*fields: str) -> tuple[str, ...]:
+    """Rows of test_wire.py."""
+    return ("tests/test_wire.py", "-k", " or ".join(f"[{field}]" for field in fields))
+
+
+def of(file: str, name: str = "") -> tuple[str, ...]:
+    return (f"tests/{file}.py", *(("-k", name) if name else ()))
+
+
+OPTIMIZER = (
+    Break("betas are ignored", "*config.betas,", "", wire("train.betas")),
+    Break("the betas are exchanged", "*config.betas,", "*config.betas[::-1],", of("test_one_update")),
+    Break("eps is ignored", "eps=config.eps,", "", wire("train.eps")),
+    Break("gradients are not clipped", "optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)", "adamw",
+          wire("train.clip_norm")),
+    Break("updates are clipped in place of gradients",
+          "optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)",
+          "optax.chain(adamw, optax.clip_by_global_norm(config.clip_norm))", of("test_one_update")),
+    Break("weight decay is ignored", "eps=config.eps, weight_decay=config.weight_decay,", "eps=config.eps,",
+          wire("train.weight_decay")),
+    Break("norm scales decay too", "lambda p: p.ndim > 1, params", "lambda p: p.ndim > 0, params",
+          of("test_train_step", "norms_do_not_decay")),
+    Break("muon takes the head as well", '"lm_head" in name or "embed_tokens" in name', '"embed_tokens" in name',
+          of("test_train_step", "muon")),
+    Break("the micro-batches' gradients are averaged, and divided again", "lambda g: g / count, gradients",
+          "lambda g: g / count / num_microbatches, gradients", of("test_one_update")),
+    Break("the running mean moves the wrong way", "ema_decay * m + (1 - ema_decay) * p",
+          "(1 - ema_decay) * m + ema_decay * p", of("test_train_step", "running_mean")),
+    Break("the running mean is not handed to the step", "tx, config.accumulate, config.ema_decay)",
+          "tx, config.accumulate)", wire("train.ema_decay")),
+    Break("the weights are exported in place of their running mean",
+          "return state.params if state.ema is None else state.ema", "return state.params", wire("train.ema_decay")),
+    Break("a step that is not finite is taken", "jnp.where(finite, n, o), new, old", "n, new, old",
+          of("test_train_step", "not_finite")),
+    Break("accepted shares are not carried to the next step", "accepted_J = jnp.where(sums.row_count_J > 0, mean_J,",
+          "accepted_J = jnp.where(sums.row_count_J < 0, mean_J,", of("test_train_step", "acceptance")),
+)  # fmt: skip
+
+SCHEDULE = (
+    Break("the warmup is ignored", "max(round(config.warmup_ratio * config.num_steps), 1)", "1",
+          wire("train.warmup_ratio")),
+    Break("cosine ends at 0", "warmup, last, peak * config.final_lr_ratio)", "warmup, last, 0.0)",
+          wire("train.final_lr_ratio")),
+    Break("wsd goes down too early", "ends.append(last - decay)", "ends.append(warmup)",
+          of("test_train_step", "schedules")),
+    Break("wsd goes down over half of the steps", "max(round(config.decay_ratio * config.num_steps), 1)",
+          "max(round(0.5 * config.num_steps), 1)", wire("train.decay_ratio")),
+    Break("constant is cosine", 'if config.schedule == "cosine":', 'if config.schedule != "wsd":',
+          wire("train.schedule")),
+)  # fmt: skip
+
+BEGINNING = (
+    Break("the seed of the weights is fixed", "rngs=nnx.Rngs(self.config.seed)", "rngs=nnx.Rngs(0)", wire("seed")),
+    Break("the seed of the batches is fixed", "self.config.data, self.config.seed, part", "self.config.data, 0, part",
+          wire("seed")),
+    Break("only ttt_length of the algorithm's fields is used",
+          'settings = config.algorithm.model_dump(exclude={"name", "ttt_length"})', "settings = {}",
+          ("tests/test_wire.py", "-k", "eagle3")),
+    Break("warm_start is ignored", "elif self.config.draft.warm_start and same_width:", "elif same_width:",
+          wire("draft.warm_start")),
+    Break("float8 is ignored", "config.compute_dtype, config.float8))", "config.compute_dtype))",
+          wire("train.float8")),
+    Break("init_from gives sizes and map, but no weights", "nnx.update(draft, self.start.params)", "pass",
+          wire("draft.init_from")),
+    Break("the teacher's head is not narrowed", "[self.vocab.target_ids_W].astype(DTYPES[dtype])",
+          "[self.vocab.target_ids_W]", wire("train.compute_dtype")),
+)  # fmt: skip
+
+SHARDING = (
+    Break("an axis of the mesh is ignored", "make_mesh(**config.mesh.model_dump())",
+          'make_mesh(**config.mesh.model_dump(exclude={"tensor"}))', wire("mesh.tensor")),
+    Break("every micro-batch reduces its gradients", "unreduced = trained and", "unreduced = False and",
+          of("multidevice/test_meshes", "reduced_once")),
+    Break("rows that another device owns are trained too", "supervised_JBR & split.owned_BR[None]", "supervised_JBR",
+          of("multidevice/test_meshes", "curve and sequence and llama")),
+    Break("weights are whole along fsdp", "weight_df=P(FSDP_AXIS, TENSOR_AXIS), weight_fd",
+          "weight_df=P(None, TENSOR_AXIS), weight_fd", wire("mesh.fsdp")),
+    Break("every device of the tensor axis holds all heads", "act_btnh=P(batch, None, TENSOR_AXIS, None)",
+          "act_btnh=P(batch, None, None, None)", of("multidevice/test_meshes", "curve and tensor and llama"),
+          why="the same figures, with more memory and work on each device, which no default test measures"),
+    Break("each device's sums are its own", "sums = jax.tree.map(lambda x: added_up(x, jax.P(), rows_axes), sums)",
+          "", of("multidevice/test_meshes", "curve and data and llama")),
+)  # fmt: skip
+
+RESUME = (
+    Break("the data begin anew", 'begun.arrays, begun.record["step"]', "begun.arrays, 0", wire("train.resume")),
+    Break("batches are those of the first steps", "grain.MapDataset.range(start, stop)",
+          "grain.MapDataset.range(stop - start)", of("test_pipeline", "reading_ahead")),
+    Break("the vocabulary map of a checkpoint is not compared",
+          "if not np.array_equal(target_ids, vocab.target_ids_W) or record", "if record",
+          of("test_resume", "vocabulary")),
+    Break("a run may go on with another seed", '"target.path", "target.sha256",',
+          '"target.path", "target.sha256", "seed",',
+          of("test_resume", "may_not_change")),
+    Break("damaged weights are taken", 'if int(marks[f"{name}{label}"]) != int(value):', "if False:",
+          of("test_checkpoint", "damaged_files")),
+    Break("the best checkpoint is not kept", "return stay if winner is None else stay | {winner}", "return stay",
+          of("test_checkpoint", "rotation")),
+    Break("metrics of steps that are done again stay", 'if line["step"] <= step] if step else []',
+          "] if step else []", of("test_metrics_on_resume")),
+    Break("step N is the newest", "else found.get(int(step[1]))", "else latest",
+          of("test_resume", "asked_for")),
+)  # fmt: skip
+
+MASKS = (
+    Break("a step is supervised behind one that is not", "mask = mask & usable(j + 2)", "mask = usable(j + 2)",
+          of("test_eagle3", "supervision")),
+    Break("supervision goes on into the next document", "& (ahead(segments_BT, k) == segments_BT)", "",
+          of("test_eagle3", "supervision")),
+    Break("packed documents see each other", "return take_rows(first_BT, rows_BR),",
+          "return jnp.zeros_like(rows_BR),", of("test_eagle3", "packed")),
+    Break("the teacher is a row early", "None if x is None else take_rows(x, rows + 1)",
+          "None if x is None else take_rows(x, rows)", of("test_eagle3", "loop")),
+    Break("later steps sit at the first step's position", "draft.projections(tokens, hidden), positions_BR + j",
+          "draft.projections(tokens, hidden), positions_BR", of("test_speculative", "mla-3")),
+    Break("last_turn_only is ignored", "ChatOptions(data.max_length, data.last_turn_only,",
+          "ChatOptions(data.max_length, False,", wire("data.last_turn_only")),
+    Break("mask_reasoning is ignored", ", data.mask_reasoning)", ", False)",
+          wire("data.mask_reasoning")),
+    Break("last_batch is ignored", '"last_batch": data.last_batch', '"last_batch": "fill"', wire("data.last_batch")),
+    Break("prefetch is ignored", "self.config.data.prefetch, self.reader", "4, self.reader", wire("data.prefetch")),
+    Break("the answer begins a token early", "np.arange(len(row.tokens)) >= row.num_prompt",
+          "np.arange(len(row.tokens)) >= row.num_prompt - 1", of("test_pipeline")),
+)  # fmt: skip
+
+EXPORT = (
+    Break("d2t holds ids",
+          "return self.target_ids_W.astype(np.int64) - np.arange(self.draft_vocab_size, dtype=np.int64)",
+          "return self.target_ids_W.astype(np.int64)", of("test_export", "vocabulary_tables")),
+    Break("the dtype of the export is fixed", "dtype=self.run.config.export.dtype", 'dtype="float32"',
+          wire("export.dtype")),
+    Break("the engine of the export is fixed", "engine=self.run.config.export.engine", 'engine="sglang"',
+          wire("export.engine")),
+    Break("the tapped layers of the export are the defaults",
+          "tap_layers=self.run.target.config.tap_layers, target_config",
+          "tap_layers=[1, 3, 4], target_config", wire("target.tap_layers")),
+    Break("tapped layers are counted by output everywhere", "inputs = [layer + 1 for layer in outputs]",
+          "inputs = list(outputs)", of("test_export", "layer_ids")),
+    Break("gate and up are exchanged", '("mlp/gate_proj/kernel", "midlayer.mlp.gate_proj.weight", "transpose"), '
+          '("mlp/up_proj/kernel", "midlayer.mlp.up_proj.weight", "transpose"),',
+          '("mlp/gate_proj/kernel", "midlayer.mlp.up_proj.weight", "transpose"), '
+          '("mlp/up_proj/kernel", "midlayer.mlp.gate_proj.weight", "transpose"),', of("test_exported_names")),
+    Break("weights that are not finite are exported",
+          'if not np.isfinite(array.astype(np.float32)).all(): raise InputError(f"export:',
+          'if False: raise InputError(f"export:', of("test_export", "not_finite")),
+)  # fmt: skip
+
+EVALUATION = (
+    Break("the walk goes on a row at a time", "row, left = row + gained, left - gained",
+          "row, left = row + 1, left - gained", of("test_acceptance", "walk")),
+    Break("the walk begins behind the answer's first token", "row, left, yields = num_prompt - 1,",
+          "row, left, yields = num_prompt,", of("test_acceptance", "walk")),
+    Break("a chain is as long as the unroll", "algorithm(config.evaluate.chain_length,",
+          "algorithm(config.algorithm.ttt_length,", wire("evaluate.chain_length")),
+    Break("hits behind a miss count", "jnp.cumprod(hit_BRJ, axis=-1, dtype=jnp.int32)", "hit_BRJ",
+          of("test_speculative", "mla-3")),
+    Break("what training is evaluated by are its own answers",
+          'trainer.train(graphdef, params, frozen, pipeline, self.data_rows["held_out"])',
+          'trainer.train(graphdef, params, frozen, pipeline, self.data_rows["train"])',
+          wire("evaluate.max_new_tokens")),
+    Break("decode_prompts is one", 'self.data_rows["held_out"], config.decode_prompts,',
+          'self.data_rows["held_out"], 1,', wire("evaluate.decode_prompts")),
+    Break("every answer is called identical",
+          "one.tokens == row.tokens[row.num_prompt :].tolist() for one, row", "True for one, row",
+          of("test_held_out")),
+    Break("the final evaluation is of the first weights", "frozen, head_WE)(params)",
+          "frozen, head_WE)(split_draft(self.run.make_draft(Sharding.none(), 'float32'))[1])",
+          ("tests/test_wire.py", "-k", "trained_weights")),
+    Break("a prompt's last pass counts twice", "num_pass_B=carry.num_pass_B + running_B",
+          "num_pass_B=carry.num_pass_B + 2 * running_B", of("test_speculative", "mla-3")),
+)  # fmt: skip
+
+HOSTS = (
+    Break("the heartbeat is fixed", "heartbeat_timeout_seconds=config.heartbeat_seconds",
+          "heartbeat_timeout_seconds=30", wire("hosts.heartbeat_seconds")),
+    Break("the hosts' section is not handed on", "supervised(config.hosts, work)",
+          "supervised(type(config.hosts)(), work)", wire("hosts.coordinator")),
+)  # fmt: skip
+
+BREAKS = (*OPTIMIZER, *SCHEDULE, *BEGINNING, *SHARDING, *RESUME, *MASKS, *EXPORT, *EVALUATION, *HOSTS)
