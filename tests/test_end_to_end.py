@@ -23,7 +23,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.files.gguf_file import GGUFCheckpoint
 from flaxdraft.nn.precision import Precision
 from flaxdraft.run import answers, results, training
-from flaxdraft.serving.export import open_draft
+from flaxdraft.run.draft_source import open_draft
 from flaxdraft.stages.directory_lock import directory_lock
 from flaxdraft.targets import deepseek
 
@@ -84,7 +84,7 @@ def test_a_second_run_does_nothing_again(finished, workspace, monkeypatch, capfd
         raise AssertionError("a finished stage ran again")
 
     for module, name in (
-        (answers, "capture"), (training, "Trainer"), (results, "decode_held_out"), (results, "export"),
+        (answers, "capture"), (training, "Trainer"), (results, "measure"), (results, "export"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, never)
     assert call(workspace) == 0

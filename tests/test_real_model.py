@@ -13,9 +13,9 @@ from eagle3 import algorithm
 
 from flaxdraft import targets
 from flaxdraft.config import load_config
+from flaxdraft.data.answers import answer_greedily
 from flaxdraft.data.prompts import Prompt, render
 from flaxdraft.decode.generation import generate
-from flaxdraft.decode.greedy import answer_greedily
 from flaxdraft.interfaces import Batch
 from flaxdraft.train.__main__ import main
 

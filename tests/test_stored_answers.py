@@ -9,8 +9,8 @@ import pytest
 from tiny_runs import make_workspace
 
 from flaxdraft.config import DataConfig, load_config
+from flaxdraft.data.documents import Answer
 from flaxdraft.data.store import MANIFEST
-from flaxdraft.decode.greedy import Row
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Features
 from flaxdraft.run.answers import answer_prompts
@@ -60,7 +60,7 @@ def answered(monkeypatch):
     def row(prompt, end_token):
         zeros = lambda *shape: np.zeros((len(prompt) + 2, *shape), np.float32)  # noqa: E731
         features = Features(zeros(3, 4), zeros(4), zeros().astype(np.int32), zeros())
-        return Row(np.array([*prompt, 5, end_token], np.int32), len(prompt), features)
+        return Answer(np.array([*prompt, 5, end_token], np.int32), len(prompt), features)
 
     def answer(target, prompts, max_new_tokens, end_token, num_rows, on_step):
         asked.append(len(prompts))
@@ -121,3 +121,12 @@ def test_answers_are_asked_for_once_whatever_is_trained_on(make_run, answered, t
     assert not answered
     with pytest.raises(InputError, match=r"data.max_answer_tokens: there 12, here 11"):
         splits(max_answer_tokens=11)
+
+
+def test_prompts_of_several_turns_are_refused(make_run, answered, workspace, tmp_path):
+    """The draft trains on something else, so only held-out prompts are needed: MT-bench's questions would do."""
+    (workspace / "questions.jsonl").write_text(json.dumps({"question_id": 1, "turns": ["a", "b"]}))
+    setup = make_run(f"output_dir={tmp_path}", prompts="questions.jsonl", conversations="chats.jsonl")
+    with pytest.raises(InputError, match=r"questions.jsonl: prompt '1' has 2 turns; those of a run have one"):
+        answer_prompts(setup, RunTarget(setup))
+    assert not answered

@@ -10,7 +10,8 @@ from closeness import assert_close
 from flax import nnx
 
 from flaxdraft import targets
-from flaxdraft.decode.greedy import answer_greedily, common_prefix
+from flaxdraft.data.answers import answer_greedily
+from flaxdraft.decode.generation import common_prefix
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch
@@ -112,8 +113,8 @@ def test_greedy_answers_and_features_equal_the_uncached_ones(loaded):
         assert row.tokens.tolist() == text
         assert row.num_prompt == len(prompt)
         want, inside = whole(loaded.model, padded(text)), slice(len(text) - 1)
-        assert_close(row.features.taps_BTKE[:-1], want.taps_BTKE[0, inside], ulp=100)
-        assert_close(row.features.last_BTE[:-1], want.last_BTE[0, inside], ulp=100)
+        assert_close(row.features.taps_BTKE[:-1], want.taps_BTKE[0, inside], ulp=50)
+        assert_close(row.features.last_BTE[:-1], want.last_BTE[0, inside], ulp=50)
         answer = slice(len(prompt) - 1, len(text) - 1)
         np.testing.assert_array_equal(row.features.argmax_BT[answer], text[len(prompt) :])
 

@@ -71,11 +71,6 @@ def first_at(logits_CW: Float[Array, "C W"], value_C: Float[Array, " C"], axis: 
     return first_C if axis is None else lax.pmin(first_C, axis)
 
 
-def argmax(logits_CW: Float[Array, "C W"], axis: str | None) -> Int[Array, " C"]:
-    """The lowest id among those with the highest logit, as jnp.argmax has it."""
-    return first_at(logits_CW, highest(logits_CW, axis), axis)
-
-
 def at(logits_CW: Float[Array, "C W"], id_C: Int[Array, " C"], axis: str | None) -> Float[Array, " C"]:
     """The logit of one id a row."""
     if axis is None:
