@@ -1,10 +1,12 @@
-"""What the package expects of its parts, asked of each: algorithms with their draft architectures, target families.
+"""What the package expects of its parts, asked of each: algorithms with their draft architectures and engines, target
+families.
 
 Nothing is computed; programs are traced for their shapes. test_contracts.py asks every part that is found by its name;
 a part outside the package can be asked in its own tests. No part is named here.
 """
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ import pytest
 from flax import nnx
 
 from flaxdraft import algorithms
-from flaxdraft.algorithms.loading import ZeroTarget
+from flaxdraft.algorithms.loading import ZeroTarget, abstract_params, from_pretrained, tapped_layers
 from flaxdraft.config import AlgorithmConfig
 from flaxdraft.devices.mesh import make_mesh
 from flaxdraft.devices.sharding import Sharding
@@ -24,6 +26,11 @@ from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Algorithm, Batch, Draw, Example, Features, Target, VocabMap
 from flaxdraft.nn.precision import Precision
 from flaxdraft.plugins import find_by_architecture, parts_of
+from flaxdraft.serving import lint
+from flaxdraft.serving.contract import Engine
+from flaxdraft.serving.export import export
+from flaxdraft.serving.trained_draft import AboutTarget, TrainedDraft
+from flaxdraft.serving.view import view_of_directory
 from flaxdraft.targets import decoder
 from flaxdraft.train.batch_placement import SHARDING, training_example
 from flaxdraft.train.state import split_draft
@@ -267,6 +274,42 @@ def assert_refuses_another_map(pair: Pair, target: Any) -> None:
             config, VocabMap(np.arange(8), V), ZeroTarget(config), precision=Precision(), sharding=Sharding.none(),
             rngs=nnx.Rngs(0),
         )  # fmt: skip
+
+
+def assert_exports(pair: Pair, target: Any, hf: dict[str, Any], directory: Path) -> None:
+    """Each engine takes the draft or says why not; what was written is read again as what it was.
+
+    Args:
+        hf: the target's config.json.
+    """
+    contract, config, rng = pair.algorithm.serving(), pair.config(target), np.random.default_rng(0)
+    engines = contract.engines()
+    assert {"hf", pair.algorithm.settings.default_engine} <= set(engines)  # the first keeps whatever nobody serves
+    flat = nnx.to_flat_state(abstract_params(pair.module, config))
+    params = nnx.from_flat_state(
+        [(path, variable.replace(rng.normal(size=variable.shape).astype(np.float32))) for path, variable in flat]
+    )
+    draft = TrainedDraft(pair.algorithm, pair.module, config, params, vocab_of(config))
+    about = AboutTarget(hf, pair.algorithm.tap_layers(target.num_hidden_layers, None))
+    taken = []
+    for name, engine in engines.items():
+        assert isinstance(engine, Engine)
+        assert "TARGET" in engine.serve("DRAFT", 3) if engine.command else True
+        try:
+            export(directory / name, draft, about, dtype="float32", engine=name)
+        except InputError as error:
+            assert str(error).startswith(f"export for {engine.title}: ")  # noqa: PT017 (either is well)
+            continue
+        read = from_pretrained(directory / name)
+        jax.tree.map(np.testing.assert_array_equal, read.params, params)
+        np.testing.assert_array_equal(read.vocab.target_ids_W, draft.vocab.target_ids_W)
+        assert (read.module, read.config) == (pair.module, config)
+        assert tapped_layers(directory / name, hf) == [*about.tap_layers]
+        whole, *verdicts = lint.check(view_of_directory(directory / name, hf), contract)
+        assert whole.faithful, whole.findings
+        assert all(verdict.faithful for verdict in verdicts if verdict.name == name)
+        taken.append(name)
+    assert "hf" in taken
 
 
 def assert_family(module, hf: dict[str, Any]) -> None:

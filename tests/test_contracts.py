@@ -1,5 +1,5 @@
-"""Every algorithm, draft architecture and target family keeps its contract (contracts.py); a new one is covered the day
-that it lands, in whatever package it lies. Engines: test_engine_contracts.py."""
+"""Every algorithm, draft architecture and target family keeps its contract (contracts.py), engines among them; a new
+one is covered the day that it lands, in whatever package it lies."""
 
 import contracts
 import jax.numpy as jnp
@@ -82,6 +82,11 @@ def test_every_draft_names_its_weights_and_sizes(pair):
         pair.config(family.Config.from_hf(TARGET_HF | DEEPSEEK_FIELDS))
     contracts.assert_named(pair, target_config())
     contracts.assert_refuses_another_map(pair, target_config())
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+def test_every_draft_is_exported_and_read_again(pair, tmp_path):
+    contracts.assert_exports(pair, target_config(), TARGET_HF, tmp_path)
 
 
 @pytest.mark.parametrize("name", TARGETS)

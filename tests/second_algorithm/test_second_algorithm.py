@@ -70,7 +70,7 @@ def test_it_is_not_there_unless_installed(workspace):
 
 
 @pytest.mark.usefixtures("installed")
-def test_it_keeps_the_contract():
+def test_it_keeps_the_contract(tmp_path):
     contracts.assert_settings("blocky")
     pair = contracts.pairs()["blocky-plain"]
     contracts.assert_asks_well(pair.algorithm)
@@ -80,6 +80,7 @@ def test_it_keeps_the_contract():
     contracts.assert_shares_or_says_so(pair.algorithm, pair.config(target_config()))
     contracts.assert_named(pair, target_config())
     contracts.assert_refuses_another_map(pair, target_config())
+    contracts.assert_exports(pair, target_config(), TARGET_HF, tmp_path)
 
 
 @pytest.mark.usefixtures("installed")

@@ -7,7 +7,7 @@ import contracts
 import jax
 import numpy as np
 import pytest
-from test_contracts import target_config
+from test_contracts import TARGET_HF, target_config
 from tiny_runs import call, make_workspace, metrics
 
 from flaxdraft.algorithms.loading import from_pretrained
@@ -43,8 +43,10 @@ def test_it_is_not_there_unless_installed(workspace, capfd):
 
 
 @pytest.mark.usefixtures("installed")
-def test_it_keeps_the_contract():
-    contracts.assert_named(contracts.pairs()["eagle3-tempered"], target_config())
+def test_it_keeps_the_contract(tmp_path):
+    pair = contracts.pairs()["eagle3-tempered"]
+    contracts.assert_named(pair, target_config())
+    contracts.assert_exports(pair, target_config(), TARGET_HF, tmp_path)
 
 
 @pytest.mark.usefixtures("installed")
