@@ -18,12 +18,12 @@ from flaxdraft.algorithms.eagle3.algorithm import Algorithm
 from flaxdraft.algorithms.eagle3.drafts import llama, mla
 from flaxdraft.algorithms.eagle3.objective import ChosenRows, supervised_rows
 from flaxdraft.algorithms.eagle3.settings import Settings
-from flaxdraft.decode.greedy import round_up
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.interfaces import Batch, Example, Features, VocabMap
 from flaxdraft.nn.layers import WHOLE
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig
+from flaxdraft.ops.padding import round_up
 
 _ROPE = RopeConfig(rope_theta=1e6, max_position_embeddings=32768)
 _COMMON = {"rms_norm_eps": 1e-5, "rope": _ROPE}

@@ -13,8 +13,8 @@ from test_contracts import TARGET_HF
 
 from flaxdraft.algorithms.eagle3.drafter import ChainDrafter
 from flaxdraft.algorithms.eagle3.drafts import llama, mla
+from flaxdraft.data.answers import answer_greedily
 from flaxdraft.decode.decoding import ReadyDraft
-from flaxdraft.decode.greedy import answer_greedily
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.precision import Precision

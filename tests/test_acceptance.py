@@ -9,7 +9,7 @@ from agreeing import VOCAB, make_draft, make_target, prompts
 from closeness import assert_close
 from eagle3 import algorithm as make_algorithm
 
-from flaxdraft.decode.greedy import answer_greedily
+from flaxdraft.data.answers import answer_greedily
 from flaxdraft.evaluate.results import acceptance
 from flaxdraft.evaluate.walk import (
     Part,

@@ -84,7 +84,7 @@ def test_a_second_run_does_nothing_again(finished, workspace, monkeypatch, capfd
         raise AssertionError("a finished stage ran again")
 
     for module, name in (
-        (answers, "capture"), (training, "Trainer"), (results, "decode_held_out"), (results, "export"),
+        (answers, "capture"), (training, "Trainer"), (results, "measure"), (results, "export"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, never)
     assert call(workspace) == 0

@@ -8,7 +8,7 @@ import pytest
 from closeness import assert_close
 
 from flaxdraft.data.answer_files import read_rows, write_rows
-from flaxdraft.decode.greedy import Row
+from flaxdraft.data.documents import Answer
 from flaxdraft.errors import InputError
 from flaxdraft.files.safetensors_file import load_safetensors, save_safetensors
 from flaxdraft.interfaces import Features
@@ -20,7 +20,7 @@ STORED = ["taps_BT3E", *NAMES[1:]]  # as files call them
 def make_rows(lengths=((3, 9), (1, 4), (5, 6))):
     rng = np.random.default_rng(0)
     return [
-        Row(
+        Answer(
             rng.integers(0, 999, num).astype(np.int32),
             num_prompt,
             Features(

@@ -1,12 +1,14 @@
 """A target writes: prompts of any length, any chunk of prefill, each row by itself."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_close
 
 import flaxdraft.decode.generation
 from flaxdraft import targets
-from flaxdraft.decode.generation import _Rows, generate, generate_each
+from flaxdraft.decode.generation import Writing, _Rows, generate, generate_each
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch
 from flaxdraft.targets.__main__ import main
@@ -16,7 +18,7 @@ PROMPTS = [[5, 9, 30, 7], [8] * 11, [40, 41, 6, 50, 51, 52, 53]]
 
 @pytest.fixture(scope="module")
 def target(tiny_gguf):
-    return targets.from_pretrained(str(tiny_gguf)).model
+    return targets.from_pretrained(str(tiny_gguf), tap_layers=(1, 3, 4)).model
 
 
 def greedy(target, prompt, num, stop=()):
@@ -47,6 +49,13 @@ def test_rows_end_by_themselves(target):
     assert sum(counted) == sum(map(len, cut))
 
 
+def each(target, prompts, *, num_rows=None, on_tokens=lambda num: None, seeds=None, **writing):
+    """(number, tokens) of every answer, as they are done."""
+    how = Writing(**writing)
+    written = generate_each(target, prompts, how, seeds=seeds, num_rows=num_rows, on_tokens=on_tokens)
+    return [(one.number, one.tokens) for one in written]
+
+
 def test_rows_that_are_free_take_the_next_prompt(target):
     """Eleven prompts in four rows, most of whose answers end early, at places of their own."""
     prompts = [[5 + i, 9, 30 + i] * (1 + i % 3) for i in range(11)]
@@ -55,7 +64,7 @@ def test_rows_that_are_free_take_the_next_prompt(target):
     want = [greedy(target, prompt, 9, stops) for prompt in prompts]
     assert len({*map(len, want)}) >= 3
     counted, shared = [], {"max_new_tokens": 9, "stop_tokens": stops, "prefill_chunk": 4}
-    got = [*generate_each(target, prompts, num_rows=4, on_tokens=counted.append, **shared)]
+    got = each(target, prompts, num_rows=4, on_tokens=counted.append, **shared)
     assert dict(got) == dict(enumerate(want))
     assert len(got) == len(prompts)
     assert sum(counted) == sum(map(len, want))
@@ -74,7 +83,7 @@ def test_shares_that_do_not_divide_the_rows(target, num_rows):
     want = generate(target, prompts, stop_tokens=stops, **shared)
     assert len({*map(len, want)}) >= 3
     counted = []
-    got = [*generate_each(target, prompts, num_rows=num_rows, stop_tokens=stops, on_tokens=counted.append, **shared)]
+    got = each(target, prompts, num_rows=num_rows, stop_tokens=stops, on_tokens=counted.append, **shared)
     assert dict(got) == dict(enumerate(want))
     assert len(got) == len(prompts)
     assert sum(counted) == sum(map(len, want))
@@ -98,10 +107,29 @@ def test_answers_are_handed_out_as_they_end(target, monkeypatch):
     prompts = [[5 + i, 9, 30 + i] * (1 + i % 3) for i in range(11)]
     whole = [greedy(target, prompt, 10) for prompt in prompts]
     stops = [whole[0][3], whole[4][6], whole[7][1]]
-    got = [*generate_each(target, prompts, max_new_tokens=10, stop_tokens=stops)]
+    got = each(target, prompts, max_new_tokens=10, stop_tokens=stops)
     looks = [len(answer) // 2 for _, answer in got]  # the first token comes with the prompt
     assert looks == sorted(looks)
     assert [i for i, _ in got] != [*range(11)]
+
+
+def test_features_are_those_of_the_uncached_forward(target):
+    """Of prompts that are read in chunks, by rows that are free: tokens and features go together."""
+    prompts = [[5 + i, 9, 30 + i] * (1 + i % 3) for i in range(7)]
+    stop = greedy(target, prompts[1], 9)[3]
+    how = Writing(9, (stop,), prefill_chunk=4, keep_features=True)
+    written = [*generate_each(target, prompts, how, num_rows=4)]
+    assert sorted(one.number for one in written) == [*range(7)]
+    assert len({len(one.tokens) for one in written}) > 1
+    for number, tokens, features in written:
+        text = np.array([[*prompts[number], *tokens]], np.int32)
+        ones = np.ones_like(text)
+        want = target.features(Batch(text, ones > 0, ones, np.arange(text.shape[1], dtype=np.int32)[None]))
+        assert_close(features.taps_BTKE[:-1], want.taps_BTKE[0, :-1], ulp=100)
+        assert_close(features.last_BTE[:-1], want.last_BTE[0, :-1], ulp=100)
+        np.testing.assert_array_equal(features.argmax_BT[-len(tokens) - 1 : -1], tokens)
+        assert_close(features.logsumexp_BT[-len(tokens) - 1 : -1], want.logsumexp_BT[0, -len(tokens) - 1 : -1], ulp=100)
+        assert not any(x[-1].any() for x in jax.tree.leaves(features))
 
 
 def test_a_row_depends_on_its_prompt_and_seed_alone(target):
@@ -125,7 +153,7 @@ def test_the_card(tiny_gguf, capsys):
     assert main([str(tiny_gguf), "--new-tokens", "4"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for part in (
-        "family llama, LlamaForCausalLM", "parameters 0.", "layers 8 layers", "outputs of layers 1, 3, 4",
+        "family llama, LlamaForCausalLM", "parameters 0.", "layers 8 layers",
         "with a chat template", "bfloat16 weights a device (one device)", "prompt What is the capital",
     ):  # fmt: skip
         assert part in text

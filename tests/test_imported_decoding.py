@@ -12,8 +12,8 @@ from test_from_pytorch import Source, nemo, specforge
 from flaxdraft.algorithms.eagle3.drafts import llama
 from flaxdraft.algorithms.eagle3.foreign.convert import convert
 from flaxdraft.algorithms.loading import from_pretrained
+from flaxdraft.data.answers import answer_greedily
 from flaxdraft.decode.decoding import Decoding, Settings
-from flaxdraft.decode.greedy import answer_greedily
 from flaxdraft.evaluate.loading import pair
 from flaxdraft.evaluate.walk import walk
 from flaxdraft.nn.precision import Precision

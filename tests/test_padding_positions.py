@@ -11,7 +11,6 @@ from test_contracts import DRAFTS, V, make_draft
 
 from flaxdraft import targets
 from flaxdraft.algorithms.eagle3 import drafter
-from flaxdraft.decode.greedy import pad_prompts
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig, cos_sin, turning_positions
@@ -20,8 +19,10 @@ from flaxdraft.targets import decoder, llama
 WINDOW, SLOTS = 16, 64
 PLAIN = RopeConfig("default", 10.0, WINDOW)
 DYNAMIC = RopeConfig("dynamic", 10.0, WINDOW, factor=4.0)  # the same within its window
-TOKENS, POSITIONS = pad_prompts([[5, 9, 30, 7, 8], [40, 41, 6, 50, 51, 52, 53, 9, 9, 4, 3, 8], []], 12, SLOTS)
-REAL = POSITIONS < SLOTS
+PROMPTS = [[5, 9, 30, 7, 8], [40, 41, 6, 50, 51, 52, 53, 9, 9, 4, 3, 8], []]
+TOKENS = np.array([prompt + [0] * (12 - len(prompt)) for prompt in PROMPTS], np.int32)
+REAL = np.arange(12)[None] < np.array([[len(prompt)] for prompt in PROMPTS])
+POSITIONS = np.where(REAL, np.arange(12, dtype=np.int32)[None], SLOTS)
 
 
 def test_the_farthest_real_position_stretches_the_angles_of_all():

@@ -13,9 +13,8 @@ from eagle3 import algorithm
 
 from flaxdraft.algorithms.eagle3.objective import supervision
 from flaxdraft.config import DataConfig, TrainConfig
-from flaxdraft.data.documents import AnsweredPrompts, Document, as_document
+from flaxdraft.data.documents import Answer, AnsweredPrompts, Document, as_document
 from flaxdraft.data.pipeline import batches_from, collate, make_pipeline
-from flaxdraft.decode.greedy import Row
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Draw, Features
 
@@ -23,7 +22,7 @@ E = 4
 ALGORITHM = algorithm(3)
 
 
-def make_row(mark: int, num_prompt: int, num_answer: int) -> Row:
+def make_row(mark: int, num_prompt: int, num_answer: int) -> Answer:
     """A row whose first token is its mark; every feature differs, and none is zero."""
     num = num_prompt + num_answer
     rng = np.random.default_rng(mark)
@@ -33,10 +32,10 @@ def make_row(mark: int, num_prompt: int, num_answer: int) -> Row:
         argmax_BT=rng.integers(1, 99, num).astype(np.int32),
         logsumexp_BT=rng.normal(size=num).astype(np.float32),
     )
-    return Row(np.concatenate([[mark], rng.integers(1, 99, num - 1)]).astype(np.int32), num_prompt, features)
+    return Answer(np.concatenate([[mark], rng.integers(1, 99, num - 1)]).astype(np.int32), num_prompt, features)
 
 
-def make_rows(num: int) -> list[Row]:
+def make_rows(num: int) -> list[Answer]:
     rng = np.random.default_rng(7)
     return [make_row(1000 + i, int(rng.integers(2, 30)), int(rng.integers(2, 50))) for i in range(num)]
 

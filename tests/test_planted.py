@@ -12,10 +12,10 @@ from eagle3 import algorithm as make_algorithm
 from flax import nnx
 
 from flaxdraft.algorithms.eagle3.drafts import llama
+from flaxdraft.data.answers import answer_greedily
 from flaxdraft.data.documents import as_document
 from flaxdraft.data.pipeline import collate
 from flaxdraft.decode.decoding import Decoding, Settings
-from flaxdraft.decode.greedy import answer_greedily
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.evaluate.results import acceptance
 from flaxdraft.evaluate.walk import accept_length

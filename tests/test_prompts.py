@@ -3,11 +3,12 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny import write_prompts
 
-from flaxdraft.data.prompts import Prompt, read_prompts, render
+from flaxdraft.data.prompts import SPLITS, Prompt, check_context, read_prompts, render_prompts
 from flaxdraft.errors import InputError
 from flaxdraft.files.gguf_file import GGUFCheckpoint
 
@@ -20,11 +21,11 @@ HELD_OUT = {"id": "h", "category": "c", "split": "held_out", "prompt": "q"}
 def read(tmp_path):
     """read(lines) of objects or raw text, through a file p.jsonl."""
 
-    def read(*lines):
+    def read(*lines, needed=SPLITS):
         path = tmp_path / "p.jsonl"
         texts = (line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines)
         path.write_text("\n".join(texts) + "\n", encoding="utf-8")
-        return read_prompts(str(path))
+        return read_prompts(str(path), needed)
 
     return read
 
@@ -35,7 +36,7 @@ def tokenizer(tiny_gguf):
 
 
 def test_prompts_keep_their_order_and_blank_lines_do_not_count(read):
-    assert read(HELD_OUT, "", "  ", GOOD) == [Prompt(**HELD_OUT), Prompt(**GOOD)]
+    assert read(HELD_OUT, "", "  ", GOOD) == [Prompt("h", "c", "held_out", ("q",)), Prompt("a", "c", "train", ("p",))]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_prompts_keep_their_order_and_blank_lines_do_not_count(read):
     ids=ascii,
 )
 def test_any_text_is_read_back(read, text):
-    assert read(GOOD | {"prompt": text}, HELD_OUT)[0].prompt == text
+    assert read(GOOD | {"prompt": text}, HELD_OUT)[0].turns == (text,)
 
 
 @pytest.mark.parametrize(
@@ -90,16 +91,16 @@ def test_unreadable_files_are_named(tmp_path):
 
 
 def test_a_prompt_ends_where_the_answer_begins(tokenizer):
-    tokens = render(tokenizer, Prompt("a", "c", "train", "hi"), 64)
-    assert tokenizer.decode(tokens) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    tokens = render_prompts(tokenizer, [Prompt("a", "c", "train", ("hi",))], 64)
+    assert tokenizer.decode(tokens["a"]) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_a_prompt_that_is_one_token_too_long_is_refused(tokenizer):
-    prompt = Prompt("long-1", "c", "train", "hello")
-    num = len(render(tokenizer, prompt, 1000))
-    assert len(render(tokenizer, prompt, num)) == num
+    prompts = [Prompt("short", "c", "train", ("h",)), Prompt("long-1", "c", "train", ("hello",))]
+    num = len(render_prompts(tokenizer, prompts, 1000)["long-1"])
+    assert len(render_prompts(tokenizer, prompts, num)["long-1"]) == num
     with pytest.raises(InputError, match=f"'long-1' renders to {num} tokens, data.max_prompt_tokens is {num - 1}"):
-        render(tokenizer, prompt, num - 1)
+        render_prompts(tokenizer, prompts, num - 1)
 
 
 def test_the_tiny_file_is_valid(tmp_path):
@@ -119,7 +120,7 @@ def test_the_shipped_prompts_are_enough():
 def shipped_texts(*splits: str) -> list[str]:
     """Prompts without regard to case and spaces."""
     prompts = read_prompts(str(SHIPPED))
-    return [" ".join(prompt.prompt.lower().split()) for prompt in prompts if prompt.split in splits]
+    return [" ".join(prompt.turns[0].lower().split()) for prompt in prompts if prompt.split in splits]
 
 
 def test_no_shipped_held_out_prompt_is_trained_on():
@@ -130,3 +131,52 @@ def test_no_shipped_held_out_prompt_is_trained_on():
 
 def test_no_shipped_prompt_stands_twice():
     assert [text for text, count in Counter(shipped_texts("train", "held_out")).items() if count > 1] == []
+
+
+QUESTION = {"question_id": 7, "turns": ["a", "b"], "reference": ["left alone"]}
+
+
+def test_questions_of_several_turns_are_held_out(read):
+    want = [Prompt("7", "all", "held_out", ("a", "b")), Prompt("x", "math", "held_out", ("c",))]
+    assert read(QUESTION, {"question_id": "x", "category": "math", "turns": ["c"]}, needed=("held_out",)) == want
+    with pytest.raises(InputError, match=r"p.jsonl: no prompt of split 'train'"):
+        read(QUESTION)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[1]", "expected an object, found list"),
+        ({"turns": ["a"]}, "'question_id': found None"),
+        ({"question_id": True, "turns": ["a"]}, "'question_id': found True, expected a number or a string"),
+        ({"question_id": 1, "turns": ["a"], "category": 3}, "'category': found 3, expected a string"),
+        ({"question_id": 1, "turns": []}, r"'turns': found \[\], expected a list of non-empty strings"),
+        ({"question_id": 1, "turns": ["a", " "]}, r"'turns': found \['a', ' '\]"),
+        ({"question_id": "7", "turns": ["b"]}, "id '7' stands in line 1 already"),
+        (GOOD, "'question_id': found None"),
+        ('{"question_id": 1, "turns": ["a"]', "not valid JSON"),
+    ],
+)
+def test_broken_questions_are_named(read, line, message):
+    with pytest.raises(InputError, match=f"line 3: {message}"):
+        read(QUESTION, "", line, needed=())
+
+
+def test_an_empty_file_is_named(read):
+    with pytest.raises(InputError, match=r"p.jsonl: is empty, expected one prompt or question a line"):
+        read("", needed=())
+
+
+def test_a_template_that_refuses_is_named():
+    def refuses(messages, **more):
+        raise ValueError("no system role")
+
+    with pytest.raises(InputError, match="prompt 'a': the chat template refuses this conversation: no system role"):
+        render_prompts(SimpleNamespace(apply_chat_template=refuses), [Prompt("a", "c", "train", ("hi",))], 64)
+
+
+def test_a_prompt_whose_answer_leaves_the_context_is_named():
+    check_context(28, "prompt a", 100, "--most", 128)
+    message = r"--most: found 100; after prompt a \(29 tokens\) that leaves .* context of 128; expected at most 99"
+    with pytest.raises(InputError, match=message):
+        check_context(29, "prompt a", 100, "--most", 128)

@@ -9,8 +9,8 @@ import pytest
 from tiny_runs import make_workspace
 
 from flaxdraft.config import DataConfig, load_config
+from flaxdraft.data.documents import Answer
 from flaxdraft.data.store import MANIFEST
-from flaxdraft.decode.greedy import Row
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Features
 from flaxdraft.run.answers import answer_prompts
@@ -60,7 +60,7 @@ def answered(monkeypatch):
     def row(prompt, end_token):
         zeros = lambda *shape: np.zeros((len(prompt) + 2, *shape), np.float32)  # noqa: E731
         features = Features(zeros(3, 4), zeros(4), zeros().astype(np.int32), zeros())
-        return Row(np.array([*prompt, 5, end_token], np.int32), len(prompt), features)
+        return Answer(np.array([*prompt, 5, end_token], np.int32), len(prompt), features)
 
     def answer(target, prompts, max_new_tokens, end_token, num_rows, on_step):
         asked.append(len(prompts))

@@ -10,7 +10,8 @@ from closeness import assert_close
 from flax import nnx
 
 from flaxdraft import targets
-from flaxdraft.decode.greedy import answer_greedily, common_prefix
+from flaxdraft.data.answers import answer_greedily
+from flaxdraft.decode.generation import common_prefix
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch

@@ -174,6 +174,8 @@ def test_a_checkpoint_is_read_without_the_other_processes(tmp_path, monkeypatch)
     make_run(tmp_path / "run", "llama", {})
     monkeypatch.setattr("flaxdraft.devices.hosts.all_agree", None)
     assert call(tmp_path / "run", tmp_path / "out") == 0
+
+
 def test_training_begins_from_a_checkpoint_by_its_own_path(tmp_path):
     config, params = make_run(tmp_path / "run", "llama", {}, steps=(4, 8))
     for name, step in (("best", 4), ("latest", 8), ("4", 4)):

@@ -13,9 +13,8 @@ from test_contracts import DRAFTS, T, V, W, example, make_draft
 from flaxdraft.algorithms.eagle3.objective import ChosenRows
 from flaxdraft.config import TrainConfig
 from flaxdraft.data.batching import Buckets, Sizes
-from flaxdraft.data.documents import AnsweredPrompts
+from flaxdraft.data.documents import Answer, AnsweredPrompts
 from flaxdraft.data.pipeline import Pipeline
-from flaxdraft.decode.greedy import Row
 from flaxdraft.interfaces import Features
 from flaxdraft.train.optimizer import optimizer, schedule
 from flaxdraft.train.state import evaluation_params, init_state, split_draft
@@ -136,7 +135,7 @@ def test_two_length_buckets_compile_twice():
     def row(length):
         normal = lambda *tail: rng.normal(size=(length, *tail)).astype(np.float32)  # noqa: E731
         tokens = rng.integers(0, V, length).astype(np.int32)
-        return Row(tokens, 4, Features(normal(3, 32), normal(32), tokens, normal() + 5))
+        return Answer(tokens, 4, Features(normal(3, 32), normal(32), tokens, normal() + 5))
 
     algorithm = make_algorithm(2)
     documents = AnsweredPrompts([row(length) for length in (20, 21, 22, 23, 24, 25, 50, 51, 52)], V)

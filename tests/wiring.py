@@ -33,9 +33,9 @@ from flax import nnx
 import flaxdraft.run.run  # noqa: F401 (what it imports is what the command calls)
 from flaxdraft import targets
 from flaxdraft.config import RunConfig, load_config
-from flaxdraft.data import answer_files as feature_files
-from flaxdraft.data import pipeline
-from flaxdraft.decode import decoding, greedy
+from flaxdraft.data import answer_files, answers, pipeline
+from flaxdraft.data.documents import Answer
+from flaxdraft.decode import decoding
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate import report, walk
 from flaxdraft.files.safetensors_file import load_safetensors
@@ -89,16 +89,16 @@ def _features(target: Any, batch: Batch) -> Features:
     return jax.tree.map(jnp.asarray, _says(target, np.asarray(batch.tokens_BT)))
 
 
-def _answer(target, prompts, max_new_tokens, end_token, num_rows, on_step) -> list[greedy.Row]:
+def _answer(target, prompts, max_new_tokens, end_token, num_rows, on_step) -> list[Answer]:
     rows = []
     for prompt in prompts:
         tokens = np.concatenate([prompt, _words(prompt, max_new_tokens)]).astype(np.int32)
-        rows.append(greedy.Row(tokens, len(prompt), _says(target, tokens)))
+        rows.append(Answer(tokens, len(prompt), _says(target, tokens)))
     on_step(max_new_tokens * len(prompts))
     return rows
 
 
-def _evaluated(params: nnx.State, rows, algorithm, batch, told: list[set[int]]) -> walk.TeacherForced:
+def _evaluated(params: nnx.State, rows, algorithm, batch, multiple=32, *, told: list[set[int]]) -> walk.TeacherForced:
     """As of a draft that is always right; the loss shows which weights were evaluated."""
     told.append({row.num_answer for row in rows})
     length = algorithm.settings.ttt_length
@@ -115,7 +115,7 @@ def _no_sums(algorithm, xp=jnp) -> StepSums:
 
 
 class Call(NamedTuple):
-    """One decoding."""
+    """One decoding with a draft."""
 
     num_prompts: int
     settings: decoding.Settings
@@ -136,11 +136,19 @@ def _decoding(calls: list[Call]) -> type:
         """Answers as long as they may be, of a draft that is always right."""
 
         def __init__(self, target, draft, prompts, settings, **more):
-            calls.append(Call(len(prompts), settings))
-            self._prompts, self._settings = prompts, settings
+            self._prompts, self._settings, self.num_tokens = prompts, settings, len(prompts)
 
-        def finish(self, on_passes=lambda passes, tokens: None):
+        def advance(self, num_passes=0):
+            self.num_tokens = len(self._prompts) * self._settings.max_new_tokens
+            return False
+
+        def finish(self):
+            return self.answers()
+
+        def answers(self):
             most, length = self._settings.max_new_tokens, self._settings.chain_length
+            if length:
+                calls.append(Call(len(self._prompts), self._settings))
             yields = walk.walk([length] * most, 1, most)
             return [decoding.Decoded(_words(prompt, most).tolist(), yields) for prompt in self._prompts]
 
@@ -232,10 +240,10 @@ class Ended:
         """Steps whose checkpoint is still there."""
         return sorted(int(path.name) for path in self.file("checkpoints").iterdir() if path.name.isdigit())
 
-    def answers(self, split: str) -> list[list[greedy.Row]]:
+    def answers(self, split: str) -> list[list[Answer]]:
         """The rows of each file."""
         paths = sorted((Path(self.config.output_dir) / "data").glob(f"{split}-*.safetensors"))
-        return [feature_files.read_rows(path) for path in paths]
+        return [answer_files.read_rows(path) for path in paths]
 
     def prompts(self, split: str) -> list[str]:
         texts = json.loads((Path(self.config.output_dir) / "data" / f"{split}.json").read_text())
@@ -322,7 +330,7 @@ class Command:
             stack.enter_context(contextlib.redirect_stdout(out))
             stack.enter_context(contextlib.redirect_stderr(err))
             stack.enter_context(patch.object(targets, "from_pretrained", _load_once))
-            stack.enter_context(_replaced(greedy, "answer_greedily", _answer))
+            stack.enter_context(_replaced(answers, "answer_greedily", _answer))
             stack.enter_context(_replaced(walk, "make_accepted", lambda *args: lambda params: params))
             stack.enter_context(_replaced(walk, "evaluate_teacher_forced", evaluate))
             stack.enter_context(patch.object(DecoderTarget, "features", _features))

@@ -72,7 +72,7 @@ def write_prompts(a: argparse.Namespace, config: Any, loaded: Any) -> list[dict[
     """The project's training prompts, and those that the target wrote, a wave a file."""
     import prompts as writing
 
-    from flaxdraft.decode.generation import generate_each
+    from flaxdraft.decode.generation import Writing, generate_each
 
     own = [row for row in writing.read_lines(ROOT / config.data.prompts)]
     training = [row for row in own if row["split"] == "train"]
@@ -88,11 +88,9 @@ def write_prompts(a: argparse.Namespace, config: Any, loaded: Any) -> list[dict[
             begun = writing.beginnings(loaded.tokenizer, [opening for _, opening in asked])
             order = sorted(range(len(asked)), key=lambda i: len(begun[i]))
             made, rows, before = 0, [], time.monotonic()
-            for i, tokens in generate_each(
-                loaded.model, [begun[i] for i in order], max_new_tokens=writing.MOST_TOKENS,
-                stop_tokens=loaded.stop_tokens, temperature=a.temperature, num_rows=a.rows,
-                seeds=[wave * wave_size + i for i in order],
-            ):  # fmt: skip
+            asked_tokens, seeds = [begun[i] for i in order], [wave * wave_size + i for i in order]
+            how = Writing(writing.MOST_TOKENS, loaded.stop_tokens, a.temperature)
+            for i, tokens, _ in generate_each(loaded.model, asked_tokens, how, seeds=seeds, num_rows=a.rows):
                 made += len(tokens)
                 category, opening = asked[order[i]]
                 if tokens[-1] in loaded.stop_tokens:

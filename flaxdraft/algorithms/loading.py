@@ -109,7 +109,7 @@ def from_pretrained(directory: str | Path, vocab: VocabMap | None = None) -> Tra
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise InputError(f"{config_path}: a field has a type or value that no draft can have ({error})") from error
     origin = str(Path(directory))
-    algorithm = algorithm_of(module)
+    algorithm = algorithm_of(module, config)
     contract: Contract = algorithm.serving()
     tensors = _read_tensors(paths, contract)
     found = contract.take_vocab(tensors, config, origin)

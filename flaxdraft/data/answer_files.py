@@ -12,7 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from flaxdraft.decode.greedy import Row
+from flaxdraft.data.documents import Answer
 from flaxdraft.errors import InputError
 from flaxdraft.files.safetensors_file import load_safetensors, save_safetensors
 from flaxdraft.interfaces import Features
@@ -25,7 +25,7 @@ _NARROW = ("taps_BTKE", "last_BTE")  # the wide ones are stored in the configure
 _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
 
-def write_rows(path: Path, rows: Sequence[Row], dtype: str) -> None:
+def write_rows(path: Path, rows: Sequence[Answer], dtype: str) -> None:
     """One chunk of rows; taps and last hidden states in `dtype`, the rest as it is."""
     tensors = {
         "tokens": np.concatenate([row.tokens for row in rows]),
@@ -38,7 +38,7 @@ def write_rows(path: Path, rows: Sequence[Row], dtype: str) -> None:
     save_safetensors(path, tensors)
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Answer]:
     """The rows of one chunk.
 
     Raises:
@@ -66,5 +66,5 @@ def read_rows(path: Path) -> list[Row]:
     rows = []
     for start, end, num_prompt in zip(ends - tensors["lengths"], ends, tensors["num_prompt"], strict=True):
         features = Features(**{field: tensors[name][start:end] for field, name in _TENSORS.items()})
-        rows.append(Row(tensors["tokens"][start:end], int(num_prompt), features))
+        rows.append(Answer(tensors["tokens"][start:end], int(num_prompt), features))
     return rows

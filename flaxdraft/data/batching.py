@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple, Protocol
 import grain
 import numpy as np
 
-from flaxdraft.decode.greedy import round_up
 from flaxdraft.errors import InputError
+from flaxdraft.ops.padding import round_up
 
 LastBatch = Literal["fill", "drop"]
 

@@ -13,7 +13,6 @@ from typing import Protocol
 import numpy as np
 
 from flaxdraft.data.templates import Rendered, rows_digest
-from flaxdraft.decode.greedy import Row
 from flaxdraft.interfaces import Features
 
 
@@ -37,7 +36,23 @@ class Documents(Protocol):
     def row(self, index: int) -> Document: ...
 
 
-def as_document(row: Row) -> Document:
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A prompt that the target answered, with its features, unpadded. Arrays are on the host.
+
+    The features of the last token are zero: nothing comes after it, so the target never reads it.
+    """
+
+    tokens: np.ndarray  # int32 [L]
+    num_prompt: int  # tokens before the answer
+    features: Features  # leading axis L
+
+    @property
+    def num_answer(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+
+def as_document(row: Answer) -> Document:
     """An answered prompt."""
     return Document(row.tokens, np.arange(len(row.tokens)) >= row.num_prompt, row.features)
 
@@ -60,7 +75,7 @@ class _InMemory:
 class AnsweredPrompts(_InMemory):
     """Prompts that the target answered, with the features that fell out of it."""
 
-    def __init__(self, rows: Sequence[Row], vocab_size: int):
+    def __init__(self, rows: Sequence[Answer], vocab_size: int):
         super().__init__([as_document(row) for row in rows], vocab_size)
 
 

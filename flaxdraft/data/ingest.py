@@ -21,12 +21,12 @@ from flaxdraft.data.documents import Document
 from flaxdraft.data.store import Source
 from flaxdraft.data.store_writer import Plan, fill, make_plan
 from flaxdraft.data.templates import Rendered, rows_digest, tokenizer_digest
-from flaxdraft.decode.greedy import round_up
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.files.fetch import content_of
 from flaxdraft.interfaces import Features
 from flaxdraft.nn import vocabulary
+from flaxdraft.ops.padding import round_up
 from flaxdraft.progress import CONSOLE
 from flaxdraft.targets import OpenedTarget
 from flaxdraft.targets.embedding_and_head import OuterWeights

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from flaxdraft.data.conversations import Conversation
+from flaxdraft.data.prompts import render_messages
 from flaxdraft.data.templates import ChatOptions, render
-from flaxdraft.decode.generation import generate_each
+from flaxdraft.decode.generation import Writing, generate_each
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Target
 from flaxdraft.progress import bar
@@ -141,13 +142,14 @@ def _answered(
     group: list[_Talk], target: Target, tokenizer: Any, stop_tokens: Sequence[int], options: Answering, num_rows: int
 ) -> Iterator[_Talk]:  # fmt: skip
     """Conversations as they come to their end, their turns answered: first turns first, then second ones."""
+    how = Writing(options.max_new_tokens, stop_tokens, options.temperature, options.top_p)
     for turn in range(max(len(talk.asked) for talk in group)):
         here = []
         for talk in group:
             if talk.ended or turn >= len(talk.asked):
                 continue
             messages = [*talk.messages, *talk.asked[turn]]
-            prompt = _prompt(tokenizer, talk.source, messages)
+            prompt = render_messages(tokenizer, messages, talk.source.where, talk.source.tools)
             if len(prompt) > options.max_prompt_tokens:
                 talk.ended = f"longer than {options.max_prompt_tokens} tokens, ended before the turn that was"
                 yield talk
@@ -156,13 +158,9 @@ def _answered(
             here.append(talk)
         if not here:
             return
-        answers = generate_each(
-            target, [talk.prompt for talk in here], max_new_tokens=options.max_new_tokens, stop_tokens=stop_tokens,
-            temperature=options.temperature, top_p=options.top_p,
-            seeds=[_seed(options.seed, talk.number, turn) for talk in here], num_rows=num_rows,
-        )  # fmt: skip
-        for i, answer in answers:
-            talk = here[i]
+        prompts, seeds = [talk.prompt for talk in here], [_seed(options.seed, talk.number, turn) for talk in here]
+        for number, answer, _ in generate_each(target, prompts, how, seeds=seeds, num_rows=num_rows):
+            talk = here[number]
             talk.answers.append(answer)
             text = tokenizer.decode(answer, skip_special_tokens=True)
             talk.messages = [*talk.messages, {"role": "assistant", "content": text}]
@@ -170,14 +168,6 @@ def _answered(
                 talk.ended = f"not done after {options.max_new_tokens} tokens, ended there"
             if talk.ended or turn + 1 == len(talk.asked):
                 yield talk
-
-
-def _prompt(tokenizer: Any, source: Conversation, messages: list[dict[str, Any]]) -> list[int]:
-    tools = None if source.tools is None else list(source.tools)
-    try:
-        return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
-    except Exception as error:  # templates raise whatever their author thought of
-        raise InputError(f"{source.where}: the chat template refuses this conversation: {error}") from error
 
 
 def _seed(seed: int, number: int, turn: int) -> int:

@@ -272,19 +272,6 @@ class FeatureStore:
         """`embedding` [V, E], `head` [V, E] (absent where tied) and `final_norm` [E] of the target."""
         return load_safetensors(self.directory / TARGET)
 
-    def verify(self) -> None:
-        """Reads every byte of every shard.
-
-        Raises:
-            InputError: the first one that is not what was written.
-        """
-        for shard in self.manifest["shards"]:
-            path = self.directory / shard["file"]
-            if _measure(path)["sha256"] != shard["sha256"]:
-                for index in range(len(self)):
-                    self.row(index)  # names the row, if it is in one
-                raise InputError(f"{path}: altered since it was written; remove it and capture again")
-
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST

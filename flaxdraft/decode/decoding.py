@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flaxdraft.decode.greedy import round_up
 from flaxdraft.decode.speculative import PREFILL_CHUNK, Carry, Program, Rows, advance, begin
 from flaxdraft.decode.tree import Tree
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Drafter, Target
+from flaxdraft.ops.padding import round_up
 
 PASSES_AT_A_TIME = 16  # between two reports of progress
 

@@ -3,43 +3,38 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from flaxdraft.data.prompts import SPLITS, read_prompts
 from flaxdraft.errors import InputError
+from flaxdraft.run.commands import ADDRESS, DTYPES, Command, call
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """0 when the report is written; 2 with one message for wrong input."""
-    arguments = _parser().parse_args(argv)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    try:
-        _check(arguments)
-        with _draft_files(arguments.draft, arguments.step) as directory:
-            evaluate(arguments, directory)
-    except InputError as error:
-        print(f"flaxdraft: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return call(Command(__doc__ or "", _arguments, _work), argv, "python -m flaxdraft.evaluate")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m flaxdraft.evaluate", description=__doc__)
+def _work(arguments: argparse.Namespace) -> None:
+    _check(arguments)
+    with _draft_files(arguments.draft, arguments.step) as directory:
+        evaluate(arguments, directory)
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("draft", type=Path, help="an exported draft, or a run's draft folder")
-    parser.add_argument(
-        "--target", required=True, help="a model directory, a .gguf file, wheel:NAME==VERSION/FILE, or ORG/NAME"
-    )
+    parser.add_argument("--target", required=True, help=ADDRESS)
     parser.add_argument(
         "--prompts", type=Path, required=True, help="JSONL: prompts, or MT-bench's questions with turns"
     )
     parser.add_argument("--out", type=Path, required=True, help="a folder for the results; the same one goes on")
     parser.add_argument("--step", help="of a run's checkpoints, instead of its export: a number, latest or best")
-    parser.add_argument("--split", default="held_out", help="of a prompts file; all takes every prompt")
-    parser.add_argument("--limit", type=int, help="questions from the beginning of the file")
+    parser.add_argument("--split", choices=(*SPLITS, "all"), default="held_out", help="of a prompts file")
+    parser.add_argument("--limit", type=int, help="prompts from the beginning of the file")
     parser.add_argument(
         "--chain", type=int, nargs="+", default=[3], help="draft tokens a target pass; several are compared"
     )
@@ -53,8 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of sampling; each decodes everything once")
     parser.add_argument("--rows", type=int, default=8, help="conversations decoded together")
     parser.add_argument("--data", type=int, default=1, help="devices that share the rows out")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and products")
-    return parser
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and products")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -109,11 +103,9 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     from flaxdraft.algorithms.loading import serving_files
     from flaxdraft.decode.decoding import Settings
     from flaxdraft.devices.mesh import make_mesh
-    from flaxdraft.evaluate.measure import Guess, Session, measure, texts_of
-    from flaxdraft.evaluate.questions import read_questions
-    from flaxdraft.evaluate.report import print_evaluation, write_evaluation
-    from flaxdraft.evaluate.results import guess_result
-    from flaxdraft.evaluate.walk_answers import walk_answers
+    from flaxdraft.evaluate.measure import Guess, Session, measure
+    from flaxdraft.evaluate.report import print_evaluation, write_report
+    from flaxdraft.evaluate.results import guess_results
     from flaxdraft.files.fetch import content_of, sha256_of
     from flaxdraft.files.json_files import write_json
     from flaxdraft.progress import CONSOLE
@@ -122,7 +114,8 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     guesses = [*(Guess(chain_length=chain) for chain in a.chain), *(Guess(tree=tuple(tree)) for tree in a.tree)]
     for guess in guesses:  # refuses wrong numbers before anything is loaded
         Settings(a.max_new_tokens, guess.chain_length, (), a.temperature, a.top_p, guess.tree).program(None, None)
-    questions = read_questions(a.prompts, None if a.split == "all" else a.split)[: a.limit]
+    prompts = read_prompts(a.prompts, () if a.split == "all" else (a.split,), "--prompts")
+    prompts = [prompt for prompt in prompts if a.split in ("all", prompt.split)][: a.limit]
     mesh = make_mesh(a.data) if a.data > 1 else None
     inputs = {
         "draft": {path.name: sha256_of(path) for path in serving_files(directory)},
@@ -133,34 +126,22 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     claim(a.out, inputs, "Give another --out, or remove it to start anew.")
     loaded, draft = _load(a, directory)
     CONSOLE.print(
-        f"{len(questions)} questions, {sum(len(q.turns) for q in questions)} turns, up to {a.max_new_tokens} tokens "
-        f"each; {', '.join(map(str, guesses))}; temperature {a.temperature:g}"
+        f"{len(prompts)} prompts, {sum(len(prompt.turns) for prompt in prompts)} turns, up to {a.max_new_tokens} "
+        f"tokens each; {', '.join(map(str, guesses))}; temperature {a.temperature:g}"
     )
-    target, ready = loaded.model, draft.ready
-    if mesh is not None:
-        whole = jax.NamedSharding(mesh, jax.P())
-        target, ready = jax.device_put(target, whole), ready._replace(state=jax.device_put(ready.state, whole))
     settings = Settings(a.max_new_tokens, 0, tuple(loaded.stop_tokens), a.temperature, a.top_p)
-    session = Session(target, ready, loaded.tokenizer, mesh, settings, a.rows)
-    runs = measure(session, questions, guesses, a.seeds, a.out / "batches", inputs)
-    alone, greedy = [run for run in runs if run.guess == Guess()], a.temperature == 0
-    forced = walk_answers(loaded.model, draft, texts_of(alone[0]), a.chain, a.rows) if greedy else {}
-    category = {question.id: question.category for question in questions}
-    results = [
-        guess_result(
-            [run for run in runs if run.guess == guess], alone, category, forced.get(guess.chain_length), greedy
-        )
-        for guess in guesses
-    ]
+    session = Session(loaded.model, draft, loaded.tokenizer, settings, "--max-new-tokens", a.rows, mesh)
+    runs = measure(session, prompts, guesses, a.seeds, a.out / "batches", inputs)
+    results = guess_results(session, prompts, guesses, runs)
     facts = {
         "draft": f"{a.draft}, step {a.step}" if a.step else str(a.draft), "target": a.target,
-        "prompts": f"{a.prompts}, {len(questions)} questions",
+        "prompts": f"{a.prompts}, {len(prompts)} of them",
         "decoding": f"temperature {a.temperature:g}, top-p {a.top_p:g}, up to {a.max_new_tokens} tokens, {a.rows} "
                     f"conversations together, {a.dtype}",
         "devices": f"{a.data} x {jax.devices()[0].device_kind}, jax {jax.__version__}",
     }  # fmt: skip
     write_json(a.out / "results.json", {"facts": facts, "inputs": inputs, "chains": results})
-    write_evaluation(a.out, results, facts)
+    write_report(a.out, facts, results)
     print_evaluation(results, a.out)
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from flaxdraft.data.documents import Answer
 from flaxdraft.decode.decoding import Decoding, ReadyDraft, Settings
-from flaxdraft.decode.greedy import Row
 from flaxdraft.interfaces import Drafter, Target
 
 _NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
@@ -40,14 +40,14 @@ def whole_on_one_device(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
-def spread(rows: Sequence[Row], num: int) -> list[Row]:
+def spread(rows: Sequence[Answer], num: int) -> list[Answer]:
     """So many rows, evenly from all of them (they are ordered by length)."""
     at = np.linspace(0, len(rows) - 1, min(num, len(rows))).round().astype(int)
     return [rows[i] for i in at]
 
 
 def make_decoded_accept_length(
-    target: Target, draft: UntrainedDraft, rows: Sequence[Row], num_prompts: int, settings: Settings
+    target: Target, draft: UntrainedDraft, rows: Sequence[Answer], num_prompts: int, settings: Settings
 ) -> Callable[[nnx.State], float]:
     """accept_length(params): tokens a target pass when `num_prompts` of the rows' prompts are decoded greedily.
 

@@ -1,4 +1,4 @@
-"""Questions decoded with and without the draft, batch by batch, on one clock; finished batches are kept on disk.
+"""Prompts decoded with and without the draft, batch by batch, on one clock; finished batches are kept on disk.
 
 Every batch is decoded by the target alone and by each chain and tree, one after the other, so that a machine that gets
 slower is slower for all of them. What has to be compiled is compiled on a first run of a single pass, which is not
@@ -8,6 +8,7 @@ timed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from flaxdraft.data.prompts import Prompt, check_context, render_messages
 from flaxdraft.decode.decoding import Decoded, Decoding, ReadyDraft, Settings, padded_length
 from flaxdraft.decode.tree import Tree
-from flaxdraft.errors import InputError
-from flaxdraft.evaluate.questions import Question
+from flaxdraft.evaluate.loading import PairedDraft
+from flaxdraft.interfaces import Target
 from flaxdraft.progress import Bar, bar
 from flaxdraft.stages.claims import Stage
 
@@ -30,7 +32,7 @@ LEAST_LENGTH = 128  # of padded prompts
 class Turn:
     """One answer."""
 
-    question: str  # id
+    question: str  # id of the prompt
     turn: int
     prompt: list[int]
     answer: Decoded
@@ -81,37 +83,41 @@ class Measured:
     timing: Timing
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Session:
-    """What decodes: models on their devices, and how."""
+    """What decodes, and how."""
 
-    target: Any
-    draft: ReadyDraft
+    target: Target  # on one device
+    draft: PairedDraft  # there, too
     tokenizer: Any
-    mesh: jax.sharding.Mesh | None
     settings: Settings  # its chain or tree is replaced by each in turn
+    limit_field: str  # what `settings.max_new_tokens` is called where the user gave it
     num_rows: int  # conversations decoded together
+    mesh: jax.sharding.Mesh | None = None  # whose devices share the rows out
 
-    def render(self, question: Question, messages: Sequence[dict[str, str]]) -> list[int]:
+    @functools.cached_property
+    def on_devices(self) -> tuple[Target, ReadyDraft]:
+        """Target and draft where they decode: whole on every device of the mesh."""
+        ready = self.draft.ready
+        if self.mesh is None:
+            return self.target, ready
+        whole = jax.NamedSharding(self.mesh, jax.P())
+        return jax.device_put(self.target, whole), ready._replace(state=jax.device_put(ready.state, whole))
+
+    def render(self, prompt: Prompt, messages: Sequence[dict[str, str]]) -> list[int]:
         """
         Raises:
             InputError: the chat template refuses the conversation, or with an answer it leaves the target's context.
         """
-        try:
-            tokens = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # templates raise whatever their author thought of
-            raise InputError(f"prompt {question.id}: the chat template refuses it: {error}") from error
-        context, limit = self.target.config.max_position_embeddings, self.settings.max_new_tokens
-        if len(tokens) + limit > context:
-            raise InputError(
-                f"prompt {question.id}: turn {len(messages) // 2 + 1} has {len(tokens)} tokens; with an answer of "
-                f"{limit} it leaves the target's context of {context}; take it out, or lower --max-new-tokens"
-            )
+        tokens = render_messages(self.tokenizer, messages, f"prompt {prompt.id!r}")
+        turn = f"turn {len(messages) // 2 + 1} of prompt {prompt.id!r}"
+        context = self.target.config.max_position_embeddings
+        check_context(len(tokens), turn, self.settings.max_new_tokens, self.limit_field, context)
         return tokens
 
 
-def _seed(seed: int, question: Question, turn: int) -> int:
-    words = (seed, turn, *question.id.encode("utf-8"))
+def _seed(seed: int, prompt: Prompt, turn: int) -> int:
+    words = (seed, turn, *prompt.id.encode("utf-8"))
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
@@ -126,14 +132,7 @@ class Clock:
     ) -> tuple[list[Decoded], Timing]:
         s = self._session
         start_one = lambda: Decoding(  # noqa: E731
-            s.target,
-            s.draft,
-            prompts,
-            settings,
-            seeds=seeds,
-            mesh=s.mesh,
-            num_rows=s.num_rows,
-            least_length=LEAST_LENGTH,
+            *s.on_devices, prompts, settings, seeds=seeds, mesh=s.mesh, num_rows=s.num_rows, least_length=LEAST_LENGTH
         )
         shape = settings.chain_length, settings.tree, padded_length(max(LEAST_LENGTH, *map(len, prompts)))
         if shape not in self._warm:
@@ -150,12 +149,12 @@ class Clock:
         return decoding.answers(), Timing(prefilled - start, time.monotonic() - prefilled, made - first)
 
 
-def _decode_batch(session: Session, clock: Clock, batch: Sequence[Question], settings: Settings, seed: int, on_tokens):
+def _decode_batch(session: Session, clock: Clock, batch: Sequence[Prompt], settings: Settings, seed: int, on_tokens):
     """Every turn of some conversations, those at the same turn together; answers go into the prompts behind them."""
     turns, timing = [], Timing()
     messages: list[list[dict[str, str]]] = [[] for _ in batch]
-    for turn in range(max(len(question.turns) for question in batch)):
-        here = [i for i, question in enumerate(batch) if turn < len(question.turns)]
+    for turn in range(max(len(prompt.turns) for prompt in batch)):
+        here = [i for i, prompt in enumerate(batch) if turn < len(prompt.turns)]
         for i in here:
             messages[i].append({"role": "user", "content": batch[i].turns[turn]})
         prompts = [session.render(batch[i], messages[i]) for i in here]
@@ -178,19 +177,19 @@ def _unpack(stored: dict[str, Any]) -> tuple[list[Turn], Timing]:
     return turns, Timing(**stored["timing"])
 
 
-def batches_of(session: Session, questions: Sequence[Question]) -> list[list[Question]]:
+def _batches(session: Session, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
     """By length, so that rows decoded together are padded little.
 
     Raises:
         InputError: see `Session.render`; every first turn is looked at before anything is decoded.
     """
-    length = {q.id: len(session.render(q, [{"role": "user", "content": q.turns[0]}])) for q in questions}
-    order = sorted(questions, key=lambda question: (length[question.id], question.id))
+    length = {prompt.id: len(session.render(prompt, prompt.first)) for prompt in prompts}
+    order = sorted(prompts, key=lambda prompt: (length[prompt.id], prompt.id))
     return [order[at : at + session.num_rows] for at in range(0, len(order), session.num_rows)]
 
 
 def measure(
-    session: Session, questions: Sequence[Question], guesses: Sequence[Guess], seeds: Sequence[int], directory: Path,
+    session: Session, prompts: Sequence[Prompt], guesses: Sequence[Guess], seeds: Sequence[int], directory: Path,
     inputs: dict[str, Any],
 ) -> list[Measured]:  # fmt: skip
     """The target alone, then each guess, for each seed.
@@ -199,7 +198,7 @@ def measure(
         directory: where finished batches are kept.
         inputs: what a batch depends on; a batch from other inputs is decoded anew.
     """
-    batches, clock = batches_of(session, questions), Clock(session)
+    batches, clock = _batches(session, prompts), Clock(session)
     cases = [(guess, seed) for seed in seeds for guess in (Guess(), *guesses)]
     found: dict[tuple[Guess, int], list] = {case: [] for case in cases}
     stages = {(i, *case): _stage(directory, inputs, i, *case) for i in range(len(batches)) for case in cases}
@@ -223,7 +222,7 @@ def _stage(directory: Path, inputs: dict[str, Any], i: int, guess: Guess, seed: 
 
 def _watched(session: Session, clock: Clock, batch, guess: Guess, seed: int, progress: Bar):
     settings = dataclasses.replace(session.settings, chain_length=guess.chain_length, tree=guess.tree)
-    expected = settings.max_new_tokens * sum(len(question.turns) for question in batch)
+    expected = settings.max_new_tokens * sum(len(prompt.turns) for prompt in batch)
     before, made = progress.done, 0
 
     def on_tokens(num):

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from flaxdraft.data.prompts import Prompt
 from flaxdraft.errors import InputError
-from flaxdraft.evaluate.measure import Measured, Timing
-from flaxdraft.evaluate.walk import TeacherForced, accept_length, histogram
+from flaxdraft.evaluate.measure import Guess, Measured, Session, Timing, texts_of
+from flaxdraft.evaluate.walk import EVALUATION_ROWS, TeacherForced, accept_length, histogram
+from flaxdraft.evaluate.walk_answers import walk_answers
 from flaxdraft.ops.step_sums import TITLES
 
 
@@ -99,7 +101,7 @@ def guess_result(
 
     Args:
         runs, alone: with the draft and without it, by seed.
-        category: of each question's id.
+        category: of each prompt's id.
         forced: the walk over the target's own greedy answers; None where answers were sampled, and for a tree.
         greedy: answers were not sampled, so those with the draft should be the target's own.
 
@@ -117,6 +119,7 @@ def guess_result(
         "tree": list(guess.tree),
         "draft_tokens": guess.num_tokens,
         "answers": len(turns),
+        "generated_tokens": sum(len(turn.answer.tokens) for turn in turns),
         "decoded": acceptance(yields, guess.depth)
         | {"accept_length_by_category": by_category(yields, [category[turn.question] for turn in turns])},
         "with_draft": speed,
@@ -129,3 +132,32 @@ def guess_result(
         # The walk goes over the answers of the target alone; a turn counts where decoding gave the same one.
         result["teacher_forced"] = teacher_forced_figures(forced, yields)
     return result
+
+
+def guess_results(
+    session: Session, prompts: Sequence[Prompt], guesses: Sequence[Guess], runs: Sequence[Measured]
+) -> list[dict[str, Any]]:
+    """Every figure of each guess.
+
+    Args:
+        runs: see `measure`.
+    """
+    alone, greedy = [run for run in runs if run.guess == Guess()], session.settings.temperature == 0
+    category = {prompt.id: prompt.category for prompt in prompts}
+    chains = [guess.chain_length for guess in guesses if not guess.tree]
+    forced = {}
+    if greedy and chains:
+        num_rows = min(session.num_rows, EVALUATION_ROWS)
+        forced = walk_answers(session.target, session.draft, texts_of(alone[0]), chains, num_rows)
+    own = {guess: [run for run in runs if run.guess == guess] for guess in guesses}
+    return [
+        guess_result(own[guess], alone, category, forced.get(guess.chain_length), greedy)
+        for guess in guesses
+    ]  # fmt: skip
+
+
+def sample_of(session: Session, run: Measured) -> dict[str, Any]:
+    """The answer that gained most: its prompt, its text token by token, and the tokens of each target pass."""
+    best = max(run.turns, key=lambda turn: (len(turn.answer.tokens), -len(turn.answer.yields)))
+    pieces = [session.tokenizer.decode([token]) for token in best.answer.tokens]
+    return {"id": best.question, "pieces": pieces, "yields": best.answer.yields}

@@ -18,11 +18,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from flaxdraft.data.documents import as_document
+from flaxdraft.data.documents import Answer, as_document
 from flaxdraft.data.pipeline import collate
-from flaxdraft.decode.greedy import Row, round_up
 from flaxdraft.devices import host_reads
 from flaxdraft.interfaces import Algorithm, Draw, Example, Sums
+from flaxdraft.ops.padding import round_up
 
 EVALUATION_ROWS = 32  # of one compiled evaluation batch
 
@@ -111,7 +111,7 @@ def make_accepted(
 
 def evaluate_teacher_forced(
     accepted: Callable[[Example], tuple[Sums, jax.Array]],
-    rows: Sequence[Row],
+    rows: Sequence[Answer],
     algorithm: Algorithm,
     batch: int,
     multiple: int = 32,

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from flaxdraft.decode.greedy import Row, round_up
+from flaxdraft.data.documents import Answer
 from flaxdraft.evaluate.loading import PairedDraft
 from flaxdraft.evaluate.walk import TeacherForced, combine, evaluate_teacher_forced, make_accepted
 from flaxdraft.interfaces import Batch, Target
+from flaxdraft.ops.padding import round_up
 from flaxdraft.progress import bar
 
 MULTIPLE = 128  # of padded lengths, each of which compiles once
 
 
-def featured(target: Target, texts: Sequence[tuple[list[int], int]], num_rows: int, length: int) -> list[Row]:
+def featured(target: Target, texts: Sequence[tuple[list[int], int]], num_rows: int, length: int) -> list[Answer]:
     """Texts (tokens, and how many are the prompt's) with the target's features.
 
     Args:
@@ -29,7 +30,7 @@ def featured(target: Target, texts: Sequence[tuple[list[int], int]], num_rows: i
     positions = np.tile(np.arange(length, dtype=np.int32), (num_rows, 1))
     features = jax.device_get(target.features(Batch(tokens, inside > 0, inside, positions)))
     return [
-        Row(tokens[i, : len(text)], num_prompt, jax.tree.map(lambda x: x[i, : len(text)], features))  # noqa: B023
+        Answer(tokens[i, : len(text)], num_prompt, jax.tree.map(lambda x: x[i, : len(text)], features))  # noqa: B023
         for i, (text, num_prompt) in enumerate(texts)
     ]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from flaxdraft.data.answers import capture, is_captured, load_split, write_texts
-from flaxdraft.data.prompts import Prompt, render
-from flaxdraft.decode.greedy import Row
+from flaxdraft.data.documents import Answer
+from flaxdraft.data.prompts import Prompt, check_context, render_prompts
 from flaxdraft.errors import InputError
 from flaxdraft.run.draft import check_draft
 from flaxdraft.run.saying import say
@@ -30,7 +30,7 @@ class Answers:
     chunk: int  # answered at a time
 
     @functools.cache  # noqa: B019 (a run has one, and its rows are wanted to its end)
-    def rows(self, split: str) -> list[Row]:
+    def rows(self, split: str) -> list[Answer]:
         return load_split(self.directory, split, len(self.order[split]), self.chunk)
 
 
@@ -52,25 +52,28 @@ def answer_prompts(setup: Setup, target: RunTarget) -> Answers:
         say("data", f"done before: {directory}")
         return Answers(directory, order, result["eos"], result["special"], data.rows)
     check_draft(setup, target)
-    loaded = target.loaded
+    prompts = {split: _prompts(setup, split) for split in setup.splits}
+    rendered = {split: _rendered(setup, target, split, prompts[split]) for split in setup.splits}
+    loaded, eos = target.loaded, target.tokenizer.eos_token_id
     say("data", "the target answers the prompts")
-    _check_context(setup, target)
-    special = sorted({*loaded.tokenizer.all_special_ids, *loaded.stop_tokens})
+    special = sorted({*target.tokenizer.all_special_ids, *loaded.stop_tokens})
     for split in setup.splits:
         _, limit = _answer_limit(setup, split)
-        prompts = _prompts(setup, split)
-        order[split] = capture(
-            directory, split, loaded.model, loaded.tokenizer, prompts, max_prompt_tokens=data.max_prompt_tokens,
-            max_new_tokens=limit, num_rows=data.rows, dtype=data.feature_dtype if split == "train" else "float32",
-        )  # fmt: skip
+        dtype = data.feature_dtype if split == "train" else "float32"
+        order[split] = capture(directory, split, loaded.model, rendered[split], eos, limit, data.rows, dtype)
         rows = load_split(directory, split, len(order[split]), data.rows)
-        write_texts(directory / f"{split}.json", loaded.tokenizer, prompts, order[split], rows)
-    stage.store({"order": order, "eos": loaded.tokenizer.eos_token_id, "special": special})
-    return Answers(directory, order, loaded.tokenizer.eos_token_id, special, data.rows)
+        write_texts(directory / f"{split}.json", target.tokenizer, prompts[split], order[split], rows)
+    stage.store({"order": order, "eos": eos, "special": special})
+    return Answers(directory, order, eos, special, data.rows)
 
 
 def _prompts(setup: Setup, split: str) -> list[Prompt]:
     prompts = [prompt for prompt in setup.prompts if prompt.split == split]
+    if longer := [prompt for prompt in prompts if len(prompt.turns) > 1]:
+        raise InputError(
+            f"{setup.config.data.prompts}: prompt {longer[0].id!r} has {len(longer[0].turns)} turns; those of a run "
+            "have one (python -m flaxdraft.evaluate asks several)"
+        )
     count = setup.config.data.num_prompts
     if split == "held_out" or count is None:
         return prompts
@@ -88,17 +91,13 @@ def _answer_limit(setup: Setup, split: str) -> tuple[str, int]:
     return "evaluate.max_new_tokens", setup.config.evaluate.max_new_tokens
 
 
-def _check_context(setup: Setup, target: RunTarget) -> None:
+def _rendered(setup: Setup, target: RunTarget, split: str, prompts: list[Prompt]) -> dict[str, list[int]]:
     """
     Raises:
-        InputError: a prompt with its longest answer would leave the target's context.
+        InputError: a prompt is too long, or with its longest answer it would leave the target's context.
     """
-    most, context = setup.config.data.max_prompt_tokens, target.config.max_position_embeddings
-    for split in setup.splits:
-        field, limit = _answer_limit(setup, split)
-        longest = max(len(render(target.tokenizer, prompt, most)) for prompt in _prompts(setup, split))
-        if longest + limit > context:
-            raise InputError(
-                f"{field}: found {limit}; after the longest prompt ({longest} tokens) that leaves the target's "
-                f"context of {context}; expected at most {context - longest}"
-            )
+    rendered = render_prompts(target.tokenizer, prompts, setup.config.data.max_prompt_tokens)
+    field, limit = _answer_limit(setup, split)
+    longest = max(map(len, rendered.values()))
+    check_context(longest, "the longest prompt", limit, field, target.config.max_position_embeddings)
+    return rendered

@@ -66,7 +66,7 @@ class RunsDraft(NamedTuple):
             step = read_record(self.checkpoint)["step"]  # the folder may be a link's copy
         except DamagedError as error:
             raise InputError(f"{self.checkpoint}: cannot be read ({error}); take another one with --step") from error
-        return TrainedDraft(algorithm_of(module), module, config, params, VocabMap(ids, config.vocab_size)), step
+        return TrainedDraft(algorithm_of(module, config), module, config, params, VocabMap(ids, config.vocab_size)), step
 
 
 def _checkpoint(directory: Path, step: str) -> Path:

@@ -16,10 +16,10 @@ from flax import nnx
 
 from flaxdraft.algorithms.loading import ZeroTarget
 from flaxdraft.config import RunConfig
-from flaxdraft.decode.greedy import round_up
 from flaxdraft.devices.weight_places import place_of
 from flaxdraft.interfaces import Batch, Draw, Example, Features, VocabMap
 from flaxdraft.nn.precision import DTYPES, Precision
+from flaxdraft.ops.padding import round_up
 from flaxdraft.run.setup import Setup
 from flaxdraft.train.batch_placement import SHARDING, training_example
 from flaxdraft.train.optimizer import optimizer

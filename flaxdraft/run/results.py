@@ -12,12 +12,13 @@ from typing import Any
 import jax
 from flax import nnx
 
+from flaxdraft.decode.decoding import Settings
 from flaxdraft.errors import InputError
-from flaxdraft.evaluate.held_out import decode_held_out, summary
-from flaxdraft.evaluate.report import write_report
-from flaxdraft.evaluate.walk import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
+from flaxdraft.evaluate.loading import PairedDraft
+from flaxdraft.evaluate.measure import Guess, Session, measure
+from flaxdraft.evaluate.report import Sample, write_report
+from flaxdraft.evaluate.results import guess_results, sample_of
 from flaxdraft.files.fetch import sha256_of
-from flaxdraft.nn.precision import DTYPES
 from flaxdraft.run.draft import draft_config
 from flaxdraft.run.saying import say
 from flaxdraft.run.setup import Setup
@@ -75,14 +76,21 @@ def chosen_params(setup: Setup, trained: Trained) -> nnx.State:
         ) from error
 
 
-def _evaluation_stage(setup: Setup) -> Stage:
+RESULT = 2  # what an evaluation holds; one of before, which was without the target alone, is made anew
+
+
+def _evaluation_inputs(setup: Setup) -> dict[str, Any]:
     what = setup.config.evaluate.model_dump(exclude={"decode_prompts"})  # of training
-    inputs = setup.draft_inputs | {"evaluate": what, "export": {"step": setup.config.export.step}}
-    return Stage(setup.draft_dir / "evaluation.json", inputs)
+    return setup.draft_inputs | {"evaluate": what, "export": {"step": setup.config.export.step}, "result": RESULT}
+
+
+def _evaluation_stage(setup: Setup) -> Stage:
+    return Stage(setup.draft_dir / "evaluation.json", _evaluation_inputs(setup))
 
 
 def evaluate_draft(setup: Setup, trained: Trained | None) -> dict[str, Any]:
-    """The held-out result: walked, and decoded for real, both in float32.
+    """The held-out result, in float32 on one device: what the evaluate command finds for one chain, of the run's own
+    held-out prompts. Batches that were decoded before a stop are not decoded again.
 
     Args:
         trained: None where the result stands.
@@ -93,25 +101,22 @@ def evaluate_draft(setup: Setup, trained: Trained | None) -> dict[str, Any]:
         say("evaluate", f"done before: {stage.path}")
         return result
     assert trained is not None
-    chosen, params, material = chosen_checkpoint(setup), chosen_params(setup, trained), trained.material
-    rows = material.answers.rows("held_out")
-    say("evaluate", f"{describe_checkpoint(chosen.step, chosen.last)}: {len(rows)} held-out prompts, up to "
+    chosen, material = chosen_checkpoint(setup), trained.material
+    prompts = [prompt for prompt in setup.prompts if prompt.split == "held_out"]
+    say("evaluate", f"{describe_checkpoint(chosen.step, chosen.last)}: {len(prompts)} held-out prompts, up to "
                     f"{config.max_new_tokens} tokens, chain of {config.chain_length}")  # fmt: skip
-    draft = untrained_draft(setup, material)
-    teacher = setup.evaluation.teacher(material.outer, material.vocab, DTYPES["float32"])
-    accepted = make_accepted(draft.graphdef, setup.evaluation, draft.frozen, teacher)(params)
-    forced = evaluate_teacher_forced(accepted, rows, setup.evaluation, EVALUATION_ROWS)
-    decoded = decode_held_out(
-        material.target.loaded.model, draft.ready(params), rows, max_new_tokens=config.max_new_tokens,
-        chain_length=config.chain_length, end_token=material.answers.eos, num_rows=setup.config.data.rows,
+    untrained, target = untrained_draft(setup, material), material.target
+    draft = PairedDraft(
+        setup.evaluation, untrained.graphdef, chosen_params(setup, trained), untrained.frozen, material.vocab
     )  # fmt: skip
-    category = {prompt.id: prompt.category for prompt in setup.prompts}
-    ids = material.answers.order["held_out"]
-    result = summary(rows, [category[id] for id in ids], forced, decoded, config.chain_length)
-    best = max(range(len(decoded)), key=lambda i: (len(decoded[i].tokens), -len(decoded[i].yields)))
-    pieces = [material.target.tokenizer.decode([token]) for token in decoded[best].tokens]
-    sample = {"id": ids[best], "pieces": pieces, "yields": decoded[best].yields}
-    result |= {"checkpoint": chosen._asdict(), "sample": sample}
+    session = Session(
+        target.loaded.model, draft, target.tokenizer, Settings(config.max_new_tokens, 0, (material.answers.eos,)),
+        "evaluate.max_new_tokens", min(setup.config.data.rows, len(prompts)),
+    )  # fmt: skip
+    guess, inputs = Guess(config.chain_length), _evaluation_inputs(setup) | {"checkpoint": chosen._asdict()}
+    runs = measure(session, prompts, [guess], [0], setup.draft_dir / "evaluation", inputs)
+    (result,) = guess_results(session, prompts, [guess], runs)
+    result |= {"checkpoint": chosen._asdict(), "sample": sample_of(session, runs[-1])}
     stage.store(result)
     return result
 
@@ -164,20 +169,22 @@ def report_run(setup: Setup, evaluation: dict[str, Any]) -> Path:
     """
     directory, config = setup.draft_dir / "report", setup.config
     say("report", str(directory))
-    sample = evaluation["sample"]
-    prompt = next(prompt.prompt for prompt in setup.prompts if prompt.id == sample["id"])
+    metrics = read_metrics(setup.draft_dir / "metrics.jsonl")
+    untrained = next((line for line in metrics if line["kind"] == "held_out"), None)
+    if untrained is None:
+        raise InputError(
+            f"{setup.draft_dir / 'metrics.jsonl'}: holds no held-out evaluation, it was cut or removed; remove "
+            f"{setup.draft_dir} to train anew"
+        )
     facts = {
         "target": config.target.path,
         "draft": f"{config.algorithm.name}, {config.draft.architecture}",
         "training": f"{config.train.num_steps} steps of {config.train.batch_size} conversations",
         "checkpoint": describe_checkpoint(evaluation["checkpoint"]["step"], evaluation["checkpoint"]["last"]),
         "held out": f"{evaluation['answers']} prompts, {evaluation['generated_tokens']} tokens of greedy answers",
+        "before training": f"accept length {untrained['accept_length']:.3f} (walked)",
     }  # fmt: skip
-    metrics = read_metrics(setup.draft_dir / "metrics.jsonl")
-    if not any(line["kind"] == "held_out" for line in metrics):
-        raise InputError(
-            f"{setup.draft_dir / 'metrics.jsonl'}: holds no held-out evaluation, it was cut or removed; remove "
-            f"{setup.draft_dir} to train anew"
-        )
-    write_report(directory, evaluation, metrics, (prompt, sample["pieces"], sample["yields"]), facts)
+    sample = evaluation["sample"]
+    prompt = next(prompt.turns[0] for prompt in setup.prompts if prompt.id == sample["id"])
+    write_report(directory, facts, [evaluation], metrics, Sample(prompt, sample["pieces"], sample["yields"]))
     return directory

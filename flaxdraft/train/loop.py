@@ -11,13 +11,14 @@ import jax
 from flax import nnx
 
 from flaxdraft.config import TrainConfig
+from flaxdraft.data.documents import Answer
 from flaxdraft.data.online import one_ahead
 from flaxdraft.data.pipeline import Pipeline, batches_from
-from flaxdraft.decode.greedy import Row, round_up
 from flaxdraft.devices import host_reads
 from flaxdraft.evaluate.walk import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
 from flaxdraft.interfaces import Algorithm, Example, Target, VocabMap
 from flaxdraft.nn.precision import DTYPES
+from flaxdraft.ops.padding import round_up
 from flaxdraft.progress import CONSOLE, bar
 from flaxdraft.stages import provenance
 from flaxdraft.train import token_counter as counting
@@ -58,7 +59,7 @@ class Trainer:
         return Example(batch, features, chosen, self.teacher)
 
     def evaluator(
-        self, graphdef: nnx.GraphDef, frozen: nnx.State, held_out: list[Row]
+        self, graphdef: nnx.GraphDef, frozen: nnx.State, held_out: list[Answer]
     ) -> Callable[[TrainState], dict[str, Any]]:
         """figures(state) of the held-out answers."""
         place = lambda host: placed_rows(own_rows(host, self.mesh), self.mesh)  # noqa: E731
@@ -76,14 +77,15 @@ class Trainer:
     def record(self, score: float | None) -> dict[str, Any]:
         """What a checkpoint says of itself."""
         return {
-            "schema": SCHEMA, "score": score, "measure": self.resume.measure, "inputs": self.resume.inputs, "origin": self.resume.origin,
+            "schema": SCHEMA, "score": score, "measure": self.resume.measure, "inputs": self.resume.inputs,
+            "origin": self.resume.origin,
             "vocab": {"size": self.vocab.draft_vocab_size, "source": self.vocab.source},
             "versions": provenance.versions(), "git": provenance.git_revision(),
             "topology": provenance.topology(self.mesh),
         }  # fmt: skip
 
     def train(
-        self, graphdef: nnx.GraphDef, params: nnx.State, frozen: nnx.State, pipeline: Pipeline, held_out: list[Row]
+        self, graphdef: nnx.GraphDef, params: nnx.State, frozen: nnx.State, pipeline: Pipeline, held_out: list[Answer]
     ) -> nnx.State:
         """Trains to config.num_steps, from where `train.resume` says; returns `evaluation_params`.
 

@@ -50,7 +50,6 @@ def test_the_lowest_id_wins_a_tie():
     mesh = make_mesh(tensor=8)
     with jax.set_mesh(mesh):
         placed = jax.device_put(logits, jax.NamedSharding(mesh, P(None, TENSOR_AXIS)))
-        lowest = lambda x: first_at(x, highest(x, TENSOR_AXIS), TENSOR_AXIS)  # noqa: E731
-        got = jax.jit(lambda x: per_device(lowest, P(), x))(placed)
+        got = jax.jit(lambda x: per_device(lambda x: first_at(x, highest(x, TENSOR_AXIS), TENSOR_AXIS), P(), x))(placed)
     np.testing.assert_array_equal(got, logits.argmax(axis=-1))
     assert (np.sum(logits == logits.max(axis=-1, keepdims=True), axis=-1) > 1).mean() > 0.9

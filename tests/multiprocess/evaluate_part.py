@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from agreeing import VOCAB, make_draft, make_target, prompts  # noqa: E402 (devices are set first)
 from eagle3 import algorithm as make_algorithm  # noqa: E402
 
+from flaxdraft.data.answers import answer_greedily  # noqa: E402
 from flaxdraft.decode.decoding import Settings  # noqa: E402
-from flaxdraft.decode.greedy import answer_greedily  # noqa: E402
 from flaxdraft.devices.mesh import make_mesh  # noqa: E402
 from flaxdraft.devices.sharding import Sharding  # noqa: E402
 from flaxdraft.evaluate.during_training import UntrainedDraft, make_decoded_accept_length  # noqa: E402

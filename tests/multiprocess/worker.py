@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxdraft.config import load_config
-from flaxdraft.data.documents import AnsweredPrompts, Documents
+from flaxdraft.data.documents import Answer, AnsweredPrompts, Documents
 from flaxdraft.data.draft_vocabulary import choose_vocab
-from flaxdraft.decode.greedy import Row
 from flaxdraft.devices import hosts
 from flaxdraft.interfaces import Features
 from flaxdraft.progress import process_log
@@ -53,7 +52,7 @@ def target_stub():
     )
 
 
-def rows(num: int, seed: int, broken: list[int], length: int = LENGTH) -> list[Row]:
+def rows(num: int, seed: int, broken: list[int], length: int = LENGTH) -> list[Answer]:
     """Answers whose features say something about the next tokens; those of `broken` rows are NaN."""
     rng = np.random.default_rng(seed)
     directions = np.random.default_rng(1).normal(size=(V, 3, E)).astype(np.float32)
@@ -63,7 +62,7 @@ def rows(num: int, seed: int, broken: list[int], length: int = LENGTH) -> list[R
         taps = directions[np.roll(tokens, -2)] + 0.1 * rng.normal(size=(length, 3, E)).astype(np.float32)
         last = rng.normal(size=(length, E)).astype(np.float32)
         features = Features(taps * (np.nan if i in broken else 1), last, np.roll(tokens, -1), np.full(length, 4.0, "f"))
-        out.append(Row(tokens, 3, features))
+        out.append(Answer(tokens, 3, features))
     return out
 
 

@@ -74,7 +74,7 @@ def test_it_keeps_the_contract():
     contracts.assert_settings("blocky")
     pair = contracts.pairs()["blocky-plain"]
     contracts.assert_asks_well(pair.algorithm)
-    contracts.assert_chooses_alike(pair.algorithm)
+    contracts.assert_chooses_alike(algorithms.make(algorithms.settings_of("blocky")(num_anchors=2), packed=True))
     contracts.assert_trains(pair, target_config())
     contracts.assert_drafts(pair, target_config())
     contracts.assert_shares_or_says_so(pair.algorithm, pair.config(target_config()))
@@ -145,6 +145,15 @@ def test_a_blocks_size_is_said_once(finished, workspace, tmp_path, capfd, overri
 
 
 @pytest.mark.usefixtures("installed")
+def test_every_step_and_seed_draws_rows_of_its_own():
+    algorithm, batch = algorithms.make(algorithms.settings_of("blocky")(num_anchors=3), packed=True), contracts.batch_of()
+    drawn = {
+        algorithm.choose(batch, contracts.T, Draw(seed, step, 0)).rows_BA.tobytes() for seed in (0, 1) for step in (0, 1)
+    }
+    assert len(drawn) == 4
+
+
+@pytest.mark.usefixtures("installed")
 def test_it_is_given_what_it_needs_and_no_more():
     algorithm = algorithms.make(algorithms.settings_of("blocky")(), packed=True)
     taps, one = np.ones((9, 5, 4), np.float32), np.arange(9)
@@ -189,7 +198,7 @@ def models(installed):
         module.Config(**module.Config.for_target(config, V), block_size=4), VocabMap(np.arange(V), V), target,
         precision=Precision(), sharding=Sharding.none(), rngs=nnx.Rngs(0),
     )  # fmt: skip
-    nnx.update(draft, fill(nnx.state(draft, nnx.Param), 1, 0.5))
+    nnx.update(draft, fill(nnx.state(draft, nnx.Param), 1, 1.5))
     return algorithm, target, draft
 
 
