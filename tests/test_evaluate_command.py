@@ -240,6 +240,14 @@ def test_a_draft_that_lies_is_refused(workspace, tiny_gguf, tmp_path, capfd, wei
     assert re.search(message, " ".join(capfd.readouterr().err.split()))
 
 
+def test_a_draft_that_names_no_layers_taps_the_default_ones(workspace, finished, tiny_gguf, tmp_path):
+    silent = {"eagle_config": None, "eagle_aux_hidden_state_layer_ids": None}
+    directory = damaged(workspace, tmp_path, change_config=silent)
+    assert call(workspace, tiny_gguf, tmp_path / "out", "--chain", "1", draft=directory) == 0
+    found, want = (json.loads((out / "results.json").read_text())["chains"][0] for out in (tmp_path / "out", finished))
+    assert found["decoded"] == want["decoded"]
+
+
 def test_a_folder_that_is_no_draft_is_refused(tmp_path, tiny_gguf, capfd):
     (tmp_path / "empty").mkdir()
     for more, found in (
