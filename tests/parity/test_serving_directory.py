@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pickle
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,6 +11,7 @@ import pytest
 from cases import HIDDEN, LLAMA, MLA, PARITY, ROPES, normal, randomize
 from closeness import assert_close
 from commands import tool
+from eagle3 import target_of
 from flax import nnx
 from jitted import unroll
 from small_drafts import write_export
@@ -68,7 +68,7 @@ def vocab_of(config):
 def build(module, config, vocab=None, params=None):
     embedding = jnp.asarray(normal(1, config.vocab_size, HIDDEN))
     draft = module.make(
-        config, vocab or vocab_of(config), SimpleNamespace(embedding=lambda: embedding), precision=Precision(),
+        config, vocab or vocab_of(config), target_of(embedding), precision=Precision(),
         sharding=Sharding.none(), rngs=nnx.Rngs(0),
     )  # fmt: skip
     if params is None:
