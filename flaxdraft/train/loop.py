@@ -55,6 +55,7 @@ class Trainer:
         if host.features is not None:
             return training_example(host, self.mesh, self.algorithm, self.teacher)
         batch, chosen = placed_rows((host.batch, host.chosen), self.mesh)
+        assert self.target is not None, "batches without features"
         features = jax.device_put(self.target.features(batch), batch.tokens_BT.sharding)
         return Example(batch, features, chosen, self.teacher)
 
