@@ -15,7 +15,8 @@ from flaxdraft.data.documents import Conversations
 from flaxdraft.data.templates import ChatOptions, render_all
 from flaxdraft.progress import CONSOLE
 
-In, Out = TypeVar("In"), TypeVar("Out")
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 
 def one_ahead(items: Iterable[In], prepare: Callable[[In], Out]) -> Iterator[tuple[In, Out]]:

@@ -34,6 +34,7 @@ def whole_on_one_device(tree: Any) -> Any:
 
     def whole(x: jax.Array) -> jax.Array:
         if not x.is_fully_replicated:
+            assert isinstance(x.sharding, jax.NamedSharding), "on a mesh"
             x = jax.device_put(x, jax.NamedSharding(x.sharding.mesh, jax.P()))
         return jax.device_put(x.addressable_data(0), jax.local_devices()[0])
 

@@ -154,7 +154,7 @@ def _whole(leaf: _Leaf, source: TensorSource) -> jax.Array:
 
 
 def _fill(leaf: _Leaf, source: TensorSource, place: jax.sharding.Sharding) -> jax.Array:
-    parts: dict[tuple, list[jax.Device]] = {}
+    parts: dict[tuple, list[Any]] = {}  # devices, by what they hold
     for device, index in place.addressable_devices_indices_map(leaf.shape).items():
         assert index is not None, "a device of another process"
         bounds = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))

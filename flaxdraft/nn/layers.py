@@ -59,6 +59,7 @@ class Linear(nnx.Module):
         """
         kernel = gathered(self.kernel[...], self.spec)[inputs].astype(self.precision.compute)
         x, out_spec = x.astype(self.precision.compute), along(x, self.out_spec)
+        # JAX types a custom_vjp that has options as giving anything.
         product: Callable[..., Any] = float8_product if self.precision.float8 else _product
         y = product(x, kernel, out_spec)
         if self.bias is None:

@@ -9,6 +9,7 @@ Shape letters: C rows, W a device's part of the vocabulary.
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,9 @@ def softmax(logits_CW: Float[Array, "C W"], axis: str | None) -> Float[Array, "C
     """This device's part of the probabilities."""
     if axis is None:
         return jax.nn.softmax(logits_CW, axis=-1)
-    return jnp.exp(logits_CW - _shared(logsumexp(logits_CW, axis), axis)[:, None])
+    # JAX types a custom_vjp that has options as giving anything.
+    logsumexp_C = cast(Array, _shared(logsumexp(logits_CW, axis), axis))
+    return jnp.exp(logits_CW - logsumexp_C[:, None])
 
 
 def highest(logits_CW: Float[Array, "C W"], axis: str | None) -> Float[Array, " C"]:

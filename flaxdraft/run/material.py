@@ -80,6 +80,7 @@ def _vocabulary(setup: Setup, target: RunTarget, answers: Answers, documents: Do
 def _outer(setup: Setup, target: RunTarget, documents: Documents) -> EmbeddingAndHead:
     """The target's layers are not loaded where their features are given."""
     if setup.config.data.store is not None:
+        assert isinstance(documents, FeatureStore), "data.store is trained on where it is given"
         return OuterWeights(target.config, documents.target())
     if setup.config.data.conversations is not None:
         return OuterWeights.of_target(target.opened, target.config)

@@ -27,6 +27,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.layers import Frozen, GatedMLP, RMSNorm, column
 from flaxdraft.nn.precision import Precision
+from flaxdraft.nn.self_attention import Heads
 from flaxdraft.nn.vocabulary import lookup
 from flaxdraft.serving.fields import FLAG, SIZE, Expected, Positive, Size
 
@@ -174,7 +175,7 @@ class Eagle3Draft(nnx.Module):
     def __init__(
         self,
         config: Any,
-        attention: nnx.Module,
+        attention: Heads,
         vocab: VocabMap,
         embedding_VD: Float[Array, "V D"] | None,
         *,
