@@ -115,7 +115,7 @@ class VocabMap:
         return table
 
     @classmethod
-    def from_d2t(cls, d2t: np.ndarray, vocab_size: int) -> VocabMap:
+    def from_offsets(cls, d2t: np.ndarray, vocab_size: int) -> VocabMap:
         return cls(np.asarray(d2t).astype(np.int64) + np.arange(len(d2t)), vocab_size)
 
 
