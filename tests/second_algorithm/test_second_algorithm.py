@@ -111,7 +111,7 @@ def test_a_run_leaves_its_results(finished):
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert lines[-1]["mean_weight"] > lines[0]["mean_weight"]  # gamma grows
     report = (finished / "report" / "report.md").read_text()
-    for text in ("| mean weight | ", "| reached | ", "| top-1 accuracy | "):
+    for text in ("| mean weight | ", "| reached, chain of 3 | ", "| top-1 accuracy, chain of 3 | "):
         assert text in report
     assert "- draft: blocky, plain" in report
     config = json.loads((finished / "export" / "config.json").read_text())
