@@ -37,7 +37,7 @@ def vocab_of(size):
 
 def write_export(
     directory, module, config, params, vocab, *, tap_layers, target, dtype="float32", engine="sglang", origin=None
-):
-    """A serving directory; without an origin it has no model card."""
-    draft = TrainedDraft(algorithm_of(module), module, config, params, vocab)
+):  # fmt: skip
+    """A serving directory; with an origin it has a model card."""
+    draft = TrainedDraft(algorithm_of(module, config), module, config, params, vocab)
     export(directory, draft, AboutTarget(target, tap_layers), dtype=dtype, engine=engine, origin=origin)

@@ -84,7 +84,10 @@ def test_a_checkpoint_of_a_run_is_what_is_measured(workspace, tiny_gguf, tmp_pat
     record = {"inputs": {"train": {"ema_decay": None}}, "origin": ""}
     with Checkpoints(run / "checkpoints") as checkpoints:
         for step, score, params in ((4, 1.0, source.params), (8, 0.5, jax.tree.map(jnp.zeros_like, source.params))):
-            arrays = {"state": init_state(params, optax.sgd(1.0), algorithm(2)), "counters": {"tokens": jnp.zeros(2, jnp.int32)}}
+            arrays = {
+                "state": init_state(params, optax.sgd(1.0), algorithm(2)),
+                "counters": {"tokens": jnp.zeros(2, jnp.int32)},
+            }
             checkpoints.save(step, arrays, source.vocab, record | {"score": score})
     DraftRecord(source.config.to_hf(), [1, 3, 4], target, str(tiny_gguf)).write(run)
     found = []
@@ -235,6 +238,14 @@ def test_a_draft_that_lies_is_refused(workspace, tiny_gguf, tmp_path, capfd, wei
     directory = damaged(workspace, tmp_path, weights, config)
     assert call(workspace, tiny_gguf, tmp_path / "out", draft=directory) == 2
     assert re.search(message, " ".join(capfd.readouterr().err.split()))
+
+
+def test_a_draft_that_names_no_layers_taps_the_default_ones(workspace, finished, tiny_gguf, tmp_path):
+    silent = {"eagle_config": None, "eagle_aux_hidden_state_layer_ids": None}
+    directory = damaged(workspace, tmp_path, change_config=silent)
+    assert call(workspace, tiny_gguf, tmp_path / "out", "--chain", "1", draft=directory) == 0
+    found, want = (json.loads((out / "results.json").read_text())["chains"][0] for out in (tmp_path / "out", finished))
+    assert found["decoded"] == want["decoded"]
 
 
 def test_a_folder_that_is_no_draft_is_refused(tmp_path, tiny_gguf, capfd):

@@ -7,6 +7,7 @@ from small_drafts import config_of, random_params, vocab_of, write_export
 from test_contracts import DRAFTS, TARGET_HF, V, W
 
 from flaxdraft.algorithms.eagle3.serving import contract
+from flaxdraft.algorithms.eagle3.serving.kinds import engines
 from flaxdraft.evaluate.report import print_headline
 from flaxdraft.serving.contract import find_engine
 from flaxdraft.serving.trained_draft import Origin
@@ -32,7 +33,7 @@ def typed(text: str) -> str:
 
 
 def test_every_engine_has_a_command():
-    assert COMMANDS.keys() == {name for name, engine in contract.engines().items() if engine.serves}
+    assert COMMANDS.keys() == {name for name, engine in engines().items() if engine.serves}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

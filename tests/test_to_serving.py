@@ -169,13 +169,6 @@ def test_a_card_claims_no_figures_of_another_checkpoint(tmp_path):
         assert ("accept length" in card) == (step == "best")
 
 
-def test_a_checkpoint_is_read_without_the_other_processes(tmp_path, monkeypatch):
-    """The first process of a run exports while the others wait."""
-    make_run(tmp_path / "run", "llama", {})
-    monkeypatch.setattr("flaxdraft.devices.hosts.all_agree", None)
-    assert call(tmp_path / "run", tmp_path / "out") == 0
-
-
 def test_training_begins_from_a_checkpoint_by_its_own_path(tmp_path):
     config, params = make_run(tmp_path / "run", "llama", {}, steps=(4, 8))
     for name, step in (("best", 4), ("latest", 8), ("4", 4)):
@@ -187,6 +180,13 @@ def test_training_begins_from_a_checkpoint_by_its_own_path(tmp_path):
     check_target(start, path, dataclasses.replace(target, tap_layers=DEFAULT_TAPS), TARGET_HF)
     with pytest.raises(InputError, match=r"has tapped layers \[1, 3, 4\], this target \[2, 3, 4\]"):
         check_target(start, path, dataclasses.replace(target, tap_layers=(2, 3, 4)), TARGET_HF)
+
+
+def test_a_checkpoint_is_read_without_the_other_processes(tmp_path, monkeypatch):
+    """The first process of a run exports while the others wait."""
+    make_run(tmp_path / "run", "llama", {})
+    monkeypatch.setattr("flaxdraft.devices.hosts.all_agree", None)
+    assert call(tmp_path / "run", tmp_path / "out") == 0
 
 
 def test_a_card_without_figures_claims_none(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flaxdraft.algorithms import DEFAULT, algorithm_of, draft_packages, make, settings_of
+from flaxdraft.algorithms import DEFAULT, algorithm_of, draft_packages, make
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.files.json_files import read_json_object
@@ -22,7 +22,7 @@ from flaxdraft.files.safetensors_file import load_safetensors
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.layers import Frozen
 from flaxdraft.nn.precision import Precision
-from flaxdraft.plugins import find_by_architecture
+from flaxdraft.plugins import find_by_architecture, settings_of
 from flaxdraft.serving.contract import Contract
 from flaxdraft.serving.trained_draft import TrainedDraft
 

@@ -152,19 +152,21 @@ def _load(a: argparse.Namespace, directory: Path):
         InputError: the target cannot be asked, or the two do not belong together.
     """
     from flaxdraft import targets
-    from flaxdraft.algorithms.loading import tapped_layers
-    from flaxdraft.evaluate.loading import load_draft
+    from flaxdraft.algorithms.loading import from_pretrained, tapped_layers
+    from flaxdraft.evaluate.loading import pair
     from flaxdraft.nn.precision import DTYPES, Precision
 
     precision = Precision(compute=DTYPES[a.dtype], param=DTYPES[a.dtype])
-    taps = tapped_layers(directory, targets.open_target(a.target).source.config)
+    opened, draft = targets.open_target(a.target), from_pretrained(directory)
+    named = tapped_layers(directory, opened.source.config)
+    taps = draft.algorithm.tap_layers(opened.config().num_hidden_layers, None if named is None else tuple(named))
     loaded = targets.from_pretrained(a.target, tap_layers=taps, precision=precision)
     if loaded.tokenizer is None or not loaded.tokenizer.chat_template:
         raise InputError(
             f"{a.target}: has no {'tokenizer' if loaded.tokenizer is None else 'chat template'}, which it takes to ask "
             "the target; put the model's tokenizer.json and tokenizer_config.json there"
         )
-    return loaded, load_draft(directory, loaded, precision)
+    return loaded, pair(directory, draft, loaded, precision)
 
 
 if __name__ == "__main__":

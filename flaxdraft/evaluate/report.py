@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from rich.text import Text
 
-from flaxdraft.algorithms.eagle3.serving.contract import Engine
 from flaxdraft.evaluate.figures import draw_acceptance, draw_guesses, draw_sample, draw_training
 from flaxdraft.evaluate.results import own_figures
 from flaxdraft.progress import CONSOLE
+from flaxdraft.serving.contract import Engine
 
 # Title, where the figure lies in a result, and how it is written.
 _FIGURES = (
@@ -193,7 +193,7 @@ def print_headline(evaluation: dict[str, Any], export_dir: Path, report_dir: Pat
         f"draft   {export_dir}\n"
     )
     if engine.serves:
-        command = engine.serve(export_dir, evaluation["chain_length"]).replace("\n", "\n" + 8 * " ")
+        command = engine.command(export_dir, evaluation["chain_length"]).replace("\n", "\n" + 8 * " ")
         headline += f"serve   {command}\n        (TARGET: the Hugging Face directory of {target})"
     else:
         headline += (

@@ -17,7 +17,6 @@ from flaxdraft.run.setup import Setup
 from flaxdraft.run.target import RunTarget
 from flaxdraft.serving.export import check_servable
 from flaxdraft.serving.record import DraftRecord
-from flaxdraft.serving.trained_draft import AboutTarget
 
 
 def draft_config(setup: Setup, target: RunTarget) -> Any:
@@ -57,8 +56,7 @@ def check_draft(setup: Setup, target: RunTarget) -> None:
     wanted = setup.config.draft
     if setup.start is None and wanted.vocab_map is not None:
         read_map(wanted.vocab_map, target.config.vocab_size, wanted.draft_vocab_size)
-    about = AboutTarget(target.opened.source.config, target.config.tap_layers)
-    check_servable(setup.algorithm, draft_config(setup, target), about, setup.config.export.engine)
+    check_servable(setup.algorithm, draft_config(setup, target), target.about, setup.config.export.engine)
 
 
 def make_draft(

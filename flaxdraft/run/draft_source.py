@@ -66,7 +66,8 @@ class RunsDraft(NamedTuple):
             step = read_record(self.checkpoint)["step"]  # the folder may be a link's copy
         except DamagedError as error:
             raise InputError(f"{self.checkpoint}: cannot be read ({error}); take another one with --step") from error
-        return TrainedDraft(algorithm_of(module, config), module, config, params, VocabMap(ids, config.vocab_size)), step
+        vocab = VocabMap(ids, config.vocab_size)
+        return TrainedDraft(algorithm_of(module, config), module, config, params, vocab), step
 
 
 def _checkpoint(directory: Path, step: str) -> Path:

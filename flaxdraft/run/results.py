@@ -25,7 +25,7 @@ from flaxdraft.run.setup import Setup
 from flaxdraft.run.training import Trained, untrained_draft
 from flaxdraft.serving.card import describe_checkpoint
 from flaxdraft.serving.export import export
-from flaxdraft.serving.trained_draft import AboutTarget, Origin, TrainedDraft
+from flaxdraft.serving.trained_draft import Origin, TrainedDraft
 from flaxdraft.stages.claims import Stage
 from flaxdraft.train.checkpoint import DamagedError, load_params
 from flaxdraft.train.chosen import Chosen, choose
@@ -154,9 +154,8 @@ def export_draft(setup: Setup, trained: Trained | None) -> Path:
     stage.path.unlink(missing_ok=True)
     target = material.target
     draft = TrainedDraft(setup.algorithm, setup.architecture, draft_config(setup, target), params, material.vocab)
-    about = AboutTarget(target.opened.source.config, target.config.tap_layers)
     origin = Origin(config.target.path, setup.draft_dir, chosen.step)
-    export(directory, draft, about, dtype=config.export.dtype, engine=config.export.engine, origin=origin)
+    export(directory, draft, target.about, dtype=config.export.dtype, engine=config.export.engine, origin=origin)
     stage.store({"checkpoint": chosen._asdict(), "files": _digests(directory)})
     return directory
 

@@ -19,14 +19,12 @@ def describe_checkpoint(step: int, last: int) -> str:
 
 
 def model_card(
-    draft: TrainedDraft, config: Mapping[str, Any], target: AboutTarget, origin: Origin, engine: Engine,
-    others: Sequence[Engine],
-) -> str:  # fmt: skip
+    draft: TrainedDraft, config: Mapping[str, Any], target: AboutTarget, origin: Origin, takers: Sequence[Engine]
+) -> str:
     """
     Args:
         config: config.json of the directory.
-        engine: that it was written for.
-        others: engines that serve it as well.
+        takers: the engines that serve the directory as it is.
     """
     contract: Contract = draft.algorithm.serving()
     inputs = _recorded(origin.run, "inputs.json")
@@ -53,11 +51,9 @@ def model_card(
     lines = ["---", f"tags: [{', '.join(contract.tags)}]", "---", "", title, ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())]
     lines += _figures(evaluation) if measured["step"] == origin.step else []
-    lines += ["", f"Exported for {engine.title}."]
-    takers = [one for one in (engine, *others) if one.serves]
-    for one in takers:
-        command = one.serve(".", evaluation.get("chain_length", TOKENS))
-        lines += ["", f"{one.title}, TARGET being the target's Hugging Face directory:", "", "```", command, "```"]
+    for engine in takers:
+        command = engine.command(".", evaluation.get("chain_length", TOKENS))
+        lines += ["", f"{engine.title}, TARGET being the target's Hugging Face directory:", "", "```", command, "```"]
     if not takers:
         lines += ["", "No engine that flaxdraft knows serves this directory as it is."]
     return "\n".join([*lines, ""])

@@ -26,19 +26,19 @@ class Engine:
 
     title: str  # with the version whose source was read
     portable: bool = False  # one directory satisfies all portable engines at once, for every draft
-    # How it is started beside TARGET, for str.format: the {draft}'s directory, {tokens} that it drafts a pass, {rows}
-    # that a pass has with them. None: nothing computes from it, so what matters in service alone is not asked.
-    command: str | None
+    # The command that serves a draft, its `{draft}` a directory, `{chain}` the draft tokens of a target pass and
+    # `{verified}` one more; TARGET stands for the target's directory. None: nothing computes from it, so what matters
+    # in service alone is not asked.
+    serve: str | None
 
     @property
     def serves(self) -> bool:
-        return self.command is not None
+        return self.serve is not None
 
-    def serve(self, draft: Path | str, num_tokens: int) -> str:
-        """The command for a draft's directory, of an engine that serves. Lines behind the first begin with four
-        spaces."""
-        assert self.command is not None, self.title
-        return self.command.format(draft=draft, tokens=num_tokens, rows=num_tokens + 1)
+    def command(self, draft: Path | str, chain_length: int) -> str:
+        """What to type to serve a draft; of an engine that serves. Lines behind the first begin with four spaces."""
+        assert self.serve is not None, self.title
+        return self.serve.format(draft=draft, chain=chain_length, verified=chain_length + 1)
 
 
 class Contract(Protocol):

@@ -74,16 +74,16 @@ def export(
     save_safetensors(scratch / "model.safetensors", tensors, metadata={"format": "pt"})
     write_json(scratch / "config.json", config)
     if origin is not None:
-        card = model_card(draft, config, target, origin, table, _others(contract, table, view))
+        card = model_card(draft, config, target, origin, _takers(contract, view))
         (scratch / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(scratch, directory)
 
 
-def _others(contract: Contract, chosen: Engine, view: DraftView) -> list[Engine]:
-    """The other engines that serve the draft as it was trained."""
-    others = [engine for engine in contract.engines().values() if engine.serves and engine.title != chosen.title]
-    return [engine for engine in others if not first_fault(of_engine(contract, engine, view))]
+def _takers(contract: Contract, view: DraftView) -> list[Engine]:
+    """The engines that serve the directory as it is."""
+    serving = [engine for engine in contract.engines().values() if engine.serves]
+    return [engine for engine in serving if not first_fault(of_engine(contract, engine, view))]
 
 
 def export_again(directory: Path, draft: TrainedDraft, target: AboutTarget, **how: Any) -> None:

@@ -147,9 +147,14 @@ def test_a_blocks_size_is_said_once(finished, workspace, tmp_path, capfd, overri
 
 @pytest.mark.usefixtures("installed")
 def test_every_step_and_seed_draws_rows_of_its_own():
-    algorithm, batch = algorithms.make(algorithms.settings_of("blocky")(num_anchors=3), packed=True), contracts.batch_of()
+    algorithm, batch = (
+        algorithms.make(algorithms.settings_of("blocky")(num_anchors=3), packed=True),
+        contracts.batch_of(),
+    )
     drawn = {
-        algorithm.choose(batch, contracts.T, Draw(seed, step, 0)).rows_BA.tobytes() for seed in (0, 1) for step in (0, 1)
+        algorithm.choose(batch, contracts.T, Draw(seed, step, 0)).rows_BA.tobytes()
+        for seed in (0, 1)
+        for step in (0, 1)
     }
     assert len(drawn) == 4
 

@@ -13,7 +13,7 @@ ENGINE = Engine(
             ("Eagle3DeepseekV2ForCausalLM", "DeepseekV3ForCausalLMEagle3", "Eagle3DeepseekV3ForCausalLM"), SWITCHES
         ),
     },
-    command=None,
+    serve=None,
     unknown_key="skipped",
     missing_key="random",
     embedding="replaced",

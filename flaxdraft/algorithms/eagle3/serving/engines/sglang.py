@@ -5,9 +5,9 @@ from flaxdraft.algorithms.eagle3.serving.terms import Engine, Served
 ENGINE = Engine(
     title="SGLang 0.5.23",
     portable=True,
-    command="python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 \\\n"
-            "    --speculative-draft-model-path {draft} --speculative-num-steps {tokens} \\\n"
-            "    --speculative-eagle-topk 1 --speculative-num-draft-tokens {rows}",
+    serve="python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 \\\n"
+          "    --speculative-draft-model-path {draft} --speculative-num-steps {chain} --speculative-eagle-topk 1 \\\n"
+          "    --speculative-num-draft-tokens {verified}",
     kinds={
         "llama": Served(
             ("LlamaForCausalLMEagle3",), ("fc_norm", "norm_output", "norm_before_fc"), model_prefix=True

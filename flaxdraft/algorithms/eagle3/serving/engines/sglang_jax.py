@@ -5,9 +5,9 @@ from flaxdraft.algorithms.eagle3.serving.terms import Engine, Served
 ENGINE = Engine(
     title="sglang-jax cddbf6f",
     # Its documentation turns the overlapping schedule off for EAGLE-3.
-    command="python -m sgl_jax.launch_server --model-path TARGET --speculative-algorithm EAGLE3 \\\n"
-            "    --speculative-draft-model-path {draft} --speculative-num-steps {tokens} \\\n"
-            "    --speculative-eagle-topk 1 --speculative-num-draft-tokens {rows} --disable-overlap-schedule",
+    serve="python -m sgl_jax.launch_server --model-path TARGET --speculative-algorithm EAGLE3 \\\n"
+          "    --speculative-draft-model-path {draft} --speculative-num-steps {chain} --speculative-eagle-topk 1 \\\n"
+          "    --speculative-num-draft-tokens {verified} --disable-overlap-schedule",
     kinds={"llama": Served(("LlamaForCausalLMEagle3",))},
     layer_prefixes=("midlayer.",),
     unknown_key="unread",

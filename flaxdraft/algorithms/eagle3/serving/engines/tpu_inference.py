@@ -4,8 +4,8 @@ from flaxdraft.algorithms.eagle3.serving.terms import Engine, Served
 
 ENGINE = Engine(
     title="tpu-inference 0.32.0",
-    command="MODEL_IMPL_TYPE=flax_nnx vllm serve TARGET --speculative-config \\\n"
-            "    '{{\"method\": \"eagle3\", \"model\": \"{draft}\", \"num_speculative_tokens\": {tokens}}}'",
+    serve="MODEL_IMPL_TYPE=flax_nnx vllm serve TARGET --speculative-config \\\n"
+          "    '{{\"method\": \"eagle3\", \"model\": \"{draft}\", \"num_speculative_tokens\": {chain}}}'",
     # The name that the others take is not in its registry: it then runs another implementation, in PyTorch.
     kinds={"llama": Served(("Eagle3LlamaForCausalLM", "LlamaForCausalLM"), ("norm_before_residual",))},
     layer_prefixes=("midlayer.",),

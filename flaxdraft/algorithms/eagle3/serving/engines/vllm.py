@@ -5,8 +5,8 @@ from flaxdraft.algorithms.eagle3.serving.terms import Engine, Served
 ENGINE = Engine(
     title="vLLM 0.33.0",
     portable=True,
-    command="vllm serve TARGET --speculative-config \\\n"
-            "    '{{\"method\": \"eagle3\", \"model\": \"{draft}\", \"num_speculative_tokens\": {tokens}}}'",
+    serve="vllm serve TARGET --speculative-config \\\n"
+          "    '{{\"method\": \"eagle3\", \"model\": \"{draft}\", \"num_speculative_tokens\": {chain}}}'",
     kinds={
         "llama": Served(
             (
