@@ -294,7 +294,7 @@ def assert_exports(pair: Pair, target: Any, hf: dict[str, Any], directory: Path)
     taken = []
     for name, engine in engines.items():
         assert isinstance(engine, Engine)
-        assert not engine.serves or "TARGET" in engine.serve("DRAFT", 3)
+        assert not engine.serves or "TARGET" in engine.command("DRAFT", 3)
         try:
             export(directory / name, draft, about, dtype="float32", engine=name)
         except InputError as error:

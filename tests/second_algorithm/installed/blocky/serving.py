@@ -24,7 +24,7 @@ SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", 
 
 
 def engines() -> Mapping[str, Engine]:
-    return {"hf": Engine(title="Hugging Face layout", command=None)}
+    return {"hf": Engine(title="Hugging Face layout", serve=None)}
 
 
 def config_json(draft: Mapping[str, Any], about: AboutTarget, dtype: str, engine: Engine) -> dict[str, Any]:
