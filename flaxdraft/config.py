@@ -137,7 +137,7 @@ class EvaluateConfig(_Section):
 
 
 class ExportConfig(_Section):
-    engine: str | None = None  # whose contract is met, one of the algorithm's; null: its default
+    engine: str = ""  # whose contract is met, one of the algorithm's; left out: its default
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     step: Literal["best", "latest"] = "best"  # the checkpoint that is evaluated, exported and reported
 
@@ -261,6 +261,6 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
     draft, how = config.draft, config.export
     if draft.architecture is None:
         draft = draft.model_copy(update={"architecture": config.algorithm.default_architecture})
-    if how.engine is None:
+    if not how.engine:
         how = how.model_copy(update={"engine": config.algorithm.default_engine})
     return config.model_copy(update={"draft": draft, "export": how})
