@@ -84,7 +84,8 @@ def test_a_checkpoint_of_a_run_is_what_is_measured(workspace, tiny_gguf, tmp_pat
     record = {"inputs": {"train": {"ema_decay": None}}, "origin": ""}
     with Checkpoints(run / "checkpoints") as checkpoints:
         for step, score, params in ((4, 1.0, source.params), (8, 0.5, jax.tree.map(jnp.zeros_like, source.params))):
-            arrays = {"state": init_state(params, optax.sgd(1.0), algorithm(2)), "counters": {"tokens": jnp.zeros(2, jnp.int32)}}
+            state = init_state(params, optax.sgd(1.0), algorithm(2))
+            arrays = {"state": state, "counters": {"tokens": jnp.zeros(2, jnp.int32)}}
             checkpoints.save(step, arrays, source.vocab, record | {"score": score})
     DraftRecord(source.config.to_hf(), [1, 3, 4], target, str(tiny_gguf)).write(run)
     found = []
