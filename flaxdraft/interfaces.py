@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from types import ModuleType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -330,6 +329,6 @@ class Algorithm(Protocol):
         ...
 
     def drafter(self) -> Drafter: ...
-    def serving(self) -> ModuleType:
-        """The contract of its exports; see flaxdraft/serving."""
+    def serving(self) -> Any:
+        """The contract of its exports: a `flaxdraft.serving.contract.Contract`."""
         ...

@@ -6,8 +6,11 @@ import numpy as np
 from flax import nnx
 from test_contracts import DRAFTS, V, W, target_config
 
+from flaxdraft.algorithms import algorithm_of
 from flaxdraft.algorithms.loading import abstract_params
 from flaxdraft.interfaces import VocabMap
+from flaxdraft.serving.export import export
+from flaxdraft.serving.trained_draft import AboutTarget, TrainedDraft
 
 
 @cache
@@ -30,3 +33,11 @@ def random_params(kind, config, seed=0):
 def vocab_of(size):
     """Every other token, or all of them."""
     return VocabMap(np.arange(size) * (2 if size < V else 1), V)
+
+
+def write_export(
+    directory, module, config, params, vocab, *, tap_layers, target, dtype="float32", engine="sglang", origin=None
+):  # fmt: skip
+    """A serving directory; with an origin it has a model card."""
+    draft = TrainedDraft(algorithm_of(module, config), module, config, params, vocab)
+    export(directory, draft, AboutTarget(target, tap_layers), dtype=dtype, engine=engine, origin=origin)

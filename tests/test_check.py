@@ -15,6 +15,7 @@ from test_engine_contracts import SWITCHES, write
 
 from flaxdraft.algorithms.eagle3.foreign.configs import understand
 from flaxdraft.algorithms.eagle3.serving.fields import malformed
+from flaxdraft.algorithms.loading import contract_of
 from flaxdraft.errors import InputError
 from flaxdraft.files.safetensors_file import load_safetensors, save_safetensors
 from flaxdraft.serving import lint
@@ -224,7 +225,9 @@ FAULTS = {
 def verdicts_of(good, draft, change, target):
     tensors, config = ({**part} for part in good[draft])
     change(tensors, config)
-    return {verdict.name: verdict for verdict in lint.check(view_of_arrays(config, tensors, target))}
+    return {
+        verdict.name: verdict for verdict in lint.check(view_of_arrays(config, tensors, target), contract_of(config))
+    }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -246,7 +249,7 @@ def test_every_fault_is_found(good, fault):
 def test_a_right_directory_has_nothing_amiss(good, draft, target):
     verdicts = verdicts_of(good, draft, nothing, target)
     assert lint.passes([*verdicts.values()])
-    for name in (*lint.PORTABLE, DIRECTORY):
+    for name in ("sglang", "vllm", DIRECTORY):
         notes = verdicts[name].findings
         # Without a target nobody can tell whether a short context is its own.
         assert all("for the length of their rows" in note.what for note in notes), notes
@@ -273,7 +276,7 @@ def test_no_config_makes_the_linter_stumble(good):
     @given(draft=st.sampled_from(["llama", "mla"]), fields=FIELDS)
     def one(draft, fields):
         tensors, config = good[draft]
-        verdicts = lint.check(view_of_arrays(config | fields, tensors, TARGET))
+        verdicts = lint.check(view_of_arrays(config | fields, tensors, TARGET), contract_of(config | fields))
         assert verdicts[0].name == DIRECTORY
         lint.as_table(verdicts)
         json.dumps(lint.as_json(verdicts))

@@ -43,6 +43,7 @@ def test_the_quickstart_loads_as_written():
 def test_sections_left_out_take_their_defaults(load):
     config = load(SMALLEST)
     assert (config.draft.architecture, config.algorithm.ttt_length, config.mesh.data) == ("llama", 7, 1)
+    assert config.export.engine == "sglang"
     assert config.draft_dir == Path("out/llama")
     assert load(SMALLEST, "name=first", "draft.architecture=mla").draft_dir == Path("out/first")
     assert load(SMALLEST, "draft.architecture=mla").draft_dir == Path("out/mla")

@@ -1,34 +1,26 @@
-"""Every module of drafts/, algorithms/ and targets/ keeps its contract; a new file is covered the day it lands."""
+"""Every algorithm, draft architecture and target family keeps its contract (contracts.py), engines among them; a new
+one is covered the day that it lands, in whatever package it lies."""
 
-import dataclasses
-
-import jax
+import contracts
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contracts import T, V, W
 from eagle3 import target_of
 from flax import nnx
 
 from flaxdraft import algorithms
 from flaxdraft.algorithms.eagle3.objective import ChosenRows
-from flaxdraft.algorithms.loading import ZeroTarget
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
-from flaxdraft.interfaces import Batch, Draw, Example, Features, Target, VocabMap
+from flaxdraft.interfaces import Batch, Example, Features, VocabMap
 from flaxdraft.nn.precision import Precision
 from flaxdraft.plugins import find_by_architecture, find_by_name, parts_of
-from flaxdraft.targets import decoder
-from flaxdraft.train.state import split_draft
 
 DRAFTS = dict(parts_of("flaxdraft.algorithms.eagle3.drafts"))
 ALGORITHMS = dict(parts_of("flaxdraft.algorithms"))
-PAIRS = {
-    f"{name}-{draft}": (name, module)
-    for name, folder in ALGORITHMS.items()
-    for draft, module in parts_of(f"{folder.__name__}.drafts")
-}
+PAIRS = contracts.pairs()
 TARGETS = dict(parts_of("flaxdraft.targets"))
-V, W, T = 64, 24, 12
 
 TARGET_HF = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": V, "hidden_size": 32,
@@ -69,80 +61,37 @@ def example(batch_size=2):
     return Example(batch, features, ChosenRows(rows), jnp.asarray(rng.normal(size=(W, 32)), jnp.float32))
 
 
-@pytest.mark.parametrize(("name", "module"), PAIRS.values(), ids=PAIRS)
-def test_every_pair_lowers_and_differentiates(name, module):
-    algorithm = algorithms.make(algorithms.settings_of(name)(name=name), packed=True)
-    draft = make_draft(module)
-    graphdef, params, frozen = split_draft(draft)
-    vocab, given = VocabMap(np.asarray(draft.target_ids[...]), V), example()
-    given = dataclasses.replace(
-        given, chosen=algorithm.choose(jax.tree.map(np.asarray, given.batch), T, Draw(0, 0, 0)),
-        teacher=algorithm.teacher(ZeroTarget(draft.config), vocab, jnp.float32),
-    )  # fmt: skip
-
-    def loss(params, example):
-        sums = algorithm.sums(nnx.merge(graphdef, params, frozen), example, algorithm.first_carry())
-        numerator, count = sums.terms()
-        return numerator / count, sums
-
-    (value, sums), grads = jax.eval_shape(jax.value_and_grad(loss, has_aux=True), params, given)
-    assert value.shape == ()
-    assert jax.tree.leaves(sums)
-    assert all(x.shape == algorithm.first_carry().shape for x in jax.tree.leaves(sums))
-    assert jax.tree.map(lambda g: g.shape, grads) == jax.tree.map(lambda p: p.shape, params)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_says_what_it_wants(name):
+    algorithm = algorithms.make(algorithms.settings_of(name)(), packed=True)
+    contracts.assert_settings(name)
+    contracts.assert_asks_well(algorithm)
+    contracts.assert_chooses_alike(algorithm)
 
 
-# What a config may add to the plain draft.
-VARIANTS = {
-    "plain": {},
-    "fc_norm": {"fc_norm": True},
-    "norm_output": {"norm_output": True},
-    "norm_before_fc": {"norm_before_fc": True},
-    "norm_before_residual": {"norm_before_residual": True},
-    "narrow": {"hidden_size": 24},
-}
-every_variant = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+def test_every_draft_trains_and_drafts_with_its_algorithm(pair):
+    contracts.assert_trains(pair, target_config())
+    contracts.assert_drafts(pair, target_config())
+    contracts.assert_shares_or_says_so(pair.algorithm, pair.config(target_config()))
 
 
-@pytest.mark.parametrize("name", DRAFTS)
-@every_variant
-def test_name_table_covers_every_trained_weight(name, fields):
-    module = DRAFTS[name]
-    draft = make_draft(module, **fields)
-    _, params, _ = split_draft(draft)
-    paths = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(params)}
-    table = module.name_table(draft.config)
-    assert paths == {row[0] for row in table}
-    assert len({row[1] for row in table}) == len(table)
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+def test_every_draft_names_its_weights_and_sizes(pair):
+    for family in TARGETS.values():
+        pair.config(family.Config.from_hf(TARGET_HF | DEEPSEEK_FIELDS))
+    contracts.assert_named(pair, target_config())
+    contracts.assert_refuses_another_map(pair, target_config())
 
 
-@pytest.mark.parametrize("name", DRAFTS)
-@every_variant
-def test_config_round_trips_through_config_json(name, fields):
-    module = DRAFTS[name]
-    config = module.Config(**module.Config.for_target(target_config(), W) | fields)
-    written = config.to_hf()
-    assert module.Config.from_hf(written) == config
-    assert find_by_architecture(algorithms.draft_packages(), written, "x") is module
-    assert module.SERVING_ARCHITECTURE in module.ARCHITECTURES
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+def test_every_draft_is_exported_and_read_again(pair, tmp_path):
+    contracts.assert_exports(pair, target_config(), TARGET_HF, tmp_path)
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("tied", [False, True])
-def test_target_abstract_state_is_covered_by_its_table(name, tied):
-    module = TARGETS[name]
-    for architecture in module.ARCHITECTURES:
-        hf = TARGET_HF | DEEPSEEK_FIELDS | {"architectures": [architecture], "tie_word_embeddings": tied}
-        config = module.Config.from_hf(hf)
-        groups = module.groups(config, Precision(), Sharding.none())
-        assert [i for group in groups for i in group.layers] == list(range(config.num_hidden_layers))
-        _, state = decoder.abstract_state(config, groups, Precision())
-        paths = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)}
-        assert paths == {row[0] for row in module.name_table(config)}
-        assert isinstance(decoder.build(config, groups, state, Precision()), Target)
-        assert not module.ignored(config, "model.layers.1.mlp.down_proj.weight")
-        assert module.ignored(config, "model.layers.1.self_attn.rotary_emb.inv_freq")
-        assert module.ignored(config, "lm_head.weight") == tied
+def test_a_family_has_its_weights_named(name):
+    contracts.assert_family(TARGETS[name], TARGET_HF | DEEPSEEK_FIELDS)
 
 
 def test_unknown_names_list_what_there_is():
@@ -150,41 +99,3 @@ def test_unknown_names_list_what_there_is():
         find_by_name("flaxdraft.algorithms.eagle3.drafts", "mamba", "draft.architecture")
     with pytest.raises(InputError, match=r"MambaForCausalLM.*supported are.*LlamaForCausalLM"):
         find_by_architecture(["flaxdraft.targets"], {"architectures": ["MambaForCausalLM"]}, "config.json")
-
-
-@pytest.mark.parametrize("name", DRAFTS)
-def test_a_map_of_another_size_is_refused(name):
-    module = DRAFTS[name]
-    config = module.Config(**module.Config.for_target(target_config(), W))
-    with pytest.raises(InputError, match="24 of 64"):
-        module.make(
-            config, VocabMap(np.arange(8), V), ZeroTarget(config), precision=Precision(),
-            sharding=Sharding.none(), rngs=nnx.Rngs(0),
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [("hidden_size", 96, "3 x target_hidden_size"), ("intermediate_size", 0, "positive integer"),
-     ("draft_vocab_size", V + 1, "larger than the target's vocabulary"),
-     ("rms_norm_eps", "1e-6", "rms_norm_eps: found '1e-6', expected a positive number"),
-     ("rms_norm_eps", 0.0, "rms_norm_eps: found 0.0, expected a positive number"),
-     ("fc_norm", 1, "fc_norm: found 1, expected true or false")],
-)  # fmt: skip
-@pytest.mark.parametrize("name", DRAFTS)
-def test_unservable_sizes_are_refused(name, field, value, message):
-    module = DRAFTS[name]
-    with pytest.raises(InputError, match=message):
-        module.Config(**module.Config.for_target(target_config(), W) | {field: value})
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [({"num_hidden_layers": 2}, "num_hidden_layers is 2"), ({"tie_word_embeddings": True}, "tie_word_embeddings")],
-)
-@pytest.mark.parametrize("name", DRAFTS)
-def test_unportable_draft_configs_are_refused(name, fields, message):
-    module = DRAFTS[name]
-    config = module.Config(**module.Config.for_target(target_config(), W)).to_hf()
-    with pytest.raises(InputError, match=message):
-        module.Config.from_hf(config | fields)

@@ -1,13 +1,15 @@
 """The EAGLE-3 surface of the draft modules: switches, the normed recurrence."""
 
+import contracts
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from closeness import assert_close
 from flax import nnx
 from jitted import unroll
-from test_contracts import DRAFTS, T, W, example, make_draft, target_config
+from test_contracts import DRAFTS, T, V, W, example, make_draft, target_config
 
+from flaxdraft.algorithms.eagle3.draft import SWITCHES
 from flaxdraft.errors import InputError
 from flaxdraft.nn.rope import RopeConfig, attention_factor
 
@@ -136,3 +138,41 @@ def test_features_of_another_target_are_refused():
             InputError, match=r"features: tapped states of shape \(\d, \d+\) a token, expected \(3, 32\)"
         ):
             draft.project(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_every_switch_goes_with_every_draft(name):
+    """The contract (contracts.py) lets a config refuse what it has no weights for."""
+    module = DRAFTS[name]
+    config = module.Config(**module.Config.for_target(target_config(), W))
+    for fields in contracts.switches(config):
+        module.Config(**module.Config.for_target(target_config(), W) | fields)
+    assert {name for fields in contracts.switches(config) for name in fields} == {*SWITCHES, "hidden_size"}
+    assert module.SERVING_ARCHITECTURE in module.ARCHITECTURES
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("hidden_size", 96, "3 x target_hidden_size"), ("intermediate_size", 0, "positive integer"),
+     ("draft_vocab_size", V + 1, "larger than the target's vocabulary"),
+     ("rms_norm_eps", "1e-6", "rms_norm_eps: found '1e-6', expected a positive number"),
+     ("rms_norm_eps", 0.0, "rms_norm_eps: found 0.0, expected a positive number"),
+     ("fc_norm", 1, "fc_norm: found 1, expected true or false")],
+)  # fmt: skip
+@pytest.mark.parametrize("name", DRAFTS)
+def test_unservable_sizes_are_refused(name, field, value, message):
+    module = DRAFTS[name]
+    with pytest.raises(InputError, match=message):
+        module.Config(**module.Config.for_target(target_config(), W) | {field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"num_hidden_layers": 2}, "num_hidden_layers is 2"), ({"tie_word_embeddings": True}, "tie_word_embeddings")],
+)
+@pytest.mark.parametrize("name", DRAFTS)
+def test_unportable_draft_configs_are_refused(name, fields, message):
+    module = DRAFTS[name]
+    config = module.Config(**module.Config.for_target(target_config(), W)).to_hf()
+    with pytest.raises(InputError, match=message):
+        module.Config.from_hf(config | fields)

@@ -23,7 +23,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.files.gguf_file import GGUFCheckpoint
 from flaxdraft.nn.precision import Precision
 from flaxdraft.run import answers, results, training
-from flaxdraft.serving.export import open_draft
+from flaxdraft.run.draft_source import open_draft
 from flaxdraft.stages.directory_lock import directory_lock
 from flaxdraft.targets import deepseek
 

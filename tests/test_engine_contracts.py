@@ -3,23 +3,30 @@
 The expectations are spelled out here, not taken from the tables that the export reads.
 """
 
+import dataclasses
+import importlib
 import json
 import re
+import sys
 
 import pytest
-from small_drafts import config_of, random_params, vocab_of
-from test_contracts import DEEPSEEK_FIELDS, DRAFTS, TARGET_HF, V, W
+from small_drafts import config_of, random_params, vocab_of, write_export
+from test_contracts import DEEPSEEK_FIELDS, DRAFTS, TARGET_HF, V, W, target_config
 from test_export import E, common, llama_attention, mla_attention
 
-from flaxdraft.algorithms.eagle3 import draft
-from flaxdraft.algorithms.eagle3.serving import contract, layer_ids
-from flaxdraft.algorithms.eagle3.serving.contract import engines, find_engine
+from flaxdraft.algorithms import algorithm_of
+from flaxdraft.algorithms.eagle3 import draft, drafts
+from flaxdraft.algorithms.eagle3.serving import contract, layer_ids, terms
+from flaxdraft.algorithms.eagle3.serving.kinds import engines, kind_of
 from flaxdraft.algorithms.eagle3.serving.tensors import extras, weights
+from flaxdraft.algorithms.loading import from_pretrained
 from flaxdraft.errors import InputError
 from flaxdraft.files.safetensors_file import load_safetensors
 from flaxdraft.nn.rope import RopeConfig
 from flaxdraft.serving import lint
-from flaxdraft.serving.export import check_servable, export
+from flaxdraft.serving.contract import find_engine
+from flaxdraft.serving.export import check_servable
+from flaxdraft.serving.trained_draft import AboutTarget
 from flaxdraft.serving.view import read_config, view_of_directory
 
 DEFAULT_TAPS = (1, 3, 4)  # of the eight layers of TARGET_HF
@@ -77,9 +84,9 @@ CASES = [(engine, kind, *case) for (engine, kind), cases in EXPECTED.items() for
 
 def write(directory, engine, kind, fields, vocab_size=W, *, tap_layers=DEFAULT_TAPS, target=TARGET_HF, dtype="float32"):
     config = config_of(kind, vocab_size, **fields)
-    export(
+    write_export(
         directory, DRAFTS[kind], config, random_params(kind, config), vocab_of(vocab_size), tap_layers=tap_layers,
-        target_config=target, dtype=dtype, engine=engine,
+        target=target, dtype=dtype, engine=engine,
     )  # fmt: skip
     return directory
 
@@ -89,7 +96,7 @@ def test_every_engine_and_draft_is_expected():
 
 
 def test_the_switches_are_the_draft_s():
-    assert contract.SWITCHES == draft.SWITCHES
+    assert terms.SWITCHES == draft.SWITCHES
 
 
 @pytest.mark.parametrize(("engine", "kind", "variant", "vocab_size"), CASES)
@@ -97,7 +104,9 @@ def test_every_key_and_shape(tmp_path, engine, kind, variant, vocab_size):
     expected = EXPECTED[engine, kind][variant, vocab_size]
     out = tmp_path / "out"
     if isinstance(expected, str):
-        with pytest.raises(InputError, match=f"export for {re.escape(find_engine(engine).title)}: {expected}"):
+        with pytest.raises(
+            InputError, match=f"export for {re.escape(find_engine(contract, engine).title)}: {expected}"
+        ):
             write(out, engine, kind, FIELDS[variant], vocab_size)
         assert not out.exists()
         return
@@ -113,14 +122,14 @@ def test_every_key_and_shape(tmp_path, engine, kind, variant, vocab_size):
     assert None not in config.values()
     # The layout that the linter derives from config.json is the one written down here.
     tables = {key: extras(config)[key] for key in ("d2t", "t2d") if key in expected}
-    assert weights(config) | tables == expected | ATTENTION[kind](hidden)
+    assert weights(config, kind_of(config)) | tables == expected | ATTENTION[kind](hidden)
 
 
 @pytest.mark.parametrize(("kind", "variant", "vocab_size"), [(k, *case) for k in DRAFTS for case in PORTABLE])
 def test_one_directory_satisfies_all_that_can_be_satisfied(tmp_path, kind, variant, vocab_size):
     """The default export: SGLang and vLLM always, sglang-jax for Llama drafts without the switches."""
     out = write(tmp_path / "out", "sglang", kind, FIELDS[variant], vocab_size)
-    faithful = {v.name for v in lint.check(view_of_directory(out, TARGET_HF)) if v.loads and v.faithful}
+    faithful = {v.name for v in lint.check(view_of_directory(out, TARGET_HF), contract) if v.loads and v.faithful}
     wanted = {lint.DIRECTORY, "sglang", "vllm"}
     assert faithful == wanted | ({"sglang-jax"} if kind == "llama" and variant == "plain" else set())
 
@@ -202,9 +211,9 @@ def test_what_an_engine_cannot_serve_is_refused_with_the_reason(tmp_path, engine
     with pytest.raises(InputError, match=reason):
         write(tmp_path / "o", engine, kind, fields, **changes)
     assert not list(tmp_path.iterdir())
-    asked = changes.get("tap_layers", DEFAULT_TAPS), changes.get("target", TARGET_HF)
+    about = AboutTarget(changes.get("target", TARGET_HF), changes.get("tap_layers", DEFAULT_TAPS))
     with pytest.raises(InputError, match=reason):  # already before training
-        check_servable(config_of(kind, **fields), *asked, engine)
+        check_servable(algorithm_of(DRAFTS[kind]), config_of(kind, **fields), about, engine)
 
 
 @pytest.mark.parametrize(
@@ -234,8 +243,67 @@ def test_the_context_is_the_targets(tmp_path):
 
 
 def test_an_engine_is_found_by_its_name():
-    assert find_engine("sglang-jax").layer_prefixes == ("midlayer.",)
+    assert find_engine(contract, "sglang-jax").layer_prefixes == ("midlayer.",)
     with pytest.raises(
         InputError, match="engine: no 'tensorrt'; known are hf, sglang, sglang-jax, tpu-inference, vllm"
     ):
-        find_engine("tensorrt")
+        find_engine(contract, "tensorrt")
+
+
+# A draft architecture of its own file: Llama's attention, told by a field that no other has.
+GATED = """
+import dataclasses
+
+from flaxdraft.algorithms.eagle3.drafts import llama
+from flaxdraft.algorithms.eagle3.serving.terms import Kind, Served
+from flaxdraft.serving.fields import SIZE
+
+ARCHITECTURES, MODEL_TYPES = ("GatedForCausalLMEagle3",), ()
+make, name_table = llama.make, llama.name_table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(llama.Config):
+    gate_width: int = 8
+
+    @classmethod
+    def from_hf(cls, config):
+        return dataclasses.replace(super().from_hf(config), gate_width=config["gate_width"])
+
+    def to_hf(self):
+        own = {"architectures": [*ARCHITECTURES], "model_type": "gated", "gate_width": self.gate_width}
+        return super().to_hf() | own
+
+
+SERVING = Kind(
+    name="gated", title="gated Llama", architecture=ARCHITECTURES[0], model_type="gated",
+    claims=lambda config: "gate_width" in config, fields={"gate_width": SIZE}, attention=llama.SERVING.attention,
+    engines={"hf": Served(ARCHITECTURES)},
+)
+"""
+
+
+@pytest.fixture
+def gated(tmp_path, monkeypatch):
+    (tmp_path / "drafts").mkdir()
+    (tmp_path / "drafts" / "gated.py").write_text(GATED)
+    monkeypatch.setattr(drafts, "__path__", [*drafts.__path__, str(tmp_path / "drafts")])
+    yield importlib.import_module(f"{drafts.__name__}.gated")
+    del sys.modules[f"{drafts.__name__}.gated"]
+
+
+def test_a_draft_architecture_brings_what_serving_asks_of_it(tmp_path, gated):
+    config = gated.Config(**gated.Config.for_target(target_config(), W), gate_width=6)
+    what = gated, config, random_params("llama", config), vocab_of(W)
+    where = {"tap_layers": DEFAULT_TAPS, "target": TARGET_HF}
+    with pytest.raises(InputError, match=r"export for SGLang 0\.5\.23: it serves no gated drafts"):
+        write_export(tmp_path / "out", *what, engine="sglang", **where)
+    write_export(tmp_path / "out", *what, engine="hf", **where)
+    loaded = from_pretrained(tmp_path / "out")
+    assert (loaded.module, loaded.config) == (gated, config)
+    view = view_of_directory(tmp_path / "out", TARGET_HF)
+    found = {verdict.name: verdict for verdict in lint.check(view, contract)}
+    assert found[lint.DIRECTORY].faithful
+    assert {name for name, verdict in found.items() if not verdict.loads} == found.keys() - {lint.DIRECTORY}
+    broken = dataclasses.replace(view, config={**view.config, "gate_width": "x"})
+    assert "gate_width is 'x', expected a positive integer" in lint.check(broken, contract)[0].findings[0].what

@@ -11,6 +11,7 @@ import pytest
 from eagle3 import algorithm
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from small_drafts import write_export
 from tiny import write_prompts
 
 from flaxdraft import targets
@@ -22,7 +23,6 @@ from flaxdraft.evaluate import measure as measure_module
 from flaxdraft.evaluate.__main__ import main
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.precision import Precision
-from flaxdraft.serving.export import export
 from flaxdraft.serving.record import DraftRecord
 from flaxdraft.train.checkpoint import Checkpoints
 from flaxdraft.train.state import init_state
@@ -55,9 +55,9 @@ def workspace(tmp_path_factory, tiny_gguf):
         config, vocab, loaded.model, precision=Precision(), sharding=Sharding.none(), rngs=nnx.Rngs(1)
     )  # fmt: skip
     eagle3.warm_start(draft, loaded.model, vocab)
-    export(
+    write_export(
         root / "draft" / "export", llama, config, nnx.state(draft, nnx.Param), vocab,
-        tap_layers=loaded.model.config.tap_layers, target_config=loaded.hf_config, dtype="float32",
+        tap_layers=loaded.model.config.tap_layers, target=loaded.hf_config,
     )  # fmt: skip
     write_jsonl(root / "questions.jsonl", QUESTIONS)
     write_prompts(root / "prompts.jsonl", num_train=2, num_held_out=5)
@@ -84,8 +84,10 @@ def test_a_checkpoint_of_a_run_is_what_is_measured(workspace, tiny_gguf, tmp_pat
     record = {"inputs": {"train": {"ema_decay": None}}, "origin": ""}
     with Checkpoints(run / "checkpoints") as checkpoints:
         for step, score, params in ((4, 1.0, source.params), (8, 0.5, jax.tree.map(jnp.zeros_like, source.params))):
-            state = init_state(params, optax.sgd(1.0), algorithm(2))
-            arrays = {"state": state, "counters": {"tokens": jnp.zeros(2, jnp.int32)}}
+            arrays = {
+                "state": init_state(params, optax.sgd(1.0), algorithm(2)),
+                "counters": {"tokens": jnp.zeros(2, jnp.int32)},
+            }
             checkpoints.save(step, arrays, source.vocab, record | {"score": score})
     DraftRecord(source.config.to_hf(), [1, 3, 4], target, str(tiny_gguf)).write(run)
     found = []
@@ -236,6 +238,14 @@ def test_a_draft_that_lies_is_refused(workspace, tiny_gguf, tmp_path, capfd, wei
     directory = damaged(workspace, tmp_path, weights, config)
     assert call(workspace, tiny_gguf, tmp_path / "out", draft=directory) == 2
     assert re.search(message, " ".join(capfd.readouterr().err.split()))
+
+
+def test_a_draft_that_names_no_layers_taps_the_default_ones(workspace, finished, tiny_gguf, tmp_path):
+    silent = {"eagle_config": None, "eagle_aux_hidden_state_layer_ids": None}
+    directory = damaged(workspace, tmp_path, change_config=silent)
+    assert call(workspace, tiny_gguf, tmp_path / "out", "--chain", "1", draft=directory) == 0
+    found, want = (json.loads((out / "results.json").read_text())["chains"][0] for out in (tmp_path / "out", finished))
+    assert found["decoded"] == want["decoded"]
 
 
 def test_a_folder_that_is_no_draft_is_refused(tmp_path, tiny_gguf, capfd):

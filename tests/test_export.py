@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from small_drafts import write_export
 from test_contracts import DRAFTS, TARGET_HF, V, W, make_draft
 
 from flaxdraft.errors import InputError
@@ -14,7 +15,6 @@ from flaxdraft.files.name_tables import state_from_torch
 from flaxdraft.files.safetensors_file import load_safetensors
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.rope import RopeConfig
-from flaxdraft.serving.export import export
 from flaxdraft.train.state import split_draft
 
 D = E = 32  # draft and target width
@@ -72,9 +72,9 @@ def params_of(draft):
 
 def write(directory, name, draft, *, dtype="float32", tap_layers=TAPS, params=None, **target):
     ids = np.arange(draft.config.draft_vocab_size) * (2 if draft.config.draft_vocab_size < V else 1)
-    export(
+    write_export(
         directory / "export", DRAFTS[name], draft.config, params_of(draft) if params is None else params,
-        VocabMap(ids, V), tap_layers=tap_layers, target_config=TARGET_HF | target, dtype=dtype,
+        VocabMap(ids, V), tap_layers=tap_layers, target=TARGET_HF | target, dtype=dtype,
     )  # fmt: skip
     config = json.loads((directory / "export" / "config.json").read_text())
     return load_safetensors(directory / "export" / "model.safetensors"), config

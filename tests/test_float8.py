@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closeness import assert_close
+from compiling import needs_float8
 
 from flaxdraft.ops.float8 import BACKWARD, FORWARD, float8_product, narrowed
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.numeric, needs_float8]
 
 
 def numbers(*shape, seed=0, dtype=jnp.float32):

@@ -11,9 +11,10 @@ from test_from_pytorch import Source, nemo, specforge
 
 from flaxdraft.algorithms.eagle3.drafts import llama
 from flaxdraft.algorithms.eagle3.foreign.convert import convert
+from flaxdraft.algorithms.loading import from_pretrained
 from flaxdraft.data.answers import answer_greedily
 from flaxdraft.decode.decoding import Decoding, Settings
-from flaxdraft.evaluate.loading import load_draft
+from flaxdraft.evaluate.loading import pair
 from flaxdraft.evaluate.walk import walk
 from flaxdraft.nn.precision import Precision
 from flaxdraft.targets import LoadedTarget
@@ -46,7 +47,8 @@ def test_an_imported_draft_gains_what_its_formula_says(tmp_path, target, layout)
     source = Source.of(draft, llama, VOCAB)
     tensors, config = layout(source)
     convert(tensors, config, tmp_path / "out", "there")
-    loaded = load_draft(tmp_path / "out", LoadedTarget(target, None, {}, tmp_path), Precision())
+    out = tmp_path / "out"
+    loaded = pair(out, from_pretrained(out), LoadedTarget(target, None, {}, tmp_path), Precision())
     rows = answer_greedily(target, PROMPTS, LIMIT, STOP, len(PROMPTS), lambda num: None)
     decoded = Decoding(target, loaded.ready, PROMPTS, Settings(LIMIT, CHAIN, (STOP,))).finish()
     embedding = np.asarray(target.embedding())

@@ -142,7 +142,7 @@ def remover(name):
         (setter("tie_word_embeddings", True), r"tie_word_embeddings is true, expected false"),
         (lambda tensors, config: config.update(norm_before_fc=True, fc_norm=False), r"missing: input_norm.weight"),
         (lambda tensors, config: config["eagle_config"].update(norm_before_fc=True), r"found it true with fc_norm"),
-        (remover("hidden_size"), r"config.json: no field 'hidden_size', which every flaxdraft.algorithms.eagle3.drafts.llama"),
+        (remover("hidden_size"), r"config.json: no field 'hidden_size', which every flaxdraft\S+eagle3.drafts.llama"),
         (setter("vocab_size", None), r"draft.fields.vocab_size: found None, expected a positive integer"),
         (setter("draft_vocab_size", V + 1), r"draft_vocab_size: 65 is larger than the target's vocabulary 64"),
         (lambda tensors, config: config.update(architectures=["Mamba"], model_type="mamba"), r"'Mamba' .* is not supp"),

@@ -3,10 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eagle3 import algorithm as make_algorithm
 
-from flaxdraft.algorithms.eagle3.objective import Algorithm
 from flaxdraft.config import TrainConfig
-from flaxdraft.interfaces import Example, LossSums
+from flaxdraft.interfaces import Example
+from flaxdraft.ops.step_sums import StepSums
 from flaxdraft.train import step as step_module
 from flaxdraft.train.optimizer import optimizer
 from flaxdraft.train.state import init_state
@@ -46,13 +47,14 @@ def test_updates_are_those_of_adamw_after_clipping():
 @pytest.mark.parametrize("num_microbatches", [1, 2])
 def test_summed_gradients_are_divided_by_the_count_alone(num_microbatches, monkeypatch):
     """However many micro-batches they were summed over."""
-    gradient, counts, algorithm = np.array([[3.0, 4.0]]), np.array([4, 2]), Algorithm(2, step_decay=0.5)
+    gradient, counts, algorithm = np.array([[3.0, 4.0]]), np.array([4, 2]), make_algorithm(2, step_decay=0.5)
     none_J = jnp.zeros(2, jnp.int32)
-    sums = LossSums(jnp.array([8.0, 2.0]), jnp.asarray(counts), none_J, none_J, none_J, jnp.zeros(2))
+    parts = jnp.array([8.0, 2.0]), jnp.asarray(counts), none_J, none_J, none_J, jnp.zeros(2)
+    sums = StepSums(*parts, algorithm.step_weights)
     monkeypatch.setattr(step_module, "summed_gradients", lambda *args: (sums, {"w": jnp.asarray(gradient)}))
     params, tx = {"w": jnp.ones((1, 2))}, optimizer(CONFIG)
-    step = step_module.make_train_step(None, algorithm, tx, num_microbatches)
-    _, metrics = step(init_state(params, tx, 2), None, Example(None, None, None, None))
-    total = counts @ algorithm.step_weights()
+    step = step_module.make_train_step(None, algorithm, tx, jnp.float32, num_microbatches)
+    _, metrics = step(init_state(params, tx, algorithm), None, Example(None, None, None))
+    total = counts @ np.array(algorithm.step_weights)
     assert float(metrics.grad_norm) == pytest.approx(5 / total)
     assert float(metrics.loss) == pytest.approx((8 + 0.5 * 2) / total)

@@ -14,7 +14,7 @@ from eagle3 import algorithm
 from flaxdraft import targets
 from flaxdraft.config import load_config
 from flaxdraft.data.answers import answer_greedily
-from flaxdraft.data.prompts import Prompt, render
+from flaxdraft.data.prompts import Prompt, render_messages
 from flaxdraft.decode.generation import generate
 from flaxdraft.interfaces import Batch
 from flaxdraft.train.__main__ import main
@@ -48,8 +48,12 @@ def test_text_costs_what_it_should(loaded):
     assert loaded.model.config.tap_layers == (1, 14, 26)
 
 
+def rendered(tokenizer, question: str) -> list[int]:
+    return render_messages(tokenizer, Prompt("x", "question", "train", (question,)).first, "here")
+
+
 def test_capital_of_france(loaded):
-    prompt = render(loaded.tokenizer, Prompt("x", "question", "train", "What is the capital of France?"), 64)
+    prompt = rendered(loaded.tokenizer, "What is the capital of France?")
     row = answer_greedily(loaded.model, [prompt], 24, loaded.tokenizer.eos_token_id, 1, lambda num: None)[0]
     answer = loaded.tokenizer.decode(row.tokens[row.num_prompt :], skip_special_tokens=True)
     assert answer.strip().rstrip(".").endswith("Paris")
@@ -57,8 +61,7 @@ def test_capital_of_france(loaded):
 
 
 def test_greedy_text_is_the_text_decoded_without_a_cache(loaded):
-    question = Prompt("x", "question", "train", "Name three primary colours and say why they are called so.")
-    prompt = render(loaded.tokenizer, question, 64)
+    prompt = rendered(loaded.tokenizer, "Name three primary colours and say why they are called so.")
     end = loaded.tokenizer.eos_token_id
     cached = generate(loaded.model, [prompt], max_new_tokens=32, stop_tokens=[end])[0]
     tokens, length = np.zeros((1, len(prompt) + 32), np.int32), len(prompt)

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
-from small_drafts import config_of, random_params, vocab_of
+from small_drafts import config_of, random_params, vocab_of, write_export
 from test_contracts import DRAFTS, TARGET_HF, V, W
 
-from flaxdraft.algorithms.eagle3.serving.contract import engines, find_engine
+from flaxdraft.algorithms.eagle3.serving import contract
+from flaxdraft.algorithms.eagle3.serving.kinds import engines
 from flaxdraft.evaluate.report import print_headline
-from flaxdraft.serving.export import export
+from flaxdraft.serving.contract import find_engine
+from flaxdraft.serving.trained_draft import Origin
 
 EVALUATION = {
     "answers": 4, "chain_length": 3, "teacher_forced": {"answers_with_the_decoded_passes": 4},
@@ -36,7 +38,7 @@ def test_every_engine_has_a_command():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_run_ends_with_the_command_of_its_engine(capfd, name):
-    print_headline(EVALUATION, Path("out/export"), Path("out/report"), "ORG/target", find_engine(name))
+    print_headline(EVALUATION, Path("out/export"), Path("out/report"), "ORG/target", find_engine(contract, name))
     text = typed(capfd.readouterr().out)
     assert f"serve {COMMANDS[name].format('out/export')}" in text
     assert "TARGET: the Hugging Face directory of ORG/target" in text
@@ -44,7 +46,7 @@ def test_a_run_ends_with_the_command_of_its_engine(capfd, name):
 
 
 def test_a_layout_that_no_engine_was_asked_about_has_no_command_and_says_why(capfd):
-    print_headline(EVALUATION, Path("out/export"), Path("out/report"), "ORG/target", find_engine("hf"))
+    print_headline(EVALUATION, Path("out/export"), Path("out/report"), "ORG/target", find_engine(contract, "hf"))
     text = typed(capfd.readouterr().out)
     assert "serve no command: export.engine=hf is the layout for other trainers" in text
     assert "TARGET" not in text
@@ -66,11 +68,11 @@ def test_the_card_has_the_commands_of_the_engines_that_take_the_directory_as_it_
     tmp_path, engine, kind, fields, size, takers
 ):
     config = config_of(kind, size, **fields)
-    export(
+    write_export(
         tmp_path / "out", DRAFTS[kind], config, random_params(kind, config), vocab_of(size), tap_layers=(1, 3, 4),
-        target_config=TARGET_HF, dtype="float32", engine=engine, target_path="ORG/target",
+        target=TARGET_HF, engine=engine, origin=Origin("ORG/target", None, None),
     )  # fmt: skip
     card = (tmp_path / "out" / "README.md").read_text()
-    assert {name for name in COMMANDS if f"{find_engine(name).title}, TARGET being" in card} == takers
+    assert {name for name in COMMANDS if f"{find_engine(contract, name).title}, TARGET being" in card} == takers
     assert all(COMMANDS[name].format(".") in typed(card) for name in takers)
     assert ("No engine that flaxdraft knows serves this directory as it is." in card) == (not takers)

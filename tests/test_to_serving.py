@@ -11,13 +11,17 @@ import numpy as np
 import optax
 import pytest
 from commands import tool
+from eagle3 import algorithm
 from flax import nnx
 from small_drafts import config_of, random_params, vocab_of
-from test_contracts import DRAFTS, TARGET_HF, V, W
+from test_contracts import DRAFTS, TARGET_HF, TARGETS, V, W
 from test_engine_contracts import DEFAULT_TAPS, SWITCHES
 
-from flaxdraft.algorithms.loading import from_pretrained
+from flaxdraft.algorithms.loading import contract_of, from_pretrained
+from flaxdraft.config import DraftConfig
+from flaxdraft.errors import InputError
 from flaxdraft.files.safetensors_file import load_safetensors
+from flaxdraft.run.init_from import check_target, load_start, start_files
 from flaxdraft.serving import lint
 from flaxdraft.serving.record import DraftRecord
 from flaxdraft.serving.view import view_of_directory
@@ -55,7 +59,7 @@ def make_run(directory, kind, fields, size=W, steps=(4,), devices=1, ema=None):
         for step in steps:
             params[step] = random_params(kind, config, step)
             placed = jax.device_put(params[step], jax.NamedSharding(mesh, jax.P()))
-            state = init_state(placed, optax.sgd(1.0), 2, ema=ema is not None)
+            state = init_state(placed, optax.sgd(1.0), algorithm(2), ema=ema is not None)
             if ema is not None:
                 state = dataclasses.replace(state, params=jax.tree.map(lambda x: x + 1, state.params))
             record = {"score": -step, "inputs": {"train": {"ema_decay": ema}}, "origin": ""}
@@ -71,6 +75,11 @@ def assert_equal(loaded, config, params, dtype=np.float32):
         np.testing.assert_array_equal(got[...], rounded, err_msg="/".join(map(str, path)))
 
 
+def verdicts(directory):
+    view = view_of_directory(directory, TARGET_HF)
+    return lint.check(view, contract_of(view.config))
+
+
 def call(*arguments):
     return to_serving.main([str(argument) for argument in arguments])
 
@@ -82,7 +91,7 @@ def test_a_checkpoint_comes_back_bit_by_bit(tmp_path, kind, fields, size):
     loaded = from_pretrained(tmp_path / "out")
     assert_equal(loaded, config, params[4])
     np.testing.assert_array_equal(loaded.vocab.target_ids_W, vocab_of(size).target_ids_W)
-    assert lint.passes(lint.check(view_of_directory(tmp_path / "out", TARGET_HF)))
+    assert lint.passes(verdicts(tmp_path / "out"))
     # And from there for other trainers, and back.
     assert call(tmp_path / "out", tmp_path / "hf", "--engine", "hf", "--dtype", "fp32") == 0
     assert call(tmp_path / "hf", tmp_path / "again", "--dtype", "fp32") == 0
@@ -98,7 +107,7 @@ def test_norms_before_fc_and_residual_come_back_bit_by_bit(tmp_path, capsys):
     assert "export for SGLang 0.5.23: it ignores norm_before_residual" in capsys.readouterr().err
     assert call(tmp_path / "run", tmp_path / "out", "--engine", "vllm", "--dtype", "fp32") == 0
     assert_equal(from_pretrained(tmp_path / "out"), config, params[4])
-    assert lint.passes(lint.check(view_of_directory(tmp_path / "out", TARGET_HF)), ["vllm"])
+    assert lint.passes(verdicts(tmp_path / "out"), ["vllm"])
 
 
 def test_a_checkpoint_of_eight_devices_is_read_on_one(tmp_path):
@@ -158,6 +167,19 @@ def test_a_card_claims_no_figures_of_another_checkpoint(tmp_path):
         card = (tmp_path / "out" / "README.md").read_text()
         assert f"| checkpoint | {fact} |" in card
         assert ("accept length" in card) == (step == "best")
+
+
+def test_training_begins_from_a_checkpoint_by_its_own_path(tmp_path):
+    config, params = make_run(tmp_path / "run", "llama", {}, steps=(4, 8))
+    for name, step in (("best", 4), ("latest", 8), ("4", 4)):
+        path = str(tmp_path / "run" / "checkpoints" / name)
+        start = load_start(DraftConfig(init_from=path, architecture="llama"), DRAFTS["llama"])
+        assert_equal(start, config, params[step])
+        assert [file.name for file in start_files(path)] == ["_CHECKPOINT_METADATA"]
+    target = TARGETS["llama"].Config.from_hf(TARGET_HF)
+    check_target(start, path, dataclasses.replace(target, tap_layers=DEFAULT_TAPS), TARGET_HF)
+    with pytest.raises(InputError, match=r"has tapped layers \[1, 3, 4\], this target \[2, 3, 4\]"):
+        check_target(start, path, dataclasses.replace(target, tap_layers=(2, 3, 4)), TARGET_HF)
 
 
 def test_a_checkpoint_is_read_without_the_other_processes(tmp_path, monkeypatch):

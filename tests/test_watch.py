@@ -6,6 +6,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+from flaxdraft.ops.step_sums import StepSums
 from flaxdraft.train import meters
 from flaxdraft.train.loop import _Run
 
@@ -31,7 +32,7 @@ def test_the_pipeline_s_time_counts_and_the_caller_s_does_not(monkeypatch):
 
 METRICS = SimpleNamespace(
     loss=2.0, grad_norm=1.0,
-    sums=SimpleNamespace(row_count_J=np.full(2, 10), hit_J=np.array([5, 4]), prefix_hit_J=np.array([5, 2])),
+    sums=StepSums(np.ones(2), np.full(2, 10), np.full(2, 10), np.array([5, 4]), np.array([5, 2]), np.ones(2), (1.0, 1.0)),
 )  # fmt: skip
 
 
@@ -62,10 +63,11 @@ def test_tokens_a_second_are_those_of_training_whatever_comes_between_two_logs(
             yield "a batch"
 
     monkeypatch.setattr(meters.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(meters.reads, "read", lambda tree: (away(0), tree)[1])
+    monkeypatch.setattr(meters.host_reads, "read", lambda tree: (away(0), tree)[1])
     every = {"eval_every": eval_every, "checkpoint_every": checkpoint_every, "num_steps": 12}
-    trainer = SimpleNamespace(config=SimpleNamespace(**every), vocab=None, record=lambda score: {})
-    checkpoints = Mock(best_score=9.0)
+    trainer = SimpleNamespace(config=SimpleNamespace(**every), vocab=None, record=lambda score: {}, resume=Mock())
+    checkpoints = Mock()
+    checkpoints.best_score.return_value = 9.0
     checkpoints.save = lambda *_: away(70)
     log = Mock()
     run = _Run(trainer, None, evaluate, checkpoints, log, None)
@@ -83,7 +85,7 @@ def test_tokens_a_second_are_those_of_training_whatever_comes_between_two_logs(
 
 
 def test_the_mean_over_rows_is_not_called_an_accept_length(monkeypatch):
-    monkeypatch.setattr(meters.reads, "read", lambda tree: tree)
+    monkeypatch.setattr(meters.host_reads, "read", lambda tree: tree)
     progress = Mock(done=0)
     one = meters.Watch(Mock(), progress, Mock(), Mock(), 0)
     one.note(0, METRICS)

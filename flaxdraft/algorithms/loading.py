@@ -1,41 +1,30 @@
-"""Draft architectures, one a file: `Config`, `make`, `name_table`, and the names that it answers to.
-
-A new architecture is a new file; nothing else is edited. `from_pretrained` finds it from what a directory says it is.
-"""
+"""Drafts from directories, of whichever algorithm: an architecture's file is found from what config.json says."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flaxdraft.algorithms import algorithm_of, draft_packages
-from flaxdraft.algorithms.eagle3.serving.tensors import BUFFERS, flat_name
+from flaxdraft.algorithms import DEFAULT, algorithm_of, draft_packages, make
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.files.json_files import read_json_object
 from flaxdraft.files.name_tables import state_from_torch
 from flaxdraft.files.safetensors_file import load_safetensors
-from flaxdraft.interfaces import Algorithm, VocabMap
+from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.layers import Frozen
 from flaxdraft.nn.precision import Precision
-from flaxdraft.plugins import find_by_architecture
-
-
-class LoadedDraft(NamedTuple):
-    """A draft from a serving directory; the vocabulary map is part of it."""
-
-    algorithm: Algorithm
-    module: ModuleType
-    config: Any
-    params: nnx.State
-    vocab: VocabMap
+from flaxdraft.plugins import find_by_architecture, settings_of
+from flaxdraft.serving.contract import Contract
+from flaxdraft.serving.trained_draft import TrainedDraft
 
 
 def serving_files(directory: str | Path) -> list[Path]:
@@ -54,8 +43,34 @@ def serving_files(directory: str | Path) -> list[Path]:
     return [config, *weights]
 
 
-def _read_tensors(paths: list[Path]) -> dict[str, np.ndarray]:
-    """Every tensor under its name in the servers' flat layout.
+def contract_of(config: Mapping[str, Any]) -> Contract:
+    """The contract of the algorithm whose draft a config.json describes, whatever may stand in it; the default
+    algorithm's where no draft of that name is known, whose rules then say what is wrong."""
+    try:
+        return algorithm_of(find_by_architecture(draft_packages(), dict(config), "config.json")).serving()
+    except (InputError, TypeError, LookupError):
+        return make(settings_of(DEFAULT)(name=DEFAULT), packed=True).serving()
+
+
+def tapped_layers(directory: Path, target: Mapping[str, Any]) -> list[int] | None:
+    """The layers that a draft's config.json names, by output; None where it leaves them to the default.
+
+    Args:
+        target: the target's config.json; where it is not known, {}.
+
+    Raises:
+        InputError: config.json cannot be read, or has something else in these fields.
+    """
+    path = directory / "config.json"
+    config = read_json_object(path, "expected a draft's config.json", "write it again")
+    try:
+        return contract_of(config).tap_layers_of(config, target)
+    except (ValueError, AttributeError, TypeError, LookupError) as error:
+        raise InputError(f"{path}: its layer ids cannot be read ({error})") from error
+
+
+def _read_tensors(paths: list[Path], contract: Contract) -> dict[str, np.ndarray]:
+    """Every tensor under its name in the algorithm's name tables.
 
     Raises:
         InputError: two tensors of one name.
@@ -63,8 +78,8 @@ def _read_tensors(paths: list[Path]) -> dict[str, np.ndarray]:
     tensors = {}
     for path in paths:
         for key, array in load_safetensors(path).items():
-            name = flat_name(key)
-            if BUFFERS.search(name):
+            name = contract.flat_name(key)
+            if name is None:
                 continue
             if name in tensors:
                 raise InputError(f"{path}: {key} is the second tensor that means {name}; remove one of them")
@@ -72,36 +87,8 @@ def _read_tensors(paths: list[Path]) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _read_vocab(tensors: dict[str, np.ndarray], num_draft: int, num_target: int, origin: str) -> VocabMap:
-    """Takes d2t and t2d out of the tensors.
-
-    Raises:
-        InputError: d2t is missing where the draft's vocabulary is smaller, is of another size, or differs from t2d.
-    """
-    d2t, t2d = tensors.pop("d2t", None), tensors.pop("t2d", None)
-    if d2t is None:
-        if num_draft < num_target:
-            raise InputError(
-                f"{origin}: no d2t, but draft_vocab_size is {num_draft} of {num_target} target tokens; without it "
-                "nobody knows what a draft token means. Export the draft again with its vocabulary map"
-            )
-        d2t = np.zeros(num_draft, np.int64)
-    if d2t.shape != (num_draft,):
-        raise InputError(f"{origin}: d2t has shape {d2t.shape}, expected ({num_draft},) from draft_vocab_size")
-    try:
-        vocab = VocabMap.from_d2t(d2t, num_target)
-    except InputError as error:
-        raise InputError(f"{origin}: d2t holds no offsets (target id = i + d2t[i]): {error}") from error
-    if t2d is not None and not np.array_equal(t2d.astype(bool), vocab.t2d()):
-        raise InputError(f"{origin}: t2d is not the membership mask of d2t; export the draft again")
-    return vocab
-
-
-def from_pretrained(directory: str | Path, vocab: VocabMap | None = None) -> LoadedDraft:
-    """Reads a draft that was exported here, or one in SGLang's, vLLM's or SpecForge's layout.
-
-    An `embed_tokens.weight` is read only where the draft owns its embedding; elsewhere the target's stands in its
-    place, as in SGLang.
+def from_pretrained(directory: str | Path, vocab: VocabMap | None = None) -> TrainedDraft:
+    """Reads a draft that was exported here, or one in another layout that its algorithm's contract understands.
 
     Args:
         vocab: the map that the caller's data was made for, if it has one.
@@ -122,8 +109,10 @@ def from_pretrained(directory: str | Path, vocab: VocabMap | None = None) -> Loa
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise InputError(f"{config_path}: a field has a type or value that no draft can have ({error})") from error
     origin = str(Path(directory))
-    tensors = _read_tensors(paths)
-    found = _read_vocab(tensors, config.draft_vocab_size, config.vocab_size, origin)
+    algorithm = algorithm_of(module, config)
+    contract: Contract = algorithm.serving()
+    tensors = _read_tensors(paths, contract)
+    found = contract.take_vocab(tensors, config, origin)
     if vocab is not None and not (
         vocab.vocab_size == found.vocab_size and np.array_equal(vocab.target_ids_W, found.target_ids_W)
     ):
@@ -131,10 +120,8 @@ def from_pretrained(directory: str | Path, vocab: VocabMap | None = None) -> Loa
             f"{origin}: its vocabulary map ({found.draft_vocab_size} of {found.vocab_size} tokens) is not the one "
             f"given ({vocab.draft_vocab_size} of {vocab.vocab_size}); a draft's head has meaning only with its own map"
         )
-    if not config.owns_embedding:
-        tensors.pop("embed_tokens.weight", None)
     params = state_from_torch(abstract_params(module, config), module.name_table(config), tensors, origin)
-    return LoadedDraft(algorithm_of(module, config), module, config, params, found)
+    return TrainedDraft(algorithm, module, config, params, found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,11 +83,12 @@ def _draft_files(path: Path, step: str | None) -> Iterator[Path]:
             f"draft {path}: found neither config.json nor {'export/ nor ' * (step is None)}checkpoints/; expected an "
             "exported draft, what tools/convert writes, or a run's draft folder"
         )
-    from flaxdraft.serving.export import export_again, open_draft
+    from flaxdraft.run.draft_source import open_draft
+    from flaxdraft.serving.export import export_again
 
     with tempfile.TemporaryDirectory() as scratch:
         source = open_draft(path, step=step or "latest")
-        export_again(source, Path(scratch) / "draft", engine="hf", dtype="float32")
+        export_again(Path(scratch) / "draft", source.draft, source.target, engine="hf", dtype="float32")
         yield Path(scratch) / "draft"
 
 
@@ -151,18 +152,21 @@ def _load(a: argparse.Namespace, directory: Path):
         InputError: the target cannot be asked, or the two do not belong together.
     """
     from flaxdraft import targets
-    from flaxdraft.evaluate.loading import load_draft, tapped_layers
+    from flaxdraft.algorithms.loading import from_pretrained, tapped_layers
+    from flaxdraft.evaluate.loading import pair
     from flaxdraft.nn.precision import DTYPES, Precision
 
     precision = Precision(compute=DTYPES[a.dtype], param=DTYPES[a.dtype])
-    taps = tapped_layers(directory, targets.open_target(a.target))
+    opened, draft = targets.open_target(a.target), from_pretrained(directory)
+    named = tapped_layers(directory, opened.source.config)
+    taps = draft.algorithm.tap_layers(opened.config().num_hidden_layers, None if named is None else tuple(named))
     loaded = targets.from_pretrained(a.target, tap_layers=taps, precision=precision)
     if loaded.tokenizer is None or not loaded.tokenizer.chat_template:
         raise InputError(
             f"{a.target}: has no {'tokenizer' if loaded.tokenizer is None else 'chat template'}, which it takes to ask "
             "the target; put the model's tokenizer.json and tokenizer_config.json there"
         )
-    return loaded, load_draft(directory, loaded, precision)
+    return loaded, pair(directory, draft, loaded, precision)
 
 
 if __name__ == "__main__":

@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flaxdraft.algorithms import loading
-from flaxdraft.algorithms.eagle3.serving.layer_ids import is_deepseek, outputs_of
 from flaxdraft.decode.decoding import ReadyDraft
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Algorithm, VocabMap
 from flaxdraft.nn.layers import Frozen
 from flaxdraft.nn.precision import Precision
-from flaxdraft.targets import LoadedTarget, OpenedTarget
-
-
-def tapped_layers(directory: Path, opened: OpenedTarget) -> list[int] | None:
-    """The layers that a draft's config.json names, by output; None where it leaves them to the default.
-
-    Raises:
-        InputError: config.json is no JSON, or has something else in these fields.
-    """
-    path = directory / "config.json"
-    try:
-        return outputs_of(json.loads(path.read_text(encoding="utf-8")), is_deepseek(opened.source.config))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: its layer ids cannot be read ({error})") from error
+from flaxdraft.serving.trained_draft import TrainedDraft
+from flaxdraft.targets import LoadedTarget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +49,15 @@ def check_finite(state: nnx.State, origin: str) -> None:
             )
 
 
-def load_draft(directory: Path, target: LoadedTarget, precision: Precision) -> PairedDraft:
+def pair(directory: Path, loaded: TrainedDraft, target: LoadedTarget, precision: Precision) -> PairedDraft:
     """
+    Args:
+        directory: where the draft was read.
+
     Raises:
-        InputError: the directory is no draft (see `loading.from_pretrained`), a weight is not finite, or the draft was
-            made for a target of another vocabulary or width.
+        InputError: a weight is not finite, or the draft was made for a target of another vocabulary or width.
     """
-    loaded, c = loading.from_pretrained(directory), target.model.config
+    c = target.model.config
     for name, theirs, ours in (
         ("vocab_size", loaded.config.vocab_size, c.vocab_size),
         ("target_hidden_size", loaded.config.target_hidden_size, c.hidden_size),

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from rich.text import Text
 
-from flaxdraft.algorithms.eagle3.serving.contract import Engine
 from flaxdraft.evaluate.figures import draw_acceptance, draw_guesses, draw_sample, draw_training
 from flaxdraft.evaluate.results import own_figures
 from flaxdraft.progress import CONSOLE
+from flaxdraft.serving.contract import Engine
 
 # Title, where the figure lies in a result, and how it is written.
 _FIGURES = (

@@ -6,40 +6,31 @@ and the vocabulary map are taken and nothing else: steps, moments and the positi
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from flaxdraft.algorithms.eagle3.serving.layer_ids import outputs_of
-from flaxdraft.algorithms.loading import LoadedDraft, from_pretrained, serving_files
 from flaxdraft.config import DraftConfig
 from flaxdraft.errors import InputError
-from flaxdraft.serving.export import open_draft
-from flaxdraft.serving.record import DraftRecord
+from flaxdraft.run.draft_source import draft_files, load_draft, tap_layers_of
+from flaxdraft.serving.trained_draft import TrainedDraft
 
 
-def _run_of(path: Path) -> Path | None:
-    """The draft folder of the run whose checkpoint the path is; None where it is none."""
-    return path.parent.parent if path.parent.name == "checkpoints" else None
+def start_files(address: str) -> list[Path]:
+    """See `draft_files`."""
+    return draft_files(Path(address).expanduser())
 
 
-def start_files(directory: str) -> list[Path]:
-    """The files whose digests say which draft it is. A checkpoint's metadata hold the time of its save."""
-    path = Path(directory).expanduser()
-    return serving_files(path) if _run_of(path) is None else [path / "_CHECKPOINT_METADATA"]
-
-
-def load_start(config: DraftConfig, module: ModuleType) -> LoadedDraft:
+def load_start(config: DraftConfig, module: ModuleType) -> TrainedDraft:
     """The draft at `config.init_from`, whose sizes and vocabulary map replace the configured defaults.
 
     Raises:
-        InputError: it cannot be read (see `from_pretrained` and `open_draft`), is of another architecture, or the
-            configuration asks for other sizes.
+        InputError: it cannot be read (see `load_draft`), is of another architecture, or the configuration asks for
+            other sizes.
     """
-    path = Path(config.init_from).expanduser()
-    run = _run_of(path)
-    start = from_pretrained(path) if run is None else open_draft(run, step=path.name).draft
+    assert config.init_from is not None
+    start = load_draft(Path(config.init_from).expanduser())
     if start.module is not module:
         raise InputError(
             f"draft.init_from: {config.init_from} holds a {start.module.__name__.rpartition('.')[2]} draft, "
@@ -58,23 +49,23 @@ def load_start(config: DraftConfig, module: ModuleType) -> LoadedDraft:
     return start
 
 
-def check_target(start: LoadedDraft, target: Any, directory: str) -> None:
+def check_target(start: TrainedDraft, address: str, target: Any, target_json: Mapping[str, Any]) -> None:
     """
+    Args:
+        address: `draft.init_from`.
+        target: the configuration of the run's target, and its config.json.
+
     Raises:
         InputError: the draft was made for a target of another width or vocabulary, or for other tapped layers.
     """
-    path = Path(directory).expanduser()
-    if (run := _run_of(path)) is not None:
-        taps = list(DraftRecord.read(run).tap_layers)
-    else:
-        written = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        taps = outputs_of(written, deepseek=hasattr(target, "kv_lora_rank"))
+    ours_tapped = list(target.tap_layers)
+    theirs_tapped = tap_layers_of(Path(address).expanduser(), target_json)
     for name, theirs, ours in (
         ("target_hidden_size", start.config.target_hidden_size, target.hidden_size),
         ("vocab_size", start.config.vocab_size, target.vocab_size),
-        ("tapped layers", list(target.tap_layers) if taps is None else taps, list(target.tap_layers)),
+        ("tapped layers", ours_tapped if theirs_tapped is None else theirs_tapped, ours_tapped),
     ):
         if theirs != ours:
             raise InputError(
-                f"draft.init_from: {directory} has {name} {theirs}, this target {ours}; it was made for another one"
+                f"draft.init_from: {address} has {name} {theirs}, this target {ours}; it was made for another one"
             )

@@ -23,8 +23,9 @@ from flaxdraft.run.draft import draft_config
 from flaxdraft.run.saying import say
 from flaxdraft.run.setup import Setup
 from flaxdraft.run.training import Trained, untrained_draft
-from flaxdraft.serving.card import Origin, describe
+from flaxdraft.serving.card import describe_checkpoint
 from flaxdraft.serving.export import export
+from flaxdraft.serving.trained_draft import Origin, TrainedDraft
 from flaxdraft.stages.claims import Stage
 from flaxdraft.train.checkpoint import DamagedError, load_params
 from flaxdraft.train.chosen import Chosen, choose
@@ -102,7 +103,7 @@ def evaluate_draft(setup: Setup, trained: Trained | None) -> dict[str, Any]:
     assert trained is not None
     chosen, material = chosen_checkpoint(setup), trained.material
     prompts = [prompt for prompt in setup.prompts if prompt.split == "held_out"]
-    say("evaluate", f"{describe(chosen.step, chosen.last)}: {len(prompts)} held-out prompts, up to "
+    say("evaluate", f"{describe_checkpoint(chosen.step, chosen.last)}: {len(prompts)} held-out prompts, up to "
                     f"{config.max_new_tokens} tokens, chain of {config.chain_length}")  # fmt: skip
     untrained, target = untrained_draft(setup, material), material.target
     draft = PairedDraft(
@@ -149,14 +150,12 @@ def export_draft(setup: Setup, trained: Trained | None) -> Path:
         return directory
     assert trained is not None
     params, chosen, material = chosen_params(setup, trained), chosen_checkpoint(setup), trained.material
-    say("export", f"{describe(chosen.step, chosen.last)}: {directory}")
+    say("export", f"{describe_checkpoint(chosen.step, chosen.last)}: {directory}")
     stage.path.unlink(missing_ok=True)
-    export(
-        directory, setup.architecture, draft_config(setup, material.target), params, material.vocab,
-        tap_layers=material.target.config.tap_layers, target_config=material.target.opened.source.config,
-        engine=config.export.engine, dtype=config.export.dtype,
-        origin=Origin(config.target.path, setup.draft_dir, chosen.step),
-    )  # fmt: skip
+    target = material.target
+    draft = TrainedDraft(setup.algorithm, setup.architecture, draft_config(setup, target), params, material.vocab)
+    origin = Origin(config.target.path, setup.draft_dir, chosen.step)
+    export(directory, draft, target.about, dtype=config.export.dtype, engine=config.export.engine, origin=origin)
     stage.store({"checkpoint": chosen._asdict(), "files": _digests(directory)})
     return directory
 
@@ -180,7 +179,7 @@ def report_run(setup: Setup, evaluation: dict[str, Any]) -> Path:
         "target": config.target.path,
         "draft": f"{config.algorithm.name}, {config.draft.architecture}",
         "training": f"{config.train.num_steps} steps of {config.train.batch_size} conversations",
-        "checkpoint": describe(evaluation["checkpoint"]["step"], evaluation["checkpoint"]["last"]),
+        "checkpoint": describe_checkpoint(evaluation["checkpoint"]["step"], evaluation["checkpoint"]["last"]),
         "held out": f"{evaluation['answers']} prompts, {evaluation['generated_tokens']} tokens of greedy answers",
         "before training": f"accept length {untrained['accept_length']:.3f} (walked)",
     }  # fmt: skip

@@ -20,6 +20,7 @@ from flaxdraft.run.results import evaluate_draft, export_draft, finished, report
 from flaxdraft.run.setup import claim_folders, prepare
 from flaxdraft.run.target import RunTarget
 from flaxdraft.run.training import train_draft
+from flaxdraft.serving.contract import find_engine
 from flaxdraft.stages.directory_lock import directory_lock
 
 
@@ -45,7 +46,7 @@ def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
                 evaluation = evaluate_draft(setup, trained)
                 export_dir = export_draft(setup, trained)
                 report_dir = report_run(setup, evaluation)
-                engine = setup.algorithm.serving().find_engine(config.export.engine)
+                engine = find_engine(setup.algorithm.serving(), config.export.engine)
                 print_headline(evaluation, export_dir, report_dir, config.target.path, engine)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 
 from flaxdraft import algorithms
-from flaxdraft.algorithms.loading import LoadedDraft
 from flaxdraft.config import RunConfig, nearest
 from flaxdraft.data.prompts import SPLITS, Prompt, read_prompts
 from flaxdraft.data.store import MANIFEST, FeatureStore
@@ -21,6 +20,8 @@ from flaxdraft.errors import InputError
 from flaxdraft.files.fetch import content_of, digest_of, sha256_of
 from flaxdraft.interfaces import Algorithm
 from flaxdraft.run.init_from import load_start, start_files
+from flaxdraft.serving.contract import find_engine
+from flaxdraft.serving.trained_draft import TrainedDraft
 from flaxdraft.stages.claims import check_claimed, claim
 from flaxdraft.stages.same_inputs import NOT_OF_ANSWERS, flatten
 from flaxdraft.train.batch_placement import check_batch
@@ -39,7 +40,7 @@ class Setup:
     mesh: jax.sharding.Mesh
     splits: tuple[str, ...]  # that the target answers
     prompts: list[Prompt]
-    start: LoadedDraft | None  # the draft that training begins from, if not from nothing
+    start: TrainedDraft | None  # the draft that training begins from, if not from nothing
     answer_inputs: dict[str, Any]  # of the stored answers, which any draft of this target may use
     draft_inputs: dict[str, Any]  # of the trained draft
     allowed: Sequence[str]  # fields that may differ from what the folders were made with
@@ -63,7 +64,7 @@ def prepare(config: RunConfig, allowed: Sequence[str] = ()) -> Setup:
     """
     algorithm = algorithms.make(config.algorithm, packed=config.train.pack_length is not None)
     architecture = algorithms.architecture(config.algorithm, config.draft.architecture)
-    algorithm.serving().find_engine(config.export.engine, "export.engine")
+    find_engine(algorithm.serving(), config.export.engine, "export.engine")
     if algorithm.full_vocabulary:
         for field in ("draft_vocab_size", "vocab_map"):
             if field in config.draft.model_fields_set:

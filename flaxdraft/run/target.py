@@ -15,6 +15,7 @@ from flaxdraft.progress import CONSOLE
 from flaxdraft.run.init_from import check_target
 from flaxdraft.run.saying import say
 from flaxdraft.run.setup import Setup
+from flaxdraft.serving.trained_draft import AboutTarget
 from flaxdraft.targets.decoder import DecoderConfig
 
 if TYPE_CHECKING:
@@ -48,12 +49,17 @@ class RunTarget:
         """
         c = self.opened.config(self._taps)
         if self._setup.start is not None:
-            check_target(self._setup.start, c, self._setup.config.draft.init_from)
+            check_target(self._setup.start, self._setup.config.draft.init_from, c, self.opened.source.config)
         CONSOLE.print(
             f"  {c.num_hidden_layers} layers, width {c.hidden_size}, vocabulary {c.vocab_size}, "
             f"taps after layers {', '.join(map(str, c.tap_layers))}"
         )
         return c
+
+    @property
+    def about(self) -> AboutTarget:
+        """What an export asks of it."""
+        return AboutTarget(self.opened.source.config, self.config.tap_layers)
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:

@@ -1,5 +1,5 @@
-"""What serving engines ask of a draft's directory: one table an engine, and what is derived from the tables.
+"""What every algorithm's export has in common: writing a directory, asking engines' rules, the model card.
 
-`engines/` holds the tables, `contract.py` says what their entries mean, `layout.py` the tensors of a draft, `lint.py`
-compares a directory with all of it. Nothing here computes on an accelerator.
+`contract.py` says what an algorithm brings, its own package `serving`; nothing here knows which algorithms there are,
+and nothing computes on an accelerator.
 """

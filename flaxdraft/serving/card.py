@@ -3,73 +3,60 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from flaxdraft.algorithms.eagle3.serving import layer_ids
-from flaxdraft.algorithms.eagle3.serving.contract import SWITCHES, engines, kind_of
-from flaxdraft.serving import lint
-from flaxdraft.serving.view import DraftView
+from flaxdraft.serving.contract import Contract, Engine
+from flaxdraft.serving.trained_draft import AboutTarget, Origin, TrainedDraft
 
-
-class Origin(NamedTuple):
-    """Where a draft is from."""
-
-    target: str  # the target's address
-    run: Path | None  # the folder of its run; what that recorded of data, training and evaluation is shown
-    step: int | None  # of the run's checkpoint; figures of another one are left out
+TOKENS = 3  # draft tokens a pass, where nothing was measured
 
 
-def describe(step: int, last: int) -> str:
-    """Which checkpoint was chosen, for people."""
+def describe_checkpoint(step: int, last: int) -> str:
+    """Which of a run's checkpoints was chosen, for people."""
     return f"step {step}" if step == last else f"step {step} of {last}, the best held-out score"
 
 
-def model_card(view: DraftView, origin: Origin) -> str:
+def model_card(
+    draft: TrainedDraft, config: Mapping[str, Any], target: AboutTarget, origin: Origin, takers: Sequence[Engine]
+) -> str:
     """
     Args:
-        view: of the directory, which is about to be written.
+        config: config.json of the directory.
+        takers: the engines that serve the directory as it is.
     """
-    config, (target, run, step) = view.config, origin
-    kind = {"llama": "Llama", "mla": "DeepSeek-MLA"}[kind_of(config)]
-    switched = [name for name in SWITCHES if config.get(name)]
+    contract: Contract = draft.algorithm.serving()
+    inputs = _recorded(origin.run, "inputs.json")
+    evaluation = _recorded(origin.run, "evaluation.json").get("result", {})
+    measured = evaluation.get("checkpoint", {"step": origin.step, "last": origin.step})
     facts = {
         # A path of this machine says nothing elsewhere.
-        "target": f"`{Path(target).name if Path(target).is_absolute() else target}`",
-        "draft": f"EAGLE-3, one {kind} layer of width {config['hidden_size']}"
-                 + (f", {' and '.join(switched)}" if switched else ""),
-        "draft vocabulary": f"{config['draft_vocab_size']:,} of {config['vocab_size']:,} tokens",
-        "reads the outputs of layers": ", ".join(str(layer - 1) for layer in config[layer_ids.NAME]) + " (0-based)",
+        "target": f"`{Path(origin.target).name if Path(origin.target).is_absolute() else origin.target}`",
+        "draft": contract.describe(config),
+        "draft vocabulary": f"{draft.vocab.draft_vocab_size:,} of {draft.vocab.vocab_size:,} tokens",
+        "reads the outputs of layers": ", ".join(map(str, target.tap_layers)) + " (0-based)",
         "context": f"{config['max_position_embeddings']:,} tokens",
         "weights": config["torch_dtype"],
-    }  # fmt: skip
-    inputs, evaluation = _recorded(run, "inputs.json"), _recorded(run, "evaluation.json").get("result", {})
+    }
     if train := inputs.get("train"):
         facts["training"] = (
             f"{train['num_steps']:,} steps of {train['batch_size']} conversations, learning rate "
-            f"{train['learning_rate']:g}, {inputs['algorithm']['ttt_length']} unroll steps, "
-            f"{inputs['algorithm']['objective']}"
+            f"{train['learning_rate']:g}, {contract.describe_training(inputs['algorithm'])}"
         )
-    measured = evaluation.get("checkpoint", {"step": step, "last": step})
-    if step is not None:
-        facts["checkpoint"] = describe(step, measured["last"] if measured["step"] == step else step)
-    lines = ["---", "tags: [eagle3, speculative-decoding]", "---", "", f"# EAGLE-3 draft for {Path(target).name}", ""]
+    if origin.step is not None:
+        same = measured["step"] == origin.step
+        facts["checkpoint"] = describe_checkpoint(origin.step, measured["last"] if same else origin.step)
+    title = f"# {contract.title} draft for {Path(origin.target).name}"
+    lines = ["---", f"tags: [{', '.join(contract.tags)}]", "---", "", title, ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())]
-    lines += _figures(evaluation) if measured["step"] == step else []
-    lines += _commands(view, evaluation.get("chain_length", 3))
-    return "\n".join([*lines, ""])
-
-
-def _commands(view: DraftView, chain_length: int) -> list[str]:
-    """Of each engine that serves the directory as it is."""
-    takers = [engine for engine in engines().values() if engine.serves
-              and all(finding.level == "note" for finding in lint.of_engine(engine, view))]  # fmt: skip
-    lines = []
+    lines += _figures(evaluation) if measured["step"] == origin.step else []
     for engine in takers:
-        lines += ["", f"{engine.title}, TARGET being the target's Hugging Face directory:", "", "```"]
-        lines += [engine.command(".", chain_length), "```"]
-    return lines or ["", "No engine that flaxdraft knows serves this directory as it is."]
+        command = engine.command(".", evaluation.get("chain_length", TOKENS))
+        lines += ["", f"{engine.title}, TARGET being the target's Hugging Face directory:", "", "```", command, "```"]
+    if not takers:
+        lines += ["", "No engine that flaxdraft knows serves this directory as it is."]
+    return "\n".join([*lines, ""])
 
 
 def _figures(evaluation: Mapping[str, Any]) -> list[str]:

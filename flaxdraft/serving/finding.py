@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 
@@ -12,6 +13,11 @@ class Finding(NamedTuple):
     level: Literal["refused", "wrong", "note"]
     what: str
     mend: str
+
+
+def first_fault(findings: Iterable[Finding]) -> Finding | None:
+    """The first one that is more than a note."""
+    return next((finding for finding in findings if finding.level != "note"), None)
 
 
 def few(items: list[str]) -> str:

@@ -1,21 +1,18 @@
-"""A draft against every contract: verdicts as data, as a table, and as what an export must not contain."""
+"""A draft against every engine: verdicts as data, as a table, and as what an export must not contain."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from rich import box
 from rich.table import Table
 
-from flaxdraft.algorithms.eagle3.serving import rules, sanity
-from flaxdraft.algorithms.eagle3.serving.contract import Engine, engines
-from flaxdraft.algorithms.eagle3.serving.fields import malformed, sizeless
-from flaxdraft.serving.finding import Finding, few
+from flaxdraft.serving.contract import Contract, of_engine
+from flaxdraft.serving.finding import Finding, first_fault
 from flaxdraft.serving.view import DraftView
 
 DIRECTORY = "the directory"
-PORTABLE = ("sglang", "vllm")  # what one directory can satisfy at once for every draft
 
 
 class Verdict(NamedTuple):
@@ -23,56 +20,40 @@ class Verdict(NamedTuple):
 
     name: str
     title: str
+    portable: bool  # of the engines that one directory satisfies at once, or the directory itself
     findings: list[Finding]
     loads: bool
 
     @property
     def faithful(self) -> bool:
         """It serves the network that was trained."""
-        return not any(finding.level != "note" for finding in self.findings)
-
-
-def of_engine(engine: Engine, view: DraftView) -> list[Finding]:
-    return [finding for rule in (*rules.CONFIG_RULES, *rules.TENSOR_RULES) for finding in rule(engine, view)]
-
-
-def of_directory(view: DraftView) -> list[Finding]:
-    return [finding for rule in (*sanity.TENSOR_RULES, *sanity.CONFIG_RULES) for finding in rule(view)]
+        return first_fault(self.findings) is None
 
 
 def stops(findings: Iterable[Finding]) -> bool:
     return any(finding.level == "refused" for finding in findings)
 
 
-def unreadable(view: DraftView) -> list[Finding]:
-    """What makes every further question meaningless."""
-    if "speculators_model_type" in view.config:
-        return [Finding("refused", "config.json is in the speculators form, which vLLM alone reads, for Llama and "
-                        "Qwen3 layers", "convert it with tools/convert/from_pytorch.py")]  # fmt: skip
-    bad = [*sizeless(view.config), *malformed(view.config)]
-    if bad:
-        return [Finding("refused", f"config.json: {few(bad)}", "write it again")]
-    return []
+def check(view: DraftView, contract: Contract) -> list[Verdict]:
+    """The directory itself first, then each engine.
 
-
-def check(view: DraftView) -> list[Verdict]:
-    """The directory itself first, then each engine."""
-    fatal = unreadable(view)
-    if fatal:
-        return [Verdict(DIRECTORY, "", fatal, loads=False)]
-    found = of_directory(view)
-    verdicts = [Verdict(DIRECTORY, "", found, loads=not stops(found))]
-    for name, engine in engines().items():
-        if engine.serves:
-            own = of_engine(engine, view)
-            verdicts.append(Verdict(name, engine.title, own, loads=not stops([*found, *own])))
+    Args:
+        contract: of the algorithm that the draft is of.
+    """
+    fatal = contract.unreadable(view)
+    found = fatal or contract.of_directory(view)
+    verdicts = [Verdict(DIRECTORY, "", True, found, loads=not stops(found))]
+    for name, engine in contract.engines().items():
+        if engine.serves and not fatal:
+            own = of_engine(contract, engine, view)
+            verdicts.append(Verdict(name, engine.title, engine.portable, own, loads=not stops([*found, *own])))
     return verdicts
 
 
-def passes(verdicts: Sequence[Verdict], wanted: Iterable[str] = PORTABLE) -> bool:
-    """Nothing but notes for the directory and the wanted engines."""
-    names = {DIRECTORY, *wanted}
-    return all(verdict.faithful for verdict in verdicts if verdict.name in names)
+def passes(verdicts: Sequence[Verdict], wanted: Collection[str] = ()) -> bool:
+    """Nothing but notes for the directory and the wanted engines, by default the portable ones."""
+    asked = [v for v in verdicts if v.name == DIRECTORY or (v.name in wanted if wanted else v.portable)]
+    return all(verdict.faithful for verdict in asked)
 
 
 def as_json(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:

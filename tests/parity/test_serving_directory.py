@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -13,6 +14,7 @@ from closeness import assert_close
 from commands import tool
 from flax import nnx
 from jitted import unroll
+from small_drafts import write_export
 from test_from_pytorch import TRAINERS, Source
 
 from flaxdraft.algorithms.eagle3.drafts import llama, mla
@@ -22,7 +24,6 @@ from flaxdraft.devices.sharding import Sharding
 from flaxdraft.interfaces import Batch, VocabMap
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig
-from flaxdraft.serving.export import export
 from flaxdraft.train.state import split_draft
 
 pytestmark = pytest.mark.parity
@@ -67,7 +68,7 @@ def vocab_of(config):
 def build(module, config, vocab=None, params=None):
     embedding = jnp.asarray(normal(1, config.vocab_size, HIDDEN))
     draft = module.make(
-        config, vocab or vocab_of(config), None if config.owns_embedding else embedding, precision=Precision(),
+        config, vocab or vocab_of(config), SimpleNamespace(embedding=lambda: embedding), precision=Precision(),
         sharding=Sharding.none(), rngs=nnx.Rngs(0),
     )  # fmt: skip
     if params is None:
@@ -114,9 +115,9 @@ def draft_with(engine, config, tensors, embedding, tokens, taps, **how):
 def test_an_engine_drafts_the_same(tmp_path, engine, kind, rope, fields):
     draft, embedding = make(kind, rope, fields)
     module, config = CASES[kind][0], draft.config
-    export(
-        tmp_path / "out", module, config, split_draft(draft)[1], vocab_of(config), tap_layers=(1, 3, 4),
-        target_config=TARGET, dtype="float32", engine="vllm",
+    write_export(
+        tmp_path / "out", module, config, split_draft(draft)[1], vocab_of(config), tap_layers=(1, 3, 4), target=TARGET,
+        engine="vllm",
     )  # fmt: skip
     tokens, taps = inputs(config.vocab_size)
     drafted = draft_with(engine, *engine.load_directory(tmp_path / "out"), embedding, tokens, taps)

@@ -1,4 +1,4 @@
-"""Looks at an EAGLE-3 draft's directory, ours or another trainer's, as each serving engine would.
+"""Looks at a draft's directory, ours or another trainer's, as each serving engine would.
 
     python tools/convert/check.py runs/quickstart/llama/export
     python tools/convert/check.py DRAFT --target /models/Qwen3-8B --engine sglang --json
@@ -31,21 +31,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="config.json and *.safetensors of a draft")
     parser.add_argument("--target", type=Path, help="the target's directory or .gguf file")
-    parser.add_argument("--engine", action="append", help="that the exit code is about; may be repeated")
+    parser.add_argument("--engine", action="append", default=[], help="that the exit code is about; may be repeated")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON instead of a table")
     arguments = parser.parse_args(argv)
     try:
-        from flaxdraft.algorithms.eagle3.serving.contract import find_engine
+        from flaxdraft.algorithms.loading import contract_of
         from flaxdraft.progress import CONSOLE
         from flaxdraft.serving import lint
+        from flaxdraft.serving.contract import find_engine
         from flaxdraft.serving.view import read_target_config, view_of_directory
 
-        wanted = arguments.engine or lint.PORTABLE
-        for name in wanted:
-            if not find_engine(name).serves:
-                raise InputError(f"engine: {name} serves nothing; the directory's own block is about it")
         target = None if arguments.target is None else read_target_config(arguments.target)
-        verdicts = lint.check(view_of_directory(arguments.directory, target))
+        view = view_of_directory(arguments.directory, target)
+        contract = contract_of(view.config)
+        for name in arguments.engine:
+            if not find_engine(contract, name).serves:
+                raise InputError(f"engine: {name} serves nothing; the directory's own block is about it")
+        verdicts = lint.check(view, contract)
     except InputError as error:
         print(f"flaxdraft: {error}", file=sys.stderr)
         return 2
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(lint.as_json(verdicts), indent=2))
     else:
         CONSOLE.print(lint.as_table(verdicts))
-    return 0 if lint.passes(verdicts, wanted) else 1
+    return 0 if lint.passes(verdicts, arguments.engine) else 1
 
 
 if __name__ == "__main__":

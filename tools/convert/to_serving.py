@@ -37,14 +37,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
-        from flaxdraft.serving.export import export_again, open_draft
+        from flaxdraft.run.draft_source import open_draft
+        from flaxdraft.serving.export import export_again
         from flaxdraft.serving.view import read_target_config
 
         target = None if arguments.target is None else read_target_config(arguments.target)
         if arguments.out.resolve() == arguments.checkpoint.resolve():
             raise InputError(f"{arguments.out}: is the source itself; choose another name")
         source = open_draft(arguments.checkpoint, step=arguments.step, target=target)
-        export_again(source, arguments.out, engine=arguments.engine, dtype=DTYPES[arguments.dtype])
+        how = {"engine": arguments.engine, "dtype": DTYPES[arguments.dtype], "origin": source.origin}
+        export_again(arguments.out, source.draft, source.target, **how)
     except InputError as error:
         print(f"flaxdraft: {error}", file=sys.stderr)
         return 2

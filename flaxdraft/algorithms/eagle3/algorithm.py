@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from flaxdraft.interfaces import Batch, Draw, EmbeddingAndHead, Example, VocabMa
 from flaxdraft.ops import distillation
 from flaxdraft.ops.rows import take_rows
 from flaxdraft.ops.step_sums import StepSums
+from flaxdraft.serving.contract import Contract
 
 NUM_TAPS = 3
 
@@ -195,7 +195,7 @@ class Algorithm:
     def drafter(self) -> ChainDrafter:
         return ChainDrafter()
 
-    def serving(self) -> ModuleType:
+    def serving(self) -> Contract:
         """The contract of its exports."""
         from flaxdraft.algorithms.eagle3.serving import contract  # tables and rules that training never reads
 

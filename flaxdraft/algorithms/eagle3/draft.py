@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.layers import Frozen, GatedMLP, RMSNorm, column
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.vocabulary import lookup
+from flaxdraft.serving.fields import FLAG, SIZE, Expected, Positive, Size
 
 # (JAX path, PyTorch key, transform) of the weights around the attention, in the servers' flat layout.
 COMMON_NAMES = (
@@ -49,6 +50,13 @@ FC_NORM_NAMES = (
 INPUT_NORM_NAMES = (("input_norm/scale", "input_norm.weight", "copy"),)
 OWN_EMBEDDING_NAMES = (("embed_tokens", "embed_tokens.weight", "copy"),)
 
+# What a field of each type must hold.
+_EXPECTED = {
+    bool: FLAG,
+    int: SIZE,
+    int | None: Expected("a positive integer or null", Size | None),
+    float: Expected("a positive number (YAML reads 1e-6 as text; write 1.0e-6)", Positive),
+}
 SWITCHES = ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")  # false where absent
 
 
@@ -73,18 +81,10 @@ class Eagle3Sizes:
         return self.target_hidden_size != self.hidden_size
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            where = f"draft.fields.{field.name}: found {value!r}, expected"
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if field.type == "bool" and not isinstance(value, bool):
-                raise InputError(f"{where} true or false")
-            if field.type == "float" and not (number and 0 < value < float("inf")):
-                raise InputError(f"{where} a positive number (YAML reads 1e-6 as text; write 1.0e-6)")
-            if value is None and field.type.endswith("| None"):
-                continue
-            if field.type.startswith("int") and not (isinstance(value, int) and number and value > 0):
-                raise InputError(f"{where} a positive integer{' or null' if field.type.endswith('| None') else ''}")
+        for name, kind in get_type_hints(type(self)).items():
+            value, expected = getattr(self, name), _EXPECTED.get(kind)
+            if expected is not None and not expected.fits(value):
+                raise InputError(f"draft.fields.{name}: found {value!r}, expected {expected.phrase}")
         if self.fc_norm and self.norm_before_fc:
             raise InputError(
                 "draft.fields.norm_before_fc: found it true with fc_norm; tapped states are normed each by itself or "

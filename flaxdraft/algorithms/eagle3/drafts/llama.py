@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flax import nnx
 
 from flaxdraft.algorithms.eagle3.draft import COMMON_NAMES, Eagle3Draft, Eagle3Sizes, extra_names
+from flaxdraft.algorithms.eagle3.serving.terms import Kind, Shapes
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import EmbeddingAndHead
 from flaxdraft.nn.gqa import GQA, GQAConfig
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig
+from flaxdraft.serving.finding import Finding
 
 ARCHITECTURES = (
     "LlamaForCausalLMEagle3",
@@ -114,3 +117,28 @@ def make(config: Config, vocab, target: EmbeddingAndHead, *, precision, sharding
     heads = attention(config, precision, rngs, sharding)
     embedding_VD = None if config.owns_embedding else target.embedding()
     return Eagle3Draft(config, heads, vocab, embedding_VD, precision=precision, sharding=sharding, rngs=rngs)
+
+
+def _weights(config: Mapping[str, Any]) -> Shapes:
+    """As engines load them; written down apart from NAME_TABLE, with which tests compare it."""
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    width = config.get("head_dim") or hidden // heads
+    kv_heads = config.get("num_key_value_heads") or heads
+    return {
+        "q_proj.weight": (heads * width, 2 * hidden),
+        "k_proj.weight": (kv_heads * width, 2 * hidden),
+        "v_proj.weight": (kv_heads * width, 2 * hidden),
+        "o_proj.weight": (hidden, heads * width),
+    }
+
+
+def _yarn(rope: Mapping[str, Any]) -> Iterator[Finding]:
+    mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    if all_dim and mscale != all_dim and mscale:
+        yield Finding("wrong", f"it ignores mscale {mscale} and mscale_all_dim {all_dim} of a Llama draft",
+                      "train with rope parameters that have neither")  # fmt: skip
+
+
+SERVING = Kind(
+    name="llama", title="Llama", architecture=SERVING_ARCHITECTURE, model_type="llama", attention=_weights, yarn=_yarn
+)

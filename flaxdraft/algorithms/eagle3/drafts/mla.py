@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flax import nnx
 
 from flaxdraft.algorithms.eagle3.draft import COMMON_NAMES, Eagle3Draft, Eagle3Sizes, extra_names
+from flaxdraft.algorithms.eagle3.serving.terms import Engine, Kind, Shapes
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import EmbeddingAndHead
 from flaxdraft.nn.mla import MLA, MLAConfig
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig
+from flaxdraft.serving.fields import FLAG, POSITIVE, SIZE
+from flaxdraft.serving.finding import Finding
+from flaxdraft.serving.view import DraftView
 
 ARCHITECTURES = ("Eagle3DeepseekV2ForCausalLM", "Eagle3DeepseekV3ForCausalLM", "DeepseekV3ForCausalLMEagle3")
 MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "kimi_k2")
@@ -109,7 +114,7 @@ class Config(Eagle3Sizes):
         }
 
     def to_hf(self) -> dict[str, Any]:
-        """config.json fields, without the target's layer ids; flaxdraft/serving knows which engine takes them."""
+        """config.json fields, without the target's layer ids; the engines' tables say who takes them."""
         own_eps = self.latent_norm_eps != self.rms_norm_eps
         return {
             **self.to_hf_sizes(SERVING_ARCHITECTURE, "deepseek_v3"),
@@ -144,3 +149,53 @@ def make(config: Config, vocab, target: EmbeddingAndHead, *, precision, sharding
     heads = attention(config, precision, rngs, sharding)
     embedding_VD = None if config.owns_embedding else target.embedding()
     return Eagle3Draft(config, heads, vocab, embedding_VD, precision=precision, sharding=sharding, rngs=rngs)
+
+
+def _weights(config: Mapping[str, Any]) -> Shapes:
+    """As engines load them; written down apart from NAME_TABLE, with which tests compare it."""
+    heads, q_rank, rank = config["num_attention_heads"], config.get("q_lora_rank"), config["kv_lora_rank"]
+    nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    hidden = config["hidden_size"]
+    shapes = {
+        "kv_a_proj_with_mqa.weight": (rank + rope, 2 * hidden),
+        "kv_a_layernorm.weight": (rank,),
+        "kv_b_proj.weight": (heads * (nope + value), rank),
+        "o_proj.weight": (hidden, heads * value),
+    }
+    if q_rank is None:
+        return shapes | {"q_proj.weight": (heads * (nope + rope), 2 * hidden)}
+    return shapes | {
+        "q_a_proj.weight": (q_rank, 2 * hidden),
+        "q_a_layernorm.weight": (q_rank,),
+        "q_b_proj.weight": (heads * (nope + rope), q_rank),
+    }
+
+
+def _latent_attention(engine: Engine, view: DraftView) -> Iterator[Finding]:
+    config = view.config
+    if not engine.serves:
+        return
+    if config.get("q_lora_rank") is None:
+        yield Finding("refused", "an MLA draft without q_lora_rank cannot be served; SGLang and vLLM both need it",
+                      "train with draft.fields.q_lora_rank")  # fmt: skip
+    eps = config["rms_norm_eps"]
+    if config.get("latent_norm_eps", eps) != eps:
+        yield Finding("wrong", f"latent_norm_eps {config['latent_norm_eps']} differs from rms_norm_eps {eps}; it uses "
+                      "rms_norm_eps for both", "train with equal ones")  # fmt: skip
+    if not config.get("rope_interleave", True):
+        yield Finding("wrong", "rope_interleave is false; vLLM turns interleaved pairs always", "train interleaved")
+
+
+def _yarn(rope: Mapping[str, Any]) -> Iterator[Finding]:
+    if rope.get("mscale") is None or rope.get("mscale_all_dim") is None:
+        yield Finding("wrong", "yarn with one of mscale and mscale_all_dim absent: readers differ in the default",
+                      "write both, 1.0 and 0.0 where there is none")  # fmt: skip
+
+
+SERVING = Kind(
+    name="mla", title="DeepSeek-MLA", architecture=SERVING_ARCHITECTURE, model_type="deepseek_v3",
+    claims=lambda config: bool(config.get("kv_lora_rank")),
+    sizes=("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    fields={"q_lora_rank": SIZE, "kv_lora_rank": SIZE, "latent_norm_eps": POSITIVE, "rope_interleave": FLAG},
+    attention=_weights, rules=(_latent_attention,), yarn=_yarn,
+)  # fmt: skip

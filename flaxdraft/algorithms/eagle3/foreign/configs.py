@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from flaxdraft.algorithms.eagle3.serving import layer_ids
-from flaxdraft.algorithms.eagle3.serving.contract import kind_of, switch
+from flaxdraft.algorithms.eagle3.serving.kinds import kind_of
+from flaxdraft.algorithms.eagle3.serving.terms import switch
 from flaxdraft.errors import InputError
 from flaxdraft.serving import rope_fields
 
 Trainer = Literal["flaxdraft", "specforge", "torchspec", "nemo", "eagle", "speculators"]
 TRAINERS = ("specforge", "torchspec", "nemo", "eagle", "speculators")
-_ARCHITECTURES = {
+_ARCHITECTURES: dict[str | None, Trainer] = {
     "LlamaEagle3DraftModel": "nemo", "DeepseekV3Eagle3DraftModel": "nemo",
     "DeepseekV3ForCausalLMEagle3": "specforge", "LlamaForCausalLM": "eagle",
 }  # fmt: skip
@@ -126,7 +127,7 @@ def _layers(out: dict[str, Any], remarks: list[str]) -> None:
         remarks.append("no tapped layers in config.json: the default ones, 1, n//2-1 and n-4")
         return
     deepseek = (
-        kind_of(out) == "mla" and outputs[0] != 1 and layer_ids.nested_ids(out) == [layer + 1 for layer in outputs]
+        kind_of(out).name == "mla" and outputs[0] != 1 and layer_ids.nested_ids(out) == [layer + 1 for layer in outputs]
     )
     out |= layer_ids.fields(outputs, deepseek)
 
@@ -135,7 +136,7 @@ def _rope(out: dict[str, Any], trainer: Trainer | None, remarks: list[str]) -> N
     rope = rope_fields.parameters(out)
     theta, kind = rope["rope_theta"], rope["rope_type"]
     scaled = kind in ("linear", "dynamic", "yarn")
-    fixed = trainer == "eagle" or (trainer in ("specforge", "torchspec") and kind_of(out) == "mla" and scaled)
+    fixed = trainer == "eagle" or (trainer in ("specforge", "torchspec") and kind_of(out).name == "mla" and scaled)
     if fixed and theta != rope_fields.DEFAULT_THETA:
         remarks.append(f"rope_theta is {theta:g}, but that trainer builds its rotary embedding with 10000 whatever "
                        "stands there; give --rope-theta 10000 unless yours was mended")  # fmt: skip

@@ -14,9 +14,9 @@ import numpy as np
 from flaxdraft.algorithms.eagle3.foreign import vocabulary
 from flaxdraft.algorithms.eagle3.foreign.configs import Trainer, trainer_of, understand
 from flaxdraft.algorithms.eagle3.foreign.names import Row, rename
-from flaxdraft.algorithms.eagle3.serving import tensors
-from flaxdraft.algorithms.eagle3.serving.contract import kind_of
 from flaxdraft.algorithms.eagle3.serving.fields import malformed, sizeless
+from flaxdraft.algorithms.eagle3.serving.kinds import kind_of
+from flaxdraft.algorithms.eagle3.serving.tensors import ATTENTION, sizes
 from flaxdraft.algorithms.loading import from_pretrained
 from flaxdraft.errors import InputError
 from flaxdraft.files.json_files import write_json
@@ -70,12 +70,13 @@ def convert(
         _set_theta(written, options.rope_theta)
     named, rows = rename(tensors, written, origin)
     _order(named, written, options.d2t, remarks, origin)
-    if trainer == "nemo" and kind_of(written) == "mla":
-        _fold_mscale(named, written, remarks)
     kind = kind_of(written)
-    written["architectures"] = [{"llama": "LlamaForCausalLMEagle3", "mla": "Eagle3DeepseekV2ForCausalLM"}[kind]]
-    written["model_type"] = {"llama": "llama", "mla": "deepseek_v3"}[kind]
-    written |= {"tie_word_embeddings": False, "draft_trainer": trainer or "unknown"}
+    if trainer == "nemo" and kind.name == "mla":
+        _fold_mscale(named, written, remarks)
+    written |= {
+        "architectures": [kind.architecture], "model_type": kind.model_type, "tie_word_embeddings": False,
+        "draft_trainer": trainer or "unknown",
+    }  # fmt: skip
     scratch = out.with_name(out.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -105,7 +106,7 @@ def _order(named: dict[str, np.ndarray], config: dict[str, Any], meaning, remark
     head = named.get("lm_head.weight")
     if head is None:
         raise InputError(f"{origin}: no lm_head.weight; a draft without its own head cannot be trained further")
-    _, _, vocab_size, draft_vocab_size = tensors.sizes(config)
+    _, _, vocab_size, draft_vocab_size = sizes(config)
     if head.shape[0] != draft_vocab_size:
         raise InputError(f"{origin}: lm_head.weight has {head.shape[0]} rows, config.json says draft_vocab_size "
                          f"{draft_vocab_size} of {vocab_size}; correct config.json")  # fmt: skip
@@ -141,8 +142,7 @@ def _fold_mscale(named: dict[str, np.ndarray], config: dict[str, Any], remarks: 
         if config.get(dialect):
             config[dialect] = {**config[dialect], "mscale": 1.0, "mscale_all_dim": 1.0}
     squared = (0.1 * math.log(rope["factor"]) + 1.0) ** 2
-    attention = tensors.LAYER + "self_attn."
-    name = next(attention + p for p in ("q_b_proj.weight", "q_proj.weight") if attention + p in named)
+    name = next(ATTENTION + p for p in ("q_b_proj.weight", "q_proj.weight") if ATTENTION + p in named)
     named[name] = named[name].astype(np.float32) / np.float32(squared)
     remarks.append(
         f"{name} divided by {squared:.4f}: NeMo leaves YaRN's mscale squared out of the softmax scale, engines apply it"

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flaxdraft.algorithms.eagle3.serving import tensors
+from flaxdraft.algorithms.eagle3.serving.kinds import kind_of
+from flaxdraft.algorithms.eagle3.serving.tensors import ATTENTION, BUFFERS, LAYER, flat_name, weights
+from flaxdraft.algorithms.eagle3.serving.terms import Shapes
 from flaxdraft.errors import InputError
 
 # Wrappers of modules that end up in front of every key; all are taken off, in any order.
 _WRAPPERS = ("module.", "_orig_mod.", "draft_model.", "model.")
-_ATTENTION = tensors.LAYER + "self_attn."
 _LEFT_OUT = {
     "embed_tokens.weight": "the target's embedding stands in its place, as in every engine",
     "verifier_lm_head.weight": "the target's head, which training needed",
@@ -21,8 +22,8 @@ _LEFT_OUT = {
 }
 _STRANGERS = {
     "mask_hidden": "a parallel-drafting (P-EAGLE) draft, another algorithm",
-    _ATTENTION + "q_norm.weight": "a Qwen3 layer with norms over each head, which no draft of this project has",
-    _ATTENTION + "k_norm.weight": "a Qwen3 layer with norms over each head, which no draft of this project has",
+    ATTENTION + "q_norm.weight": "a Qwen3 layer with norms over each head, which no draft of this project has",
+    ATTENTION + "k_norm.weight": "a Qwen3 layer with norms over each head, which no draft of this project has",
     "input_norm.weight": "that of norm_before_fc, which config.json does not name",
 }
 
@@ -39,7 +40,7 @@ def unwrapped(key: str) -> str:
     """The flat name behind wrappers and prefixes."""
     while wrapper := next((w for w in _WRAPPERS if key.startswith(w)), None):
         key = key.removeprefix(wrapper)
-    return tensors.flat_name(key)
+    return flat_name(key)
 
 
 def rename(
@@ -50,13 +51,14 @@ def rename(
     Raises:
         InputError: keys that nothing is known of, or two that mean the same; all are listed.
     """
-    wanted = {*tensors.weights(config), "d2t", "t2d"}
+    shapes = weights(config, kind_of(config))
+    wanted = {*shapes, "d2t", "t2d"}
     out: dict[str, np.ndarray] = {}
     rows, problems = [], []
     for key, array in tensors.items():
         name = unwrapped(key)
-        parts = {name: array} if name in wanted else _split(name, array, config)
-        if tensors.BUFFERS.search(name):
+        parts = {name: array} if name in wanted else _split(name, array, shapes)
+        if BUFFERS.search(name):
             rows.append(Row(key, "", "a buffer; config.json says the same"))
         elif parts:
             problems += [f"{key} is the second tensor that means {part}" for part in parts if part in out]
@@ -73,15 +75,14 @@ def rename(
     return out, rows
 
 
-def _split(name: str, array: np.ndarray, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _split(name: str, array: np.ndarray, shapes: Shapes) -> dict[str, np.ndarray]:
     """The projections that a fused one holds, by rows; empty where the name is not that of one, or the rows do not
     add up."""
-    shapes = tensors.weights(config)
     for fused, parts in (
-        (_ATTENTION + "qkv_proj.weight", [_ATTENTION + f"{p}_proj.weight" for p in "qkv"]),
-        (tensors.LAYER + "mlp.gate_up_proj.weight", [tensors.LAYER + f"mlp.{p}_proj.weight" for p in ("gate", "up")]),
-        (_ATTENTION + "fused_qkv_a_proj.weight", _QKV_A),
-        (_ATTENTION + "fused_qkv_a_proj_with_mqa.weight", _QKV_A),
+        (ATTENTION + "qkv_proj.weight", [ATTENTION + f"{p}_proj.weight" for p in "qkv"]),
+        (LAYER + "mlp.gate_up_proj.weight", [LAYER + f"mlp.{p}_proj.weight" for p in ("gate", "up")]),
+        (ATTENTION + "fused_qkv_a_proj.weight", _QKV_A),
+        (ATTENTION + "fused_qkv_a_proj_with_mqa.weight", _QKV_A),
     ):
         if name == fused and all(part in shapes for part in parts):
             sizes = [shapes[part][0] for part in parts]
@@ -90,7 +91,7 @@ def _split(name: str, array: np.ndarray, config: Mapping[str, Any]) -> dict[str,
     return {}
 
 
-_QKV_A = [_ATTENTION + "q_a_proj.weight", _ATTENTION + "kv_a_proj_with_mqa.weight"]
+_QKV_A = [ATTENTION + "q_a_proj.weight", ATTENTION + "kv_a_proj_with_mqa.weight"]
 
 
 def _stranger(name: str) -> str:

@@ -26,7 +26,7 @@ def target_ids(
     """
     d2t = d2t.astype(np.int64)
     readings: dict[Meaning, np.ndarray] = {"offsets": d2t + np.arange(len(d2t)), "ids": d2t}
-    fitting = [
+    fitting: list[Meaning] = [
         name for name, ids in readings.items() if _possible(ids, vocab_size) and (t2d is None or _agrees(ids, t2d))
     ]
     if meaning is not None:

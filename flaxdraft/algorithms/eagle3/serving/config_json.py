@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from flaxdraft.algorithms.eagle3.serving import layer_ids
-from flaxdraft.algorithms.eagle3.serving.contract import Engine, kind_of
+from flaxdraft.algorithms.eagle3.serving.kinds import kind_of
 from flaxdraft.algorithms.eagle3.serving.sanity import MARK
+from flaxdraft.algorithms.eagle3.serving.terms import Engine
+from flaxdraft.serving.trained_draft import AboutTarget
 
 # Their angles do not depend on the context's length, so that the target's own can be written.
 _FREE_OF_LENGTH = ("default", "linear", "llama3", "yarn")
 
 
-def serving_config(
-    draft: Mapping[str, Any], tap_layers: Sequence[int], target: Mapping[str, Any], dtype: str, engine: Engine
-) -> dict[str, Any]:
+def config_json(draft: Mapping[str, Any], about: AboutTarget, dtype: str, engine: Engine) -> dict[str, Any]:
     """The draft's own fields with what serving asks for besides.
 
     Args:
         draft: `Config.to_hf()` of the draft.
-        tap_layers: by output, ascending.
-        target: the target's config.json.
     """
+    target = about.config
     config = {
         **draft,
         "torch_dtype": dtype,
-        **layer_ids.fields(tap_layers, layer_ids.is_deepseek(target)),
+        **layer_ids.fields(about.tap_layers, layer_ids.is_deepseek(target)),
         MARK: "flaxdraft",
     }
-    kind = kind_of(config)
-    if kind in engine.architectures:  # else the contract refuses the draft in its own words
-        config["architectures"] = [engine.architectures[kind][0]]
+    served = engine.kinds.get(kind_of(config).name)
+    if served is not None:  # else the rules refuse the draft in their own words
+        config["architectures"] = [served.architectures[0]]
     _complete_yarn(config)
     if config["rope_parameters"]["rope_type"] in _FREE_OF_LENGTH:
         context = target.get("max_position_embeddings", 0)

@@ -1,102 +1,106 @@
-"""The terms of an engine's contract. A table in engines/ is data in these terms and nothing else.
+"""EAGLE-3's exports: the contract of flaxdraft/serving/contract.py, where these functions are described.
 
-A *kind* is a draft's attention: "llama" (grouped queries) or "mla" (latent).
+An export holds `midlayer.*` keys without a `model.` prefix; d2t as offsets and t2d where the engine wants them; the
+embedding only where the draft owns one (engines put the target's in its place otherwise).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
+
+from flaxdraft.algorithms.eagle3.serving import layer_ids, rules, sanity
+from flaxdraft.algorithms.eagle3.serving import tensors as layout
+from flaxdraft.algorithms.eagle3.serving.config_json import config_json as config_json
+from flaxdraft.algorithms.eagle3.serving.fields import malformed, sizeless
+from flaxdraft.algorithms.eagle3.serving.kinds import View, kind_of
+from flaxdraft.algorithms.eagle3.serving.kinds import engines as engines
+from flaxdraft.algorithms.eagle3.serving.terms import SWITCHES, Engine
 from flaxdraft.errors import InputError
-from flaxdraft.plugins import parts_of
+from flaxdraft.interfaces import VocabMap
+from flaxdraft.serving.finding import Finding, few
+from flaxdraft.serving.view import DraftView
 
-Kind = Literal["llama", "mla"]
-SWITCHES = ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")  # of config.json, false where absent
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Engine:
-    """What one engine reads from config.json and the weights, and what it does about the rest."""
-
-    title: str  # with the version whose source was read
-    # Names in `architectures` that it serves as a draft of each kind, the one to write first; a kind it cannot serve is
-    # absent.
-    architectures: Mapping[Kind, tuple[str, ...]]
-
-    # The command that serves a draft, its `{draft}` a directory, `{chain}` the draft tokens of a target pass and
-    # `{verified}` one more; TARGET stands for the target's directory. None: nothing computes from it, so what matters
-    # in service alone is not asked.
-    serve: str | None
-    layer_prefixes: tuple[str, ...] = ("midlayer.", "layers.0.")
-    model_prefix: tuple[Kind, ...] = ()  # kinds for which `model.` before a key is taken off
-    unknown_key: Literal["skipped", "refused", "unread"]  # "unread": it looks for its own names alone
-    missing_key: Literal["random", "fails"]  # "random": it serves with whatever the memory was initialised to
-    # "replaced": the target's takes its place where the widths agree; "kept": where it differs from the target's;
-    # "unread": the target's is used always.
-    embedding: Literal["replaced", "kept", "unread"]
-    shares_head: bool = False  # without lm_head.weight it takes the target's
-    full_d2t: Literal["read", "refused", "required"] = "read"  # d2t where the draft has the target's whole vocabulary
-
-    switches: Mapping[Kind, tuple[str, ...]]  # of SWITCHES, those it honours
-    other_names: Mapping[str, str] = dataclasses.field(default_factory=dict)  # field -> another one it reads for it
-    required_fields: tuple[str, ...] = ()  # without these it stops
-    not_null: tuple[str, ...] = ()  # null is not the same as absent
-    reads_tied_head: bool = True  # tie_word_embeddings: true makes the embedding the head, and it is true if absent
-    attention_bias: bool = False  # loads biases of q, k and v
-
-    # Where it finds the tapped layers, first match; none: it always takes its own.
-    tap_fields: tuple[str, ...] = ()
-    last_layer: bool = False  # can hand over the output of the target's last layer
-    target_types: tuple[str, ...] | None = None  # model types that it can tap; None: all of this project's
-
-    rope_dialects: tuple[str, ...]  # of "rope_parameters" and "rope_theta", those it reads
-    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
-    max_layers: int | None = 1  # None: any number
-
-    @property
-    def serves(self) -> bool:
-        return self.serve is not None
-
-    def command(self, draft: Path | str, chain_length: int) -> str:
-        """What to type to serve a draft; of an engine that serves. Lines behind the first begin with four spaces."""
-        assert self.serve is not None, self.title
-        return self.serve.format(draft=draft, chain=chain_length, verified=chain_length + 1)
+title: str = "EAGLE-3"
+tags: Sequence[str] = ("eagle3", "speculative-decoding")
 
 
-def engines() -> dict[str, Engine]:
-    """Every table, by the name that a command line takes."""
-    return {
-        name.replace("_", "-"): module.ENGINE
-        for name, module in sorted(parts_of("flaxdraft.algorithms.eagle3.serving.engines"))
-    }
+def tables(vocab: VocabMap, engine: Engine) -> dict[str, np.ndarray]:
+    if vocab.draft_vocab_size == vocab.vocab_size and engine.full_d2t != "required":
+        return {}
+    return {"d2t": vocab.d2t(), "t2d": vocab.t2d()}
 
 
-def find_engine(name: str, field: str = "engine") -> Engine:
-    """
-    Args:
-        field: where the name was given, for the message.
+def flat_name(key: str) -> str | None:
+    name = layout.flat_name(key)
+    return None if layout.BUFFERS.search(name) else name
+
+
+def take_vocab(tensors: dict[str, np.ndarray], config: Any, origin: str) -> VocabMap:
+    """See the contract; an `embed_tokens.weight` goes where the draft does not own its embedding, since the target's
+    stands in its place, as in SGLang.
 
     Raises:
-        InputError: no such engine.
+        InputError: d2t is missing where the draft's vocabulary is smaller, is of another size, or differs from t2d.
     """
-    known = engines()
-    if name not in known:
-        raise InputError(f"{field}: no {name!r}; known are {', '.join(known)}. A new one is a new file in "
-                         "flaxdraft/serving/engines/")  # fmt: skip
-    return known[name]
+    if not config.owns_embedding:
+        tensors.pop("embed_tokens.weight", None)
+    num_draft, num_target = config.draft_vocab_size, config.vocab_size
+    d2t, t2d = tensors.pop("d2t", None), tensors.pop("t2d", None)
+    if d2t is None:
+        if num_draft < num_target:
+            raise InputError(
+                f"{origin}: no d2t, but draft_vocab_size is {num_draft} of {num_target} target tokens; without it "
+                "nobody knows what a draft token means. Export the draft again with its vocabulary map"
+            )
+        d2t = np.zeros(num_draft, np.int64)
+    if d2t.shape != (num_draft,):
+        raise InputError(f"{origin}: d2t has shape {d2t.shape}, expected ({num_draft},) from draft_vocab_size")
+    try:
+        vocab = VocabMap.from_d2t(d2t, num_target)
+    except InputError as error:
+        raise InputError(f"{origin}: d2t holds no offsets (target id = i + d2t[i]): {error}") from error
+    if t2d is not None and not np.array_equal(t2d.astype(bool), vocab.t2d()):
+        raise InputError(f"{origin}: t2d is not the membership mask of d2t; export the draft again")
+    return vocab
 
 
-def kind_of(config: Mapping[str, Any]) -> Kind:
-    """A draft with a latent for its keys is an MLA draft."""
-    return "mla" if config.get("kv_lora_rank") else "llama"
+def tap_layers_of(config: Mapping[str, Any], target: Mapping[str, Any]) -> list[int] | None:
+    return layer_ids.outputs_of(config, layer_ids.is_deepseek(target))
 
 
-def switch(config: Mapping[str, Any], name: str) -> bool:
-    """A switch of config.json, at the top, in eagle_config, or under SGLang's other name of fc_norm."""
-    nested = config.get("eagle_config")
-    places = [config, nested if isinstance(nested, dict) else {}]
-    names = (name, "use_aux_norm") if name == "fc_norm" else (name,)
-    return any(bool(place.get(one)) for place in places for one in names)
+def unreadable(view: DraftView) -> list[Finding]:
+    if "speculators_model_type" in view.config:
+        return [Finding("refused", "config.json is in the speculators form, which vLLM alone reads, for Llama and "
+                        "Qwen3 layers", "convert it with tools/convert/from_pytorch.py")]  # fmt: skip
+    bad = [*sizeless(view.config), *malformed(view.config)]
+    return [Finding("refused", f"config.json: {few(bad)}", "write it again")] if bad else []
+
+
+def of_directory(view: DraftView) -> list[Finding]:
+    return sanity.of_directory(View.of(view))
+
+
+def of_sizes(view: DraftView) -> list[Finding]:
+    known = View.of(view)
+    return [*sanity.shapes(known), *sanity.target(known)]
+
+
+def of_config(engine: Engine, view: DraftView) -> list[Finding]:
+    return rules.of_config(engine, View.of(view))
+
+
+def of_tensors(engine: Engine, view: DraftView) -> list[Finding]:
+    return rules.of_tensors(engine, View.of(view))
+
+
+def describe(config: Mapping[str, Any]) -> str:
+    switched = [name for name in SWITCHES if config.get(name)]
+    layer = f"EAGLE-3, one {kind_of(config).title} layer of width {config['hidden_size']}"
+    return layer + (f", {' and '.join(switched)}" if switched else "")
+
+
+def describe_training(settings: Mapping[str, Any]) -> str:
+    return f"{settings['ttt_length']} unroll steps, {settings['objective']}"

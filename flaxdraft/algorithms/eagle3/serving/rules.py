@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from flaxdraft.algorithms.eagle3.serving import layer_ids, tensors
-from flaxdraft.algorithms.eagle3.serving.contract import SWITCHES, Engine, kind_of, switch
+from flaxdraft.algorithms.eagle3.serving.kinds import View
+from flaxdraft.algorithms.eagle3.serving.terms import SWITCHES, Engine, switch
 from flaxdraft.serving import rope_fields
 from flaxdraft.serving.finding import Finding, few
-from flaxdraft.serving.view import DraftView
 
-Rule = Callable[[Engine, DraftView], Iterator[Finding]]
+Rule = Callable[[Engine, View], Iterator[Finding]]
 
 
-def architecture(engine: Engine, view: DraftView) -> Iterator[Finding]:
-    kind, named = kind_of(view.config), (view.config.get("architectures") or [None])[0]
-    names = engine.architectures.get(kind)
-    if names is None:
-        yield Finding("refused", f"it serves no {kind} drafts", "serve it with SGLang or vLLM")
-    elif named not in names:
+def architecture(engine: Engine, view: View) -> Iterator[Finding]:
+    named, served = (view.config.get("architectures") or [None])[0], engine.kinds.get(view.kind.name)
+    if served is None:
+        yield Finding("refused", f"it serves no {view.kind.name} drafts", "serve it with SGLang or vLLM")
+    elif named not in (names := served.architectures):
         yield Finding("refused", f"architectures names {named!r}, it knows {' and '.join(names)}",
                       f'write "architectures": ["{names[0]}"], or export with --engine for it')  # fmt: skip
 
 
-def layers(engine: Engine, view: DraftView) -> Iterator[Finding]:
+def layers(engine: Engine, view: View) -> Iterator[Finding]:
     count = view.config.get("num_hidden_layers") or 1
     if engine.max_layers is not None and count > engine.max_layers:
         yield Finding("refused", f"num_hidden_layers is {count}, it builds {engine.max_layers}", "train one layer")
@@ -32,10 +32,11 @@ def layers(engine: Engine, view: DraftView) -> Iterator[Finding]:
                       "vLLM with input_layernorm", "train one layer; drafts of several are not portable")  # fmt: skip
 
 
-def understood(engine: Engine, view: DraftView, key: str) -> str | None:
+def understood(engine: Engine, view: View, key: str) -> str | None:
     """The flat name under which the engine takes a key, None where it does not."""
     if key.startswith("model."):
-        if kind_of(view.config) not in engine.model_prefix:
+        served = engine.kinds.get(view.kind.name)
+        if served is None or not served.model_prefix:
             return None
         key = key.removeprefix("model.")
     if key.startswith(("midlayer.", "layers.")) and not key.startswith(engine.layer_prefixes):
@@ -43,11 +44,11 @@ def understood(engine: Engine, view: DraftView, key: str) -> str | None:
     return tensors.flat_name(key)
 
 
-def keys(engine: Engine, view: DraftView) -> Iterator[Finding]:
+def keys(engine: Engine, view: View) -> Iterator[Finding]:
     """Names that it does not understand, and weights that it therefore lacks."""
-    wanted = tensors.weights(view.config)
+    wanted = tensors.weights(view.config, view.kind)
     known = {*wanted, *tensors.extras(view.config)}
-    biases = {f"{tensors.LAYER}self_attn.{p}_proj.bias" for p in "qkv"} if engine.attention_bias else set()
+    biases = {f"{tensors.ATTENTION}{p}_proj.bias" for p in "qkv"} if engine.attention_bias else set()
     taken, strange = set(), []
     for key in view.shapes:
         name = understood(engine, view, key)
@@ -74,14 +75,14 @@ def keys(engine: Engine, view: DraftView) -> Iterator[Finding]:
         yield Finding(level, f"it finds no weights {effect} {few(missing)}", "export or convert the draft again")
 
 
-def _needs(engine: Engine, view: DraftView, name: str) -> bool:
+def _needs(engine: Engine, view: View, name: str) -> bool:
     if name == "lm_head.weight" and engine.shares_head:
         _, _, vocab, draft_vocab = tensors.sizes(view.config)
         return draft_vocab != vocab
     return not (name == "embed_tokens.weight" and engine.embedding == "unread")
 
 
-def embedding(engine: Engine, view: DraftView) -> Iterator[Finding]:
+def embedding(engine: Engine, view: View) -> Iterator[Finding]:
     hidden, target_hidden, _, _ = tensors.sizes(view.config)
     if hidden != target_hidden and engine.embedding == "unread":
         yield Finding("refused", f"it takes the target's embedding (width {target_hidden}) always, the draft has its "
@@ -92,7 +93,7 @@ def embedding(engine: Engine, view: DraftView) -> Iterator[Finding]:
                       "remove it, unless the draft was trained with an embedding of its own")  # fmt: skip
 
 
-def vocabulary(engine: Engine, view: DraftView) -> Iterator[Finding]:
+def vocabulary(engine: Engine, view: View) -> Iterator[Finding]:
     _, _, vocab, draft_vocab = tensors.sizes(view.config)
     present = any(understood(engine, view, key) == "d2t" for key in view.shapes)
     if draft_vocab < vocab and not present:
@@ -106,8 +107,9 @@ def vocabulary(engine: Engine, view: DraftView) -> Iterator[Finding]:
                       "export with --engine for it")  # fmt: skip
 
 
-def switches(engine: Engine, view: DraftView) -> Iterator[Finding]:
-    honoured = engine.switches.get(kind_of(view.config), ())
+def switches(engine: Engine, view: View) -> Iterator[Finding]:
+    served = engine.kinds.get(view.kind.name)
+    honoured = () if served is None else served.switches
     for name in SWITCHES:
         if not switch(view.config, name):
             continue
@@ -121,7 +123,7 @@ def switches(engine: Engine, view: DraftView) -> Iterator[Finding]:
             yield Finding("wrong", "it does not read use_aux_norm, SGLang's other name", 'write "fc_norm": true')
 
 
-def config_fields(engine: Engine, view: DraftView) -> Iterator[Finding]:
+def config_fields(engine: Engine, view: View) -> Iterator[Finding]:
     for name in engine.required_fields:
         if name not in view.config:
             yield Finding("refused", f"config.json has no {name}", "write it, also where the vocabulary is whole")
@@ -138,7 +140,7 @@ def config_fields(engine: Engine, view: DraftView) -> Iterator[Finding]:
         yield Finding("wrong", "it ignores attention_bias and the biases", "train without them")
 
 
-def tapped_layers(engine: Engine, view: DraftView) -> Iterator[Finding]:
+def tapped_layers(engine: Engine, view: View) -> Iterator[Finding]:
     """What the engine would capture against what the draft was trained on."""
     target = view.target or {}
     deepseek, num_layers = layer_ids.is_deepseek(target), target.get("num_hidden_layers")
@@ -169,7 +171,7 @@ def tapped_layers(engine: Engine, view: DraftView) -> Iterator[Finding]:
                       f"trained on {trained}", mend)  # fmt: skip
 
 
-def _captured(engine: Engine, view: DraftView, num_layers: int, deepseek: bool) -> list[int]:
+def _captured(engine: Engine, view: View, num_layers: int, deepseek: bool) -> list[int]:
     for field in engine.tap_fields:
         place, _, name = field.rpartition(".")
         source = view.config.get(place) if place else view.config
@@ -182,7 +184,7 @@ def _captured(engine: Engine, view: DraftView, num_layers: int, deepseek: bool) 
     return layer_ids.default_outputs(num_layers)
 
 
-def rope(engine: Engine, view: DraftView) -> Iterator[Finding]:
+def rope(engine: Engine, view: View) -> Iterator[Finding]:
     meant, read = (rope_fields.parameters(view.config, d) for d in (rope_fields.DIALECTS, engine.rope_dialects))
     if (meant["rope_type"], meant["rope_theta"]) != (read["rope_type"], read["rope_theta"]):
         missing = " nor ".join(engine.rope_dialects)
@@ -196,39 +198,18 @@ def rope(engine: Engine, view: DraftView) -> Iterator[Finding]:
         )
         yield Finding("wrong", f"rope_type {meant['rope_type']!r} is not what was trained{why}", "train with another")
     if meant["rope_type"] == "yarn" and engine.serves:
-        yield from _yarn(kind_of(view.config), meant)
+        yield from _yarn(meant)
+        yield from view.kind.yarn(meant)
 
 
-def _yarn(kind: str, meant: dict) -> Iterator[Finding]:
+def _yarn(meant: Mapping[str, Any]) -> Iterator[Finding]:
     if "original_max_position_embeddings" not in meant:
         yield Finding("refused", "yarn without original_max_position_embeddings", "write it")
     if "attention_factor" in meant:
         yield Finding("wrong", "it ignores yarn's attention_factor", "train without it")
-    mscale, all_dim = meant.get("mscale"), meant.get("mscale_all_dim")
-    if kind == "mla" and (mscale is None or all_dim is None):
-        yield Finding("wrong", "yarn with one of mscale and mscale_all_dim absent: readers differ in the default",
-                      "write both, 1.0 and 0.0 where there is none")  # fmt: skip
-    if kind == "llama" and all_dim and mscale != all_dim and mscale:
-        yield Finding("wrong", f"it ignores mscale {mscale} and mscale_all_dim {all_dim} of a Llama draft",
-                      "train with rope parameters that have neither")  # fmt: skip
 
 
-def latent_attention(engine: Engine, view: DraftView) -> Iterator[Finding]:
-    config = view.config
-    if kind_of(config) == "llama" or not engine.serves:
-        return
-    if config.get("q_lora_rank") is None:
-        yield Finding("refused", "an MLA draft without q_lora_rank cannot be served; SGLang and vLLM both need it",
-                      "train with draft.fields.q_lora_rank")  # fmt: skip
-    eps = config["rms_norm_eps"]
-    if config.get("latent_norm_eps", eps) != eps:
-        yield Finding("wrong", f"latent_norm_eps {config['latent_norm_eps']} differs from rms_norm_eps {eps}; it uses "
-                      "rms_norm_eps for both", "train with equal ones")  # fmt: skip
-    if not config.get("rope_interleave", True):
-        yield Finding("wrong", "rope_interleave is false; vLLM turns interleaved pairs always", "train interleaved")
-
-
-def widths(engine: Engine, view: DraftView) -> Iterator[Finding]:
+def widths(engine: Engine, view: View) -> Iterator[Finding]:
     hidden, target_hidden, _, _ = tensors.sizes(view.config)
     if engine.serves and tensors.NUM_TAPS * target_hidden == hidden:
         yield Finding("refused", f"hidden_size {hidden} equals 3 x the target's {target_hidden}: tapped states and "
@@ -236,6 +217,15 @@ def widths(engine: Engine, view: DraftView) -> Iterator[Finding]:
 
 
 CONFIG_RULES: tuple[Rule, ...] = (
-    architecture, layers, embedding, switches, config_fields, tapped_layers, rope, latent_attention, widths,
+    architecture, layers, embedding, switches, config_fields, tapped_layers, rope, widths,
 )  # fmt: skip
 TENSOR_RULES: tuple[Rule, ...] = (keys, vocabulary)
+
+
+def of_config(engine: Engine, view: View) -> list[Finding]:
+    """What those of every draft and those of its kind find."""
+    return [finding for rule in (*CONFIG_RULES, *view.kind.rules) for finding in rule(engine, view)]
+
+
+def of_tensors(engine: Engine, view: View) -> list[Finding]:
+    return [finding for rule in TENSOR_RULES for finding in rule(engine, view)]

@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from flaxdraft.algorithms.eagle3.serving import layer_ids, tensors
-from flaxdraft.algorithms.eagle3.serving.contract import switch
+from flaxdraft.algorithms.eagle3.serving.kinds import View
+from flaxdraft.algorithms.eagle3.serving.terms import switch
 from flaxdraft.serving import rope_fields
 from flaxdraft.serving.finding import Finding, few
-from flaxdraft.serving.view import DraftView
 
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
 SHORT_CONTEXT = 2048  # what trainers write when they mean the length of their rows
 MARK = "draft_trainer"  # what an export of this project says of itself
 
 
-def shapes(view: DraftView) -> Iterator[Finding]:
+def shapes(view: View) -> Iterator[Finding]:
     """Sizes in config.json against the weights."""
-    expected = tensors.extras(view.config) | tensors.weights(view.config)
+    expected = tensors.extras(view.config) | tensors.weights(view.config, view.kind)
     wrong = [
         f"{key} {view.shapes[key]}, config.json says {expected[name]}"
         for key in view.shapes
@@ -31,13 +31,13 @@ def shapes(view: DraftView) -> Iterator[Finding]:
         yield Finding("wrong", f"two files hold {few([*view.twice])}", "remove one of them")
 
 
-def nulls(view: DraftView) -> Iterator[Finding]:
+def nulls(view: View) -> Iterator[Finding]:
     found = [name for name, value in view.config.items() if value is None]
     if found:
         yield Finding("note", f"null in config.json: {few(found)}", "leave the fields out")
 
 
-def values(view: DraftView) -> Iterator[Finding]:
+def values(view: View) -> Iterator[Finding]:
     """Every weight is finite and of a type that engines load."""
     bad, kinds = [], {}
     for key, dtype in view.dtypes.items():
@@ -55,7 +55,7 @@ def values(view: DraftView) -> Iterator[Finding]:
         yield Finding("note", f"config.json says {said}, the weights are {next(iter(kinds))}", "make them agree")
 
 
-def vocabulary(view: DraftView) -> Iterator[Finding]:
+def vocabulary(view: View) -> Iterator[Finding]:
     """d2t holds offsets to ascending target ids, and t2d is their mask."""
     names = {tensors.flat_name(key): key for key in view.shapes}
     _, _, vocab, draft_vocab = tensors.sizes(view.config)
@@ -89,14 +89,14 @@ def vocabulary(view: DraftView) -> Iterator[Finding]:
                       "convert with tools/convert/from_pytorch.py, which sorts them")  # fmt: skip
 
 
-def post_norm(view: DraftView) -> Iterator[Finding]:
+def post_norm(view: View) -> Iterator[Finding]:
     if switch(view.config, "norm_output") and MARK not in view.config:
         yield Finding("wrong", "norm_output is true: engines feed the normed state back, while SpecForge trains on "
                       "the state before the norm whatever the field says (there it means a norm before the head)",
                       "remove norm_output if SpecForge trained the draft; else nothing is to do")  # fmt: skip
 
 
-def context(view: DraftView) -> Iterator[Finding]:
+def context(view: View) -> Iterator[Finding]:
     length = view.config.get("max_position_embeddings")
     target = (view.target or {}).get("max_position_embeddings")
     if length is None:
@@ -109,7 +109,7 @@ def context(view: DraftView) -> Iterator[Finding]:
                       "their rows", "give --target to compare")  # fmt: skip
 
 
-def rope(view: DraftView) -> Iterator[Finding]:
+def rope(view: View) -> Iterator[Finding]:
     """The target's base is what a draft should have been trained with, and nearly always was."""
     if view.target is None:
         if not rope_fields.spoken(view.config):
@@ -125,7 +125,7 @@ def rope(view: DraftView) -> Iterator[Finding]:
                       "check that the draft was trained so")  # fmt: skip
 
 
-def target(view: DraftView) -> Iterator[Finding]:
+def target(view: View) -> Iterator[Finding]:
     if view.target is None:
         return
     _, hidden, vocab, _ = tensors.sizes(view.config)
@@ -137,13 +137,14 @@ def target(view: DraftView) -> Iterator[Finding]:
             yield Finding("refused", f"{name} is {ours}, the target's {theirs}", "this draft is for another target")
 
 
-def tapped_layers(view: DraftView) -> Iterator[Finding]:
+def tapped_layers(view: View) -> Iterator[Finding]:
     """Both places, one meaning."""
     top, nested = view.config.get(layer_ids.NAME), layer_ids.nested_ids(view.config)
     for ids in (top, nested):
         if ids is not None and (sorted(set(ids)) != list(ids) or len(ids) != tensors.NUM_TAPS):
-            yield Finding("wrong", f"layer ids {ids} are not {tensors.NUM_TAPS} ascending ones: engines hand the states "
-                          "over in layer order", "write ascending ids, and fc's columns in that order")  # fmt: skip
+            yield Finding("wrong", f"layer ids {ids} are not {tensors.NUM_TAPS} ascending ones: engines hand the "
+                          "states over in layer order",
+                          "write ascending ids, and fc's columns in that order")  # fmt: skip
             return
     if (top is None) != (nested is None):
         there, missing = ("top level", "eagle_config") if nested is None else ("eagle_config", "top level")
@@ -157,7 +158,11 @@ def tapped_layers(view: DraftView) -> Iterator[Finding]:
                       "states", "write the layers that the draft was trained on in both")  # fmt: skip
 
 
-CONFIG_RULES: tuple[Callable[[DraftView], Iterator[Finding]], ...] = (
+CONFIG_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
     nulls, post_norm, context, rope, target, tapped_layers,
 )  # fmt: skip
-TENSOR_RULES: tuple[Callable[[DraftView], Iterator[Finding]], ...] = (shapes, values, vocabulary)
+TENSOR_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (shapes, values, vocabulary)
+
+
+def of_directory(view: View) -> list[Finding]:
+    return [finding for rule in (*TENSOR_RULES, *CONFIG_RULES) for finding in rule(view)]

@@ -1,4 +1,4 @@
-"""The tensors of a draft's directory: flat names and PyTorch shapes [out, in], from config.json alone.
+"""The tensors of a draft's directory: flat names and PyTorch shapes [out, in], from config.json and the kind.
 
 Written down from what the engines load, not from this project's name tables: the two are compared with each other.
 """
@@ -6,14 +6,12 @@ Written down from what the engines load, not from this project's name tables: th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
-from flaxdraft.algorithms.eagle3.serving.contract import kind_of, switch
+from flaxdraft.algorithms.eagle3.serving.terms import Config, Kind, Shapes, switch
 
-Shapes = dict[str, tuple[int, ...]]
 NUM_TAPS = 3
 LAYER = "midlayer."
+ATTENTION = LAYER + "self_attn."
 # Buffers that some writers keep; config.json says the same.
 BUFFERS = re.compile(r"(^|\.)rotary_emb\.|(^|\.)inv_freq$")
 OLD_NAMES = {"aux_norm_low.": "fc_norm.0.", "aux_norm_mid.": "fc_norm.1.", "aux_norm_high.": "fc_norm.2."}
@@ -31,14 +29,14 @@ def flat_name(key: str) -> str:
     return name
 
 
-def sizes(config: Mapping[str, Any]) -> tuple[int, int, int, int]:
+def sizes(config: Config) -> tuple[int, int, int, int]:
     """Draft width, target width, target vocabulary, draft vocabulary."""
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     return hidden, config.get("target_hidden_size") or hidden, vocab, config.get("draft_vocab_size") or vocab
 
 
-def weights(config: Mapping[str, Any]) -> Shapes:
-    """What every such draft holds; the embedding only where the target's does not fit.
+def weights(config: Config, kind: Kind) -> Shapes:
+    """What every draft of that kind holds; the embedding only where the target's does not fit.
 
     Raises:
         KeyError: config.json lacks a size.
@@ -55,7 +53,7 @@ def weights(config: Mapping[str, Any]) -> Shapes:
         LAYER + "mlp.down_proj.weight": (hidden, inner),
         "norm.weight": (hidden,),
         "lm_head.weight": (draft_vocab, hidden),
-        **_ATTENTION[kind_of(config)](config, hidden),
+        **{ATTENTION + name: shape for name, shape in kind.attention(config).items()},
     }
     if switch(config, "fc_norm"):
         shapes |= {f"fc_norm.{i}.weight": (target_hidden,) for i in range(NUM_TAPS)}
@@ -66,42 +64,7 @@ def weights(config: Mapping[str, Any]) -> Shapes:
     return shapes
 
 
-def extras(config: Mapping[str, Any]) -> Shapes:
+def extras(config: Config) -> Shapes:
     """What a draft may hold besides: the vocabulary tables, and an embedding that engines may pass over."""
     hidden, _, vocab, draft_vocab = sizes(config)
     return {"d2t": (draft_vocab,), "t2d": (vocab,), "embed_tokens.weight": (vocab, hidden)}
-
-
-def _llama(config: Mapping[str, Any], hidden: int) -> Shapes:
-    heads = config["num_attention_heads"]
-    width = config.get("head_dim") or hidden // heads
-    kv_heads = config.get("num_key_value_heads") or heads
-    attention = LAYER + "self_attn."
-    return {
-        attention + "q_proj.weight": (heads * width, 2 * hidden),
-        attention + "k_proj.weight": (kv_heads * width, 2 * hidden),
-        attention + "v_proj.weight": (kv_heads * width, 2 * hidden),
-        attention + "o_proj.weight": (hidden, heads * width),
-    }
-
-
-def _mla(config: Mapping[str, Any], hidden: int) -> Shapes:
-    heads, q_rank, rank = config["num_attention_heads"], config.get("q_lora_rank"), config["kv_lora_rank"]
-    nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
-    attention = LAYER + "self_attn."
-    shapes = {
-        attention + "kv_a_proj_with_mqa.weight": (rank + rope, 2 * hidden),
-        attention + "kv_a_layernorm.weight": (rank,),
-        attention + "kv_b_proj.weight": (heads * (nope + value), rank),
-        attention + "o_proj.weight": (hidden, heads * value),
-    }
-    if q_rank is None:
-        return shapes | {attention + "q_proj.weight": (heads * (nope + rope), 2 * hidden)}
-    return shapes | {
-        attention + "q_a_proj.weight": (q_rank, 2 * hidden),
-        attention + "q_a_layernorm.weight": (q_rank,),
-        attention + "q_b_proj.weight": (heads * (nope + rope), q_rank),
-    }
-
-
-_ATTENTION = {"llama": _llama, "mla": _mla}

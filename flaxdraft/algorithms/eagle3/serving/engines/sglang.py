@@ -1,18 +1,22 @@
 """SGLang (srt/models/llama_eagle3.py, kimi_k25_eagle3.py; srt/speculative/)."""
 
-from flaxdraft.algorithms.eagle3.serving.contract import Engine
+from flaxdraft.algorithms.eagle3.serving.terms import Engine, Served
 
 ENGINE = Engine(
     title="SGLang 0.5.23",
+    portable=True,
     serve="python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 \\\n"
           "    --speculative-draft-model-path {draft} --speculative-num-steps {chain} --speculative-eagle-topk 1 \\\n"
           "    --speculative-num-draft-tokens {verified}",
-    architectures={"llama": ("LlamaForCausalLMEagle3",), "mla": ("Eagle3DeepseekV2ForCausalLM",)},
-    model_prefix=("llama",),
+    kinds={
+        "llama": Served(
+            ("LlamaForCausalLMEagle3",), ("fc_norm", "norm_output", "norm_before_fc"), model_prefix=True
+        ),
+        "mla": Served(("Eagle3DeepseekV2ForCausalLM",), ("fc_norm", "norm_output")),
+    },
     unknown_key="skipped",
     missing_key="random",
     embedding="replaced",
-    switches={"llama": ("fc_norm", "norm_output", "norm_before_fc"), "mla": ("fc_norm", "norm_output")},
     other_names={"fc_norm": "use_aux_norm"},
     required_fields=("draft_vocab_size",),
     not_null=("target_hidden_size", "draft_vocab_size"),

@@ -1,6 +1,6 @@
 """sglang-jax (python/sgl_jax/srt/models/llama_eagle3.py, utils/weight_utils.py)."""
 
-from flaxdraft.algorithms.eagle3.serving.contract import Engine
+from flaxdraft.algorithms.eagle3.serving.terms import Engine, Served
 
 ENGINE = Engine(
     title="sglang-jax cddbf6f",
@@ -8,12 +8,11 @@ ENGINE = Engine(
     serve="python -m sgl_jax.launch_server --model-path TARGET --speculative-algorithm EAGLE3 \\\n"
           "    --speculative-draft-model-path {draft} --speculative-num-steps {chain} --speculative-eagle-topk 1 \\\n"
           "    --speculative-num-draft-tokens {verified} --disable-overlap-schedule",
-    architectures={"llama": ("LlamaForCausalLMEagle3",)},
+    kinds={"llama": Served(("LlamaForCausalLMEagle3",))},
     layer_prefixes=("midlayer.",),
     unknown_key="unread",
     missing_key="fails",
     embedding="unread",
-    switches={"llama": ()},
     required_fields=("draft_vocab_size",),
     not_null=("target_hidden_size", "draft_vocab_size"),
     attention_bias=True,

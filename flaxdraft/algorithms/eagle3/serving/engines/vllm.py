@@ -1,19 +1,26 @@
 """vLLM (model_executor/models/llama_eagle3.py, deepseek_eagle3.py; v1/worker/gpu/spec_decode/eagle/)."""
 
-from flaxdraft.algorithms.eagle3.serving.contract import Engine
+from flaxdraft.algorithms.eagle3.serving.terms import Engine, Served
 
 ENGINE = Engine(
     title="vLLM 0.33.0",
+    portable=True,
     serve="vllm serve TARGET --speculative-config \\\n"
           "    '{{\"method\": \"eagle3\", \"model\": \"{draft}\", \"num_speculative_tokens\": {chain}}}'",
-    architectures={
-        "llama": (
-            "LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3MiniMaxM2ForCausalLM",
-            "Eagle3Qwen2_5vlForCausalLM", "Eagle3Qwen3vlForCausalLM", "LlamaForCausalLM",
+    kinds={
+        "llama": Served(
+            (
+                "LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3MiniMaxM2ForCausalLM",
+                "Eagle3Qwen2_5vlForCausalLM", "Eagle3Qwen3vlForCausalLM", "LlamaForCausalLM",
+            ),
+            ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual"),
         ),
-        "mla": (
-            "Eagle3DeepseekV2ForCausalLM", "Eagle3DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM",
-            "DeepseekV3ForCausalLM",
+        "mla": Served(
+            (
+                "Eagle3DeepseekV2ForCausalLM", "Eagle3DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM",
+                "DeepseekV3ForCausalLM",
+            ),
+            ("fc_norm", "norm_output"),
         ),
     },
     unknown_key="refused",
@@ -21,10 +28,6 @@ ENGINE = Engine(
     embedding="kept",
     shares_head=True,
     full_d2t="refused",
-    switches={
-        "llama": ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual"),
-        "mla": ("fc_norm", "norm_output"),
-    },
     not_null=("target_hidden_size", "draft_vocab_size"),
     reads_tied_head=False,
     attention_bias=True,

@@ -10,11 +10,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from flaxdraft.algorithms.eagle3.serving.terms import SWITCHES, Kind, Served, Shapes
 from jaxtyping import Array, Float, Int
 
 from flaxdraft.algorithms.eagle3.draft import COMMON_NAMES, Eagle3Draft, Eagle3Sizes, extra_names
-from flaxdraft.devices.mesh import Sharding
+from flaxdraft.algorithms.eagle3.serving.terms import SWITCHES, Kind, Served, Shapes
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.interfaces import EmbeddingAndHead
 from flaxdraft.nn.gqa import GQA, GQAConfig, Projected
 from flaxdraft.nn.precision import Precision

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from flaxdraft.devices.mesh import Sharding, per_device, spec_of
+from flaxdraft.devices.per_device import per_device
+from flaxdraft.devices.sharding import Sharding, spec_of
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
 from flaxdraft.nn.gqa import GQA, GQAConfig
@@ -85,7 +86,11 @@ class BlockDraft(nnx.Module):
         return self.context_norm(self.fc(joined))
 
     def logits(
-        self, newest_BA: Int[Array, "B A"], positions_BA: Int[Array, "B A"], text: Text, visible_BAS: Bool[Array, "B A S"]
+        self,
+        newest_BA: Int[Array, "B A"],
+        positions_BA: Int[Array, "B A"],
+        text: Text,
+        visible_BAS: Bool[Array, "B A S"],
     ) -> Float[Array, "B A Q V"]:
         """Of all proposals of blocks behind some newest tokens.
 
@@ -97,7 +102,9 @@ class BlockDraft(nnx.Module):
         tokens = jnp.where(place_b == 0, newest_BA[..., None], self.config.mask_token_id)
         flat = lambda x: x.reshape(num_batch, num * size, *x.shape[3:])  # noqa: E731
         positions_BT, block_T = flat(positions_BA[..., None] + place_b), jnp.arange(num * size) // size
-        same_BTT = jnp.broadcast_to(block_T[None, :, None] == block_T[None, None], (num_batch, len(block_T), len(block_T)))
+        same_BTT = jnp.broadcast_to(
+            block_T[None, :, None] == block_T[None, None], (num_batch, len(block_T), len(block_T))
+        )
         read_BTS = flat(jnp.broadcast_to(visible_BAS[:, :, None], (num_batch, num, size, visible_BAS.shape[2])))
         same_BTT = same_BTT & (positions_BT[:, :, None] >= 0)  # split over devices as the rest is
         visible_BTX = jnp.concatenate([read_BTS, same_BTT], axis=2)
