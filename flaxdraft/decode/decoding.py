@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flaxdraft.decode.generation import check_sampling
 from flaxdraft.decode.speculative import PREFILL_CHUNK, Carry, Program, Rows, advance, begin
 from flaxdraft.decode.tree import Tree
 from flaxdraft.errors import InputError
@@ -51,10 +52,7 @@ class Settings:
     tree: tuple[int, ...] = ()  # children of a node by depth: a tree instead of a chain, whose length is then 0
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise InputError(
-                f"sampling: found temperature {self.temperature} and top_p {self.top_p}, expected >= 0 and in (0, 1]"
-            )
+        check_sampling(self.temperature, self.top_p)
         if self.tree and (self.temperature > 0 or self.chain_length > 0):
             raise InputError(
                 f"tree: found one with temperature {self.temperature:g} and a chain of {self.chain_length}; a tree "
