@@ -89,12 +89,18 @@ def test_it_keeps_the_contract(tmp_path):
     [
         ("algorithm.blocksize=4", "run.yaml: unknown key 'algorithm.blocksize'; did you mean 'block_size'?"),
         ("algorithm.ttt_length=4", "run.yaml: unknown key 'algorithm.ttt_length'; known keys: name, block_size"),
-        ("algorithm.block_size=1", "run.yaml: algorithm.block_size: found 1; input should be greater than or equal to 2"),
+        (
+            "algorithm.block_size=1",
+            "run.yaml: algorithm.block_size: found 1; input should be greater than or equal to 2",
+        ),
         ("algorithm.gamma=nan", "run.yaml: algorithm.gamma: found 'nan'; input should be a valid number"),
         ("draft.architecture=llama", "draft.architecture: no 'llama' in blocky.drafts; found plain"),
         ("draft.draft_vocab_size=64", "draft.draft_vocab_size: drafts of blocky know the target's whole vocabulary"),
         ("export.engine=sglang", "export.engine: no 'sglang'; known are hf"),
-        ("evaluate.chain_length=4", "evaluate.chain_length: found 4, but such drafts of blocky propose at most 3 tokens"),
+        (
+            "evaluate.chain_length=4",
+            "evaluate.chain_length: found 4, but such drafts of blocky propose at most 3 tokens",
+        ),
     ],
 )  # fmt: skip
 def test_wrong_fields_are_refused_as_ever(workspace, tmp_path, capfd, override, message):
@@ -135,7 +141,10 @@ def test_an_export_is_read_again_as_what_it_was(finished):
     ("overrides", "message"),
     [
         (["draft={fields: {block_size: 4}}"], "draft.fields.block_size: algorithm.block_size says it; leave it out"),
-        (["draft={init_from: EXPORT}", "algorithm.block_size=5"], "algorithm.block_size: found 5, the draft at EXPORT has 4"),
+        (
+            ["draft={init_from: EXPORT}", "algorithm.block_size=5"],
+            "algorithm.block_size: found 5, the draft at EXPORT has 4",
+        ),
     ],
 )  # fmt: skip
 def test_a_blocks_size_is_said_once(finished, workspace, tmp_path, capfd, overrides, message):
