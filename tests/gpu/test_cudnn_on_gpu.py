@@ -101,7 +101,8 @@ def test_a_target_reads_packed_rows_with_it(shape, monkeypatch):
     arrays = normal(heads, width), normal(kv_heads, width), normal(kv_heads, value_width)
     segments = np.searchsorted([0, 40, 41, 150, 203], np.arange(num_keys), side="right")
     segments = jnp.asarray(np.stack([segments, np.where(np.arange(num_keys) < 230, segments, 0)]), jnp.int32)
-    attention = lambda *x: jax.jit(lambda *x: target_attention.uncached(*x, segments, width**-0.5))(*x)  # noqa: E731
+    softmax = target_attention.Softmax(width**-0.5)
+    attention = lambda *x: jax.jit(lambda *x: target_attention.uncached(*x, segments, softmax))(*x)  # noqa: E731
     with jax.default_matmul_precision("highest"):
         want = attention(*(x.astype(jnp.float32) for x in arrays))
     monkeypatch.setattr(target_attention, "DENSE_SCORES", 0)
