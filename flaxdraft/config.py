@@ -88,7 +88,7 @@ class DraftConfig(_Section):
 
 
 class AlgorithmConfig(_Section):
-    """What every algorithm's section has; the rest of it is the algorithm's own (`flaxdraft.algorithms.NAME.settings`)."""
+    """What every algorithm's section has; the rest is the algorithm's own (`flaxdraft.algorithms.NAME.settings`)."""
 
     name: str
 

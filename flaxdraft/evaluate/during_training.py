@@ -22,8 +22,8 @@ _NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
 
 
 class UntrainedDraft(NamedTuple):
-    """All of a draft but its parameters, on this process's first device, with `Sharding.none()`; its precision is that of
-    decoding."""
+    """All of a draft but its parameters, on this process's first device, with `Sharding.none()`; its precision is that
+    of decoding."""
 
     graphdef: nnx.GraphDef
     frozen: nnx.State
