@@ -22,6 +22,7 @@ from pydantic import (
     ValidationError,
     create_model,
 )
+from pydantic_core import ErrorDetails
 
 from flaxdraft.errors import InputError
 from flaxdraft.plugins import settings_of
@@ -178,7 +179,19 @@ class RunConfig(_Section):
 
     @property
     def draft_dir(self) -> Path:
-        return Path(self.output_dir) / (self.name or self.draft.architecture)
+        return Path(self.output_dir) / (self.name or self.architecture)
+
+    @property
+    def architecture(self) -> str:
+        """`draft.architecture`, which `load_config` fills in."""
+        assert self.draft.architecture is not None
+        return self.draft.architecture
+
+    @property
+    def engine(self) -> str:
+        """`export.engine`, which `load_config` fills in."""
+        assert self.export.engine is not None
+        return self.export.engine
 
 
 def _with_algorithm(raw: dict[str, Any]) -> type[RunConfig]:
@@ -190,12 +203,15 @@ def _with_algorithm(raw: dict[str, Any]) -> type[RunConfig]:
     section, default = raw.get("algorithm"), importlib.import_module("flaxdraft.algorithms").DEFAULT
     name = section.get("name", default) if isinstance(section, dict) else default
     settings = settings_of(name if isinstance(name, str) else default)
-    return create_model("RunConfig", __base__=RunConfig, algorithm=(settings, settings()))
+    return create_model("RunConfig", __base__=RunConfig, algorithm=(settings, settings.model_validate({})))
 
 
 def _known_keys(model: type[BaseModel], loc: tuple) -> list[str]:
     for part in loc:
-        model = model.model_fields[part].annotation
+        inner = model.model_fields[part].annotation
+        assert isinstance(inner, type), "an unknown key stands in a section"
+        assert issubclass(inner, BaseModel), "an unknown key stands in a section"
+        model = inner
     return list(model.model_fields)
 
 
@@ -205,7 +221,7 @@ def nearest(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
 
 
-def _explain(error: dict[str, Any], origin: str, model: type[RunConfig]) -> str:
+def _explain(error: ErrorDetails, origin: str, model: type[RunConfig]) -> str:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = _known_keys(model, error["loc"][:-1])

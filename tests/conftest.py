@@ -9,8 +9,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
-# The same programs are compiled by many tests, by the workers that share them out, and by the processes that some of them
-# start: once a session is enough. FLAXDRAFT_TEST_CACHE names a folder that keeps them from one session to the next.
+# The same programs are compiled by many tests, by the workers that share them out, and by the processes that some of
+# them start: once a session is enough. FLAXDRAFT_TEST_CACHE names a folder that keeps them from one session to the next.
 if "FLAXDRAFT_TEST_CACHE" not in os.environ:
     os.environ["FLAXDRAFT_TEST_CACHE"] = tempfile.mkdtemp(prefix="flaxdraft-compiled-")  # workers inherit it
     atexit.register(shutil.rmtree, os.environ["FLAXDRAFT_TEST_CACHE"], ignore_errors=True)
@@ -20,8 +20,8 @@ os.environ |= {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
 }
 
-import jax  # noqa: E402 (it reads the environment)
-import pytest  # noqa: E402
+import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -25,5 +25,7 @@ def test_a_part_of_an_installed_package_is_found(tmp_path, monkeypatch):
 
 def test_two_parts_of_one_name_are_refused(tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, "llama")
-    with pytest.raises(InputError, match="'llama' in flaxdraft.targets: llama_part and flaxdraft.targets.llama have"):
+    with pytest.raises(
+        InputError, match=r"'llama' in flaxdraft\.targets: llama_part and flaxdraft\.targets\.llama have"
+    ):
         find_by_name(PACKAGE, "llama", "target")

@@ -53,8 +53,8 @@ def read_map(path: str, vocab_size: int, draft_vocab_size: int) -> VocabMap:
         raise InputError(f"draft.vocab_map: {path} holds no vector of integers")
     if len(offsets) != draft_vocab_size:
         raise InputError(
-            f"draft.vocab_map: {path} holds {len(offsets)} tokens, draft.draft_vocab_size says {draft_vocab_size}; make "
-            "them agree"
+            f"draft.vocab_map: {path} holds {len(offsets)} tokens, draft.draft_vocab_size says {draft_vocab_size}; "
+            "make them agree"
         )
     try:
         return VocabMap.from_offsets(offsets, vocab_size)

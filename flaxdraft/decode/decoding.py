@@ -119,8 +119,7 @@ class Decoding:
                     f"prompts: number {i} has {len(prompt)} tokens; with an answer of {settings.max_new_tokens} it "
                     f"leaves the target's context of {context}; shorten it, or lower max_new_tokens"
                 )
-        data = 1 if mesh is None else mesh.shape["data"]
-        total = round_up(max(num_rows or 0, num), data)
+        total = round_up(max(num_rows or 0, num), 1 if mesh is None else mesh.shape["data"])
         padded = padded_length(max(least_length, *map(len, prompts)))
         tokens_BP = np.zeros((total, padded), np.int32)
         lengths, limits, numbers = np.ones(total, np.int32), np.zeros(total, np.int32), np.zeros(total, np.uint32)
@@ -133,12 +132,14 @@ class Decoding:
         if mesh is not None:
             tokens_BP, rows = jax.device_put((tokens_BP, rows), jax.NamedSharding(mesh, jax.P("data")))
         alone = settings.chain_length == 0 and not settings.tree
-        graphdef, state, drafter = (None, None, None) if alone else draft
+        assert alone or draft is not None, "nothing to draft with"
+        graphdef, state, drafter = (None, None, None) if alone or draft is None else draft
         program = settings.program(drafter, mesh)
         stops_N = np.asarray(settings.stop_tokens, np.int32)
         drafted = program.chain_length
         if program.tree is not None:
-            drafted, vocab_size = program.tree.num_nodes - 1, nnx.merge(graphdef, state).config.draft_vocab_size
+            assert draft is not None
+            drafted, vocab_size = program.tree.num_nodes - 1, nnx.merge(*draft[:2]).config.draft_vocab_size
             if max(settings.tree) > vocab_size:
                 raise InputError(
                     f"tree: found width {max(settings.tree)}, expected at most the draft's {vocab_size} tokens"

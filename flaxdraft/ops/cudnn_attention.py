@@ -127,6 +127,7 @@ def _with_codes(q_BTNH, k_BTKH, document_BT, num_queries: int, scale: float):
 
 def _call(direction: str, arrays: tuple, extra: tuple, length_B, scale: float, **settings: Any) -> list[jax.Array]:
     """One kernel. Arrays are [B, T, heads, width], the logsumexp among `extra` is [B, N, T]."""
+    assert _fused is not None, "see `moved`"
     primitive = getattr(_fused, f"_dot_product_attention_{direction}_p_wrapper")
     implementation = getattr(_fused, f"_dot_product_attention_{direction}_impl")
     unused = jnp.zeros(0, arrays[0].dtype)

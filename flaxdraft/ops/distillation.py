@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from flaxdraft.devices.per_device import added_up, per_device, scaled
-from flaxdraft.devices.sharding import axes_of, gradient_spec, spec_of
+from flaxdraft.devices.sharding import axes_of, gradient_spec, partitions_of, spec_of
 from flaxdraft.ops.objectives import TeacherRows
 from flaxdraft.ops.row_signals import row_signals
 from flaxdraft.ops.step_sums import StepSums
@@ -86,7 +86,7 @@ def distill(
 
 def _walk(plan, want_gradients, states, head_DW, teacher, teacher_head_WE, supervised_JBR, accepted_J):
     rows_spec, head_spec = spec_of(states[0]).partitions[:2], spec_of(head_DW)
-    rows_axes, vocabulary = axes_of(rows_spec), head_spec.partitions[1]
+    rows_axes, vocabulary = axes_of(rows_spec), partitions_of(head_spec)[1]
     if vocabulary is not None:
         teacher_head_WE = jax.reshard(teacher_head_WE, jax.P(vocabulary, None))
 
@@ -132,7 +132,7 @@ def _walk_shard(plan, want_gradients, axis, states, teacher, supervised_BRJ, hea
         at_Q = (jnp.arange(size)[:, None] + jnp.arange(num_steps)[None]).ravel()
         spread = lambda x_S: x_S.at[at_Q].get(mode="promise_in_bounds")  # noqa: E731
         statistics = logsumexp(teacher_SW, axis), logsumexp_S, argmax_S
-        rows = TeacherRows(*map(spread, (teacher_SW, *statistics)), axis)
+        rows = TeacherRows(*map(spread, (teacher_SW, *statistics)), axis=axis)
         supervised_Q = take(supervised_MJ, at_C).ravel()
         in_draft_Q = supervised_Q & (rows.draft_argmax_C >= 0)
         # All steps in one product: its gradient to the head is then one product too, not J to be added up.
@@ -143,6 +143,7 @@ def _walk_shard(plan, want_gradients, axis, states, teacher, supervised_BRJ, hea
         signals = row_signals(plan.objective, logits_QW, rows, jnp.tile(accepted_J, size), weight_Q)
         if want_gradients:
             # An unsupervised row may hold anything: nothing of it may reach the head.
+            assert signals.slope_QW is not None
             slope_QW = jnp.where(in_draft_Q[:, None], signals.slope_QW, 0.0).astype(head.dtype)
             state_QD = jnp.where(in_draft_Q[:, None], state_QD, 0)
             back_QD = jnp.einsum("qw,dw->qd", slope_QW, head, preferred_element_type=wide).astype(head.dtype)
@@ -157,7 +158,12 @@ def _walk_shard(plan, want_gradients, axis, states, teacher, supervised_BRJ, hea
         loss_J = jnp.sum(apart(jnp.where(in_draft_Q, signals.loss_Q, 0.0)), axis=0)
         accept_J = jnp.sum(apart(jnp.where(supervised_Q, signals.accept_Q, 0.0)), axis=0)
         hit_MJ = hit_MJ.at[at_C].set(hit_CJ, mode="drop")
-        return sums + StepSums(loss_J, *counts, accept_J, plan.step_weights), hit_MJ, gradients, head_gradient
+        return (
+            sums + StepSums(loss_J, *counts, expected_accept_J=accept_J, step_weights=plan.step_weights),
+            hit_MJ,
+            gradients,
+            head_gradient,
+        )
 
     zeros = jnp.zeros(num_steps, wide)
     none = jnp.zeros(num_steps, jnp.int32)

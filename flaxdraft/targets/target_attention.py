@@ -56,12 +56,12 @@ class LayerAttention:
         s, rows = self.sharding, self.rows
         heads_spec, rows_spec = s.act_btnh, s.act_btd and P(*s.act_btd[:2])
         softmax = Softmax(scale, None if window is None else jnp.asarray(window, jnp.int32), sinks_N)
-        softmax_spec = Softmax(scale, None if window is None else P(), None if sinks_N is None else s.weight_f)
+        softmax_spec = jax.tree.map(lambda x: s.weight_f if x.ndim else P(), softmax)
         if self.cache is None:
             specs = (heads_spec, heads_spec, heads_spec, rows_spec, softmax_spec)
             return on_shards(s, uncached, specs, heads_spec)(q_BTNH, k_BTKH, v_BTKC, rows.segments_BT, softmax)
         how, places = (cached, ()) if rows.placement is None else (placed, (rows.placement,))
-        cache_spec = Cache(s.cache_lbn, s.cache_lbn)
+        cache_spec = jax.tree.map(lambda _: s.cache_lbn, self.cache)
         specs = (
             cache_spec,
             P(),

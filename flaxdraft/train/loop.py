@@ -30,8 +30,8 @@ from flaxdraft.train.resume import Resume, begin
 from flaxdraft.train.state import SCHEMA, TrainState, evaluation_params, init_state
 from flaxdraft.train.step import make_train_step
 
-# (parameters) -> {"loss", "accept_length", and what the algorithm shows}. `accept_length_decoded`, where some prompts were
-# decoded, is the score of a checkpoint then.
+# (parameters) -> {"loss", "accept_length", and what the algorithm shows}. Where some prompts were decoded,
+# `accept_length_decoded` is among them, and is the score of a checkpoint.
 HeldOut = Callable[[nnx.State], dict[str, Any]]
 
 
@@ -54,6 +54,7 @@ class Trainer:
         if host.features is not None:
             return training_example(host, self.mesh, self.algorithm, self.teacher)
         batch, chosen = placed_rows((host.batch, host.chosen), self.mesh)
+        assert self.target is not None, "batches without features"
         features = jax.device_put(self.target.features(batch), batch.tokens_BT.sharding)
         return Example(batch, features, chosen, self.teacher)
 

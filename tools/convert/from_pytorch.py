@@ -114,7 +114,7 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
         InputError: PyTorch is not installed, or the file holds more than tensors and plain values.
     """
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]  # of the extra `convert` alone
     except ImportError as error:
         raise InputError(f'{path}: reading it takes PyTorch; pip install -e ".[convert]"') from error
     try:
@@ -130,7 +130,7 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
 def numpy_of(tensor) -> np.ndarray:
     """numpy knows bfloat16 through ml_dtypes alone."""
     import ml_dtypes
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]  # of the extra `convert` alone
 
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)

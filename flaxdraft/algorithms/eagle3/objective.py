@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flaxdraft.algorithms.eagle3.suffix_attention import ATTENTION_OUTPUT, Backend, Suffix, Way, suffix_attention
 from flaxdraft.algorithms.eagle3.surface import Draft
 from flaxdraft.devices.sharding import split_like, whole_in_time
-from flaxdraft.interfaces import Batch
+from flaxdraft.interfaces import AnyArray, Batch
 from flaxdraft.ops.attention import KeyRange, document_ranges
 from flaxdraft.ops.range_attention import DEFAULT_CHUNK, Chunks
 from flaxdraft.ops.rows import take_rows
@@ -41,9 +41,9 @@ class SharedRows:
     """What the rows of a batch row read of its features, where devices share them (shared_rows.py): no device has to
     read another's."""
 
-    taps_BRKE: Float[Array, "B R K E"]  # of each row
-    last_BRE: Float[Array, "B R E"]  # of the row after it, its teacher at step 0
-    owned_BR: Bool[Array, "B R"]  # false: listed for its teacher alone, some other device trains it
+    taps_BRKE: Float[AnyArray, "B R K E"]  # of each row
+    last_BRE: Float[AnyArray, "B R E"]  # of the row after it, its teacher at step 0
+    owned_BR: Bool[AnyArray, "B R"]  # false: listed for its teacher alone, some other device trains it
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +52,7 @@ class ChosenRows:
     """The rows of a batch that some step supervises, ascending; entries >= T are padding. Rows outside are never
     computed."""
 
-    rows_BR: Int[Array, "B R"]
+    rows_BR: Int[AnyArray, "B R"]
     shared: SharedRows | None = None
 
 

@@ -10,8 +10,9 @@ H query/key width, C value width, I suffix steps.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from flaxdraft.ops.range_attention import Chunks, Joint
 
 ATTENTION_OUTPUT = "attention_output"  # what a rematerialisation policy may keep
 Backend = Literal["auto", "dense", "chunked", "cudnn"]
+Shaped: TypeAlias = jax.Array | jax.ShapeDtypeStruct
 # Scores of one step up to which building them whole is as fast (experiments/bench_step.py --attention dense chunked).
 DENSE_SCORES = 2**22
 
@@ -55,7 +57,7 @@ class Way(NamedTuple):
     packed: bool = True
 
 
-def choose(backend: Backend, q_BRNH: jax.Array, k0_BTKH: jax.Array, v0_BTKC: jax.Array) -> Backend:
+def choose(backend: Backend, q_BRNH: Shaped, k0_BTKH: Shaped, v0_BTKC: Shaped) -> Backend:
     """What `backend` means for these arrays (their shapes and types suffice) on this machine.
 
     "auto" takes whole scores where they are few, else cuDNN where it can run, else chunks. A JAX whose private names
@@ -136,10 +138,11 @@ class Cudnn(NamedTuple):
 Kernel = Chunks | Cudnn
 
 
-def _block_attention(kernel: Kernel):
+def _block_attention(kernel: Kernel) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Forward and backward of the attention to the step-0 keys; see ops/range_attention.py."""
     if isinstance(kernel, Cudnn):
-        return tuple(partial(f, packed=kernel.packed) for f in (cudnn_attention.forward, cudnn_attention.backward))
+        packed = kernel.packed
+        return partial(cudnn_attention.forward, packed=packed), partial(cudnn_attention.backward, packed=packed)
     return partial(range_attention.forward, chunks=kernel), partial(range_attention.backward, chunks=kernel)
 
 
