@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 # The same programs are compiled by many tests, by the workers that share them out, and by the processes that some of
-# them start: once a session is enough. FLAXDRAFT_TEST_CACHE names a folder that keeps them from one session to the next.
+# them start: once a session is enough. FLAXDRAFT_TEST_CACHE names a folder that keeps them for the next session.
 if "FLAXDRAFT_TEST_CACHE" not in os.environ:
     os.environ["FLAXDRAFT_TEST_CACHE"] = tempfile.mkdtemp(prefix="flaxdraft-compiled-")  # workers inherit it
     atexit.register(shutil.rmtree, os.environ["FLAXDRAFT_TEST_CACHE"], ignore_errors=True)
