@@ -42,9 +42,15 @@ class States(NamedTuple):
 class Folder(Protocol):
     """Rows of another program's layout."""
 
-    last_is_normed: bool
-    num_left_out: int  # rows without hidden states
-    rows: Sequence[Rendered]
+    @property
+    def last_is_normed(self) -> bool: ...
+    @property
+    def num_left_out(self) -> int:
+        """Rows without hidden states."""
+        ...
+
+    @property
+    def rows(self) -> Sequence[Rendered]: ...
 
     def name(self, index: int) -> str:
         """The row's file, for messages."""
