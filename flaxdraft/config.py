@@ -22,6 +22,7 @@ from pydantic import (
     ValidationError,
     create_model,
 )
+from pydantic_core import ErrorDetails
 
 from flaxdraft.errors import InputError
 from flaxdraft.plugins import settings_of
@@ -88,7 +89,7 @@ class DraftConfig(_Section):
 
 
 class AlgorithmConfig(_Section):
-    """What every algorithm's section has; the rest of it is the algorithm's own (`flaxdraft.algorithms.NAME.settings`)."""
+    """What every algorithm's section has; the rest is the algorithm's own (`flaxdraft.algorithms.NAME.settings`)."""
 
     name: str
 
@@ -137,7 +138,7 @@ class EvaluateConfig(_Section):
 
 
 class ExportConfig(_Section):
-    engine: str | None = None  # whose contract is met, one of the algorithm's; null: its default
+    engine: str = ""  # whose contract is met, one of the algorithm's; left out: its default
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     step: Literal["best", "latest"] = "best"  # the checkpoint that is evaluated, exported and reported
 
@@ -178,7 +179,19 @@ class RunConfig(_Section):
 
     @property
     def draft_dir(self) -> Path:
-        return Path(self.output_dir) / (self.name or self.draft.architecture)
+        return Path(self.output_dir) / (self.name or self.architecture)
+
+    @property
+    def architecture(self) -> str:
+        """`draft.architecture`, which `load_config` fills in."""
+        assert self.draft.architecture is not None
+        return self.draft.architecture
+
+    @property
+    def engine(self) -> str:
+        """`export.engine`, which `load_config` fills in."""
+        assert self.export.engine is not None
+        return self.export.engine
 
 
 def _with_algorithm(raw: dict[str, Any]) -> type[RunConfig]:
@@ -190,12 +203,15 @@ def _with_algorithm(raw: dict[str, Any]) -> type[RunConfig]:
     section, default = raw.get("algorithm"), importlib.import_module("flaxdraft.algorithms").DEFAULT
     name = section.get("name", default) if isinstance(section, dict) else default
     settings = settings_of(name if isinstance(name, str) else default)
-    return create_model("RunConfig", __base__=RunConfig, algorithm=(settings, settings()))
+    return create_model("RunConfig", __base__=RunConfig, algorithm=(settings, settings.model_validate({})))
 
 
 def _known_keys(model: type[BaseModel], loc: tuple) -> list[str]:
     for part in loc:
-        model = model.model_fields[part].annotation
+        inner = model.model_fields[part].annotation
+        assert isinstance(inner, type), "an unknown key stands in a section"
+        assert issubclass(inner, BaseModel), "an unknown key stands in a section"
+        model = inner
     return list(model.model_fields)
 
 
@@ -205,7 +221,7 @@ def nearest(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
 
 
-def _explain(error: dict[str, Any], origin: str, model: type[RunConfig]) -> str:
+def _explain(error: ErrorDetails, origin: str, model: type[RunConfig]) -> str:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = _known_keys(model, error["loc"][:-1])
@@ -261,6 +277,6 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
     draft, how = config.draft, config.export
     if draft.architecture is None:
         draft = draft.model_copy(update={"architecture": config.algorithm.default_architecture})
-    if how.engine is None:
+    if not how.engine:
         how = how.model_copy(update={"engine": config.algorithm.default_engine})
     return config.model_copy(update={"draft": draft, "export": how})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,16 +17,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flaxdraft.errors import InputError
 
+# JAX's on devices, numpy's on the host: containers that travel between the two hold either.
+AnyArray: TypeAlias = Any
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """Token rows, unshifted. Only an algorithm shifts."""
 
-    tokens_BT: Int[Array, "B T"]
-    assistant_BT: Bool[Array, "B T"]  # 1 where the assistant produced the token, its end-of-turn token included
-    segments_BT: Int[Array, "B T"]  # 0 padding; documents 1, 2, ...
-    positions_BT: Int[Array, "B T"]
+    tokens_BT: Int[AnyArray, "B T"]
+    assistant_BT: Bool[AnyArray, "B T"]  # 1 where the assistant produced the token, its end-of-turn token included
+    segments_BT: Int[AnyArray, "B T"]  # 0 padding; documents 1, 2, ...
+    positions_BT: Int[AnyArray, "B T"]
 
 
 @jax.tree_util.register_dataclass
@@ -35,10 +38,10 @@ class Features:
     """What the frozen target says about a batch; it knows no draft vocabulary. What whoever made the features did not
     keep, or an algorithm does not need, is None."""
 
-    taps_BTKE: Float[Array, "B T K E"]  # residual stream after K chosen layers, un-normed
-    last_BTE: Float[Array, "B T E"] | None = None  # after the target's final norm
-    argmax_BT: Int[Array, "B T"] | None = None  # over the full vocabulary
-    logsumexp_BT: Float[Array, "B T"] | None = None
+    taps_BTKE: Float[AnyArray, "B T K E"]  # residual stream after K chosen layers, un-normed
+    last_BTE: Float[AnyArray, "B T E"] | None = None  # after the target's final norm
+    argmax_BT: Int[AnyArray, "B T"] | None = None  # over the full vocabulary
+    logsumexp_BT: Float[AnyArray, "B T"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -115,7 +118,7 @@ class VocabMap:
         return table
 
     @classmethod
-    def from_d2t(cls, d2t: np.ndarray, vocab_size: int) -> VocabMap:
+    def from_offsets(cls, d2t: np.ndarray, vocab_size: int) -> VocabMap:
         return cls(np.asarray(d2t).astype(np.int64) + np.arange(len(d2t)), vocab_size)
 
 
@@ -135,7 +138,8 @@ class Sums(Protocol):
 class EmbeddingAndHead(Protocol):
     """What stands before and behind a target's layers."""
 
-    config: Any
+    @property
+    def config(self) -> Any: ...
 
     def embedding(self) -> Float[Array, "V E"]: ...
     def head(self) -> Float[Array, "V E"]: ...
@@ -146,7 +150,8 @@ class EmbeddingAndHead(Protocol):
 class Target(Protocol):
     """A frozen language model: teacher, data generator and verifier. A pytree of its weights."""
 
-    config: Any
+    @property
+    def config(self) -> Any: ...
 
     @property
     def row_multiple(self) -> int:
@@ -176,7 +181,7 @@ class Target(Protocol):
         ...
 
     def extend(
-        self, cache: Any, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], head: str,
+        self, cache: Any, tokens_BT: Int[AnyArray, "B T"], positions_BT: Int[AnyArray, "B T"], head: str,
         placement: Placement | None = None,
     ) -> tuple[Any, Features]:  # fmt: skip
         """Run new tokens against the cache (which is consumed) and return it with their features; head is "all" or
@@ -205,7 +210,8 @@ class DraftConfig(Protocol):
 
 
 class Draft(Protocol):
-    """A draft's module, as far as everybody needs it. Variables of type nnx.Param are trained, Frozen ones travel along."""
+    """A draft's module, as far as everybody needs it. Variables of type nnx.Param are trained, Frozen ones travel
+    along."""
 
     config: Any
     target_ids: Any  # Frozen [W]: the target id of each draft token
@@ -223,8 +229,8 @@ Chooser = Callable[[Float[Array, "B W"], Any], tuple[Int[Array, " B"], Any]]
 
 
 class Drafter(Protocol):
-    """How a draft proposes while a target decodes: pure functions inside compiled programs. `state` is the drafter's own
-    pytree, whose arrays lead with the rows of the batch."""
+    """How a draft proposes while a target decodes: pure functions inside compiled programs. `state` is the drafter's
+    own pytree, whose arrays lead with the rows of the batch."""
 
     most_tokens: int | None  # that one proposal holds; None: any number
     trees: bool  # whether `propose_tree` is there
@@ -291,8 +297,8 @@ class Algorithm(Protocol):
         ...
 
     def share(self, example: Example, num_shards: int) -> tuple[Example, Example]:
-        """A host's example with every batch row shared by several devices, and the same tree with True where an array is
-        cut along its second axis and False where it is whole.
+        """A host's example with every batch row shared by several devices, and the same tree with True where an array
+        is cut along its second axis and False where it is whole.
 
         Raises:
             InputError: this algorithm does not do that.

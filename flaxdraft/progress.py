@@ -22,12 +22,12 @@ SECONDS_BETWEEN_LINES = 15.0
 class _Console(Console):
     """A console that repeats every line in the process's log, where there is one."""
 
-    log: Console | None = None
+    copy: Console | None = None
 
     def print(self, *objects: Any, **kwargs: Any) -> None:
         super().print(*objects, **kwargs)
-        if self.log is not None:
-            self.log.print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ", *objects, end="\n", **kwargs)
+        if self.copy is not None:
+            self.copy.print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ", *objects, end="\n", **kwargs)
 
 
 CONSOLE = _Console(highlight=False, soft_wrap=True, markup=False)  # paths may hold brackets
@@ -47,11 +47,11 @@ def process_log(path: Path, *, speaks: bool) -> Iterator[None]:
     quiet, CONSOLE.quiet = CONSOLE.quiet, not speaks
     logging.getLogger().addHandler(handler)
     with path.open("a", encoding="utf-8") as file:
-        CONSOLE.log = Console(file=file, highlight=False, soft_wrap=True, markup=False, width=200)
+        CONSOLE.copy = Console(file=file, highlight=False, soft_wrap=True, markup=False, width=200)
         try:
             yield
         finally:
-            CONSOLE.log, CONSOLE.quiet = None, quiet
+            CONSOLE.copy, CONSOLE.quiet = None, quiet
             logging.getLogger().removeHandler(handler)
             handler.close()
 
@@ -62,13 +62,13 @@ class Bar:
     def __init__(self, name: str, total: int, live: Progress | None, done: int):
         self.name, self.total, self.done = name, total, float(done)
         self._first, self._start, self._spoke = done, time.monotonic(), time.monotonic()
-        self._live = live
-        self._task = live.add_task(name, total=total, completed=done, text="") if live else None
+        self._line = (live, live.add_task(name, total=total, completed=done, text="")) if live else None
 
     def advance(self, num: float, text: str) -> None:
         self.done += num
-        if self._live is not None:
-            self._live.update(self._task, completed=round(self.done), text=text)
+        if self._line is not None:
+            live, task = self._line
+            live.update(task, completed=round(self.done), text=text)
         elif time.monotonic() - self._spoke > SECONDS_BETWEEN_LINES:
             self._spoke = time.monotonic()
             worked = self.done - self._first

@@ -52,7 +52,7 @@ def tap_layers(name: str, target: Any, chosen: Sequence[int] | None) -> tuple[in
     Raises:
         InputError: there is no such algorithm, or they are no taps for it.
     """
-    algorithm = make(settings_of(name)(), packed=True)
+    algorithm = make(settings_of(name).model_validate({}), packed=True)
     return algorithm.tap_layers(target.num_hidden_layers, None if chosen is None else tuple(chosen))
 
 

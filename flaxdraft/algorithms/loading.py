@@ -101,12 +101,13 @@ def from_pretrained(directory: str | Path, vocab: VocabMap | None = None) -> Tra
     hf = read_json_object(config_path, "expected a draft's config.json", "write it again")
     try:
         module = find_by_architecture(draft_packages(), hf, str(config_path))
-        config = module.Config.from_hf(hf)
+        try:
+            config = module.Config.from_hf(hf)
+        except KeyError as error:
+            raise InputError(f"{config_path}: no field {error}, which every {module.__name__} draft needs") from error
     except InputError:
         raise
-    except KeyError as error:
-        raise InputError(f"{config_path}: no field {error}, which every {module.__name__} draft needs") from error
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise InputError(f"{config_path}: a field has a type or value that no draft can have ({error})") from error
     origin = str(Path(directory))
     algorithm = algorithm_of(module, config)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import cast
 
 from flaxdraft import algorithms
 from flaxdraft.errors import InputError
@@ -99,7 +100,7 @@ def show(arguments: argparse.Namespace) -> None:
         CONSOLE.rule(f"{conversation.where}, {len(rendered.tokens)} tokens, {share} supervised")
         text = Text()
         for begin, end, on in runs(rendered.assistant):
-            piece = tokenizer.decode(rendered.tokens[begin:end])
+            piece = cast(str, tokenizer.decode(rendered.tokens[begin:end]))  # a list is of several rows
             # Colours are lost in a file; there the supervised text stands in marks.
             marked = piece if CONSOLE.is_terminal or not on else f"«{piece}»"
             text.append(marked, "bold green" if on else "dim")

@@ -59,7 +59,7 @@ def read_rows(path: Path) -> list[Answer]:
             f"{path}: num_prompt has {len(tensors['num_prompt'])} rows, lengths has {len(tensors['lengths'])}; "
             "remove it and run again"
         )
-    for name in map(_TENSORS.get, _NARROW):
+    for name in (_TENSORS[field] for field in _NARROW):
         if not np.isfinite(tensors[name]).all():
             raise InputError(f"{path}: {name} holds values that are not finite; remove it and run again")
     ends = np.cumsum(tensors["lengths"])

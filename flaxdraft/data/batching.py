@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -52,7 +52,13 @@ class Sizes(NamedTuple):
         return np.flatnonzero((self.supervised >= 2) & (self.lengths >= 2))
 
 
-def shuffled(num: int, *seed: int) -> grain.MapDataset:
+class Shuffled(Protocol):
+    """Grain's, which types an element as anything or None; here it is always an int."""
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def shuffled(num: int, *seed: int) -> Shuffled:
     """x[e * num + i]: element i of epoch e of a shuffled range(num); each epoch in its own order."""
     return grain.MapDataset.range(num).shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
 
@@ -94,7 +100,7 @@ class _Bucket(NamedTuple):
     documents: np.ndarray
     length: int  # tokens of a row
     most_supervised: int
-    order: grain.MapDataset  # of the documents, see `shuffled`
+    order: Shuffled  # of the documents, see `shuffled`
 
 
 class Buckets:
@@ -116,7 +122,8 @@ class Buckets:
             for i, (edge, documents) in enumerate(zip(edges, members, strict=True))
         ]
         self._first_batch = np.concatenate([[0], np.cumsum(counts)])
-        self._batch_size, self._last_batch = batch_size, last_batch
+        self._batch_size = batch_size
+        self._last_batch: LastBatch = last_batch
         self._partial = sum(len(documents) % batch_size for documents in members)
         self.steps_per_epoch = int(self._first_batch[-1])
         _check_steps(self.steps_per_epoch, len(self.kept), batch_size)
@@ -195,7 +202,8 @@ class Packed:
         self._rows = [self.kept[order[members]] for members in first_fit(cut[order].tolist(), length)]
         most = max(int(sizes.supervised[members].sum()) for members in self._rows)
         self._length, self._most_supervised = length, min(round_up(most, 32), length)
-        self._batch_size, self._last_batch = batch_size, last_batch
+        self._batch_size = batch_size
+        self._last_batch: LastBatch = last_batch
         self.steps_per_epoch = _batches_of(len(self._rows), batch_size, last_batch)
         _check_steps(self.steps_per_epoch, len(self._rows), batch_size)
         self._order = shuffled(len(self._rows), seed, 2)

@@ -74,8 +74,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
         import pyarrow.parquet
     except ImportError as error:
         raise InputError(f"{path}: reading Parquet needs pyarrow; pip install 'flaxdraft[parquet]'") from error
+    number = 0
     try:
-        number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             for batch in file.iter_batches(
@@ -99,9 +99,10 @@ def parse(row: Any, where: str, default_id: str) -> Conversation:
     # Parquet writes absent fields as nulls.
     row = {key: value for key, value in row.items() if value is not None}
     labels = {"id": default_id, "category": "", "split": "train"}
-    named = {key: _text(row.get(key, default), where, key) for key, default in labels.items()}
+    name, category, split = (_text(row.get(key, default), where, key) for key, default in labels.items())
     if "input_ids" in row:
-        return Conversation(where, **named, **_tokens(row, where))
+        tokens, assistant = _tokens(row, where)
+        return Conversation(where, name, category, split, tokens=tokens, assistant=assistant)
     if ("messages" in row) == ("conversations" in row):
         found = "both" if "messages" in row else f"only {', '.join(sorted(row)) or 'nothing'}"
         raise InputError(f"{where}: expected one of {SHAPES}; found {found}")
@@ -110,7 +111,7 @@ def parse(row: Any, where: str, default_id: str) -> Conversation:
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{where}: {key}: expected a non-empty list, found {_brief(messages)}")
     parsed = tuple(_message(message, f"{where}: {key}[{i}]") for i, message in enumerate(messages))
-    return Conversation(where, **named, messages=parsed, tools=_tools(row.get("tools"), where))
+    return Conversation(where, name, category, split, parsed, _tools(row.get("tools"), where))
 
 
 def _text(value: Any, where: str, key: str) -> str:
@@ -143,10 +144,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: tool_calls: expected a list of objects, found {_brief(calls)}")
     if content is None and role == "assistant" and calls:
         return {**message, "content": ""}
-    parts_are_text = isinstance(content, list) and all(
+    if isinstance(content, list) and all(
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
-    )
-    if parts_are_text:
+    ):
         return {**message, "content": "".join(part["text"] for part in content)}
     if not isinstance(content, str):
         raise InputError(f"{where}: content: expected text (or a list of text parts), found {_brief(content)}")
@@ -166,7 +166,7 @@ def _tools(tools: Any, where: str) -> tuple[dict[str, Any], ...] | None:
     return tuple(tools)
 
 
-def _tokens(row: dict[str, Any], where: str) -> dict[str, np.ndarray]:
+def _tokens(row: dict[str, Any], where: str) -> tuple[np.ndarray, np.ndarray]:
     columns = {}
     for key in ("input_ids", "loss_mask"):
         value = row.get(key)
@@ -181,4 +181,4 @@ def _tokens(row: dict[str, Any], where: str) -> dict[str, np.ndarray]:
         raise InputError(f"{where}: input_ids: found {min(ids)}..{max(ids)}, expected token ids from 0 on")
     if not set(mask) <= {0, 1}:
         raise InputError(f"{where}: loss_mask: found {_brief(sorted(set(mask)))}, expected 0 and 1")
-    return {"tokens": np.asarray(ids, np.int32), "assistant": np.asarray(mask, bool)}
+    return np.asarray(ids, np.int32), np.asarray(mask, bool)

@@ -28,10 +28,25 @@ class Document:
 class Documents(Protocol):
     """Random access to documents. Every host sees all of them, so that counts are the same everywhere."""
 
-    digest: str  # of their tokens and masks
-    lengths: np.ndarray  # tokens of each
-    supervised: np.ndarray  # tokens of each that the assistant produced
-    token_counts: np.ndarray  # int64 [V], how often the assistant produced each token
+    @property
+    def digest(self) -> str:
+        """Of their tokens and masks."""
+        ...
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each."""
+        ...
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """Tokens of each that the assistant produced."""
+        ...
+
+    @property
+    def token_counts(self) -> np.ndarray:
+        """int64 [V], how often the assistant produced each token."""
+        ...
 
     def row(self, index: int) -> Document: ...
 

@@ -131,6 +131,7 @@ def ingest(directory: Path, folder: Folder, opened: OpenedTarget, tap_layers: Se
             features = finish_states(_checked(folder, index, plan.source))
             tokens, assistant = folder.rows[index].tokens, folder.rows[index].assistant
             out.append(Document(tokens, assistant, features))
+            assert features.argmax_BT is not None
             agreeing += int((features.argmax_BT[:-1] == tokens[1:])[assistant[1:]].sum())
             supervised += int(assistant[1:].sum())
             advance(1)

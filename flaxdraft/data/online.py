@@ -40,6 +40,7 @@ def open_conversations(data: DataConfig, tokenizer: Any, vocab_size: int) -> Con
         InputError: see `chat.render_all`.
     """
     options = ChatOptions(data.max_length, data.last_turn_only, data.mask_reasoning)
+    assert data.conversations is not None
     rows = read_conversations(data.conversations)
     rendered = render_all(rows, tokenizer, options, data.max_silent, "data.max_silent")
     if rendered.silent:

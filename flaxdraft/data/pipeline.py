@@ -53,7 +53,7 @@ def collate(
     return Example(batch, Features(**features) if features else None, chosen)
 
 
-def check_supervision(num_answer: Sequence[int], algorithm: Algorithm) -> None:
+def check_supervision(num_answer: Sequence[int] | np.ndarray, algorithm: Algorithm) -> None:
     """
     Raises:
         InputError: no row supervises anything; see `Algorithm.check_answers`.

@@ -13,11 +13,10 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from jinja2 import TemplateError
-from jinja2.sandbox import SecurityError
+from jinja2.exceptions import SecurityError, TemplateError
 
 from flaxdraft.data.conversations import Conversation
 from flaxdraft.errors import InputError
@@ -35,7 +34,16 @@ class Rendered:
     assistant: np.ndarray  # bool [L], true where the assistant produced the token
 
 
-def rows_digest(rows: Iterable[Rendered]) -> str:
+class Masked(Protocol):
+    """Tokens, and which of them are supervised: what every row has, before the target has read it and after."""
+
+    @property
+    def tokens(self) -> np.ndarray: ...
+    @property
+    def assistant(self) -> np.ndarray: ...
+
+
+def rows_digest(rows: Iterable[Masked]) -> str:
     """Of tokens and masks: of what a target is asked, and what of it is supervised."""
     digest = hashlib.sha256()
     for row in rows:
@@ -59,6 +67,7 @@ def render(tokenizer: Any, conversation: Conversation, options: ChatOptions) -> 
     """
     if conversation.tokens is not None:
         tokens, assistant = conversation.tokens, conversation.assistant
+        assert assistant is not None, "tokens come with their mask"
         if tokens.max() >= len(tokenizer):
             raise InputError(
                 f"{conversation.where}: token {tokens.max()} is outside the tokenizer's {len(tokenizer)}; the row was "

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flaxdraft.decode.speculative import PREFILL_CHUNK, Carry, Program, Rows, advance, begin
+from flaxdraft.decode.generation import check_sampling
+from flaxdraft.decode.speculative import PREFILL_CHUNK, Carry, Program, Rows, Space, advance, begin
 from flaxdraft.decode.tree import Tree
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Drafter, Target
@@ -51,10 +52,7 @@ class Settings:
     tree: tuple[int, ...] = ()  # children of a node by depth: a tree instead of a chain, whose length is then 0
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise InputError(
-                f"sampling: found temperature {self.temperature} and top_p {self.top_p}, expected >= 0 and in (0, 1]"
-            )
+        check_sampling(self.temperature, self.top_p)
         if self.tree and (self.temperature > 0 or self.chain_length > 0):
             raise InputError(
                 f"tree: found one with temperature {self.temperature:g} and a chain of {self.chain_length}; a tree "
@@ -71,8 +69,8 @@ class Settings:
             raise InputError(f"tree: found widths {' '.join(map(str, self.tree))}, but this draft proposes no trees")
         if drafter is not None and drafter.most_tokens is not None and self.chain_length > drafter.most_tokens:
             raise InputError(
-                f"chain length: found {self.chain_length}, but this draft proposes at most {drafter.most_tokens} tokens "
-                "at a time"
+                f"chain length: found {self.chain_length}, but this draft proposes at most {drafter.most_tokens} "
+                "tokens at a time"
             )
         return Program(drafter, self.chain_length, self.temperature > 0, self.top_p, mesh, tree)
 
@@ -121,8 +119,7 @@ class Decoding:
                     f"prompts: number {i} has {len(prompt)} tokens; with an answer of {settings.max_new_tokens} it "
                     f"leaves the target's context of {context}; shorten it, or lower max_new_tokens"
                 )
-        data = 1 if mesh is None else mesh.shape["data"]
-        total = round_up(max(num_rows or 0, num), data)
+        total = round_up(max(num_rows or 0, num), 1 if mesh is None else mesh.shape["data"])
         padded = padded_length(max(least_length, *map(len, prompts)))
         tokens_BP = np.zeros((total, padded), np.int32)
         lengths, limits, numbers = np.ones(total, np.int32), np.zeros(total, np.int32), np.zeros(total, np.uint32)
@@ -135,22 +132,22 @@ class Decoding:
         if mesh is not None:
             tokens_BP, rows = jax.device_put((tokens_BP, rows), jax.NamedSharding(mesh, jax.P("data")))
         alone = settings.chain_length == 0 and not settings.tree
-        graphdef, state, drafter = (None, None, None) if alone else draft
+        assert alone or draft is not None, "nothing to draft with"
+        graphdef, state, drafter = (None, None, None) if alone or draft is None else draft
         program = settings.program(drafter, mesh)
         stops_N = np.asarray(settings.stop_tokens, np.int32)
         drafted = program.chain_length
         if program.tree is not None:
-            drafted, vocab_size = program.tree.num_nodes - 1, nnx.merge(graphdef, state).config.draft_vocab_size
+            assert draft is not None
+            drafted, vocab_size = program.tree.num_nodes - 1, nnx.merge(*draft[:2]).config.draft_vocab_size
             if max(settings.tree) > vocab_size:
                 raise InputError(
                     f"tree: found width {max(settings.tree)}, expected at most the draft's {vocab_size} tokens"
                 )
-        num_slots = padded + round_up(settings.max_new_tokens + drafted, 8)
+        space = Space(padded + round_up(settings.max_new_tokens + drafted, 8), settings.max_new_tokens)
         prefill = dataclasses.replace(program, chain_length=min(program.depth, 1), tree=None)  # the same for all
         self._num = num
-        self._carry: Carry = begin(
-            target, graphdef, state, prefill, tokens_BP, rows, stops_N, num_slots, settings.max_new_tokens
-        )
+        self._carry: Carry = begin(target, graphdef, state, prefill, tokens_BP, rows, stops_N, space)
         self._step = lambda num_passes, carry: advance(
             target, graphdef, state, program, rows, stops_N, jnp.int32(num_passes), carry
         )

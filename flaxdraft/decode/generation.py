@@ -25,7 +25,7 @@ from jax import P, lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from flaxdraft.errors import InputError
-from flaxdraft.interfaces import Features, Target
+from flaxdraft.interfaces import AnyArray, Features, Target
 from flaxdraft.ops.padding import round_up
 from flaxdraft.ops.sampling import sample
 
@@ -34,12 +34,21 @@ REFILL_SHARE = 4
 TOKENS_AT_A_TIME = 64  # between two looks at the device
 
 
+def check_sampling(temperature: float, top_p: float) -> None:
+    """
+    Raises:
+        InputError: one of them is out of range.
+    """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise InputError(f"sampling: found temperature {temperature} and top_p {top_p}, expected >= 0 and in (0, 1]")
+
+
 @dataclasses.dataclass(frozen=True)
 class Writing:
     """How answers are written.
 
     Raises:
-        InputError: a temperature or top_p out of range.
+        InputError: see `check_sampling`.
     """
 
     max_new_tokens: int
@@ -51,10 +60,7 @@ class Writing:
     keep_features: bool = False
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise InputError(
-                f"sampling: found temperature {self.temperature} and top_p {self.top_p}, expected >= 0 and in (0, 1]"
-            )
+        check_sampling(self.temperature, self.top_p)
 
 
 class Written(NamedTuple):
@@ -73,17 +79,20 @@ class _Carry:
     """Between two tokens. The newest answer token has not been read by the target yet."""
 
     cache: Any
-    length_B: Int[Array, " B"]  # of the prompt
-    seed_B: UInt32[Array, " B"]
-    answer_BM: Int[Array, "B M"]
-    made_B: Int[Array, " B"]  # answer tokens so far
-    running_B: Bool[Array, " B"]
+    length_B: Int[AnyArray, " B"]  # of the prompt
+    seed_B: UInt32[AnyArray, " B"]
+    answer_BM: Int[AnyArray, "B M"]
+    made_B: Int[AnyArray, " B"]  # answer tokens so far
+    running_B: Bool[AnyArray, " B"]
     kept: Features | None = None  # of the answer's tokens [B, M, ...]
 
 
 def _empty(cache: Any, num_rows: int, limit: int) -> _Carry:
     """No row has a prompt; on the host, to be filled in."""
-    zeros = lambda *shape, dtype=np.int32: np.zeros((num_rows, *shape), dtype)  # noqa: E731
+
+    def zeros(*shape: int, dtype: Any = np.int32) -> np.ndarray:
+        return np.zeros((num_rows, *shape), dtype)
+
     return _Carry(cache, zeros(), zeros(dtype=np.uint32), zeros(limit), zeros(), zeros(dtype=bool))
 
 
@@ -128,6 +137,8 @@ def _read_chunk(target: Target, how: _How, stops_N, tokens_FT, start, carry: _Ca
     at_1T = start + jnp.arange(tokens_FT.shape[1])[None]
     cache, out = target.extend(carry.cache, tokens_FT, jnp.where(at_1T < length_F1, at_1T, num_slots), "end")
     here_FT = at_1T == length_F1 - 1
+    assert out.last_BTE is not None, "`extend` tells all"
+    assert out.argmax_BT is not None, "`extend` tells all"
     last_FTE, argmax_FT = _whole(out.last_BTE), _whole(out.argmax_BT)
     last_FE = jnp.sum(jnp.where(here_FT[..., None], last_FTE, 0), axis=1, dtype=last_FTE.dtype)
     argmax_F = jnp.sum(jnp.where(here_FT, argmax_FT, 0), axis=1, dtype=jnp.int32)
@@ -160,6 +171,8 @@ def _write(target: Target, how: _How, stops_N, enough_free, carry: _Carry) -> _C
         newest_B1 = jnp.take_along_axis(carry.answer_BM, jnp.maximum(made_B - 1, 0)[:, None], axis=1)
         at_B = jnp.where(running_B, carry.length_B + made_B - 1, carry.cache.num_slots)
         cache, out = target.extend(carry.cache, newest_B1, at_B[:, None], "all")
+        assert out.last_BTE is not None, "`extend` tells all"
+        assert out.argmax_BT is not None, "`extend` tells all"
         token_B = _chosen(target, how, out.last_BTE[:, 0], out.argmax_BT[:, 0], carry.seed_B, made_B)
         kept = carry.kept
         if how.keeps:

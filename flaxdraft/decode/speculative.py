@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from flaxdraft.decode.tree import Tree, right_path
 from flaxdraft.devices.mesh import BATCH_AXIS
-from flaxdraft.interfaces import Draft, Drafter, Target
+from flaxdraft.interfaces import AnyArray, Draft, Drafter, Target
 from flaxdraft.ops import rejection
 from flaxdraft.ops.sampling import draw, sharpened
 
@@ -46,9 +46,22 @@ class Program:
     tree: Tree | None = None  # instead of a chain, whose length is then 0; greedy only
 
     @property
+    def drafts(self) -> Drafter:
+        """The drafter of a program that drafts."""
+        assert self.drafter is not None
+        return self.drafter
+
+    @property
     def depth(self) -> int:
         """The most draft tokens that a target pass accepts."""
         return self.chain_length if self.tree is None else len(self.tree.widths)
+
+
+class Space(NamedTuple):
+    """How much a row may hold."""
+
+    num_slots: int  # positions of the caches
+    num_answer: int  # tokens of the answer
 
 
 @jax.tree_util.register_dataclass
@@ -56,10 +69,10 @@ class Program:
 class Rows:
     """What stays the same for each row."""
 
-    length_B: Int[Array, " B"]  # of the prompt
-    limit_B: Int[Array, " B"]  # answer tokens at most; 0 is padding
-    seed_B: UInt32[Array, " B"]
-    temperature_B: Float[Array, " B"]
+    length_B: Int[AnyArray, " B"]  # of the prompt
+    limit_B: Int[AnyArray, " B"]  # answer tokens at most; 0 is padding
+    seed_B: UInt32[AnyArray, " B"]
+    temperature_B: Float[AnyArray, " B"]
 
     def keys(self, index_B: Int[Array, " B"]):
         """The key of each row's answer token `index_B`: of its own seed alone."""
@@ -91,14 +104,15 @@ def _is_stop(tokens, stops_N):
 
 
 def _read_prompts(target: Target, draft: Draft | None, program: Program, tokens_BP, rows: Rows, num_slots: int):
-    """The target's cache and the drafter's state after the prompts, and each prompt's last taps, last hidden state and argmax.
+    """The target's cache and the drafter's state after the prompts, and each prompt's last taps, last hidden state and
+    argmax.
 
     The draft's row of the last prompt token is left out: it needs the first answer token.
     """
     num_rows, padded = tokens_BP.shape
     chunk = min(PREFILL_CHUNK, padded)
     cache = target.new_cache(num_rows, num_slots)
-    drafting = None if draft is None else program.drafter.start(draft, num_rows, num_slots)
+    drafting = None if draft is None else program.drafts.start(draft, num_rows, num_slots)
     next_BP = jnp.pad(tokens_BP[:, 1:], ((0, 0), (0, 1)))
     end_B1 = rows.length_B[:, None] - 1
 
@@ -113,7 +127,7 @@ def _read_prompts(target: Target, draft: Draft | None, program: Program, tokens_
         ends = jax.tree.map(lambda end, x: end + pick(x), ends, found)
         if draft is not None:
             known_BT = jnp.where(at_1T < end_B1, at_1T, num_slots)
-            drafting = program.drafter.read(draft, drafting, out.taps_BTKE, next_BT, known_BT, end_B1[:, 0] * 0)
+            drafting = program.drafts.read(draft, drafting, out.taps_BTKE, next_BT, known_BT, end_B1[:, 0] * 0)
         return cache, drafting, ends
 
     probe = jax.ShapeDtypeStruct((num_rows, chunk), jnp.int32)
@@ -124,20 +138,18 @@ def _read_prompts(target: Target, draft: Draft | None, program: Program, tokens_
     return lax.fori_loop(0, padded // chunk, read, (cache, drafting, ends))
 
 
-def _prefilled(
-    target, draft, program: Program, tokens_BP, rows: Rows, stops_N, num_slots: int, num_answer: int
-) -> Carry:
+def _prefilled(target, draft, program: Program, tokens_BP, rows: Rows, stops_N, space: Space) -> Carry:
     """After the prompts and the first answer token, which comes with them."""
     num_rows, zeros_B = len(tokens_BP), jnp.zeros_like(rows.length_B)
-    cache, drafting, ends = _read_prompts(target, draft, program, tokens_BP, rows, num_slots)
+    cache, drafting, ends = _read_prompts(target, draft, program, tokens_BP, rows, space.num_slots)
     taps_BKE, last_BE, first_B = ends
     if program.sampled:
         logits_BV = sharpened(target.logits(last_BE), rows.temperature_B[:, None], program.top_p)
         first_B = draw(logits_BV, rows.keys(zeros_B))
     if draft is not None:
         end_B1 = rows.length_B[:, None] - 1
-        drafting = program.drafter.read(draft, drafting, taps_BKE[:, None], first_B[:, None], end_B1, zeros_B)
-    answer_BM = jnp.zeros((num_rows, num_answer), jnp.int32).at[:, 0].set(first_B)
+        drafting = program.drafts.read(draft, drafting, taps_BKE[:, None], first_B[:, None], end_B1, zeros_B)
+    answer_BM = jnp.zeros((num_rows, space.num_answer), jnp.int32).at[:, 0].set(first_B)
     running_B = (rows.limit_B > 1) & ~_is_stop(first_B, stops_N)
     return Carry(cache, drafting, answer_BM, jnp.zeros_like(answer_BM), jnp.minimum(rows.limit_B, 1),
                  zeros_B, running_B)  # fmt: skip
@@ -181,7 +193,7 @@ def _chain_pass(target: Target, draft: Draft | None, program: Program, rows: Row
     keys_B, drafting, chain_BQ, q_BQW = rows.keys(carry.num_answer_B), carry.drafting, token_B1[:, :0], None
     if draft is not None:
         draft_keys_B, keys_B = jnp.moveaxis(jax.vmap(jax.random.split)(keys_B), 1, 0)
-        drafting, (chain_BQ, q_BQW) = program.drafter.propose(
+        drafting, (chain_BQ, q_BQW) = program.drafts.propose(
             draft, drafting, newest_B, token_B1[:, 0], program.chain_length, _chooser(program, rows, draft_keys_B)
         )
     drafted_BQ = chain_BQ if draft is None else draft.target_ids[...][chain_BQ]
@@ -203,10 +215,12 @@ def _tree_pass(target: Target, draft: Draft, program: Program, carry: Carry, roo
         accepted; and along the path, the root first, the target's own next tokens and its taps.
     """
     tree, cache = program.tree, carry.cache
-    drafting, drafted_BQ = program.drafter.propose_tree(draft, carry.drafting, root_B, tree)
+    assert tree is not None
+    drafting, drafted_BQ = program.drafts.propose_tree(draft, carry.drafting, root_B, tree)
     tokens_BN = jnp.concatenate([token_B1, draft.target_ids[...][drafted_BQ]], axis=1)
     positions_BN, placement = tree.place(root_B, slice(None), cache.num_slots)
     cache, out = target.extend(cache, tokens_BN, positions_BN, "all", placement)
+    assert out.argmax_BT is not None
     accepted_B, path_BT = right_path(tree, tokens_BN, out.argmax_BT)
     ahead_1T = jnp.arange(1, path_BT.shape[1])[None]
     to_BT = jnp.where(ahead_1T <= accepted_B[:, None], root_B[:, None] + ahead_1T, cache.num_slots)
@@ -223,6 +237,7 @@ def _pass(target: Target, draft: Draft | None, program: Program, rows: Rows, sto
     if program.tree is None:
         found = _chain_pass(target, draft, program, rows, carry, newest_B, token_B1)
     else:
+        assert draft is not None, "a tree is drafted"
         found = _tree_pass(target, draft, program, carry, newest_B, token_B1)
     cache, drafting, accepted_B, said_BT, taps_BTKE = found
 
@@ -230,7 +245,7 @@ def _pass(target: Target, draft: Draft | None, program: Program, rows: Rows, sto
     ahead_1T = jnp.arange(program.depth + 1)[None]
     if draft is not None:
         real_BT = jnp.where(ahead_1T <= accepted_B[:, None], newest_B[:, None] + ahead_1T, num_slots)
-        drafting = program.drafter.read(draft, drafting, taps_BTKE, said_BT, real_BT, accepted_B)
+        drafting = program.drafts.read(draft, drafting, taps_BTKE, said_BT, real_BT, accepted_B)
 
     gained_B = jnp.minimum(accepted_B + 1, rows.limit_B - made_B)
     stop_BT = _is_stop(said_BT, stops_N) & (ahead_1T < gained_B[:, None])
@@ -254,13 +269,11 @@ def _merged(graphdef, state) -> Draft | None:
     return None if graphdef is None else nnx.merge(graphdef, state)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "program", "num_slots", "num_answer"))
-def begin(
-    target, graphdef, state, program: Program, tokens_BP, rows, stops_N, num_slots: int, num_answer: int
-) -> Carry:
+@partial(jax.jit, static_argnames=("graphdef", "program", "space"))
+def begin(target, graphdef, state, program: Program, tokens_BP, rows, stops_N, space: Space) -> Carry:
     def local(target, state, stops_N, tokens_BP, rows):
         draft = _merged(graphdef, state)
-        return _prefilled(target, draft, program, tokens_BP, rows, stops_N, num_slots, num_answer)
+        return _prefilled(target, draft, program, tokens_BP, rows, stops_N, space)
 
     arguments = target, state, stops_N, tokens_BP, rows
     if program.mesh is not None:

@@ -130,7 +130,8 @@ def local_part(sharding: jax.sharding.Sharding, num_rows: int) -> tuple[int, int
     Raises:
         InputError: the rows of this process's devices are not one n-th of all rows.
     """
-    spans = {rows[0].indices(num_rows)[:2] for rows in sharding.addressable_devices_indices_map((num_rows,)).values()}
+    held = sharding.addressable_devices_indices_map((num_rows,)).values()
+    spans = {rows[0].indices(num_rows)[:2] for rows in held if rows is not None}  # it is one, but by JAX's types
     first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
     size = last - first
     covered = sum(stop - start for start, stop in spans)

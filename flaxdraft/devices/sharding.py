@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 from jax import P
@@ -60,6 +61,17 @@ def spec_of(x: jax.Array) -> P:
     return jax.typeof(x).sharding.spec
 
 
+def known(spec: P | None) -> P:
+    """An entry of a `Sharding` over a mesh, which leaves no choice to JAX."""
+    assert spec is not None, "a sharding without a mesh"
+    return spec
+
+
+def partitions_of(spec: P) -> tuple[Any, ...]:
+    """One entry a dimension: None, or the mesh axis or axes that split it. JAX types them as a tuple of one."""
+    return spec.partitions
+
+
 def axes_of(partitions: Iterable) -> frozenset[str]:
     """The mesh axes among some entries of a spec."""
     flat = [(entry,) if isinstance(entry, str) else entry or () for entry in partitions]
@@ -81,20 +93,20 @@ def gathered(weight: jax.Array, spec: P | None) -> jax.Array:
 def whole_in_time(x: jax.Array) -> jax.Array:
     """[B, T, ...] put together along time on every device. Its gradient stays unreduced: however often x is used, the
     parts are added up and scattered once."""
-    batch, time, *rest = spec_of(x).partitions
-    return x if time is None else jax.reshard(x, P(batch, None, *rest, reduced={time}))
+    batch, time, *rest = partitions_of(spec_of(x))
+    return x if time is None else jax.reshard(x, P(batch, None, *rest, reduced=frozenset({time})))
 
 
 def into_columns(x: jax.Array, spec: P | None) -> jax.Array:
     """x [B, T, D] on its way into several products whose outputs are split as `spec`'s last axis says: what they give
     back to x is added up on each device and reduced once, not once a product."""
-    axis = spec and spec.partitions[-1]
-    return jax.reshard(x, P(*spec_of(x).partitions, reduced={axis})) if axis else x
+    axis = spec and partitions_of(spec)[-1]
+    return jax.reshard(x, P(*spec_of(x).partitions, reduced=frozenset({axis}))) if axis else x
 
 
 def split_like(like: jax.Array, x: jax.Array) -> jax.Array:
     """x [B, T, ...], which every device holds whole along time, cut along time as `like` is."""
-    batch, time, *_ = spec_of(like).partitions
+    batch, time, *_ = partitions_of(spec_of(like))
     return x if time is None else jax.reshard(x, P(batch, time, *spec_of(x).partitions[2:]))
 
 

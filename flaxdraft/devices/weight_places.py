@@ -15,7 +15,7 @@ from flax import nnx
 from jax import P
 
 from flaxdraft.devices.mesh import check_divides
-from flaxdraft.devices.sharding import Sharding
+from flaxdraft.devices.sharding import Sharding, known
 
 
 def place_of(variable: nnx.Variable, sharding: Sharding) -> P:
@@ -34,7 +34,7 @@ def check_heads(config: Any, sharding: Sharding, mesh_shape: Mapping[str, int]) 
     """
     for name in ("num_attention_heads", "num_key_value_heads"):
         if hasattr(config, name):
-            check_divides(name, (getattr(config, name),), sharding.weight_f, mesh_shape)
+            check_divides(name, (getattr(config, name),), known(sharding.weight_f), mesh_shape)
 
 
 def weight_on_mesh(name: str, weight: jax.Array, mesh: jax.sharding.Mesh, spec: P) -> jax.Array:

@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.font_manager import findfont, get_font
+from matplotlib.patches import Rectangle
 
 from flaxdraft.ops.step_sums import TITLES
 
@@ -146,7 +147,7 @@ def draw_sample(path: Path, prompt: str, pieces: Sequence[str], yields: Sequence
     def shade(column, row, width, gained):
         color = PASS_COLORS[min(gained, len(PASS_COLORS)) - 1]
         edge = "#bbbbbb" if gained == 1 else color
-        axes.add_patch(plt.Rectangle((column, row + 0.04), width, 0.92, facecolor=color, edgecolor=edge, linewidth=0.4))
+        axes.add_patch(Rectangle((column, row + 0.04), width, 0.92, facecolor=color, edgecolor=edge, linewidth=0.4))
 
     for row, text in enumerate(question):
         put(0, row + 0.3, text, weight="bold")

@@ -73,4 +73,5 @@ def pair(directory: Path, loaded: TrainedDraft, target: LoadedTarget, precision:
         loaded.config, loaded.vocab, target.model, precision=precision, sharding=Sharding.none(), rngs=nnx.Rngs(0)
     )  # fmt: skip
     nnx.update(draft, jax.tree.map(lambda x: x.astype(precision.param), loaded.params))
-    return PairedDraft(loaded.algorithm, *nnx.split(draft, nnx.Param, Frozen), loaded.vocab)
+    graphdef, params, frozen = nnx.split(draft, nnx.Param, Frozen)
+    return PairedDraft(loaded.algorithm, graphdef, params, frozen, loaded.vocab)

@@ -33,8 +33,8 @@ class Part:
     """What is added up over answers and batches, before any ratio. Numpy, 64 bits wide."""
 
     sums: Sums
-    passes: np.ndarray  # int: target passes of the walks
-    gained: np.ndarray  # int: tokens that they gave
+    passes: np.int64  # target passes of the walks
+    gained: np.int64  # tokens that they gave
 
 
 def combine(parts: Iterable[Part]) -> Part:

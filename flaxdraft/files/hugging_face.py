@@ -95,6 +95,7 @@ class HFDirectory:
 
     def _scales(self, name: str, scales: str, index: tuple[slice, ...]) -> np.ndarray:
         """One scale for each value of a slice, from one for each block."""
+        assert self._block is not None
         shape, blocks, cut, inside = self.shape(name), [], [], []
         for part, size, block in zip(index, shape, self._block, strict=True):
             start, stop, _ = part.indices(size)

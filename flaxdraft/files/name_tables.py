@@ -42,7 +42,10 @@ def _keys(template: str, layers: Sequence[int], num_experts: int) -> np.ndarray:
 class TensorSource(Protocol):
     """Named tensors of a file or a directory, read piece by piece."""
 
-    origin: str  # for messages
+    @property
+    def origin(self) -> str:
+        """For messages."""
+        ...
 
     def names(self) -> Iterable[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
@@ -153,6 +156,7 @@ def _whole(leaf: _Leaf, source: TensorSource) -> jax.Array:
 def _fill(leaf: _Leaf, source: TensorSource, place: jax.sharding.Sharding) -> jax.Array:
     parts: dict[tuple, list[jax.Device]] = {}
     for device, index in place.addressable_devices_indices_map(leaf.shape).items():
+        assert index is not None, "a device of another process"
         bounds = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
         parts.setdefault(bounds, []).append(device)
     arrays = []
@@ -171,7 +175,7 @@ def _read_part(leaf: _Leaf, source: TensorSource, bounds: tuple[tuple[int, int],
     index = inner[::-1] if leaf.transform == "transpose" else inner
     keys = leaf.keys[tuple(slice(*bound) for bound in bounds[:stacked])] if stacked else leaf.keys
     for at in np.ndindex(keys.shape):
-        out[at] = _apply(source.read(keys[at], index), leaf.transform)
+        out[at] = _apply(source.read(str(keys[at]), index), leaf.transform)
     return out
 
 

@@ -6,6 +6,7 @@ lives: `nnx.Param(value, place=...)` names a field of `Sharding`; see devices/we
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from flax import nnx
 from jax import P
 from jaxtyping import Array, Float
 
-from flaxdraft.devices.sharding import Sharding, along, gathered, into_columns, spec_of
+from flaxdraft.devices.sharding import Sharding, along, gathered, into_columns, partitions_of, spec_of
 from flaxdraft.nn.precision import Precision
 from flaxdraft.ops.float8 import float8_product
 
@@ -58,7 +59,8 @@ class Linear(nnx.Module):
         """
         kernel = gathered(self.kernel[...], self.spec)[inputs].astype(self.precision.compute)
         x, out_spec = x.astype(self.precision.compute), along(x, self.out_spec)
-        y = (float8_product if self.precision.float8 else _product)(x, kernel, out_spec)
+        product: Callable[..., Array] = float8_product if self.precision.float8 else _product
+        y = product(x, kernel, out_spec)
         if self.bias is None:
             return y
         return y + jnp.expand_dims(self.bias[...].astype(y.dtype), tuple(range(y.ndim - 1)))
@@ -72,8 +74,8 @@ def _product(x: Float[Array, "*lead I"], kernel: Float[Array, "I O"], out_spec: 
         return jnp.einsum("...i,io->...o", x, kernel, out_sharding=out_spec)
     spec, rows_spec, flat_spec = spec_of(x), None, None
     if out_spec is not None:
-        rows_spec = P(spec.partitions[0], spec.partitions[2], reduced=spec.reduced)
-        flat_spec = P(out_spec.partitions[0], out_spec.partitions[2])
+        rows_spec = P(*partitions_of(spec)[::2], reduced=spec.reduced)
+        flat_spec = P(*partitions_of(out_spec)[::2])
     rows = jnp.reshape(x, (-1, x.shape[2]), out_sharding=rows_spec)
     flat = jnp.einsum("mi,io->mo", rows, kernel, out_sharding=flat_spec)
     return jnp.reshape(flat, (*x.shape[:2], kernel.shape[1]), out_sharding=out_spec)

@@ -53,6 +53,7 @@ def route(
     wide = logits_BTX.astype(jnp.float32)
     if config.routing == "noaux_tc":
         scores = jax.nn.sigmoid(wide)
+        assert bias_X is not None, "noaux_tc chooses with a bias"
         choice = scores + bias_X.astype(jnp.float32)[None, None]
         choice = jnp.where(_in_best_groups(config, choice, best=2), choice, -jnp.inf)
     else:

@@ -104,18 +104,24 @@ def attention_factor(rope: RopeConfig) -> float:
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
+    assert rope.factor is not None
     if rope.mscale and rope.mscale_all_dim:
         return get_mscale(rope.factor, rope.mscale) / get_mscale(rope.factor, rope.mscale_all_dim)
     return get_mscale(rope.factor)
 
 
 def _llama3(rope: RopeConfig, inv_freq: np.ndarray) -> np.ndarray:
-    old = rope.original_max_position_embeddings
+    old, factor = rope.original_max_position_embeddings, rope.factor
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    assert old is not None
+    assert factor is not None
+    assert low is not None
+    assert high is not None
     wavelength = 2 * math.pi / inv_freq
-    smooth = (old / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blended = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
-    scaled = np.where(wavelength > old / rope.low_freq_factor, inv_freq / rope.factor, blended)
-    return np.where(wavelength < old / rope.high_freq_factor, inv_freq, scaled)
+    smooth = (old / wavelength - low) / (high - low)
+    blended = (1 - smooth) * inv_freq / factor + smooth * inv_freq
+    scaled = np.where(wavelength > old / low, inv_freq / factor, blended)
+    return np.where(wavelength < old / high, inv_freq, scaled)
 
 
 def _yarn(rope: RopeConfig, inv_freq: np.ndarray, width: int) -> np.ndarray:
@@ -139,6 +145,7 @@ def inverse_frequencies(
     real ones (see `turning_positions`)."""
     exponent = np.arange(0, width, 2, dtype=np.float64) / width
     if rope.rope_type == "dynamic":
+        assert rope.factor is not None
         # Readers of this type know no original_max_position_embeddings: the window is the config's.
         limit = rope.max_position_embeddings
         length = jnp.maximum(jnp.max(positions_BT) + 1, limit).astype(jnp.float32)
@@ -146,6 +153,7 @@ def inverse_frequencies(
         return 1.0 / (rope.rope_theta * stretch ** (width / (width - 2))) ** jnp.asarray(exponent, jnp.float32)
     inv_freq = 1.0 / rope.rope_theta**exponent
     if rope.rope_type == "linear":
+        assert rope.factor is not None
         inv_freq = inv_freq / rope.factor
     elif rope.rope_type == "llama3":
         inv_freq = _llama3(rope, inv_freq)

@@ -71,8 +71,10 @@ def _product(how: str, a: Narrow, b: Narrow, out_spec: P | None) -> jax.Array:
     mesh, dtype = jax.sharding.get_abstract_mesh(), a.scale.dtype
     if mesh.empty:
         out_spec, here = None, None
+    elif mesh.size > 1 or out_spec is None:
+        here = out_spec
     else:  # JAX lowers no unreduced product with a scale on a mesh of one device
-        here = out_spec if mesh.size > 1 else P(*out_spec.partitions)
+        here = P(*out_spec.partitions)
     product = jnp.einsum(how, a.numbers, b.numbers, preferred_element_type=dtype, out_sharding=here)
     out = scaled(product, a.scale * b.scale, dtype)
     return out if here == out_spec else jax.reshard(out, out_spec)

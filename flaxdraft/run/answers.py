@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -49,12 +50,13 @@ def answer_prompts(setup: Setup, target: RunTarget) -> Answers:
         if split not in order or not is_captured(directory, split, len(order[split]), data.rows)
     ]  # fmt: skip
     if not missing:
+        assert result is not None, "a run asks for some split"
         say("data", f"done before: {directory}")
         return Answers(directory, order, result["eos"], result["special"], data.rows)
     check_draft(setup, target)
     prompts = {split: _prompts(setup, split) for split in setup.splits}
     rendered = {split: _rendered(setup, target, split, prompts[split]) for split in setup.splits}
-    loaded, eos = target.loaded, target.tokenizer.eos_token_id
+    loaded, eos = target.loaded, cast(int, target.tokenizer.eos_token_id)
     say("data", "the target answers the prompts")
     special = sorted({*target.tokenizer.all_special_ids, *loaded.stop_tokens})
     for split in setup.splits:

@@ -25,7 +25,7 @@ _TOOLS = Path(__file__).parents[2] / "tools" / "convert"  # of a clone; an insta
 class Command(NamedTuple):
     """One command, or one of several behind a common name."""
 
-    help: str  # one line, or a module's text
+    help: str | None  # one line, or a module's text
     arguments: Callable[[argparse.ArgumentParser], None]  # adds them
     work: Callable[[argparse.Namespace], int | None]  # an exit code other than 0, if any
 
@@ -39,7 +39,7 @@ def call(command: Command, argv: Sequence[str] | None, prog: str | None = None) 
     return _work(parser.parse_args(argv), command.work)
 
 
-def call_one_of(commands: dict[str, Command], argv: Sequence[str] | None, prog: str, text: str) -> int:
+def call_one_of(commands: dict[str, Command], argv: Sequence[str] | None, prog: str, text: str | None) -> int:
     """The command that the first argument names."""
     parser = argparse.ArgumentParser(prog=prog, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = parser.add_subparsers(required=True, metavar=" | ".join(commands))
@@ -61,8 +61,8 @@ def _work(arguments: argparse.Namespace, work: Callable[[argparse.Namespace], in
 
 
 def flaxdraft(argv: Sequence[str] | None = None) -> int:
-    """`flaxdraft NAME ...`: the same as `python -m flaxdraft.NAME ...`, and `flaxdraft convert TOOL ...` for the tools of
-    a clone."""
+    """`flaxdraft NAME ...`: the same as `python -m flaxdraft.NAME ...`, and `flaxdraft convert TOOL ...` for the tools
+    of a clone."""
     name, *rest = sys.argv[1:] or ["--help"] if argv is None else argv
     if name in _ROOMS:
         return importlib.import_module(f"flaxdraft.{name}.__main__").main(rest)

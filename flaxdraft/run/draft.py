@@ -56,7 +56,7 @@ def check_draft(setup: Setup, target: RunTarget) -> None:
     wanted = setup.config.draft
     if setup.start is None and wanted.vocab_map is not None:
         read_map(wanted.vocab_map, target.config.vocab_size, wanted.draft_vocab_size)
-    check_servable(setup.algorithm, draft_config(setup, target), target.about, setup.config.export.engine)
+    check_servable(setup.algorithm, draft_config(setup, target), target.about, setup.config.engine)
 
 
 def make_draft(

@@ -16,6 +16,7 @@ from flax import nnx
 
 from flaxdraft.algorithms.loading import ZeroTarget
 from flaxdraft.config import RunConfig
+from flaxdraft.devices.sharding import known
 from flaxdraft.devices.weight_places import place_of
 from flaxdraft.interfaces import Batch, Draw, Example, Features, VocabMap
 from flaxdraft.nn.precision import DTYPES, Precision
@@ -144,7 +145,7 @@ def _zeros(setup: Setup, draft_config: Any, num_taps: int, length: int) -> Examp
     features = Features(**{name: told[name] for name in algorithm.needs})
     vocab = VocabMap(np.arange(draft_config.draft_vocab_size), draft_config.vocab_size)
     teacher = jax.eval_shape(lambda: algorithm.teacher(ZeroTarget(draft_config), vocab, compute))
-    place = jax.NamedSharding(mesh, SHARDING.weight_ve)
+    place = jax.NamedSharding(mesh, known(SHARDING.weight_ve))
     teacher = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), place), teacher)
     chosen = algorithm.choose(batch, length, Draw(0, 0, 0))
     return training_example(Example(batch, features, chosen), mesh, algorithm, teacher)

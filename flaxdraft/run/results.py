@@ -155,7 +155,7 @@ def export_draft(setup: Setup, trained: Trained | None) -> Path:
     target = material.target
     draft = TrainedDraft(setup.algorithm, setup.architecture, draft_config(setup, target), params, material.vocab)
     origin = Origin(config.target.path, setup.draft_dir, chosen.step)
-    export(directory, draft, target.about, dtype=config.export.dtype, engine=config.export.engine, origin=origin)
+    export(directory, draft, target.about, dtype=config.export.dtype, engine=config.engine, origin=origin)
     stage.store({"checkpoint": chosen._asdict(), "files": _digests(directory)})
     return directory
 

@@ -46,7 +46,7 @@ def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
                 evaluation = evaluate_draft(setup, trained)
                 export_dir = export_draft(setup, trained)
                 report_dir = report_run(setup, evaluation)
-                engine = find_engine(setup.algorithm.serving(), config.export.engine)
+                engine = find_engine(setup.algorithm.serving(), config.engine)
                 print_headline(evaluation, export_dir, report_dir, config.target.path, engine)
 
 

@@ -63,8 +63,8 @@ def prepare(config: RunConfig, allowed: Sequence[str] = ()) -> Setup:
         InputError: the configuration names something that does not exist, or its parts do not go together.
     """
     algorithm = algorithms.make(config.algorithm, packed=config.train.pack_length is not None)
-    architecture = algorithms.architecture(config.algorithm, config.draft.architecture)
-    find_engine(algorithm.serving(), config.export.engine, "export.engine")
+    architecture = algorithms.architecture(config.algorithm, config.architecture)
+    find_engine(algorithm.serving(), config.engine, "export.engine")
     if algorithm.full_vocabulary:
         for field in ("draft_vocab_size", "vocab_map"):
             if field in config.draft.model_fields_set:

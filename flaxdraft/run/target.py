@@ -49,7 +49,9 @@ class RunTarget:
         """
         c = self.opened.config(self._taps)
         if self._setup.start is not None:
-            check_target(self._setup.start, self._setup.config.draft.init_from, c, self.opened.source.config)
+            begun = self._setup.config.draft.init_from
+            assert begun is not None, "what a run begins from has an address"
+            check_target(self._setup.start, begun, c, self.opened.source.config)
         CONSOLE.print(
             f"  {c.num_hidden_layers} layers, width {c.hidden_size}, vocabulary {c.vocab_size}, "
             f"taps after layers {', '.join(map(str, c.tap_layers))}"

@@ -13,9 +13,9 @@ from flax import nnx
 from flaxdraft.data.pipeline import make_pipeline
 from flaxdraft.decode.decoding import Settings
 from flaxdraft.devices import host_reads, hosts
-from flaxdraft.devices.sharding import Sharding
+from flaxdraft.devices.sharding import Sharding, known
 from flaxdraft.devices.weight_places import check_heads, on_mesh, weight_on_mesh
-from flaxdraft.evaluate.during_training import UntrainedDraft, make_decoded_accept_length
+from flaxdraft.evaluate.during_training import UntrainedDraft, make_decoded_accept_length, make_held_out_figures
 from flaxdraft.interfaces import Target
 from flaxdraft.nn.precision import DTYPES, Precision
 from flaxdraft.progress import CONSOLE
@@ -46,7 +46,7 @@ def train_draft(setup: Setup, material: Material) -> Trained:
     config, target = setup.config.train, material.target
     check_draft(setup, target)
     write_record(setup, target)
-    part = hosts.local_part(jax.NamedSharding(setup.mesh, SHARDING.act_b), config.batch_size)
+    part = hosts.local_part(jax.NamedSharding(setup.mesh, known(SHARDING.act_b)), config.batch_size)
     data, seed = setup.config.data, setup.config.seed
     pipeline = make_pipeline(material.documents, setup.algorithm, config, data, seed, part)
     CONSOLE.print(f"  {pipeline.layout.describe()}")
@@ -60,16 +60,18 @@ def train_draft(setup: Setup, material: Material) -> Trained:
     check_heads(draft_config(setup, target), SHARDING, setup.mesh.shape)
     with jax.set_mesh(setup.mesh):
         params, frozen = (on_mesh(state, setup.mesh, SHARDING) for state in (params, frozen))
-        teacher = jax.tree.map(lambda x: weight_on_mesh("teacher", x, setup.mesh, SHARDING.weight_ve), teacher)
+        head = known(SHARDING.weight_ve)
+        teacher = jax.tree.map(lambda x: weight_on_mesh("teacher", x, setup.mesh, head), teacher)
         CONSOLE.print(f"  {sum(math.prod(p.shape) for p in jax.tree.leaves(params)) / 1e6:.1f} M trained parameters")
         resume = Resume(
             config.resume, setup.draft_inputs, material.vocab, setup.allowed, _score_measure(setup, len(held_out))
         )  # fmt: skip
         trainer = Trainer(
-            setup.draft_dir, config, setup.algorithm, setup.evaluation, setup.mesh, material.vocab, teacher, resume,
-            data.prefetch, _reader(setup, material), decoded,
+            setup.draft_dir, config, setup.algorithm, setup.mesh, material.vocab, teacher, resume, data.prefetch,
+            _reader(setup, material),
         )  # fmt: skip
-        params = trainer.train(graphdef, params, frozen, pipeline, held_out)
+        evaluate = make_held_out_figures((graphdef, frozen), setup.evaluation, teacher, held_out, setup.mesh, decoded)
+        params = trainer.train(graphdef, params, frozen, pipeline, evaluate)
     return Trained(material, jax.device_put(host_reads.read(params), jax.local_devices()[0]))
 
 

@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 from flaxdraft.errors import InputError
 from flaxdraft.run.commands import ADDRESS, DTYPES, Command, call
@@ -70,7 +71,8 @@ def show(arguments: argparse.Namespace) -> None:
     mesh = make_mesh(**shape) if math.prod(shape.values()) > 1 else None
     loaded = targets.from_pretrained(arguments.address, precision=precision, mesh=mesh)
     chat = [{"role": "user", "content": arguments.prompt}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    # transformers types what the template gives for every way of calling it.
+    prompt = cast(list[int], tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
     answer = generate(loaded.model, [prompt], max_new_tokens=arguments.new_tokens, stop_tokens=loaded.stop_tokens)[0]
     CONSOLE.print(f"{'prompt':>11}  {arguments.prompt}")
     CONSOLE.print(f"{'answer':>11}  {tokenizer.decode(answer, skip_special_tokens=True)}")

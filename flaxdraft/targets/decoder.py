@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from flaxdraft.devices.mesh import check_divides
 from flaxdraft.devices.per_device import on_shards
-from flaxdraft.devices.sharding import Sharding, gathered
+from flaxdraft.devices.sharding import Sharding, gathered, known
 from flaxdraft.devices.weight_places import check_heads, place_of
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Features, Placement
@@ -224,24 +224,21 @@ def _run_layers(model, spans, config: DecoderConfig, x_BTE, rows: Rows, cache, s
     return jnp.moveaxis(taps_KBTE[:num_taps], 0, 2), x_BTE, cache
 
 
-@partial(
-    jax.jit, static_argnames=("graphdef", "spans", "config", "sharding", "head"), donate_argnames=("cache",)
-)  # fmt: skip
-def _forward(
-    graphdef, state, spans, config, sharding, tokens_BT, positions_BT, segments_BT, cache, head: str, placement=None
-):  # fmt: skip
-    model = nnx.merge(graphdef, state)
+@partial(jax.jit, static_argnames=("head",), donate_argnames=("cache",))
+def _forward(target: DecoderTarget, tokens_BT, positions_BT, segments_BT, cache, head: str, placement=None):
+    config, sharding, model = target.config, target.sharding, nnx.merge(target.graphdef, target.state)
     if sharding.act_btd is not None:
         rows = P(*sharding.act_btd[:2])
         tokens_BT, positions_BT = jax.reshard(tokens_BT, rows), jax.reshard(positions_BT, rows)
         segments_BT, placement = jax.tree.map(lambda x: jax.reshard(x, rows), (segments_BT, placement))
     embeds = vocabulary.lookup(model.embed[...], tokens_BT, sharding).astype(model.norm.precision.compute)
     rows = Rows(positions_BT, segments_BT, placement)
-    taps, x, cache = _run_layers(model, spans, config, config.before_layers(embeds), rows, cache, sharding)
+    taps, x, cache = _run_layers(model, target.spans, config, config.before_layers(embeds), rows, cache, sharding)
     last = model.norm(x)
     head_VE = model.embed[...] if config.tie_word_embeddings else model.head[...]
     if head == "all":
         return cache, Features(taps, last, *vocabulary.statistics(last, head_VE, sharding))
+    assert cache is not None, "only what goes on has an end"
     at_B1 = jnp.sum(positions_BT < cache.k_LBKHS.shape[-1], axis=1, keepdims=True) - 1
     is_end_BT = jnp.arange(tokens_BT.shape[1])[None] == at_B1
     ends_B1E = jnp.sum(jnp.where(is_end_BT[..., None], last, 0), axis=1, keepdims=True)
@@ -280,7 +277,7 @@ class DecoderTarget:
     def row_multiple(self) -> int:
         if self.mesh is None:
             return 1
-        return math.prod(self.mesh.shape[axis] for axis in self.sharding.act_b[0])
+        return math.prod(self.mesh.shape[axis] for axis in known(self.sharding.act_b)[0])
 
     def on_mesh(self) -> contextlib.AbstractContextManager:
         """Where programs that run the target are to be called."""
@@ -289,8 +286,7 @@ class DecoderTarget:
 
     def _run(self, tokens_BT, positions_BT, segments_BT, cache, head, placement=None):
         with self.on_mesh():
-            return _forward(self.graphdef, self.state, self.spans, self.config, self.sharding, tokens_BT,
-                            positions_BT, segments_BT, cache, head, placement)  # fmt: skip
+            return _forward(self, tokens_BT, positions_BT, segments_BT, cache, head, placement)
 
     def features(self, batch: Batch) -> Features:
         """One forward over packed or padded rows, no cache."""
@@ -300,7 +296,7 @@ class DecoderTarget:
         """An empty cache of `num_slots` positions a row, split by rows and heads where there is a mesh."""
         c = self.config
         lead = (c.num_hidden_layers, num_rows, c.num_key_value_heads)
-        place = None if self.mesh is None else jax.NamedSharding(self.mesh, self.sharding.cache_lbn)
+        place = None if self.mesh is None else jax.NamedSharding(self.mesh, known(self.sharding.cache_lbn))
         zeros = lambda *tail: jnp.zeros((*lead, *tail), self.precision.compute, device=place)  # noqa: E731
         return Cache(zeros(c.key_width, num_slots), zeros(num_slots, c.value_width))
 
@@ -324,7 +320,7 @@ class DecoderTarget:
             )
             if s.cache_lbn is not None:
                 k_FKHS, v_FKSC = jax.reshard(k_FKHS, heads_spec), jax.reshard(v_FKSC, heads_spec)
-            place = Cache(s.cache_lbn, s.cache_lbn)
+            place = jax.tree.map(lambda _: s.cache_lbn, cache)
             on_device = on_shards(s, local, (place, P(), s.act_b, P(), heads_spec, heads_spec), place)
             return on_device(cache, layer, row_B, rows_F, k_FKHS, v_FKSC)
 
@@ -349,13 +345,13 @@ class DecoderTarget:
             return _logits(last_BE, self.head(), self.sharding)
 
     def embedding(self) -> Float[Array, "V E"]:
-        return self.state["embed"][...]
+        return cast(Array, self.state["embed"][...])
 
     def head(self) -> Float[Array, "V E"]:
-        return self.state["embed" if self.config.tie_word_embeddings else "head"][...]
+        return cast(Array, self.state["embed" if self.config.tie_word_embeddings else "head"][...])
 
     def final_norm(self) -> Float[Array, " E"]:
-        return self.state["norm"]["scale"][...]
+        return cast(Array, self.state["norm"]["scale"][...])
 
 
 def build(

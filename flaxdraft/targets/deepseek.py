@@ -169,6 +169,7 @@ def groups(config: Config, precision: Precision, sharding: Sharding) -> tuple[Gr
         return layer(rngs, GatedMLP(c.hidden_size, c.intermediate_size, precision, rngs, sharding))
 
     def moe(rngs):
+        assert c.moe is not None, "layers with experts are where the config has them"
         return layer(rngs, MoE(c.moe, c.hidden_size, precision, rngs, sharding))
 
     first = c.first_k_dense_replace

@@ -73,7 +73,7 @@ class Config(DecoderConfig):
 
 def _kind(config: dict[str, Any]) -> str:
     """llama, qwen2 or qwen3: by the architecture where it is one of ours, else by the model type."""
-    named = dict(zip(ARCHITECTURES, MODEL_TYPES, strict=True))
+    named: dict[str | None, str] = dict(zip(ARCHITECTURES, MODEL_TYPES, strict=True))
     return named.get((config.get("architectures") or [None])[0]) or config.get("model_type", "llama")
 
 

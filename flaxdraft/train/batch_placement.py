@@ -12,7 +12,7 @@ import numpy as np
 from flaxdraft.config import RunConfig
 from flaxdraft.devices.hosts import local_part
 from flaxdraft.devices.mesh import BATCH_AXIS, FSDP_AXIS, SEQUENCE_AXIS
-from flaxdraft.devices.sharding import Sharding
+from flaxdraft.devices.sharding import Sharding, known
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Algorithm, Example
 
@@ -45,12 +45,12 @@ def placed(tree: Any, mesh: jax.sharding.Mesh, spec: jax.P) -> Any:
 
 def placed_rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """The same, split by batch rows alone, each of which is whole on its devices."""
-    return placed(tree, mesh, SHARDING.act_b)
+    return placed(tree, mesh, known(SHARDING.act_b))
 
 
 def own_rows(host: Example, mesh: jax.sharding.Mesh) -> Example:
     """Of a batch that every process holds whole: this process's rows."""
-    index, count = local_part(jax.NamedSharding(mesh, SHARDING.act_b), len(host.batch.tokens_BT))
+    index, count = local_part(jax.NamedSharding(mesh, known(SHARDING.act_b)), len(host.batch.tokens_BT))
     return jax.tree.map(lambda x: x[index * len(x) // count : (index + 1) * len(x) // count], host)
 
 
@@ -68,5 +68,5 @@ def training_example(host: Example, mesh: jax.sharding.Mesh, algorithm: Algorith
     if mesh.shape[SEQUENCE_AXIS] == 1:
         return dataclasses.replace(placed_rows(host, mesh), teacher=teacher)
     host, cut = algorithm.share(host, mesh.shape[SEQUENCE_AXIS])
-    place = lambda x, is_cut: placed(x, mesh, SHARDING.split_bt if is_cut else SHARDING.act_b)  # noqa: E731
+    place = lambda x, is_cut: placed(x, mesh, known(SHARDING.split_bt if is_cut else SHARDING.act_b))  # noqa: E731
     return dataclasses.replace(jax.tree.map(place, host, cut), teacher=teacher)

@@ -107,11 +107,11 @@ def read_record(directory: Path) -> dict[str, Any]:
     """
     try:
         with _alone(), _quiet():
-            found = ocp.checkpointables_metadata(directory.resolve()).custom_metadata
+            found = ocp.checkpointables_metadata(_address(directory)).custom_metadata
     except Exception as error:  # Orbax raises many kinds
         raise DamagedError(_cause(error)) from error
     record = found.get("record") if isinstance(found, dict) else None
-    if record is None or found != _sealed(record):
+    if not isinstance(record, dict) or found != _sealed(record):
         raise DamagedError("the record of its run is not what was written")
     return record
 
@@ -143,10 +143,10 @@ def load(directory: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
         DamagedError: in some process it cannot be read, or is not what was written.
     """
     labels = {name: _labels(abstract[name]) for name in _ARRAYS if name in abstract}
-    problem = ""
+    problem, loaded, marks = "", {}, {}
     try:
         with _alone(), _quiet():
-            loaded = ocp.load_checkpointables(directory.resolve(), dict(abstract))
+            loaded = ocp.load_checkpointables(_address(directory), dict(abstract))
             marks = _read_marks(directory, labels) if labels else {}
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
         problem = _cause(error)
@@ -180,7 +180,7 @@ def load_params(directory: Path, abstract: nnx.State) -> tuple[nnx.State, np.nda
     context.pytree.loading.partial_load = True
     try:
         with context, _quiet():
-            found = ocp.load_checkpointables(directory.resolve(), {"state": {name: placed}, "vocab": None})
+            found = ocp.load_checkpointables(_address(directory), {"state": {name: placed}, "vocab": None})
             params = found["state"][name]
             marks = _read_marks(directory, {"state": labels})
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
@@ -202,7 +202,12 @@ def _read_marks(directory: Path, labels: Mapping[str, list[str]]) -> dict[str, n
     context = _alone()
     context.pytree.loading.partial_load = True
     with context:
-        return ocp.load_checkpointables(directory.resolve(), {"fingerprint": abstract})["fingerprint"]
+        return ocp.load_checkpointables(_address(directory), {"fingerprint": abstract})["fingerprint"]
+
+
+def _address(directory: Path) -> str:
+    """As Orbax takes it, whose types know texts and paths of its own kind alone."""
+    return str(directory.resolve())
 
 
 def _cause(error: BaseException) -> str:
@@ -296,7 +301,7 @@ class Checkpoints:
         try:
             with context:
                 response = ocp.save_checkpointables_async(
-                    self.path(step).resolve(), items, custom_metadata=_sealed(saved.record)
+                    _address(self.path(step)), items, custom_metadata=_sealed(saved.record)
                 )
         except Exception as error:
             raise self._failed(step, error) from error

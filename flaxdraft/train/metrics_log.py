@@ -42,7 +42,7 @@ class MetricsLog:
         # TensorBoard leaves out what lies behind `purge_step` in older files.
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
         if wandb_project is not None:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]  # no extra brings it
 
             self._wandb = wandb.init(
                 project=wandb_project, name=directory.name, dir=str(directory), id=_identity(directory), resume="allow"
@@ -53,6 +53,7 @@ class MetricsLog:
 
     def __exit__(self, *error: object) -> None:
         if self._file is not None:
+            assert self._board is not None, "both are opened together"
             self._file.close()
             self._board.close()
         if self._wandb is not None:
@@ -62,6 +63,7 @@ class MetricsLog:
         """One line; a list is one curve an entry."""
         if self._file is None:
             return
+        assert self._board is not None, "both are opened together"
         self._file.write(json.dumps({"step": step, "kind": kind, **figures}) + "\n")
         self._file.flush()
         scalars = {}

@@ -59,6 +59,6 @@ def _placed_by_xla(inner: optax.GradientTransformation) -> optax.GradientTransfo
         if jax.sharding.get_abstract_mesh().empty:
             return inner.update(updates, state, params)
         places = jax.tree.map(spec_of, (updates, state))
-        return jax.sharding.auto_axes(inner.update, out_sharding=places)(updates, state, params)
+        return jax.sharding.auto_axes(out_sharding=places)(inner.update)(updates, state, params)
 
     return optax.GradientTransformation(inner.init, update)

@@ -23,7 +23,7 @@ class Trace:
 
     def after(self, step: int, done: jax.Array) -> None:
         """`done` is a result of the step: the trace must hold all of it."""
-        if self._on and step == self._span[1]:
+        if self._span is not None and self._on and step == self._span[1]:
             jax.block_until_ready(done)
             self.close()
             CONSOLE.print(f"  trace of steps {self._span[0]} to {self._span[1]}: {self._directory}")

@@ -106,7 +106,7 @@ def wanted(request: str, where: Path, saved: Sequence[Saved]) -> Saved | Path | 
     if request == "latest" or (latest.record["origin"] == request):
         return latest
     found = {one.step: one for one in saved}
-    chosen = best_of(saved) if request == "best" else found.get(int(step[1]))
+    chosen = best_of(saved) if step is None else found.get(int(step[1]))
     if chosen is None:
         there = "no evaluated one" if request == "best" else f"steps {', '.join(map(str, found))}"
         raise InputError(f"train.resume: {request}, but {where} holds {there}")

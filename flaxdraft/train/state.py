@@ -29,7 +29,8 @@ class TrainState:
 
 def split_draft(draft: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Structure, trained parameters, and what travels along untrained (embedding of the target, vocabulary)."""
-    return nnx.split(draft, nnx.Param, Frozen)
+    graphdef, params, frozen = nnx.split(draft, nnx.Param, Frozen)
+    return graphdef, params, frozen
 
 
 def init_state(

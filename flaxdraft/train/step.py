@@ -47,7 +47,7 @@ def _together(x: jax.Array, axes: frozenset[str], *, trained: bool) -> jax.Array
     kept = (None if axis in axes else axis for axis in spec_of(x).partitions)
     # JAX lowers no unreduced loop result on a mesh of one device.
     unreduced = trained and jax.sharding.get_abstract_mesh().size > 1
-    return jax.reshard(x, P(*kept, reduced=axes if unreduced else set()))
+    return jax.reshard(x, P(*kept, reduced=axes if unreduced else frozenset()))
 
 
 def _as_read(param: jax.Array, compute: Any, axes: frozenset[str]) -> jax.Array:
@@ -121,8 +121,8 @@ def make_train_step(
     compute: Any,
     num_microbatches: int = 1,
     ema_decay: float | None = None,
-) -> Callable[[TrainState, nnx.State, Example], tuple[TrainState, StepMetrics]]:
-    """step(state, frozen, example) -> state, metrics; the state is donated.
+) -> jax.stages.Wrapped:
+    """step(state, frozen, example) -> state, metrics; compiled, and the state is donated.
 
     A loss or gradient that is not finite leaves all but the counts of steps as it was.
 
@@ -145,8 +145,8 @@ def make_train_step(
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         mean = state.ema
-        if ema_decay is not None:
-            mean = jax.tree.map(lambda m, p: ema_decay * m + (1 - ema_decay) * p, mean, params)
+        if (decay := ema_decay) is not None:
+            mean = jax.tree.map(lambda m, p: decay * m + (1 - decay) * p, mean, params)
         new = params, opt_state, algorithm.next_carry(state.carry, sums, state.step), mean
         old = state.params, state.opt_state, state.carry, state.ema
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]  # of the extra `convert` alone
 from specforge_files import ROWS_IN_A_FOLDER, as_torch
 
 from flaxdraft.data.store import FeatureStore
@@ -56,6 +56,8 @@ def write(store: FeatureStore, directory: Path) -> None:
 
 def _record(store: FeatureStore, index: int) -> dict[str, torch.Tensor]:
     row = store.row(index)
+    assert row.features is not None, "a store keeps them"
+    assert row.features.last_BTE is not None, "a store keeps them"
     taps, last = row.features.taps_BTKE, row.features.last_BTE
     return {
         "input_ids": torch.from_numpy(row.tokens.astype(np.int64)),

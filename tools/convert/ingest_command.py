@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flaxdraft import algorithms
 from flaxdraft.run.commands import Command, call
+
+if TYPE_CHECKING:
+    from flaxdraft.data.ingest import Folder
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +28,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(
-    description: str, open_folder: Callable[[Path], object], argv: Sequence[str] | None,
+    description: str | None, open_folder: Callable[[Path], Folder], argv: Sequence[str] | None,
     beside: Callable[[Path, Path], None] | None = None,
 ) -> int:  # fmt: skip
     """0 when the store is complete; 2 with one message for wrong input.

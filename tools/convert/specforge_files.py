@@ -16,7 +16,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]  # of the extra `convert` alone
 
 from flaxdraft.data.ingest import States, token_row
 from flaxdraft.data.templates import Rendered
@@ -105,11 +105,15 @@ class SpecForgeFolder:
         return States(taps.reshape(len(taps), 3, -1), last)
 
 
+def _has_axes(value: Any, num: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == num
+
+
 def _record(path: Path) -> dict[str, torch.Tensor]:
     record = load(path)
     for name, axes in _SHAPES.items():
         tensor = record.get(name) if isinstance(record, dict) else None
-        if not isinstance(tensor, torch.Tensor) or tensor.ndim != axes or (axes == 3 and len(tensor) != 1):
+        if not _has_axes(tensor, axes) or (axes == 3 and tensor.shape[0] != 1):
             expected = {1: "[L]", 3: "[1, L, ...]"}[axes]
             raise InputError(f"{path}: {name}: expected a tensor {expected}, found {_brief(tensor)}")
     return record
@@ -138,8 +142,8 @@ def vocabulary_offsets(directory: Path) -> np.ndarray | None:
     if not path.exists():
         return None
     record = load(path)
-    parts = [record.get(name) if isinstance(record, dict) else None for name in ("d2t", "t2d")]
-    if not all(isinstance(part, torch.Tensor) and part.ndim == 1 for part in parts):
+    parts: list[Any] = [record.get(name) if isinstance(record, dict) else None for name in ("d2t", "t2d")]
+    if not all(_has_axes(part, 1) for part in parts):
         raise InputError(f"{path}: expected two vectors, d2t and t2d")
     d2t, t2d = (part.numpy() for part in parts)
     if not np.array_equal(d2t + np.arange(len(d2t)), np.flatnonzero(t2d)):

@@ -110,6 +110,7 @@ class Algorithm:
 
     def _distill(self, draft: Draft, example: Example, accepted_J) -> tuple[StepSums, Bool[Array, "B R J"]]:
         batch, chosen, features = example.batch, example.chosen, example.features
+        assert features is not None, "the loss reads features"
         rows, compute, num_steps = chosen.rows_BR, example.teacher.dtype, self.settings.ttt_length
         if chosen.shared is not None:
             narrow = dataclasses.replace(chosen.shared, taps_BRKE=chosen.shared.taps_BRKE.astype(compute))
@@ -160,6 +161,7 @@ class Algorithm:
             projections = draft.projections(tokens, draft.project(taps_BTKE))
             return draft.query(projections, positions_BT), *draft.key_value(projections, positions_BT)
 
+        assert example.features is not None, "the loss reads features"
         s, compute = self.settings, example.teacher.dtype
         q, k, v = jax.eval_shape(heads, example.batch, example.features.taps_BTKE.astype(compute))
         q = jax.ShapeDtypeStruct((*example.chosen.rows_BR.shape, *q.shape[2:]), q.dtype)
@@ -168,8 +170,9 @@ class Algorithm:
         return f"attention {attention}{chunks}, loss in chunks of {s.loss_chunk} rows, rematerialisation {s.remat}"
 
     def flops(self, params: nnx.State, frozen: nnx.State, teacher: Any, num_rows: int) -> float:
-        """Counted, since XLA counts what is in a loop once: two operations for each entry of a matrix, three times over
-        for the two gradients; `fc` reads a row once, all other matrices do at every step, the teacher once, forwards."""
+        """Counted, since XLA counts what is in a loop once: two operations for each entry of a matrix, three times
+        over for the two gradients; `fc` reads a row once, all other matrices do at every step, the teacher once,
+        forwards."""
         per_row = 2.0 * math.prod(teacher.shape)
         for path, variable in nnx.to_flat_state(params):
             if len(variable.shape) > 1 and path[0] != "embed_tokens":

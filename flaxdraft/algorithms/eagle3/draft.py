@@ -207,6 +207,7 @@ class Eagle3Draft(nnx.Module):
             embedding = nnx.initializers.normal(0.02)(rngs.params(), shape, precision.param)
             self.embed_tokens = nnx.Param(embedding, place="weight_ve")
         else:
+            assert embedding_VD is not None, "a draft without an embedding of its own gets the target's"
             if embedding_VD.shape != (c.vocab_size, c.hidden_size):
                 raise InputError(
                     f"draft embedding: found {embedding_VD.shape}, expected {(c.vocab_size, c.hidden_size)}"

@@ -12,7 +12,8 @@ from flaxdraft.config import AlgorithmConfig, Number
 class Settings(AlgorithmConfig):
     """`algorithm.name=eagle3`, the default."""
 
-    name: Literal["eagle3"] = "eagle3"
+    # Sections are frozen by their `model_config`, which pyright does not read.
+    name: Literal["eagle3"] = "eagle3"  # pyright: ignore[reportIncompatibleVariableOverride]
     ttt_length: int = Field(default=7, ge=1)  # steps of the unroll
     step_decay: Number = Field(default=0.8, gt=0, le=1)  # step j weighs step_decay^j in the loss
     objective: Literal["soft_cross_entropy", "hard_label", "lk_alpha", "lk_lambda"] = "soft_cross_entropy"

@@ -37,12 +37,13 @@ def dealt(num_rows: int, num_shards: int, num_steps: int) -> list[tuple[np.ndarr
 
 
 def share(example: Example, num_shards: int, num_steps: int) -> tuple[Example, Example]:
-    """A host's example with its rows dealt out, device after device along R, with what those rows read; and the same tree
-    with True where an array is cut along its second axis.
+    """A host's example with its rows dealt out, device after device along R, with what those rows read; and the same
+    tree with True where an array is cut along its second axis.
 
     T is filled up to a multiple of S. The width of a device's part follows from R, S and J alone: one compile a shape.
     """
     batch, features, rows_BR = example.batch, example.features, example.chosen.rows_BR
+    assert features is not None, "shared rows come with their features"
     length, num_listed = batch.tokens_BT.shape[1], rows_BR.shape[1]
     missing = -length % num_shards
     fill = lambda x: np.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])  # noqa: E731
