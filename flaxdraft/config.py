@@ -153,7 +153,7 @@ class MeshConfig(_Section):
 
 
 class HostsConfig(_Section):
-    """Which processes make up the run; left out, the launcher's environment says (see hosts.py)."""
+    """Which processes make up the run; left out, the launcher's environment says (see devices/hosts.py)."""
 
     coordinator: Text | None = None  # host:port of process 0; `auto` leaves all to JAX
     num_processes: int | None = Field(default=None, ge=1)

@@ -1,5 +1,5 @@
 """Real speculative decoding, all of it on the device: draft a chain, verify it in one target pass, keep what is right.
-A tree may take the chain's place (`evaluate/tree.py`).
+A tree may take the chain's place (`decode/tree.py`).
 
 Two compiled programs: `begin` reads the prompts and makes the first token; `advance` is a loop over target passes
 whose carry holds both KV caches (donated, updated in place), the answers, and which rows still run. Rows end by
