@@ -89,7 +89,7 @@ class DraftConfig(_Section):
 
 
 class AlgorithmConfig(_Section):
-    """What every algorithm's section has; the rest of it is the algorithm's own (`flaxdraft.algorithms.NAME.settings`)."""
+    """What every algorithm's section has; the rest is the algorithm's own (`flaxdraft.algorithms.NAME.settings`)."""
 
     name: str
 
@@ -138,7 +138,7 @@ class EvaluateConfig(_Section):
 
 
 class ExportConfig(_Section):
-    engine: str | None = None  # whose contract is met, one of the algorithm's; null: its default
+    engine: str = ""  # whose contract is met, one of the algorithm's; left out: its default
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     step: Literal["best", "latest"] = "best"  # the checkpoint that is evaluated, exported and reported
 
@@ -153,7 +153,7 @@ class MeshConfig(_Section):
 
 
 class HostsConfig(_Section):
-    """Which processes make up the run; left out, the launcher's environment says (see hosts.py)."""
+    """Which processes make up the run; left out, the launcher's environment says (see devices/hosts.py)."""
 
     coordinator: Text | None = None  # host:port of process 0; `auto` leaves all to JAX
     num_processes: int | None = Field(default=None, ge=1)
@@ -277,6 +277,6 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
     draft, how = config.draft, config.export
     if draft.architecture is None:
         draft = draft.model_copy(update={"architecture": config.algorithm.default_architecture})
-    if how.engine is None:
+    if not how.engine:
         how = how.model_copy(update={"engine": config.algorithm.default_engine})
     return config.model_copy(update={"draft": draft, "export": how})

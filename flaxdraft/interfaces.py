@@ -118,7 +118,7 @@ class VocabMap:
         return table
 
     @classmethod
-    def from_d2t(cls, d2t: np.ndarray, vocab_size: int) -> VocabMap:
+    def from_offsets(cls, d2t: np.ndarray, vocab_size: int) -> VocabMap:
         return cls(np.asarray(d2t).astype(np.int64) + np.arange(len(d2t)), vocab_size)
 
 
@@ -210,7 +210,8 @@ class DraftConfig(Protocol):
 
 
 class Draft(Protocol):
-    """A draft's module, as far as everybody needs it. Variables of type nnx.Param are trained, Frozen ones travel along."""
+    """A draft's module, as far as everybody needs it. Variables of type nnx.Param are trained, Frozen ones travel
+    along."""
 
     config: Any
     target_ids: Any  # Frozen [W]: the target id of each draft token
@@ -228,8 +229,8 @@ Chooser = Callable[[Float[Array, "B W"], Any], tuple[Int[Array, " B"], Any]]
 
 
 class Drafter(Protocol):
-    """How a draft proposes while a target decodes: pure functions inside compiled programs. `state` is the drafter's own
-    pytree, whose arrays lead with the rows of the batch."""
+    """How a draft proposes while a target decodes: pure functions inside compiled programs. `state` is the drafter's
+    own pytree, whose arrays lead with the rows of the batch."""
 
     most_tokens: int | None  # that one proposal holds; None: any number
     trees: bool  # whether `propose_tree` is there
@@ -296,8 +297,8 @@ class Algorithm(Protocol):
         ...
 
     def share(self, example: Example, num_shards: int) -> tuple[Example, Example]:
-        """A host's example with every batch row shared by several devices, and the same tree with True where an array is
-        cut along its second axis and False where it is whole.
+        """A host's example with every batch row shared by several devices, and the same tree with True where an array
+        is cut along its second axis and False where it is whole.
 
         Raises:
             InputError: this algorithm does not do that.

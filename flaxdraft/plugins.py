@@ -25,11 +25,21 @@ if TYPE_CHECKING:
 
 
 def _places(package: str) -> dict[str, str]:
-    """The full module name of each part, by its short name."""
+    """The full module name of each part, by its short name.
+
+    Raises:
+        InputError: an installed package calls a part of its own as another one is called.
+    """
     root = importlib.import_module(package)
     names = {info.name for info in pkgutil.iter_modules(root.__path__)} - {*getattr(root, "SHARED", ()), "__main__"}
-    own = {name: f"{package}.{name}" for name in sorted(names)}
-    return {point.name: point.value for point in importlib.metadata.entry_points(group=package)} | own
+    places = {name: f"{package}.{name}" for name in sorted(names)}
+    for point in importlib.metadata.entry_points(group=package):
+        if (other := places.setdefault(point.name, point.value)) != point.value:
+            raise InputError(
+                f"entry point {point.name!r} in {package}: {point.value} and {other} have the same name; give one of "
+                "them another"
+            )
+    return places
 
 
 def parts_of(package: str) -> Iterator[tuple[str, ModuleType]]:

@@ -9,19 +9,19 @@ import tempfile
 import warnings
 from pathlib import Path
 
-# The same programs are compiled by many tests and by the processes that some of them start: once a session is enough.
-# FLAXDRAFT_TEST_CACHE names a folder that keeps them from one session to the next.
-_COMPILED = os.environ.get("FLAXDRAFT_TEST_CACHE") or tempfile.mkdtemp(prefix="flaxdraft-compiled-")
+# The same programs are compiled by many tests, by the workers that share them out, and by the processes that some of
+# them start: once a session is enough. FLAXDRAFT_TEST_CACHE names a folder that keeps them for the next session.
 if "FLAXDRAFT_TEST_CACHE" not in os.environ:
-    atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
+    os.environ["FLAXDRAFT_TEST_CACHE"] = tempfile.mkdtemp(prefix="flaxdraft-compiled-")  # workers inherit it
+    atexit.register(shutil.rmtree, os.environ["FLAXDRAFT_TEST_CACHE"], ignore_errors=True)
 os.environ |= {
-    "JAX_COMPILATION_CACHE_DIR": _COMPILED,
+    "JAX_COMPILATION_CACHE_DIR": os.environ["FLAXDRAFT_TEST_CACHE"],
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
 }
 
-import jax  # noqa: E402 (it reads the environment)
-import pytest  # noqa: E402
+import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

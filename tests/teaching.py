@@ -57,9 +57,7 @@ class Teaching:
     def epoch(self, documents, **train):
         """((loss, sums), gradients) of every batch of the first epoch, on the host."""
         pipeline = self.pipeline(documents, **train)
-        trainer = Trainer(
-            None, None, self.algorithm, self.algorithm, self.mesh, self.vocab, self.head_WE, None, 2, self.target
-        )
+        trainer = Trainer(None, None, self.algorithm, self.mesh, self.vocab, self.head_WE, None, 2, self.target)
         with jax.set_mesh(self.mesh):
             hosts = batches_from(pipeline, 0, pipeline.steps_per_epoch, 2)
             return [jax.device_get(self._gradients(self.params, self.frozen, trainer.example(host))) for host in hosts]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from closeness import assert_close
 
-from flaxdraft.algorithms.eagle3.suffix_attention import Cudnn, choose, dense, merged
+from flaxdraft.algorithms.eagle3.suffix_attention import Cudnn, Suffix, choose, dense, merged
 from flaxdraft.errors import InputError
 from flaxdraft.ops import cudnn_attention
-from flaxdraft.ops.attention import MASKED, grouped_scores
+from flaxdraft.ops.attention import MASKED, KeyRange, grouped_scores
 from flaxdraft.targets import target_attention
 
 pytestmark = pytest.mark.numeric
@@ -63,9 +63,9 @@ def make(starts, num_keys=16, heads=4, kv_heads=2, width=8, value_width=4, seed=
     arrays = (
         normal(2, queries, heads, width), normal(2, num_keys, kv_heads, width),
         normal(2, num_keys, kv_heads, value_width),
-        (normal(2, queries, kv_heads, width),), (normal(2, queries, kv_heads, value_width),),
+        Suffix((normal(2, queries, kv_heads, width),), (normal(2, queries, kv_heads, value_width),)),
     )  # fmt: skip
-    return arrays, jnp.asarray(first), jnp.asarray(last)
+    return arrays, KeyRange(jnp.asarray(first), jnp.asarray(last))
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def make(starts, num_keys=16, heads=4, kv_heads=2, width=8, value_width=4, seed=
 )  # fmt: skip
 def test_layout_gives_the_dense_values_and_gradients(starts, packed, monkeypatch):
     monkeypatch.setattr(cudnn_attention, "_call", kernel)
-    arrays, first, last = make(starts)
-    seen = (first <= last)[:, :, None, None]
+    arrays, seen = make(starts)
+    sees = (seen.first_BR <= seen.last_BR)[:, :, None, None]
 
     def loss(attention, arrays):
-        out = jnp.where(seen, attention(*arrays, first, last, 0.4), 0.0)
+        out = jnp.where(sees, attention(*arrays, seen, 0.4), 0.0)
         return jnp.sum(jnp.sin(out) * jnp.arange(out.size).reshape(out.shape)), out
 
     fast = lambda *x: merged(*x, Cudnn(packed))  # noqa: E731
@@ -94,11 +94,11 @@ def test_the_private_names_are_where_they_were():
 @pytest.mark.parametrize("packed", [True, False])
 def test_both_kernels_accept_these_arguments(packed):
     """Traced only: the kernels themselves need a GPU."""
-    arrays, first, last = make([0, 3], width=16, value_width=8)
+    arrays, seen = make([0, 3], width=16, value_width=8)
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays)
 
     def loss(arrays):
-        return merged(*arrays, first, last, 0.4, Cudnn(packed)).astype(jnp.float32).sum()
+        return merged(*arrays, seen, 0.4, Cudnn(packed)).astype(jnp.float32).sum()
 
     text = str(jax.make_jaxpr(jax.grad(loss))(narrow))
     assert "dot_product_attention_fwd" in text
@@ -108,10 +108,11 @@ def test_both_kernels_accept_these_arguments(packed):
 
 def test_a_target_reads_packed_rows_with_it(monkeypatch):
     """Documents with padding behind them, and one that fills its row."""
-    (q, k, v, *_), _, _ = make([0], num_keys=32)
+    (q, k, v, _), _ = make([0], num_keys=32)
     q, k, v = (x[:, :16] for x in (q, k, v))
     segments = jnp.asarray([[1] * 5 + [2] * 7 + [0] * 4, [1] * 16])
-    attention = lambda *x: jax.jit(lambda *x: target_attention.uncached(*x, scale=0.4))(*x)  # noqa: E731 (traced anew)
+    softmax = target_attention.Softmax(0.4)
+    attention = lambda *x: jax.jit(lambda *x: target_attention.uncached(*x, softmax))(*x)  # noqa: E731 (traced anew)
     want = attention(q, k, v, segments)
     monkeypatch.setattr(target_attention, "DENSE_SCORES", 0)
     monkeypatch.setattr(cudnn_attention, "unavailable", lambda q, v: None)
@@ -125,7 +126,7 @@ def test_a_target_reads_packed_rows_with_it(monkeypatch):
 def test_a_jax_without_the_names_falls_back_with_a_warning(monkeypatch):
     monkeypatch.setattr(cudnn_attention, "moved", lambda: "jax 99 has no such thing")
     monkeypatch.setattr(cudnn_attention, "unavailable", lambda q, v: cudnn_attention.moved())
-    arrays, _, _ = make([0])
+    arrays, _ = make([0])
     long = [jax.ShapeDtypeStruct((1, 4096, *x.shape[2:]), x.dtype) for x in arrays[:3]]
     for backend, given in (("cudnn", arrays), ("auto", long)):
         with pytest.warns(UserWarning, match="attention in chunks instead of cuDNN.*jax 99 has no such thing"):
@@ -141,6 +142,6 @@ def test_auto_takes_whole_scores_where_few_then_cudnn_where_it_runs(monkeypatch)
 
 
 def test_asked_for_by_name_where_it_cannot_run():
-    arrays, _, _ = make([0])
+    arrays, _ = make([0])
     with pytest.raises(InputError, match="attention: cudnn cannot run here: it needs an NVIDIA GPU, found cpu"):
         choose("cudnn", *arrays[:3])

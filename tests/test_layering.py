@@ -124,8 +124,9 @@ def test_nobody_outside_an_algorithms_folder_knows_that_it_exists():
     assert not wrong, "\n".join(wrong)
 
 
-# EAGLE-3's own words. `VocabMap` says how servers write it, and one line names the default algorithm.
-WORDS = re.compile(r"ttt|unroll|eagle|midlayer|d2t|t2d", re.IGNORECASE)
+# EAGLE-3's own words. `VocabMap` says how servers write it, and one line names the default algorithm; d2t.npy is a file
+# of speculators.
+WORDS = re.compile(r"ttt|unroll|eagle|midlayer|d2t(?!\.npy)|t2d", re.IGNORECASE)
 HOME = "flaxdraft.algorithms.eagle3"
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from closeness import assert_close
 
-from flaxdraft.algorithms.eagle3.suffix_attention import suffix_attention
-from flaxdraft.ops.attention import attend, attend_cache, causal_visibility
+from flaxdraft.algorithms.eagle3.suffix_attention import Suffix, Way, suffix_attention
+from flaxdraft.ops.attention import KeyRange, attend, attend_cache, causal_visibility
 from flaxdraft.ops.range_attention import Chunks
 
 pytestmark = pytest.mark.numeric
@@ -37,22 +37,24 @@ def brute_force(q, k0, v0, suffix_k, suffix_v, visible, scale):
 @pytest.mark.parametrize("num_suffix", [0, 1, 4])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_suffix_attention_is_one_softmax_over_its_keys(num_suffix, kv_heads):
-    first, last = jnp.asarray([[0, 0, 0, 3, 3, 3, 3], [0] * 7]), jnp.tile(jnp.arange(T), (B, 1))
+    seen = KeyRange(jnp.asarray([[0, 0, 0, 3, 3, 3, 3], [0] * 7]), jnp.tile(jnp.arange(T), (B, 1)))
     visible = causal_visibility(jnp.asarray([[1, 1, 1, 2, 2, 2, 2], [1] * 7]))
     q, k0, v0 = normal(B, T, N, H), normal(B, T, kv_heads, H, seed=1), normal(B, T, kv_heads, C, seed=2)
-    suffix_k = [normal(B, T, kv_heads, H, seed=3 + i) for i in range(num_suffix)]
-    suffix_v = [normal(B, T, kv_heads, C, seed=9 + i) for i in range(num_suffix)]
-    want = brute_force(q, k0, v0, suffix_k, suffix_v, visible, 0.7)
+    suffix = Suffix(
+        tuple(normal(B, T, kv_heads, H, seed=3 + i) for i in range(num_suffix)),
+        tuple(normal(B, T, kv_heads, C, seed=9 + i) for i in range(num_suffix)),
+    )
+    want = brute_force(q, k0, v0, *suffix, visible, 0.7)
     for backend in ("dense", "chunked"):
-        got = suffix_attention(q, k0, v0, suffix_k, suffix_v, first, last, 0.7, backend=backend, chunks=Chunks(4, 2))
+        got = suffix_attention(q, k0, v0, suffix, seen, 0.7, Way(backend, Chunks(4, 2)))
         assert_close(got, want, ulp=9, path=backend)
 
 
 @pytest.mark.parametrize("backend", ["dense", "chunked"])
 def test_step_zero_is_plain_causal_attention(backend):
     q, k, v = normal(B, T, N, H), normal(B, T, K, H, seed=1), normal(B, T, K, H, seed=2)
-    first, last = jnp.zeros((B, T), jnp.int32), jnp.tile(jnp.arange(T), (B, 1))
-    got = suffix_attention(q, k, v, [], [], first, last, H**-0.5, backend=backend, chunks=Chunks(3, 4))
+    seen = KeyRange(jnp.zeros((B, T), jnp.int32), jnp.tile(jnp.arange(T), (B, 1)))
+    got = suffix_attention(q, k, v, Suffix(), seen, H**-0.5, Way(backend, Chunks(3, 4)))
     assert_close(got, jax.nn.dot_product_attention(q, k, v, is_causal=True), ulp=5)
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from test_contracts import DRAFTS, V, make_draft
 
 from flaxdraft import targets
-from flaxdraft.algorithms.eagle3 import drafter
+from flaxdraft.algorithms.eagle3.drafter import ChainDrafter
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig, cos_sin, turning_positions
@@ -55,11 +55,13 @@ def test_a_draft_does_too(name):
     @jax.jit
     def drafted(graphdef, state):
         draft = nnx.merge(graphdef, state)
-        cache = drafter.new_draft_cache(draft, 3, SLOTS)
-        cache, hidden_BD = drafter.extend(draft, cache, states, jnp.asarray(TOKENS % V), jnp.asarray(POSITIONS), last_B)
-        row_B = jnp.where(last_B > 0, last_B, SLOTS - 1)
+        drafter, tokens_BT = ChainDrafter(), jnp.asarray(TOKENS % V)
+        state = drafter.start(draft, 3, SLOTS)
+        state = drafter.read(draft, state, states, tokens_BT, jnp.asarray(POSITIONS), last_B)
+        newest_B = jnp.where(last_B > 0, last_B + 1, SLOTS)
         greedy = lambda logits_BW, j: (jnp.argmax(logits_BW, axis=-1).astype(jnp.int32), logits_BW)  # noqa: E731
-        return hidden_BD, drafter.propose(draft, cache, hidden_BD, row_B, 4, greedy)[2]
+        _, (_, logits) = drafter.propose(draft, state, newest_B, jnp.zeros(3, jnp.int32), 4, greedy)
+        return state.hidden_BD, logits
 
     (hidden, logits), (plain_hidden, plain_logits) = (
         drafted(*nnx.split(make_draft(DRAFTS[name], rope=rope))) for rope in (DYNAMIC, PLAIN)

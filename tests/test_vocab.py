@@ -54,14 +54,14 @@ def test_the_tables_agree(ids):
 
 @pytest.mark.parametrize("ids", MAPS.values(), ids=MAPS)
 def test_offsets_give_the_map_back(ids):
-    back = VocabMap.from_d2t(VocabMap(ids, V).d2t(), V)
+    back = VocabMap.from_offsets(VocabMap(ids, V).d2t(), V)
     np.testing.assert_array_equal(back.target_ids_W, ids)
     assert back.vocab_size == V
 
 
 def test_offsets_that_are_absolute_ids_are_noticed():
     with pytest.raises(InputError, match="leave the target vocabulary"):
-        VocabMap.from_d2t(np.array([0, 3, 4, 17, 49]), V)
+        VocabMap.from_offsets(np.array([0, 3, 4, 17, 49]), V)
 
 
 def test_the_most_frequent_tokens_are_chosen_in_ascending_order():

@@ -32,7 +32,7 @@ def test_the_pipeline_s_time_counts_and_the_caller_s_does_not(monkeypatch):
 
 METRICS = SimpleNamespace(
     loss=2.0, grad_norm=1.0,
-    sums=StepSums(np.ones(2), np.full(2, 10), np.full(2, 10), np.array([5, 4]), np.array([5, 2]), np.ones(2), (1.0, 1.0)),
+    sums=StepSums(np.ones(2), np.full(2, 10), np.full(2, 10), np.array([5, 4]), np.array([5, 2]), np.ones(2), (1, 1)),
 )  # fmt: skip
 
 

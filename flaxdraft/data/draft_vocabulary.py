@@ -44,20 +44,20 @@ def read_map(path: str, vocab_size: int, draft_vocab_size: int) -> VocabMap:
         InputError: the file cannot be read or holds no offsets, or the map is of another size.
     """
     try:
-        d2t = np.load(Path(path).expanduser(), allow_pickle=False)
+        offsets = np.load(Path(path).expanduser(), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         # numpy's own words for a file that is none of its own advise to unpickle it.
         why = getattr(error, "strerror", None) or "not a whole .npy file"
         raise InputError(f"draft.vocab_map: cannot read {path} ({why}); expected a .npy file of offsets") from error
-    if not isinstance(d2t, np.ndarray) or d2t.ndim != 1 or not np.issubdtype(d2t.dtype, np.integer):
+    if not isinstance(offsets, np.ndarray) or offsets.ndim != 1 or not np.issubdtype(offsets.dtype, np.integer):
         raise InputError(f"draft.vocab_map: {path} holds no vector of integers")
-    if len(d2t) != draft_vocab_size:
+    if len(offsets) != draft_vocab_size:
         raise InputError(
-            f"draft.vocab_map: {path} holds {len(d2t)} tokens, draft.draft_vocab_size says {draft_vocab_size}; make "
-            "them agree"
+            f"draft.vocab_map: {path} holds {len(offsets)} tokens, draft.draft_vocab_size says {draft_vocab_size}; "
+            "make them agree"
         )
     try:
-        return VocabMap.from_d2t(d2t, vocab_size)
+        return VocabMap.from_offsets(offsets, vocab_size)
     except InputError as error:
         raise InputError(f"draft.vocab_map: {path} holds no offsets of this target ({error})") from error
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flaxdraft.decode.speculative import PREFILL_CHUNK, Carry, Program, Rows, advance, begin
+from flaxdraft.decode.generation import check_sampling
+from flaxdraft.decode.speculative import PREFILL_CHUNK, Carry, Program, Rows, Space, advance, begin
 from flaxdraft.decode.tree import Tree
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Drafter, Target
@@ -51,10 +52,7 @@ class Settings:
     tree: tuple[int, ...] = ()  # children of a node by depth: a tree instead of a chain, whose length is then 0
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise InputError(
-                f"sampling: found temperature {self.temperature} and top_p {self.top_p}, expected >= 0 and in (0, 1]"
-            )
+        check_sampling(self.temperature, self.top_p)
         if self.tree and (self.temperature > 0 or self.chain_length > 0):
             raise InputError(
                 f"tree: found one with temperature {self.temperature:g} and a chain of {self.chain_length}; a tree "
@@ -71,8 +69,8 @@ class Settings:
             raise InputError(f"tree: found widths {' '.join(map(str, self.tree))}, but this draft proposes no trees")
         if drafter is not None and drafter.most_tokens is not None and self.chain_length > drafter.most_tokens:
             raise InputError(
-                f"chain length: found {self.chain_length}, but this draft proposes at most {drafter.most_tokens} tokens "
-                "at a time"
+                f"chain length: found {self.chain_length}, but this draft proposes at most {drafter.most_tokens} "
+                "tokens at a time"
             )
         return Program(drafter, self.chain_length, self.temperature > 0, self.top_p, mesh, tree)
 
@@ -146,12 +144,10 @@ class Decoding:
                 raise InputError(
                     f"tree: found width {max(settings.tree)}, expected at most the draft's {vocab_size} tokens"
                 )
-        num_slots = padded + round_up(settings.max_new_tokens + drafted, 8)
+        space = Space(padded + round_up(settings.max_new_tokens + drafted, 8), settings.max_new_tokens)
         prefill = dataclasses.replace(program, chain_length=min(program.depth, 1), tree=None)  # the same for all
         self._num = num
-        self._carry: Carry = begin(
-            target, graphdef, state, prefill, tokens_BP, rows, stops_N, num_slots, settings.max_new_tokens
-        )
+        self._carry: Carry = begin(target, graphdef, state, prefill, tokens_BP, rows, stops_N, space)
         self._step = lambda num_passes, carry: advance(
             target, graphdef, state, program, rows, stops_N, jnp.int32(num_passes), carry
         )

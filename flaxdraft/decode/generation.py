@@ -34,12 +34,21 @@ REFILL_SHARE = 4
 TOKENS_AT_A_TIME = 64  # between two looks at the device
 
 
+def check_sampling(temperature: float, top_p: float) -> None:
+    """
+    Raises:
+        InputError: one of them is out of range.
+    """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise InputError(f"sampling: found temperature {temperature} and top_p {top_p}, expected >= 0 and in (0, 1]")
+
+
 @dataclasses.dataclass(frozen=True)
 class Writing:
     """How answers are written.
 
     Raises:
-        InputError: a temperature or top_p out of range.
+        InputError: see `check_sampling`.
     """
 
     max_new_tokens: int
@@ -51,10 +60,7 @@ class Writing:
     keep_features: bool = False
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise InputError(
-                f"sampling: found temperature {self.temperature} and top_p {self.top_p}, expected >= 0 and in (0, 1]"
-            )
+        check_sampling(self.temperature, self.top_p)
 
 
 class Written(NamedTuple):

@@ -1,5 +1,5 @@
 """Real speculative decoding, all of it on the device: draft a chain, verify it in one target pass, keep what is right.
-A tree may take the chain's place (`evaluate/tree.py`).
+A tree may take the chain's place (`decode/tree.py`).
 
 Two compiled programs: `begin` reads the prompts and makes the first token; `advance` is a loop over target passes
 whose carry holds both KV caches (donated, updated in place), the answers, and which rows still run. Rows end by
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,13 @@ class Program:
     def depth(self) -> int:
         """The most draft tokens that a target pass accepts."""
         return self.chain_length if self.tree is None else len(self.tree.widths)
+
+
+class Space(NamedTuple):
+    """How much a row may hold."""
+
+    num_slots: int  # positions of the caches
+    num_answer: int  # tokens of the answer
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +104,8 @@ def _is_stop(tokens, stops_N):
 
 
 def _read_prompts(target: Target, draft: Draft | None, program: Program, tokens_BP, rows: Rows, num_slots: int):
-    """The target's cache and the drafter's state after the prompts, and each prompt's last taps, last hidden state and argmax.
+    """The target's cache and the drafter's state after the prompts, and each prompt's last taps, last hidden state and
+    argmax.
 
     The draft's row of the last prompt token is left out: it needs the first answer token.
     """
@@ -130,12 +138,10 @@ def _read_prompts(target: Target, draft: Draft | None, program: Program, tokens_
     return lax.fori_loop(0, padded // chunk, read, (cache, drafting, ends))
 
 
-def _prefilled(
-    target, draft, program: Program, tokens_BP, rows: Rows, stops_N, num_slots: int, num_answer: int
-) -> Carry:
+def _prefilled(target, draft, program: Program, tokens_BP, rows: Rows, stops_N, space: Space) -> Carry:
     """After the prompts and the first answer token, which comes with them."""
     num_rows, zeros_B = len(tokens_BP), jnp.zeros_like(rows.length_B)
-    cache, drafting, ends = _read_prompts(target, draft, program, tokens_BP, rows, num_slots)
+    cache, drafting, ends = _read_prompts(target, draft, program, tokens_BP, rows, space.num_slots)
     taps_BKE, last_BE, first_B = ends
     if program.sampled:
         logits_BV = sharpened(target.logits(last_BE), rows.temperature_B[:, None], program.top_p)
@@ -143,7 +149,7 @@ def _prefilled(
     if draft is not None:
         end_B1 = rows.length_B[:, None] - 1
         drafting = program.drafts.read(draft, drafting, taps_BKE[:, None], first_B[:, None], end_B1, zeros_B)
-    answer_BM = jnp.zeros((num_rows, num_answer), jnp.int32).at[:, 0].set(first_B)
+    answer_BM = jnp.zeros((num_rows, space.num_answer), jnp.int32).at[:, 0].set(first_B)
     running_B = (rows.limit_B > 1) & ~_is_stop(first_B, stops_N)
     return Carry(cache, drafting, answer_BM, jnp.zeros_like(answer_BM), jnp.minimum(rows.limit_B, 1),
                  zeros_B, running_B)  # fmt: skip
@@ -263,13 +269,11 @@ def _merged(graphdef, state) -> Draft | None:
     return None if graphdef is None else nnx.merge(graphdef, state)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "program", "num_slots", "num_answer"))
-def begin(
-    target, graphdef, state, program: Program, tokens_BP, rows, stops_N, num_slots: int, num_answer: int
-) -> Carry:
+@partial(jax.jit, static_argnames=("graphdef", "program", "space"))
+def begin(target, graphdef, state, program: Program, tokens_BP, rows, stops_N, space: Space) -> Carry:
     def local(target, state, stops_N, tokens_BP, rows):
         draft = _merged(graphdef, state)
-        return _prefilled(target, draft, program, tokens_BP, rows, stops_N, num_slots, num_answer)
+        return _prefilled(target, draft, program, tokens_BP, rows, stops_N, space)
 
     arguments = target, state, stops_N, tokens_BP, rows
     if program.mesh is not None:

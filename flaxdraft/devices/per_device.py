@@ -29,7 +29,7 @@ def added_up(gradient: jax.Array, x_spec: P, axes: frozenset[str]) -> jax.Array:
 
 def per_device(local: Callable, out_specs: Any, *args: Any) -> Any:
     """local(*args) on each device's own part of the arguments, which are taken as they lie; out_specs say where the
-    results do. Differentiable, with `gradient_spec`; `local` may hold collectives that transpose to themselves.
+    results do. Differentiable; `local` may hold collectives that transpose to themselves.
 
     Loops whose length depends on the data, gathers by index and compaction stay inside a device.
     """

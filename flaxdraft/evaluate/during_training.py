@@ -1,4 +1,5 @@
-"""Real decoding of a few held-out prompts at evaluation steps of training, whatever mesh the training runs on."""
+"""The held-out figures at evaluation steps of training: the walk on the training's mesh, and real decoding of a few
+prompts, whatever that mesh is."""
 
 from __future__ import annotations
 
@@ -12,14 +13,17 @@ from jax.experimental import multihost_utils
 
 from flaxdraft.data.documents import Answer
 from flaxdraft.decode.decoding import Decoding, ReadyDraft, Settings
-from flaxdraft.interfaces import Drafter, Target
+from flaxdraft.evaluate.walk import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
+from flaxdraft.interfaces import Algorithm, Drafter, Target
+from flaxdraft.ops.padding import round_up
+from flaxdraft.train.batch_placement import own_rows, placed_rows, rows_multiple
 
 _NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
 
 
 class UntrainedDraft(NamedTuple):
-    """All of a draft but its parameters, on this process's first device, with `Sharding.none()`; its precision is that of
-    decoding."""
+    """All of a draft but its parameters, on this process's first device, with `Sharding.none()`; its precision is that
+    of decoding."""
 
     graphdef: nnx.GraphDef
     frozen: nnx.State
@@ -74,3 +78,27 @@ def make_decoded_accept_length(
         return float(gained / passes) if passes else 1.0
 
     return accept_length
+
+
+def make_held_out_figures(
+    draft: tuple[nnx.GraphDef, nnx.State], algorithm: Algorithm, teacher: Any, rows: list[Answer],
+    mesh: jax.sharding.Mesh, decoded: Callable[[nnx.State], float] | None,
+) -> Callable[[nnx.State], dict[str, Any]]:  # fmt: skip
+    """figures(params) of held-out answers. All processes must call it.
+
+    Args:
+        draft: its graphdef and its frozen arrays, on the mesh.
+        algorithm: with as many draft tokens as evaluation drafts.
+        teacher: see `Algorithm.teacher`; on the mesh.
+        decoded: gives `accept_length_decoded` among the figures.
+    """
+    graphdef, frozen = draft
+    place = lambda host: placed_rows(own_rows(host, mesh), mesh)  # noqa: E731
+    accepted = make_accepted(graphdef, algorithm, frozen, teacher, place)
+    num_rows = round_up(EVALUATION_ROWS, rows_multiple(mesh))
+
+    def figures(params: nnx.State) -> dict[str, Any]:
+        forced = evaluate_teacher_forced(accepted(params), rows, algorithm, num_rows)
+        return forced.figures() | ({} if decoded is None else {"accept_length_decoded": decoded(params)})
+
+    return figures

@@ -1,10 +1,12 @@
 """Plain attention over an explicit visibility mask; for short rows and cached decoding.
 
-Shape letters: B batch, T query rows, S key rows, N query heads, K key/value heads (G = N / K share one),
-H query/key width, C value width.
+Shape letters: B batch, T query rows (R where they are some of a row), S key rows, N query heads, K key/value heads
+(G = N / K share one), H query/key width, C value width.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,12 +88,19 @@ def causal_visibility(segments_BT: jax.Array) -> Bool[Array, "B T T"]:
     return causal[None] & same
 
 
-def document_ranges(segments_BT: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """First and last row that each row sees: its document's start and itself. Padding (0) sees nothing.
+class KeyRange(NamedTuple):
+    """The key rows that each query row sees, the first and the last included; last < first sees none."""
+
+    first_BR: Int[Array, "B R"]
+    last_BR: Int[Array, "B R"]
+
+
+def document_ranges(segments_BT: Int[Array, "B T"]) -> KeyRange:
+    """What each row of packed documents sees: from its document's start to itself. Padding (0) sees nothing.
 
     A document is a run of equal segment ids.
     """
     at_T = jnp.arange(segments_BT.shape[1])[None]
     before_BT = jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     first_BT = jax.lax.cummax(jnp.where(segments_BT != before_BT, at_T, 0), axis=1)
-    return first_BT, jnp.where(segments_BT > 0, at_T, -1)
+    return KeyRange(first_BT, jnp.where(segments_BT > 0, at_T, -1))

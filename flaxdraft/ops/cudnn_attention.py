@@ -23,9 +23,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from flaxdraft.ops.attention import MASKED
+from flaxdraft.ops.attention import MASKED, KeyRange
+from flaxdraft.ops.range_attention import Joint
 
 try:
     from jax._src.cudnn import fused_attention_stablehlo as _fused
@@ -89,7 +90,8 @@ class _Layout(NamedTuple):
     length_B: jax.Array  # rows up to the last query
 
 
-def _layout(first_BR, last_BR, num_keys: int) -> _Layout:
+def _layout(seen: KeyRange, num_keys: int) -> _Layout:
+    first_BR, last_BR = seen
     sees_BR = first_BR <= last_BR
     at_BR = jnp.where(sees_BR, last_BR, num_keys)
     queries_R = jnp.arange(first_BR.shape[1], dtype=jnp.int32)
@@ -142,8 +144,7 @@ def forward(
     q_BRNH: Float[Array, "B R N H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKC: Float[Array, "B T K C"],
-    first_BR: Int[Array, "B R"],
-    last_BR: Int[Array, "B R"],
+    seen: KeyRange,
     scale: float,
     packed: bool,
 ) -> tuple[Float[Array, "B R N C"], Float[Array, "B R N"]]:
@@ -152,12 +153,12 @@ def forward(
     Args:
         packed: whether a row may hold several documents. False makes every query see its row from the beginning.
     """
-    layout = _layout(first_BR, last_BR, k_BTKH.shape[1])
+    layout = _layout(seen, k_BTKH.shape[1])
     q_BTNH = _take(q_BRNH, layout.query_BT)
     if packed:
         q_BTNH, k_BTKH = _with_codes(q_BTNH, k_BTKH, layout.document_BT, q_BRNH.shape[1], scale)
     out_BTNC, logsumexp_BNT = _call("fwd", (q_BTNH, k_BTKH, v_BTKC), (), layout.length_B, scale, is_training=True)
-    sees = (first_BR <= last_BR)[:, :, None]
+    sees = (seen.first_BR <= seen.last_BR)[:, :, None]
     # What the kernels leave in rows past the last query is not defined.
     out_BRNC = jnp.where(sees[..., None], _take(out_BTNC, layout.at_BR).astype(jnp.float32), 0.0)
     return out_BRNC, jnp.where(sees, _take(jnp.moveaxis(logsumexp_BNT, 1, 2), layout.at_BR), MASKED)
@@ -167,18 +168,16 @@ def backward(
     q_BRNH: Float[Array, "B R N H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKC: Float[Array, "B T K C"],
-    first_BR: Int[Array, "B R"],
-    last_BR: Int[Array, "B R"],
-    out_BRNC: Float[Array, "B R N C"],
-    logsumexp_BRN: Float[Array, "B R N"],
+    seen: KeyRange,
+    joint: Joint,
     grad_BRNC: Float[Array, "B R N C"],
     scale: float,
     packed: bool,
 ) -> tuple[Float[Array, "B R N H"], Float[Array, "B T K H"], Float[Array, "B T K C"]]:
     """See `range_attention.backward`."""
-    layout = _layout(first_BR, last_BR, k_BTKH.shape[1])
-    logsumexp_BNT = jnp.moveaxis(_take(logsumexp_BRN, layout.query_BT, ABSENT), 2, 1)
-    out_BTNC, grad_BTNC = _take(out_BRNC, layout.query_BT), _take(grad_BRNC, layout.query_BT)
+    layout = _layout(seen, k_BTKH.shape[1])
+    logsumexp_BNT = jnp.moveaxis(_take(joint.logsumexp_BRN, layout.query_BT, ABSENT), 2, 1)
+    out_BTNC, grad_BTNC = _take(joint.out_BRNC, layout.query_BT), _take(grad_BRNC, layout.query_BT)
     q_BTNH, num_keys, width = _take(q_BRNH, layout.query_BT), k_BTKH.shape[1], q_BRNH.shape[-1]
     if packed:
         q_BTNH, k_BTKH = _with_codes(q_BTNH, k_BTKH, layout.document_BT, q_BRNH.shape[1], scale)
@@ -187,5 +186,5 @@ def backward(
     dq, dk = dq[..., :width], dk[..., :width]
     inside = (jnp.arange(num_keys)[None] < layout.length_B[:, None])[:, :, None, None]
     dk, dv = (jnp.where(inside, x.astype(jnp.float32), 0.0) for x in (dk, dv))
-    sees = (first_BR <= last_BR)[:, :, None, None]
+    sees = (seen.first_BR <= seen.last_BR)[:, :, None, None]
     return jnp.where(sees, _take(dq, layout.at_BR).astype(jnp.float32), 0.0), dk, dv

@@ -52,6 +52,13 @@ class TeacherStates(NamedTuple):
     draft_argmax_BR: Int[Array, "B R"]  # draft id of the full-vocabulary argmax, -1 outside the draft vocabulary
 
 
+class _Heads(NamedTuple):
+    """What makes logits of the two models' states, for one part of the vocabulary or all of it."""
+
+    draft_DW: Float[Array, "D W"]
+    teacher_WE: Float[Array, "W E"]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def distill(
     plan: Plan,
@@ -93,12 +100,13 @@ def _walk(plan, want_gradients, states, head_DW, teacher, teacher_head_WE, super
 
     out = (jax.P(*rows_spec), jax.tree.map(spec_of, states) if want_gradients else ())
     out_specs = out, (jax.P(), gradient_spec(head_DW) if want_gradients else ())
-    args = states, teacher, jnp.moveaxis(supervised_JBR, 0, -1), head_DW, teacher_head_WE, accepted_J
+    heads = _Heads(head_DW, teacher_head_WE)
+    args = states, teacher, jnp.moveaxis(supervised_JBR, 0, -1), heads, accepted_J
     (hit_BRJ, gradients), (sums, head_gradient) = per_device(local, out_specs, *args)
     return (sums, hit_BRJ), (gradients, head_gradient)
 
 
-def _walk_shard(plan, want_gradients, axis, states, teacher, supervised_BRJ, head_DW, teacher_head_WE, accepted_J):
+def _walk_shard(plan, want_gradients, axis, states, teacher, supervised_BRJ, heads: _Heads, accepted_J):
     num_steps, (num_batch, num_rows) = len(states), states[0].shape[:2]
     total, size = num_batch * num_rows, plan.chunk
     # Supervised rows, and the rows behind them that bring the teachers of their later steps, supervised here or not.
@@ -106,7 +114,7 @@ def _walk_shard(plan, want_gradients, axis, states, teacher, supervised_BRJ, hea
     active_BR = jnp.any(jnp.stack(later), axis=0)
     flat = lambda x: x.reshape(total, *x.shape[2:])  # noqa: E731
     states, teacher, supervised_MJ = jax.tree.map(flat, (states, teacher, supervised_BRJ))
-    head = head_DW.astype(states[0].dtype)  # the master weights are wider
+    head = heads.draft_DW.astype(states[0].dtype)  # the master weights are wider
     wide = jnp.promote_types(states[0].dtype, jnp.float32)
     # Active rows first, in their order; what fills the last chunk lies past the end, and reads 0.
     active_M = active_BR.ravel()
@@ -120,7 +128,7 @@ def _walk_shard(plan, want_gradients, axis, states, teacher, supervised_BRJ, hea
         at_S = lax.dynamic_slice_in_dim(order, i * size, size + num_steps - 1)
         at_C = at_S[:size]
         last_SE, logsumexp_S, argmax_S = jax.tree.map(lambda x: take(x, at_S), teacher)
-        teacher_SW = jnp.einsum("se,we->sw", last_SE, teacher_head_WE, preferred_element_type=wide)
+        teacher_SW = jnp.einsum("se,we->sw", last_SE, heads.teacher_WE, preferred_element_type=wide)
         at_Q = (jnp.arange(size)[:, None] + jnp.arange(num_steps)[None]).ravel()
         spread = lambda x_S: x_S.at[at_Q].get(mode="promise_in_bounds")  # noqa: E731
         statistics = logsumexp(teacher_SW, axis), logsumexp_S, argmax_S
@@ -162,7 +170,7 @@ def _walk_shard(plan, want_gradients, axis, states, teacher, supervised_BRJ, hea
     empty = StepSums(zeros, none, none, none, none, zeros, plan.step_weights), jnp.zeros((total, num_steps), bool)
     # Gradients of states in the order of the walk, with room for the last chunk to be whole.
     walked = tuple(jnp.zeros((total + size, x.shape[1]), x.dtype) for x in states)
-    slots = (walked, jnp.zeros(head_DW.shape, wide)) if want_gradients else ((), ())
+    slots = (walked, jnp.zeros(head.shape, wide)) if want_gradients else ((), ())
     sums, hit_MJ, gradients, head_gradient = lax.fori_loop(0, -(-count // size), chunk, (*empty, *slots))
     place_M = jnp.where(active_M, jnp.cumsum(active_M) - 1, total + size)
     gradients = tuple(take(x, place_M) for x in gradients)

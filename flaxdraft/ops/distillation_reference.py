@@ -63,8 +63,8 @@ def step_signals(
 def sum_signals(
     steps: Sequence[StepSignals], supervised_JBR: Bool[Array, "J B R"], teacher: Teacher, weights: tuple[float, ...]
 ) -> StepSums:
-    """Masked sums, with the weights of the steps in the loss. A supervised row whose teacher argmax is outside the draft
-    vocabulary has no loss and is a miss, but its expected acceptance counts."""
+    """Masked sums, with the weights of the steps in the loss. A supervised row whose teacher argmax is outside the
+    draft vocabulary has no loss and is a miss, but its expected acceptance counts."""
     loss, loss_count, rows, hits, prefix_hits, accepts = [], [], [], [], [], []
     prefix_BR = jnp.ones(supervised_JBR.shape[1:], bool)
     for j, step in enumerate(steps):

@@ -1,7 +1,7 @@
 """Attention of every query to one range of keys, in chunks: memory linear in length, on any device.
 
 Row r sees the keys first[r]..last[r], both included (causal attention inside a document: its start, and the row's own
-place); last < first sees nothing. The forward returns output and logsumexp, so that a softmax over more keys can be
+place). The forward returns output and logsumexp, so that a softmax over more keys can be
 merged in; the backward takes the *merged* output and logsumexp and then gives the gradients of the joint softmax.
 This is FlashAttention (arXiv 2205.14135, 2307.08691) written in JAX: an online softmax over key chunks inside a loop
 over query chunks, each visiting only the key chunks that one of its rows sees.
@@ -17,9 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from flaxdraft.ops.attention import MASKED
+from flaxdraft.ops.attention import MASKED, KeyRange
 
 DEFAULT_CHUNK = 256
 # Below every true score and far above a masked one: exp(masked - FLOOR) is 0, also in rows that see nothing.
@@ -31,6 +31,13 @@ class Chunks(NamedTuple):
 
     query: int = DEFAULT_CHUNK
     key: int = DEFAULT_CHUNK
+
+
+class Joint(NamedTuple):
+    """Results of the joint softmax, whatever other keys it has."""
+
+    out_BRNC: Float[Array, "B R N C"]
+    logsumexp_BRN: Float[Array, "B R N"]
 
 
 class _Plan(NamedTuple):
@@ -73,8 +80,8 @@ def _join_heads(x_PBKGX: jax.Array, num_rows: int) -> jax.Array:
     return x.reshape(num_batch, num_chunks * size, kv_heads * group, *x.shape[5:])[:, :num_rows]
 
 
-def _plan(q_BRNH, k_BTKH, v_BTKC, first_BR, last_BR, chunks: Chunks) -> _Plan:
-    first, last = _cut(first_BR, chunks.query, 1), _cut(last_BR, chunks.query, 0)
+def _plan(q_BRNH, k_BTKH, v_BTKC, seen: KeyRange, chunks: Chunks) -> _Plan:
+    first, last = _cut(seen.first_BR, chunks.query, 1), _cut(seen.last_BR, chunks.query, 0)
     sees = first <= last
     none = jnp.iinfo(jnp.int32).max
     begin = jnp.min(jnp.where(sees, first, none), axis=(1, 2)) // chunks.key
@@ -103,13 +110,12 @@ def forward(
     q_BRNH: Float[Array, "B R N H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKC: Float[Array, "B T K C"],
-    first_BR: Int[Array, "B R"],
-    last_BR: Int[Array, "B R"],
+    seen: KeyRange,
     scale: float,
     chunks: Chunks,
 ) -> tuple[Float[Array, "B R N C"], Float[Array, "B R N"]]:
     """Output and logsumexp of the scaled scores, at least float32. A row that sees nothing gives 0 and MASKED."""
-    plan = _plan(q_BRNH, k_BTKH, v_BTKC, first_BR, last_BR, chunks)
+    plan = _plan(q_BRNH, k_BTKH, v_BTKC, seen, chunks)
     wide, size = _wide(q_BRNH.dtype), chunks.key
 
     def chunk(part):
@@ -140,24 +146,17 @@ def backward(
     q_BRNH: Float[Array, "B R N H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKC: Float[Array, "B T K C"],
-    first_BR: Int[Array, "B R"],
-    last_BR: Int[Array, "B R"],
-    out_BRNC: Float[Array, "B R N C"],
-    logsumexp_BRN: Float[Array, "B R N"],
+    seen: KeyRange,
+    joint: Joint,
     grad_BRNC: Float[Array, "B R N C"],
     scale: float,
     chunks: Chunks,
 ) -> tuple[Float[Array, "B R N H"], Float[Array, "B T K H"], Float[Array, "B T K C"]]:
-    """Gradients of q, k, v, at least float32.
-
-    Args:
-        out_BRNC, logsumexp_BRN: of the joint softmax, whatever other keys it has.
-        grad_BRNC: the gradient of the joint output.
-    """
-    plan = _plan(q_BRNH, k_BTKH, v_BTKC, first_BR, last_BR, chunks)
+    """Gradients of q, k, v, at least float32, from that of the joint output."""
+    plan = _plan(q_BRNH, k_BTKH, v_BTKC, seen, chunks)
     wide, size = _wide(q_BRNH.dtype), chunks.key
-    delta_BRN = jnp.sum(grad_BRNC.astype(wide) * out_BRNC.astype(wide), axis=-1)
-    per_row = [_cut_heads(x, k_BTKH.shape[2], chunks.query) for x in (logsumexp_BRN, delta_BRN, grad_BRNC)]
+    delta_BRN = jnp.sum(grad_BRNC.astype(wide) * joint.out_BRNC.astype(wide), axis=-1)
+    per_row = [_cut_heads(x, k_BTKH.shape[2], chunks.query) for x in (joint.logsumexp_BRN, delta_BRN, grad_BRNC)]
 
     def chunk(carry, part):
         q_BKGXH, first_BX, last_BX, begin, end, logsumexp_BKGX, delta_BKGX, grad_BKGXC = part

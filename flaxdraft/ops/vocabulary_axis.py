@@ -1,4 +1,4 @@
-"""Reductions over a vocabulary that may be split over devices, for use inside a device (`mesh.per_device`).
+"""Reductions over a vocabulary that may be split over devices, for use inside a device (`devices/per_device.py`).
 
 `axis` is the mesh axis that splits the vocabulary, None where it is whole. Every function gives the same number on all
 devices of the axis.

@@ -61,8 +61,8 @@ def _work(arguments: argparse.Namespace, work: Callable[[argparse.Namespace], in
 
 
 def flaxdraft(argv: Sequence[str] | None = None) -> int:
-    """`flaxdraft NAME ...`: the same as `python -m flaxdraft.NAME ...`, and `flaxdraft convert TOOL ...` for the tools of
-    a clone."""
+    """`flaxdraft NAME ...`: the same as `python -m flaxdraft.NAME ...`, and `flaxdraft convert TOOL ...` for the tools
+    of a clone."""
     name, *rest = sys.argv[1:] or ["--help"] if argv is None else argv
     if name in _ROOMS:
         return importlib.import_module(f"flaxdraft.{name}.__main__").main(rest)

@@ -2,8 +2,8 @@
 
 0, all is done; 2, wrong input, with one message; 75, the run can go on from its last checkpoint and should be started
 again (it was asked to stop, or another process was lost); 1, a bug, with a traceback. Two more mean "start it again":
-134, where the JAX runtime was the first to miss process 0, whose end it notices as quickly as `peers` does and answers
-with SIGABRT; and 143, SIGTERM outside training.
+134, where the JAX runtime was the first to miss process 0, whose end it notices as quickly as the watchdog does and
+answers with SIGABRT; and 143, SIGTERM outside training.
 """
 
 from __future__ import annotations

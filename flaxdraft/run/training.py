@@ -15,7 +15,7 @@ from flaxdraft.decode.decoding import Settings
 from flaxdraft.devices import host_reads, hosts
 from flaxdraft.devices.sharding import Sharding, known
 from flaxdraft.devices.weight_places import check_heads, on_mesh, weight_on_mesh
-from flaxdraft.evaluate.during_training import UntrainedDraft, make_decoded_accept_length
+from flaxdraft.evaluate.during_training import UntrainedDraft, make_decoded_accept_length, make_held_out_figures
 from flaxdraft.interfaces import Target
 from flaxdraft.nn.precision import DTYPES, Precision
 from flaxdraft.progress import CONSOLE
@@ -67,10 +67,11 @@ def train_draft(setup: Setup, material: Material) -> Trained:
             config.resume, setup.draft_inputs, material.vocab, setup.allowed, _score_measure(setup, len(held_out))
         )  # fmt: skip
         trainer = Trainer(
-            setup.draft_dir, config, setup.algorithm, setup.evaluation, setup.mesh, material.vocab, teacher, resume,
-            data.prefetch, _reader(setup, material), decoded,
+            setup.draft_dir, config, setup.algorithm, setup.mesh, material.vocab, teacher, resume, data.prefetch,
+            _reader(setup, material),
         )  # fmt: skip
-        params = trainer.train(graphdef, params, frozen, pipeline, held_out)
+        evaluate = make_held_out_figures((graphdef, frozen), setup.evaluation, teacher, held_out, setup.mesh, decoded)
+        params = trainer.train(graphdef, params, frozen, pipeline, evaluate)
     return Trained(material, jax.device_put(host_reads.read(params), jax.local_devices()[0]))
 
 

@@ -48,7 +48,8 @@ class Contract(Protocol):
     tags: Sequence[str]  # of the model card
 
     def engines(self) -> Mapping[str, Any]:
-        """Every table, an `Engine`, by the name that a command line takes."""
+        """Every table, an `Engine`, by the name that a command line takes. `hf` is among them, the layout that is bound
+        to no engine: evaluation writes and reads it."""
         ...
 
     # Writing. An `engine` here and below is one of these tables.

@@ -18,7 +18,7 @@ _NO_RESULT = ("lock", "logs")  # what every run leaves, also one that stopped at
 
 def claim(directory: Path, inputs: Mapping[str, Any], mend: str, allowed: Iterable[str] | None = None) -> None:
     """Makes the directory this run's, or checks that it is: what lies there must come from inputs that this run may go
-    on with (see `continuing`), which it then replaces with its own.
+    on with (see same_inputs.py), which it then replaces with its own.
 
     Args:
         allowed: fields that the user allows to differ; None where the command has no flag for it.

@@ -224,20 +224,16 @@ def _run_layers(model, spans, config: DecoderConfig, x_BTE, rows: Rows, cache, s
     return jnp.moveaxis(taps_KBTE[:num_taps], 0, 2), x_BTE, cache
 
 
-@partial(
-    jax.jit, static_argnames=("graphdef", "spans", "config", "sharding", "head"), donate_argnames=("cache",)
-)  # fmt: skip
-def _forward(
-    graphdef, state, spans, config, sharding, tokens_BT, positions_BT, segments_BT, cache, head: str, placement=None
-):  # fmt: skip
-    model = nnx.merge(graphdef, state)
+@partial(jax.jit, static_argnames=("head",), donate_argnames=("cache",))
+def _forward(target: DecoderTarget, tokens_BT, positions_BT, segments_BT, cache, head: str, placement=None):
+    config, sharding, model = target.config, target.sharding, nnx.merge(target.graphdef, target.state)
     if sharding.act_btd is not None:
         rows = P(*sharding.act_btd[:2])
         tokens_BT, positions_BT = jax.reshard(tokens_BT, rows), jax.reshard(positions_BT, rows)
         segments_BT, placement = jax.tree.map(lambda x: jax.reshard(x, rows), (segments_BT, placement))
     embeds = vocabulary.lookup(model.embed[...], tokens_BT, sharding).astype(model.norm.precision.compute)
     rows = Rows(positions_BT, segments_BT, placement)
-    taps, x, cache = _run_layers(model, spans, config, config.before_layers(embeds), rows, cache, sharding)
+    taps, x, cache = _run_layers(model, target.spans, config, config.before_layers(embeds), rows, cache, sharding)
     last = model.norm(x)
     head_VE = model.embed[...] if config.tie_word_embeddings else model.head[...]
     if head == "all":
@@ -290,8 +286,7 @@ class DecoderTarget:
 
     def _run(self, tokens_BT, positions_BT, segments_BT, cache, head, placement=None):
         with self.on_mesh():
-            return _forward(self.graphdef, self.state, self.spans, self.config, self.sharding, tokens_BT,
-                            positions_BT, segments_BT, cache, head, placement)  # fmt: skip
+            return _forward(self, tokens_BT, positions_BT, segments_BT, cache, head, placement)
 
     def features(self, batch: Batch) -> Features:
         """One forward over packed or padded rows, no cache."""

@@ -17,7 +17,7 @@ from flaxdraft.devices.per_device import on_shards
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.interfaces import Placement
 from flaxdraft.ops import cudnn_attention, range_attention
-from flaxdraft.ops.attention import attend, attend_cache, causal_visibility, document_ranges
+from flaxdraft.ops.attention import KeyRange, attend, attend_cache, causal_visibility, document_ranges
 from flaxdraft.targets.kv_cache import Cache
 
 DENSE_SCORES = 2**24  # of one device, up to which several query rows have their scores built whole
@@ -93,11 +93,11 @@ def uncached(
             at_T = jnp.arange(num_rows)
             visible_BTT &= (at_T[None, :] > at_T[:, None] - window)[None]
         return attend(q_BTNH, k_BTKH, v_BTKC, visible_BTT, scale, softmax.sinks_N)
-    first_BT, last_BT = document_ranges(segments_BT)
+    seen = document_ranges(segments_BT)
     if window is None and cudnn_attention.unavailable(q_BTNH, v_BTKC) is None:
-        found = cudnn_attention.forward(q_BTNH, k_BTKH, v_BTKC, first_BT, last_BT, scale, packed=True)
+        found = cudnn_attention.forward(q_BTNH, k_BTKH, v_BTKC, seen, scale, packed=True)
         return _with_sinks(*found, softmax).astype(v_BTKC.dtype)
-    return _in_chunks(q_BTNH, k_BTKH, v_BTKC, first_BT, last_BT, softmax)
+    return _in_chunks(q_BTNH, k_BTKH, v_BTKC, seen, softmax)
 
 
 def placed(
@@ -126,7 +126,8 @@ def cached(
     if num_rows > 1 and num_batch * num_heads * num_rows * num_slots > DENSE_SCORES:
         k_BSKH, v_BSKC = jnp.moveaxis(cache.k_LBKHS[layer], 3, 1), jnp.moveaxis(cache.v_LBKSC[layer], 2, 1)
         last_BT = jnp.where(positions_BT < num_slots, positions_BT, -1)  # padding sees nothing
-        return _in_chunks(q_BTNH, k_BSKH, v_BSKC, jnp.zeros_like(last_BT), last_BT, softmax), cache
+        seen = KeyRange(jnp.zeros_like(last_BT), last_BT)
+        return _in_chunks(q_BTNH, k_BSKH, v_BSKC, seen, softmax), cache
     at_S = jnp.arange(num_slots)[None, None, :]
     visible_BTS = at_S <= positions_BT[:, :, None]
     if softmax.window is not None:
@@ -135,10 +136,10 @@ def cached(
     return attend_cache(q_BTNH, k_BKHS, v_BKSC, visible_BTS, softmax.scale, softmax.sinks_N), cache
 
 
-def _in_chunks(q_BTNH, k_BTKH, v_BTKC, first_BT, last_BT, softmax: Softmax):
+def _in_chunks(q_BTNH, k_BTKH, v_BTKC, seen: KeyRange, softmax: Softmax):
     if softmax.window is not None:
-        first_BT = jnp.maximum(first_BT, last_BT - softmax.window + 1)
-    found = range_attention.forward(q_BTNH, k_BTKH, v_BTKC, first_BT, last_BT, softmax.scale, CHUNKS)
+        seen = KeyRange(jnp.maximum(seen.first_BR, seen.last_BR - softmax.window + 1), seen.last_BR)
+    found = range_attention.forward(q_BTNH, k_BTKH, v_BTKC, seen, softmax.scale, CHUNKS)
     return _with_sinks(*found, softmax).astype(v_BTKC.dtype)
 
 

@@ -11,18 +11,15 @@ import jax
 from flax import nnx
 
 from flaxdraft.config import TrainConfig
-from flaxdraft.data.documents import Answer
 from flaxdraft.data.online import one_ahead
 from flaxdraft.data.pipeline import Pipeline, batches_from
 from flaxdraft.devices import host_reads
-from flaxdraft.evaluate.walk import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
 from flaxdraft.interfaces import Algorithm, Example, Target, VocabMap
 from flaxdraft.nn.precision import DTYPES
-from flaxdraft.ops.padding import round_up
 from flaxdraft.progress import CONSOLE, bar
 from flaxdraft.stages import provenance
 from flaxdraft.train import token_counter as counting
-from flaxdraft.train.batch_placement import own_rows, placed_rows, rows_multiple, training_example
+from flaxdraft.train.batch_placement import placed_rows, training_example
 from flaxdraft.train.checkpoint import Checkpoints, abstract_like
 from flaxdraft.train.guards import BrokenSteps, PreemptedError, Preemption, memory_advice
 from flaxdraft.train.meters import Watch
@@ -33,6 +30,10 @@ from flaxdraft.train.resume import Resume, begin
 from flaxdraft.train.state import SCHEMA, TrainState, evaluation_params, init_state
 from flaxdraft.train.step import make_train_step
 
+# (parameters) -> {"loss", "accept_length", and what the algorithm shows}. Where some prompts were decoded,
+# `accept_length_decoded` is among them, and is the score of a checkpoint.
+HeldOut = Callable[[nnx.State], dict[str, Any]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
@@ -40,15 +41,13 @@ class Trainer:
 
     directory: Path
     config: TrainConfig
-    algorithm: Algorithm  # of training
-    evaluation: Algorithm  # with as many draft tokens as evaluation drafts
+    algorithm: Algorithm
     mesh: jax.sharding.Mesh
     vocab: VocabMap
     teacher: Any  # see `Algorithm.teacher`; on the mesh
     resume: Resume
     prefetch: int  # batches that are read ahead
     target: Target | None = None  # reads batches that come without features; on the training mesh
-    decoded: Callable[[nnx.State], float] | None = None  # the accept length of a few prompts, by decoding
 
     def example(self, host: Example) -> Example:
         """A batch on the devices, with the features that it brings or those that the target is asked for here."""
@@ -58,22 +57,6 @@ class Trainer:
         assert self.target is not None, "batches without features"
         features = jax.device_put(self.target.features(batch), batch.tokens_BT.sharding)
         return Example(batch, features, chosen, self.teacher)
-
-    def evaluator(
-        self, graphdef: nnx.GraphDef, frozen: nnx.State, held_out: list[Answer]
-    ) -> Callable[[TrainState], dict[str, Any]]:
-        """figures(state) of the held-out answers."""
-        place = lambda host: placed_rows(own_rows(host, self.mesh), self.mesh)  # noqa: E731
-        accepted = make_accepted(graphdef, self.evaluation, frozen, self.teacher, place)
-        num_rows = round_up(EVALUATION_ROWS, rows_multiple(self.mesh))
-
-        def figures(state: TrainState) -> dict[str, Any]:
-            params = evaluation_params(state)
-            forced = evaluate_teacher_forced(accepted(params), held_out, self.evaluation, num_rows)
-            decoded = {} if self.decoded is None else {"accept_length_decoded": self.decoded(params)}
-            return forced.figures() | decoded
-
-        return figures
 
     def record(self, score: float | None) -> dict[str, Any]:
         """What a checkpoint says of itself."""
@@ -86,9 +69,12 @@ class Trainer:
         }  # fmt: skip
 
     def train(
-        self, graphdef: nnx.GraphDef, params: nnx.State, frozen: nnx.State, pipeline: Pipeline, held_out: list[Answer]
+        self, graphdef: nnx.GraphDef, params: nnx.State, frozen: nnx.State, pipeline: Pipeline, evaluate: HeldOut
     ) -> nnx.State:
         """Trains to config.num_steps, from where `train.resume` says; returns `evaluation_params`.
+
+        Args:
+            evaluate: the figures of the held-out answers with given parameters.
 
         Raises:
             PreemptedError: the run was asked to stop; its state is saved.
@@ -98,7 +84,6 @@ class Trainer:
         config, tx, algorithm = self.config, optimizer(self.config), self.algorithm
         state = jax.jit(lambda params: init_state(params, tx, algorithm, ema=config.ema_decay is not None))(params)
         arrays, start = {"state": state, "counters": counting.zero(self.mesh)}, 0
-        evaluate = self.evaluator(graphdef, frozen, held_out)
         with Checkpoints(
             self.directory / "checkpoints", keep_latest=config.keep_latest, keep_every=config.keep_every
         ) as checkpoints:
@@ -108,7 +93,7 @@ class Trainer:
                 CONSOLE.print(f"  resuming at step {start}")
             with MetricsLog(self.directory, start, config.wandb) as log, memory_advice(self.directory):
                 if start == 0:
-                    _evaluated(log, 0, evaluate(arrays["state"]))
+                    _evaluated(log, 0, evaluate(evaluation_params(arrays["state"])))
                 compute = DTYPES[config.compute_dtype]
                 train_step = make_train_step(graphdef, algorithm, tx, compute, config.accumulate, config.ema_decay)
                 run = _Run(self, train_step, evaluate, checkpoints, log, pipeline)
@@ -133,7 +118,7 @@ class _Run:
 
     trainer: Trainer
     train_step: Callable
-    evaluate: Callable[[TrainState], dict[str, Any]]
+    evaluate: HeldOut
     checkpoints: Checkpoints
     log: MetricsLog
     pipeline: Pipeline
@@ -172,7 +157,7 @@ class _Run:
         config, score = self.trainer.config, None
         if done % config.eval_every == 0 or done == config.num_steps:
             with watch.paused(arrays), host_reads.allowed():
-                score = _evaluated(self.log, done, self.evaluate(arrays["state"]))
+                score = _evaluated(self.log, done, self.evaluate(evaluation_params(arrays["state"])))
         is_best = score is not None and score > self.checkpoints.best_score(self.trainer.resume.measure)
         self.checkpoints.poll()
         if done % config.checkpoint_every == 0 or is_best or force:

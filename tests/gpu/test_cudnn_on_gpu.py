@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from closeness import assert_close
 
-from flaxdraft.algorithms.eagle3.suffix_attention import dense, suffix_attention
+from flaxdraft.algorithms.eagle3.suffix_attention import Suffix, Way, dense, suffix_attention
 from flaxdraft.devices.mesh import make_mesh
+from flaxdraft.ops.attention import KeyRange
 from flaxdraft.targets import target_attention
 
 pytestmark = pytest.mark.gpu
@@ -44,27 +45,29 @@ def make(shape, starts, seed=0):
     arrays = (
         normal(batch, queries, heads, width), normal(batch, num_keys, kv_heads, width),
         normal(batch, num_keys, kv_heads, value_width),
-        tuple(normal(batch, queries, kv_heads, width) for _ in range(2)),
-        tuple(normal(batch, queries, kv_heads, value_width) for _ in range(2)),
+        Suffix(
+            tuple(normal(batch, queries, kv_heads, width) for _ in range(2)),
+            tuple(normal(batch, queries, kv_heads, value_width) for _ in range(2)),
+        ),
     )  # fmt: skip
-    return arrays, first, last
+    return arrays, KeyRange(first, last)
 
 
-def loss(attention, arrays, first, last, like):
-    out = attention(*arrays, first, last, arrays[0].shape[-1] ** -0.5).astype(jnp.float32)
-    seen = (first <= last)[:, :, None, None]  # the dense one averages all keys for a row that sees none
-    return jnp.sum(jnp.where(seen, out * like, 0.0)), jnp.where(seen, out, 0.0)
+def loss(attention, arrays, seen, like):
+    out = attention(*arrays, seen, arrays[0].shape[-1] ** -0.5).astype(jnp.float32)
+    sees = (seen.first_BR <= seen.last_BR)[:, :, None, None]  # the dense one averages all keys for a row that sees none
+    return jnp.sum(jnp.where(sees, out * like, 0.0)), jnp.where(sees, out, 0.0)
 
 
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_value_and_gradients_are_the_dense_ones(shape, documents):
-    arrays, first, last = make(SHAPES[shape], DOCUMENTS[documents])
+    arrays, seen = make(SHAPES[shape], DOCUMENTS[documents])
     like = jax.random.normal(jax.random.key(0), (*arrays[0].shape[:3], arrays[2].shape[-1]))
     packed = documents != "one document"
-    fast = lambda *x: suffix_attention(*x, backend="cudnn", packed=packed)  # noqa: E731
+    fast = lambda *x: suffix_attention(*x, Way("cudnn", packed=packed))  # noqa: E731
     run = lambda attention, arrays: jax.jit(  # noqa: E731
-        jax.value_and_grad(lambda a: loss(attention, a, first, last, like), has_aux=True)
+        jax.value_and_grad(lambda a: loss(attention, a, seen, like), has_aux=True)
     )(arrays)
     (_, out), grads = run(fast, arrays)
     with jax.default_matmul_precision("highest"):
@@ -77,14 +80,14 @@ def test_value_and_gradients_are_the_dense_ones(shape, documents):
 
 def test_arrays_split_over_a_mesh():
     """As the trainer has them; one device is enough for the types."""
-    arrays, first, last = make(SHAPES["gqa"], DOCUMENTS["packed"])
-    fast = lambda *x: suffix_attention(*x, backend="cudnn")  # noqa: E731
+    arrays, seen = make(SHAPES["gqa"], DOCUMENTS["packed"])
+    fast = lambda *x: suffix_attention(*x, Way("cudnn"))  # noqa: E731
     like = jax.random.normal(jax.random.key(0), (*arrays[0].shape[:3], arrays[2].shape[-1]))
     grad = jax.jit(jax.grad(lambda a, *x: loss(fast, a, *x)[0]))
-    want = grad(arrays, first, last, like)
+    want = grad(arrays, seen, like)
     mesh = make_mesh(1)
     with jax.set_mesh(mesh):
-        placed = jax.device_put((arrays, first, last, like), jax.NamedSharding(mesh, jax.P("data")))
+        placed = jax.device_put((arrays, seen, like), jax.NamedSharding(mesh, jax.P("data")))
         got = grad(*placed)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
@@ -98,7 +101,8 @@ def test_a_target_reads_packed_rows_with_it(shape, monkeypatch):
     arrays = normal(heads, width), normal(kv_heads, width), normal(kv_heads, value_width)
     segments = np.searchsorted([0, 40, 41, 150, 203], np.arange(num_keys), side="right")
     segments = jnp.asarray(np.stack([segments, np.where(np.arange(num_keys) < 230, segments, 0)]), jnp.int32)
-    attention = lambda *x: jax.jit(lambda *x: target_attention.uncached(*x, segments, width**-0.5))(*x)  # noqa: E731
+    softmax = target_attention.Softmax(width**-0.5)
+    attention = lambda *x: jax.jit(lambda *x: target_attention.uncached(*x, segments, softmax))(*x)  # noqa: E731
     with jax.default_matmul_precision("highest"):
         want = attention(*(x.astype(jnp.float32) for x in arrays))
     monkeypatch.setattr(target_attention, "DENSE_SCORES", 0)

@@ -24,33 +24,35 @@ import sys
 from pathlib import Path
 
 from flaxdraft.errors import InputError
+from flaxdraft.run.commands import Command, call
 
 
-def main(argv: list[str] | None = None) -> int:
-    """See the module's text."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, help="config.json and *.safetensors of a draft")
     parser.add_argument("--target", type=Path, help="the target's directory or .gguf file")
     parser.add_argument("--engine", action="append", default=[], help="that the exit code is about; may be repeated")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON instead of a table")
-    arguments = parser.parse_args(argv)
-    try:
-        from flaxdraft.algorithms.loading import contract_of
-        from flaxdraft.progress import CONSOLE
-        from flaxdraft.serving import lint
-        from flaxdraft.serving.contract import find_engine
-        from flaxdraft.serving.view import read_target_config, view_of_directory
 
-        target = None if arguments.target is None else read_target_config(arguments.target)
-        view = view_of_directory(arguments.directory, target)
-        contract = contract_of(view.config)
-        for name in arguments.engine:
-            if not find_engine(contract, name).serves:
-                raise InputError(f"engine: {name} serves nothing; the directory's own block is about it")
-        verdicts = lint.check(view, contract)
-    except InputError as error:
-        print(f"flaxdraft: {error}", file=sys.stderr)
-        return 2
+
+def main(argv: list[str] | None = None) -> int:
+    """See the module's text."""
+    return call(Command(__doc__ or "", _arguments, _work), argv)
+
+
+def _work(arguments: argparse.Namespace) -> int:
+    from flaxdraft.algorithms.loading import contract_of
+    from flaxdraft.progress import CONSOLE
+    from flaxdraft.serving import lint
+    from flaxdraft.serving.contract import find_engine
+    from flaxdraft.serving.view import read_target_config, view_of_directory
+
+    target = None if arguments.target is None else read_target_config(arguments.target)
+    view = view_of_directory(arguments.directory, target)
+    contract = contract_of(view.config)
+    for name in arguments.engine:
+        if not find_engine(contract, name).serves:
+            raise InputError(f"engine: {name} serves nothing; the directory's own block is about it")
+    verdicts = lint.check(view, contract)
     if arguments.json:
         print(json.dumps(lint.as_json(verdicts), indent=2))
     else:

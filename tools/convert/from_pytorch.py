@@ -22,15 +22,14 @@ from pathlib import Path
 import numpy as np
 
 from flaxdraft.errors import InputError
+from flaxdraft.run.commands import Command, call
 
 TORCH_FILES = ("training_state.pt", "pytorch_model*.bin", "*.pt", "*.pth")
 STATE = "draft_state_dict"  # of SpecForge's training_state.pt
 TABLES = ("d2t", "t2d")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0 when the draft is written; 2 with one message for wrong input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="a checkpoint: a directory, or one file beside its config.json")
     parser.add_argument("out", type=Path, help="the directory to write")
     parser.add_argument("--config", type=Path, help="config.json, where it lies elsewhere")
@@ -40,28 +39,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recurrence", choices=("pre-norm", "post-norm"),
                         help="the state that the next draft step reads, where norm_output leaves it open")  # fmt: skip
     parser.add_argument("--rope-theta", type=float, help="the base that it was trained with, if config.json is wrong")
-    arguments = parser.parse_args(argv)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    try:
-        from flaxdraft.algorithms.eagle3.foreign.convert import Options, convert
-        from flaxdraft.serving.view import read_config
 
-        folder = arguments.source if arguments.source.is_dir() else arguments.source.parent
-        config = read_config(arguments.config or folder / "config.json")
-        tensors, has_training_state = read_tensors(arguments.source)
-        options = Options(arguments.trainer, arguments.d2t, arguments.recurrence, arguments.rope_theta)
-        report = convert(
-            tensors, config, arguments.out, str(arguments.source), options, has_training_state=has_training_state
-        )
-    except InputError as error:
-        print(f"flaxdraft: {error}", file=sys.stderr)
-        return 2
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when the draft is written; 2 with one message for wrong input."""
+    return call(Command(__doc__ or "", _arguments, _work), argv)
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from flaxdraft.algorithms.eagle3.foreign.convert import Options, convert
+    from flaxdraft.serving.view import read_config
+
+    folder = arguments.source if arguments.source.is_dir() else arguments.source.parent
+    config = read_config(arguments.config or folder / "config.json")
+    tensors, has_training_state = read_tensors(arguments.source)
+    options = Options(arguments.trainer, arguments.d2t, arguments.recurrence, arguments.rope_theta)
+    report = convert(
+        tensors, config, arguments.out, str(arguments.source), options, has_training_state=has_training_state
+    )
     for row in report.rows:
         print(f"  {row.key}  {f'-> {row.became}' if row.became else 'left out'}{f' ({row.reason})' * bool(row.reason)}")
     for remark in report.remarks:
         print(f"note: {remark}")
     print(f"{arguments.out}: a draft of {report.trainer or 'an unknown trainer'}")
-    return 0
 
 
 def read_tensors(source: Path) -> tuple[dict[str, np.ndarray], bool]:

@@ -19,13 +19,12 @@ import sys
 from pathlib import Path
 
 from flaxdraft.errors import InputError
+from flaxdraft.run.commands import Command, call
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0 when the directory is written; 2 with one message for wrong input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="a run's draft folder, or an exported directory")
     parser.add_argument("out", type=Path, help="the directory to write")
     parser.add_argument("--engine", default="sglang", help="sglang, vllm, sglang-jax, tpu-inference or hf")
@@ -34,24 +33,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--target", type=Path, help="the target's directory or .gguf file, next to an exported directory"
     )
-    arguments = parser.parse_args(argv)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    try:
-        from flaxdraft.run.draft_source import open_draft
-        from flaxdraft.serving.export import export_again
-        from flaxdraft.serving.view import read_target_config
 
-        target = None if arguments.target is None else read_target_config(arguments.target)
-        if arguments.out.resolve() == arguments.checkpoint.resolve():
-            raise InputError(f"{arguments.out}: is the source itself; choose another name")
-        source = open_draft(arguments.checkpoint, step=arguments.step, target=target)
-        how = {"engine": arguments.engine, "dtype": DTYPES[arguments.dtype], "origin": source.origin}
-        export_again(arguments.out, source.draft, source.target, **how)
-    except InputError as error:
-        print(f"flaxdraft: {error}", file=sys.stderr)
-        return 2
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when the directory is written; 2 with one message for wrong input."""
+    return call(Command(__doc__ or "", _arguments, _work), argv)
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from flaxdraft.run.draft_source import open_draft
+    from flaxdraft.serving.export import export_again
+    from flaxdraft.serving.view import read_target_config
+
+    target = None if arguments.target is None else read_target_config(arguments.target)
+    if arguments.out.resolve() == arguments.checkpoint.resolve():
+        raise InputError(f"{arguments.out}: is the source itself; choose another name")
+    source = open_draft(arguments.checkpoint, step=arguments.step, target=target)
+    how = {"engine": arguments.engine, "dtype": DTYPES[arguments.dtype], "origin": source.origin}
+    export_again(arguments.out, source.draft, source.target, **how)
     print(f"{arguments.out}: for {arguments.engine}, {arguments.dtype}")
-    return 0
 
 
 if __name__ == "__main__":

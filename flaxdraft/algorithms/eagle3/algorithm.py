@@ -177,8 +177,9 @@ class Algorithm:
         return f"attention {attention}{chunks}, loss in chunks of {s.loss_chunk} rows, rematerialisation {s.remat}"
 
     def flops(self, params: nnx.State, frozen: nnx.State, teacher: Any, num_rows: int) -> float:
-        """Counted, since XLA counts what is in a loop once: two operations for each entry of a matrix, three times over
-        for the two gradients; `fc` reads a row once, all other matrices do at every step, the teacher once, forwards."""
+        """Counted, since XLA counts what is in a loop once: two operations for each entry of a matrix, three times
+        over for the two gradients; `fc` reads a row once, all other matrices do at every step, the teacher once,
+        forwards."""
         per_row = 2.0 * math.prod(teacher.shape)
         for path, variable in nnx.to_flat_state(params):
             if len(variable.shape) > 1 and path[0] != "embed_tokens":

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from flaxdraft.algorithms.eagle3.suffix_attention import ATTENTION_OUTPUT, Backend, suffix_attention
+from flaxdraft.algorithms.eagle3.suffix_attention import ATTENTION_OUTPUT, Backend, Suffix, Way, suffix_attention
 from flaxdraft.algorithms.eagle3.surface import Draft
 from flaxdraft.devices.sharding import split_like, whole_in_time
 from flaxdraft.interfaces import AnyArray, Batch
-from flaxdraft.ops.attention import document_ranges
+from flaxdraft.ops.attention import KeyRange, document_ranges
 from flaxdraft.ops.range_attention import DEFAULT_CHUNK, Chunks
 from flaxdraft.ops.rows import take_rows
 
@@ -62,13 +62,18 @@ class UnrollOptions:
 
     remat: what the backward pass computes anew: what the draft's layer leaves to it, all but the outputs of projections
         and attention, or the whole step.
-    packed: whether a row may hold several documents; see `suffix_attention`.
+    packed: whether a row may hold several documents; see `suffix_attention.Way`.
     """
 
     attention: Backend = "auto"
     remat: Remat = "none"
     attention_chunk: int = DEFAULT_CHUNK
     packed: bool = True
+
+    @property
+    def way(self) -> Way:
+        """Of the attention."""
+        return Way(self.attention, Chunks(self.attention_chunk, self.attention_chunk), self.packed)
 
 
 def supervision(assistant_BT, segments_BT, num_steps: int):
@@ -99,12 +104,10 @@ def supervised_rows(assistant_BT: np.ndarray, segments_BT: np.ndarray) -> np.nda
     return rows_BT[:, :width].astype(np.int32)
 
 
-def visible_range(
-    segments_BT: Int[Array, "B T"], rows_BR: Int[Array, "B R"]
-) -> tuple[Int[Array, "B R"], Int[Array, "B R"]]:
-    """First and last step-0 row that each row sees: its document's start and itself. Padding sees nothing."""
-    first_BT, _ = document_ranges(segments_BT)
-    return take_rows(first_BT, rows_BR), jnp.where(take_rows(segments_BT, rows_BR) > 0, rows_BR, -1)
+def visible_range(segments_BT: Int[Array, "B T"], rows_BR: Int[Array, "B R"]) -> KeyRange:
+    """The step-0 rows that each row sees: from its document's start to itself. Padding sees nothing."""
+    first_BR = take_rows(document_ranges(segments_BT).first_BR, rows_BR)
+    return KeyRange(first_BR, jnp.where(take_rows(segments_BT, rows_BR) > 0, rows_BR, -1))
 
 
 def unroll(
@@ -137,27 +140,23 @@ def unroll(
         read = lambda j: of_tokens(take_rows(tokens_BT, rows_BR + 1 + j))  # noqa: E731
     positions_BT = split_like(taps_BTKE, batch.positions_BT)
     k0, v0 = map(whole_in_time, draft.key_value(draft.projections(after, hidden_BTD), positions_BT))
-    first_BR, last_BR = visible_range(batch.segments_BT, rows_BR)
+    seen = visible_range(batch.segments_BT, rows_BR)
     positions_BR = take_rows(batch.positions_BT, rows_BR)
 
-    def step(hidden, tokens, suffix_k, suffix_v, j):
+    def step(hidden, tokens, suffix, j):
         """One pass of the layer; from step 1 on it brings a key of its own."""
         projections, positions = draft.projections(tokens, hidden), positions_BR + j
         if j > 0:
-            k, v = draft.key_value(projections, positions)
-            suffix_k, suffix_v = (*suffix_k, k), (*suffix_v, v)
-        heads = suffix_attention(
-            draft.query(projections, positions), k0, v0, suffix_k, suffix_v, first_BR, last_BR, draft.softmax_scale,
-            backend=options.attention, chunks=Chunks(options.attention_chunk, options.attention_chunk),
-            packed=options.packed,
-        )  # fmt: skip
-        return draft.finish(hidden, heads), suffix_k, suffix_v
+            suffix = suffix.longer(*draft.key_value(projections, positions))
+        q = draft.query(projections, positions)
+        heads = suffix_attention(q, k0, v0, suffix, seen, draft.softmax_scale, options.way)
+        return draft.finish(hidden, heads), suffix
 
     if options.remat != "none":
-        step = jax.checkpoint(step, policy=REMAT[options.remat], static_argnums=4)
+        step = jax.checkpoint(step, policy=REMAT[options.remat], static_argnums=3)
     hidden = take_rows(hidden_BTD, rows_BR) if shared is None else draft.project(shared.taps_BRKE)
-    suffix_k, suffix_v, outputs = (), (), []
+    suffix, outputs = Suffix(), []
     for j in range(num_steps):
-        hidden, suffix_k, suffix_v = step(hidden, read(j), suffix_k, suffix_v, j)
+        hidden, suffix = step(hidden, read(j), suffix, j)
         outputs.append(hidden)
     return outputs

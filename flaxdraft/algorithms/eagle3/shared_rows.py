@@ -37,8 +37,8 @@ def dealt(num_rows: int, num_shards: int, num_steps: int) -> list[tuple[np.ndarr
 
 
 def share(example: Example, num_shards: int, num_steps: int) -> tuple[Example, Example]:
-    """A host's example with its rows dealt out, device after device along R, with what those rows read; and the same tree
-    with True where an array is cut along its second axis.
+    """A host's example with its rows dealt out, device after device along R, with what those rows read; and the same
+    tree with True where an array is cut along its second axis.
 
     T is filled up to a multiple of S. The width of a device's part follows from R, S and J alone: one compile a shape.
     """

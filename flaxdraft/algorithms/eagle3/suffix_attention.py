@@ -10,27 +10,51 @@ H query/key width, C value width, I suffix steps.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from flaxdraft.devices.per_device import added_up, per_device
 from flaxdraft.devices.sharding import axes_of, gradient_spec, spec_of
 from flaxdraft.errors import InputError
 from flaxdraft.ops import cudnn_attention, range_attention
-from flaxdraft.ops.attention import MASKED, grouped_scores
+from flaxdraft.ops.attention import MASKED, KeyRange, grouped_scores
 from flaxdraft.ops.cudnn_attention import Shaped
-from flaxdraft.ops.range_attention import Chunks
+from flaxdraft.ops.range_attention import Chunks, Joint
 
 ATTENTION_OUTPUT = "attention_output"  # what a rematerialisation policy may keep
 Backend = Literal["auto", "dense", "chunked", "cudnn"]
 # Scores of one step up to which building them whole is as fast (experiments/bench_step.py --attention dense chunked).
 DENSE_SCORES = 2**22
+
+
+class Suffix(NamedTuple):
+    """A row's own keys and values of the steps 1..j."""
+
+    k: tuple[Float[Array, "B R K H"], ...] = ()
+    v: tuple[Float[Array, "B R K C"], ...] = ()
+
+    def longer(self, k_BRKH: Float[Array, "B R K H"], v_BRKC: Float[Array, "B R K C"]) -> Suffix:
+        """With those of one step more."""
+        return Suffix((*self.k, k_BRKH), (*self.v, v_BRKC))
+
+
+class Way(NamedTuple):
+    """How the attention is computed; none of it changes the result beyond rounding.
+
+    backend: "dense" builds the [R, T] scores; "chunked" and "cudnn" never do: memory is linear in length.
+    packed: False promises that every row holds one document, from its beginning, which saves cuDNN's kernels the
+        columns that tell documents apart; see ops/cudnn_attention.py.
+    """
+
+    backend: Backend = "auto"
+    chunks: Chunks = Chunks()
+    packed: bool = True
 
 
 def choose(backend: Backend, q_BRNH: Shaped, k0_BTKH: Shaped, v0_BTKC: Shaped) -> Backend:
@@ -61,58 +85,46 @@ def suffix_attention(
     q_BRNH: Float[Array, "B R N H"],
     k0_BTKH: Float[Array, "B T K H"],
     v0_BTKC: Float[Array, "B T K C"],
-    suffix_k: Sequence[Float[Array, "B R K H"]],
-    suffix_v: Sequence[Float[Array, "B R K C"]],
-    first_BR: Int[Array, "B R"],
-    last_BR: Int[Array, "B R"],
+    suffix: Suffix,
+    seen: KeyRange,
     scale: float,
-    *,
-    backend: Backend = "auto",
-    chunks: Chunks = Chunks(),  # noqa: B008 (immutable)
-    packed: bool = True,
+    way: Way = Way(),  # noqa: B008 (immutable)
 ) -> Float[Array, "B R N C"]:
     """One step of the unroll.
 
     Args:
-        first_BR, last_BR: the step-0 rows that a query sees, both included; last < first sees none of them. No two
-            queries of a batch row have the same last.
-        backend: "dense" builds the [R, T] scores; "chunked" and "cudnn" never do: memory is linear in length.
-        packed: False promises that every row holds one document, from its beginning, which saves cuDNN's kernels the
-            columns that tell documents apart; see ops/cudnn_attention.py.
+        seen: the step-0 rows that each query sees. No two queries of a batch row have the same last.
 
     Raises:
         InputError: see `choose`.
     """
     arrays = q_BRNH, k0_BTKH, v0_BTKC
-    backend = choose(backend, *arrays)
+    backend = choose(way.backend, *arrays)
     if backend == "dense":
-        arguments = *arrays, tuple(suffix_k), tuple(suffix_v), first_BR, last_BR
-        return per_device(partial(dense, scale=scale), spec_of(q_BRNH), *arguments)
-    kernel = Cudnn(packed) if backend == "cudnn" else chunks
-    return merged(*arrays, tuple(suffix_k), tuple(suffix_v), first_BR, last_BR, scale, kernel)
+        return per_device(partial(dense, scale=scale), spec_of(q_BRNH), *arrays, suffix, seen)
+    kernel = Cudnn(way.packed) if backend == "cudnn" else way.chunks
+    return merged(*arrays, suffix, seen, scale, kernel)
 
 
 def dense(
     q_BRNH: Float[Array, "B R N H"],
     k0_BTKH: Float[Array, "B T K H"],
     v0_BTKC: Float[Array, "B T K C"],
-    suffix_k: Sequence[Float[Array, "B R K H"]],
-    suffix_v: Sequence[Float[Array, "B R K C"]],
-    first_BR: Int[Array, "B R"],
-    last_BR: Int[Array, "B R"],
+    suffix: Suffix,
+    seen: KeyRange,
     scale: float,
 ) -> Float[Array, "B R N C"]:
     """The reference: builds the [R, T + I] scores. Softmax and sums are at least float32."""
     num_keys = k0_BTKH.shape[1]
     at_T = jnp.arange(num_keys)[None, None]
-    visible_BRT = (first_BR[:, :, None] <= at_T) & (at_T <= last_BR[:, :, None])
+    visible_BRT = (seen.first_BR[:, :, None] <= at_T) & (at_T <= seen.last_BR[:, :, None])
     scores = jnp.where(visible_BRT[:, None, None], grouped_scores(q_BRNH, k0_BTKH, scale), MASKED)
     q_BRKGH = q_BRNH.reshape(*q_BRNH.shape[:2], k0_BTKH.shape[2], -1, q_BRNH.shape[-1])
-    own = [jnp.einsum("brkgh,brkh->bkgr", q_BRKGH, k, preferred_element_type=scores.dtype) * scale for k in suffix_k]
+    own = [jnp.einsum("brkgh,brkh->bkgr", q_BRKGH, k, preferred_element_type=scores.dtype) * scale for k in suffix.k]
     weights = jax.nn.softmax(jnp.concatenate([scores, *(s[..., None] for s in own)], axis=-1), axis=-1)
     weights = weights.astype(v0_BTKC.dtype)
     out = jnp.einsum("bkgrt,btkc->brkgc", weights[..., :num_keys], v0_BTKC)
-    for i, v in enumerate(suffix_v):
+    for i, v in enumerate(suffix.v):
         out = out + jnp.einsum("bkgr,brkc->brkgc", weights[..., num_keys + i], v)
     return out.reshape(*q_BRNH.shape[:3], v0_BTKC.shape[-1])
 
@@ -134,33 +146,33 @@ def _block_attention(kernel: Kernel) -> tuple[Callable[..., Any], Callable[..., 
     return partial(range_attention.forward, chunks=kernel), partial(range_attention.backward, chunks=kernel)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def merged(q_BRNH, k0_BTKH, v0_BTKC, suffix_k, suffix_v, first_BR, last_BR, scale: float, kernel: Kernel):
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def merged(q_BRNH, k0_BTKH, v0_BTKC, suffix: Suffix, seen: KeyRange, scale: float, kernel: Kernel):
     """Block attention to the step-0 keys, merged in log space with the diagonal terms:
     L = logaddexp(L_0, s_1..s_j), O = exp(L_0 - L) O_0 + sum_i exp(s_i - L) v_i. Arguments as in `suffix_attention`."""
-    return _merged(q_BRNH, k0_BTKH, v0_BTKC, suffix_k, suffix_v, first_BR, last_BR, scale, kernel)[0]
+    return _merged(q_BRNH, k0_BTKH, v0_BTKC, suffix, seen, scale, kernel)[0]
 
 
-def _merged(q, k0, v0, suffix_k, suffix_v, first, last, scale, kernel):
+def _merged(q, k0, v0, suffix, seen, scale, kernel):
     attend, _ = _block_attention(kernel)
 
-    def local(q, k0, v0, suffix_k, suffix_v, first, last):
-        out, logsumexp = attend(q, k0, v0, first, last, scale)
-        own = [_own_scores(q, k, scale) for k in suffix_k]
+    def local(q, k0, v0, suffix, seen):
+        out, logsumexp = attend(q, k0, v0, seen, scale)
+        own = [_own_scores(q, k, scale) for k in suffix.k]
         joint = jax.nn.logsumexp(jnp.stack([logsumexp, *own]), axis=0)
         out = out * jnp.exp(logsumexp - joint)[..., None]
-        for s, v in zip(own, suffix_v, strict=True):
+        for s, v in zip(own, suffix.v, strict=True):
             out = out + jnp.exp(s - joint)[..., None] * _per_query_head(v, q.shape[2]).astype(out.dtype)
         return out.astype(v0.dtype), joint
 
     out_specs = spec_of(q), jax.P(*spec_of(q).partitions[:3])
-    return per_device(local, out_specs, q, k0, v0, suffix_k, suffix_v, first, last)
+    return per_device(local, out_specs, q, k0, v0, suffix, seen)
 
 
-def _forward(q, k0, v0, suffix_k, suffix_v, first, last, scale, kernel):
-    out, joint = _merged(q, k0, v0, suffix_k, suffix_v, first, last, scale, kernel)
-    out, joint = checkpoint_name(out, ATTENTION_OUTPUT), checkpoint_name(joint, ATTENTION_OUTPUT)
-    return out, (q, k0, v0, suffix_k, suffix_v, first, last, out, joint)
+def _forward(q, k0, v0, suffix, seen, scale, kernel):
+    out, logsumexp = _merged(q, k0, v0, suffix, seen, scale, kernel)
+    out, logsumexp = checkpoint_name(out, ATTENTION_OUTPUT), checkpoint_name(logsumexp, ATTENTION_OUTPUT)
+    return out, (q, k0, v0, suffix, seen, Joint(out, logsumexp))
 
 
 def _backward(scale, kernel, residuals, grad):
@@ -170,23 +182,23 @@ def _backward(scale, kernel, residuals, grad):
     _, attend_backward = _block_attention(kernel)
     keys_spec, rows_axes = spec_of(residuals[1]), axes_of(spec_of(residuals[0]).partitions)
 
-    def local(q, k0, v0, suffix_k, suffix_v, first, last, out, joint, grad):
-        wide = joint.dtype
-        delta = jnp.sum(grad.astype(wide) * out.astype(wide), axis=-1)
-        dq, dk0, dv0 = attend_backward(q, k0, v0, first, last, out, joint, grad, scale)
+    def local(q, k0, v0, suffix, seen, joint, grad):
+        wide = joint.logsumexp_BRN.dtype
+        delta = jnp.sum(grad.astype(wide) * joint.out_BRNC.astype(wide), axis=-1)
+        dq, dk0, dv0 = attend_backward(q, k0, v0, seen, joint, grad, scale)
         num_heads, dks, dvs = q.shape[2], [], []
-        for k, v in zip(suffix_k, suffix_v, strict=True):
-            weight = jnp.exp(_own_scores(q, k, scale) - joint)
+        for k, v in zip(*suffix, strict=True):
+            weight = jnp.exp(_own_scores(q, k, scale) - joint.logsumexp_BRN)
             toward = jnp.sum(grad.astype(wide) * _per_query_head(v, num_heads).astype(wide), axis=-1)
             dscore = (weight * (toward - delta) * scale)[..., None]
             dq = dq + dscore * _per_query_head(k, num_heads).astype(wide)
             dks.append(_sum_group(dscore * q.astype(wide), k.shape[2]).astype(k.dtype))
             dvs.append(_sum_group(weight[..., None] * grad.astype(wide), v.shape[2]).astype(v.dtype))
         dk0, dv0 = (added_up(x.astype(k0.dtype), keys_spec, rows_axes) for x in (dk0, dv0))
-        return dq.astype(q.dtype), dk0, dv0, tuple(dks), tuple(dvs)
+        return dq.astype(q.dtype), dk0, dv0, Suffix(tuple(dks), tuple(dvs))
 
-    out_specs = jax.tree.map(gradient_spec, residuals[:5])
-    return *per_device(local, out_specs, *residuals, grad), None, None
+    out_specs = jax.tree.map(gradient_spec, residuals[:4])
+    return *per_device(local, out_specs, *residuals, grad), None
 
 
 merged.defvjp(_forward, _backward)

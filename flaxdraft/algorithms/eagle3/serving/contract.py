@@ -59,7 +59,7 @@ def take_vocab(tensors: dict[str, np.ndarray], config: Any, origin: str) -> Voca
     if d2t.shape != (num_draft,):
         raise InputError(f"{origin}: d2t has shape {d2t.shape}, expected ({num_draft},) from draft_vocab_size")
     try:
-        vocab = VocabMap.from_d2t(d2t, num_target)
+        vocab = VocabMap.from_offsets(d2t, num_target)
     except InputError as error:
         raise InputError(f"{origin}: d2t holds no offsets (target id = i + d2t[i]): {error}") from error
     if t2d is not None and not np.array_equal(t2d.astype(bool), vocab.t2d()):

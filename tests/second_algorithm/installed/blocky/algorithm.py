@@ -75,7 +75,7 @@ class Algorithm:
     def _blocks(self, draft: BlockDraft, example: Example):
         """Cross entropies, hits, and which proposals have a right answer, [B, A, Q] each."""
         batch, rows_BA = example.batch, example.chosen.rows_BA
-        (num_batch, num), num_tokens = rows_BA.shape, self.num_tokens or self.settings.block_size - 1
+        num_tokens = self.num_tokens or self.settings.block_size - 1
         at = lambda x, ahead: take_rows(x, rows_BA + ahead)  # noqa: E731
         segments_BA = at(batch.segments_BT, 0)
         visible_BAS = (segments_BA[..., None] == batch.segments_BT[:, None]) & (segments_BA[..., None] > 0)

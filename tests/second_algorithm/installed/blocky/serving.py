@@ -55,10 +55,10 @@ def unreadable(view: DraftView) -> list[Finding]:
 def of_sizes(view: DraftView) -> list[Finding]:
     known = view.target or {}
     return [
-        Finding("refused", f"{name} is {view.config[name]}, the target's {known[name]}", "this draft is for another target")
+        Finding("refused", f"{name} is {view.config[name]}, the target's {known[name]}", "it is for another target")
         for name in ("vocab_size", "hidden_size")
         if name in known and known[name] != view.config[name]
-    ]  # fmt: skip
+    ]
 
 
 def of_directory(view: DraftView) -> list[Finding]:

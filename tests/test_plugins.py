@@ -1,0 +1,31 @@
+"""Parts that installed packages bring."""
+
+import pytest
+
+from flaxdraft.errors import InputError
+from flaxdraft.plugins import find_by_name
+
+PACKAGE = "flaxdraft.targets"
+
+
+def install(root, monkeypatch, name):
+    """A package with one part of that name, on the path."""
+    metadata = root / f"{name}_part-0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-part\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text(f"[{PACKAGE}]\n{name} = {name}_part\n")
+    (root / f"{name}_part.py").write_text("FOUND = True\n")
+    monkeypatch.syspath_prepend(root)
+
+
+def test_a_part_of_an_installed_package_is_found(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, "mine")
+    assert find_by_name(PACKAGE, "mine", "target").FOUND
+
+
+def test_two_parts_of_one_name_are_refused(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, "llama")
+    with pytest.raises(
+        InputError, match=r"'llama' in flaxdraft\.targets: llama_part and flaxdraft\.targets\.llama have"
+    ):
+        find_by_name(PACKAGE, "llama", "target")
