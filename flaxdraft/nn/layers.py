@@ -6,8 +6,7 @@ lives: `nnx.Param(value, place=...)` names a field of `Sharding`; see devices/we
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +59,7 @@ class Linear(nnx.Module):
         kernel = gathered(self.kernel[...], self.spec)[inputs].astype(self.precision.compute)
         x, out_spec = x.astype(self.precision.compute), along(x, self.out_spec)
         # JAX types a custom_vjp that has options as giving anything.
-        product: Callable[..., Any] = float8_product if self.precision.float8 else _product
-        y = product(x, kernel, out_spec)
+        y = cast(Array, (float8_product if self.precision.float8 else _product)(x, kernel, out_spec))
         if self.bias is None:
             return y
         return y + jnp.expand_dims(self.bias[...].astype(y.dtype), tuple(range(y.ndim - 1)))

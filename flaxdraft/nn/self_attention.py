@@ -34,7 +34,13 @@ class Heads(Protocol):
 
     @property
     def softmax_scale(self) -> float: ...
-    def project(self, x_BTX: Float[Array, "B T X"]) -> Any: ...
+    def project(self, x_BTX: Float[Array, "B T X"], inputs: slice = slice(None)) -> Any:
+        """
+        Args:
+            inputs: which of the projections' inputs x holds; what parts of an input give may be added up.
+        """
+        ...
+
     def query(self, projected: Any, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T N H"]: ...
     def key_value(
         self, projected: Any, positions_BT: Int[Array, "B T"]
