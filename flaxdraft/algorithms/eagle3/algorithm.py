@@ -134,7 +134,7 @@ class Algorithm:
         if chosen.shared is not None:
             supervised_JBR = supervised_JBR & chosen.shared.owned_BR[None]
         return distillation.distill(
-            distillation.Plan(self.step_weights, self.settings.objective, self.settings.loss_chunk),
+            distillation.DistillOptions(self.step_weights, self.settings.objective, self.settings.loss_chunk),
             tuple(draft.head_input(hidden) for hidden in outputs), draft.head(), teacher, example.teacher,
             supervised_JBR, accepted_J,
         )  # fmt: skip
