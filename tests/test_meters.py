@@ -45,6 +45,8 @@ def test_tokens_a_second_are_those_of_training_whatever_comes_between_two_logs(
     now, unfinished = [0.0], [0.0]
 
     class Arrays:
+        params = ema = None
+
         def block_until_ready(self):
             now[0] += unfinished[0]
             unfinished[0] = 0.0
