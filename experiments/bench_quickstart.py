@@ -65,7 +65,7 @@ class Run(NamedTuple):
         return draft_config(self.setup, self.material.target)
 
     def teacher(self, dtype: str) -> Any:
-        return self.setup.algorithm.teacher(self.material.outer, self.material.vocab, DTYPES[dtype])
+        return self.setup.algorithm.teacher(self.material.embedding_and_head, self.material.vocab, DTYPES[dtype])
 
 
 def batch_of_each_length(run: Run) -> dict[int, Example]:
@@ -87,7 +87,7 @@ class Ours:
         self.run, config, material = run, run.setup.config, run.material
         head = run.teacher(config.train.compute_dtype)
         self.graphdef, params, frozen = split_draft(
-            make_draft(run.setup, material.target, material.outer, material.vocab, SHARDING, Precision())
+            make_draft(run.setup, material.target, material.embedding_and_head, material.vocab, SHARDING, Precision())
         )
         self.tx = optimizer(config.train)
         with jax.set_mesh(run.setup.mesh):
@@ -140,7 +140,7 @@ class Theirs:
     def draft(self) -> TorchDraft:
         run = self.run
         embedding, head = (
-            torch.from_numpy(np.array(x)) for x in (run.material.outer.embedding(), run.teacher("float32"))
+            torch.from_numpy(np.array(x)) for x in (run.material.embedding_and_head.embedding(), run.teacher("float32"))
         )
         draft = TorchDraft(run.draft_config, embedding, head, run.setup.algorithm.step_weights)
         draft.load_state_dict({name: torch.from_numpy(x.copy()) for name, x in self.weights.items()})

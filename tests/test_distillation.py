@@ -8,7 +8,7 @@ from closeness import assert_close
 
 from flaxdraft.algorithms.eagle3.objective import supervision
 from flaxdraft.ops import distillation_reference as reference
-from flaxdraft.ops.distillation import Plan, TeacherStates, distill
+from flaxdraft.ops.distillation import DistillOptions, TeacherStates, distill
 from flaxdraft.ops.objectives import LK_ETA, OBJECTIVES, TeacherRows, acceptance
 from flaxdraft.ops.row_signals import row_signals
 
@@ -49,7 +49,7 @@ def by_reference(objective, teacher, teacher_head, supervised):
 
 def by_chunks(objective, chunk, teacher, teacher_head, supervised):
     def loss(states, head):
-        plan = Plan(WEIGHTS, objective, chunk)
+        plan = DistillOptions(WEIGHTS, objective, chunk)
         sums, _ = distill(plan, states, head, teacher, teacher_head, supervised, ACCEPTED)
         return weighted(sums), sums
 
@@ -85,7 +85,7 @@ def test_a_hit_is_what_argmax_says_with_equal_logits_too():
 def test_value_without_gradient_is_the_same():
     states, head, teacher, teacher_head, supervised = make()
     sums, hit = jax.jit(distill, static_argnums=0)(
-        Plan(WEIGHTS, chunk=4), states, head, teacher, teacher_head, supervised, ACCEPTED
+        DistillOptions(WEIGHTS, chunk=4), states, head, teacher, teacher_head, supervised, ACCEPTED
     )
     (_, want), _ = by_chunks("soft_cross_entropy", 4, teacher, teacher_head, supervised)(states, head)
     assert_close(sums.loss_J, want.loss_J, ulp=8, of="each")
@@ -94,7 +94,7 @@ def test_value_without_gradient_is_the_same():
 
 def test_any_other_use_of_the_loss_gives_nan_instead_of_a_wrong_gradient():
     states, head, teacher, teacher_head, supervised = make()
-    plan = Plan(WEIGHTS, chunk=64)
+    plan = DistillOptions(WEIGHTS, chunk=64)
 
     def second_step(head):
         return distill(plan, states, head, teacher, teacher_head, supervised, ACCEPTED)[0].loss_J[1]

@@ -19,8 +19,6 @@ from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch
 from flaxdraft.train.state import split_draft
 
-pytestmark = pytest.mark.numeric
-
 
 def brute_force_supervision(assistant, segments, num_steps):
     num_batch, num = assistant.shape
@@ -54,6 +52,7 @@ def test_the_row_before_the_answer_is_trained_and_the_last_two_are_not():
 
 
 @pytest.mark.parametrize("name", DRAFTS)
+@pytest.mark.numeric
 def test_computing_only_supervised_rows_changes_nothing(name):
     algorithm, draft, full = make_algorithm(3), make_draft(DRAFTS[name]), example()
     all_rows = dataclasses.replace(full, chosen=ChosenRows(jnp.tile(jnp.arange(T), (2, 1))))
@@ -78,6 +77,7 @@ def test_of_the_feed_forward_each_step_keeps_only_what_products_gave(name):
 
 
 @pytest.mark.parametrize("name", DRAFTS)
+@pytest.mark.numeric
 def test_packed_documents_equal_separate_ones(name):
     draft, ex = make_draft(DRAFTS[name]), example(2)
     batch = ex.batch
@@ -97,6 +97,7 @@ def test_packed_documents_equal_separate_ones(name):
 
 
 @pytest.mark.parametrize("name", DRAFTS)
+@pytest.mark.numeric
 def test_a_row_does_not_see_its_future(name):
     draft, ex = make_draft(DRAFTS[name]), example(1)
     rows, cut = jnp.arange(T)[None], 7
@@ -109,6 +110,7 @@ def test_a_row_does_not_see_its_future(name):
         assert np.abs(before[j][:, cut + 1] - after[j][:, cut + 1]).max() > 1e-2
 
 
+@pytest.mark.numeric
 def test_sums_against_a_loop():
     draft, ex, algorithm = make_draft(DRAFTS["llama"]), example(), make_algorithm(3)
     sums = loss_sums(algorithm, draft, ex)
@@ -168,6 +170,7 @@ def test_taps_are_three_ascending_layers():
         tap_layers(3, None)
 
 
+@pytest.mark.numeric
 def test_mean_loss_divides_once():
     algorithm, draft = make_algorithm(3), make_draft(DRAFTS["llama"])
     one, two = (loss_sums(algorithm, draft, example(b)) for b in (1, 3))

@@ -198,13 +198,13 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(finished, workspace
     shutil.copytree(finished / "data", out / "data")
     script = (
         "import os, signal, time, flaxdraft.train.loop as loop\n"
-        "log = loop.Watch.log\n"
+        "log = loop.Meters.log\n"
         "def killed(self, counters):\n"
         "    if self._pending[-1][0] + 1 == 6:\n"
         f"        while not os.path.isdir({str(out / 'llama' / 'checkpoints' / '4')!r}): time.sleep(0.01)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    log(self, counters)\n"
-        "loop.Watch.log = killed\n"
+        "loop.Meters.log = killed\n"
         "from flaxdraft.train.__main__ import main\n"
         f"main(['--config', {str(workspace / 'run.yaml')!r}, 'output_dir={out}'])\n"
     )

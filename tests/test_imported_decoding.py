@@ -7,7 +7,7 @@ back. That is computed here from the foreign file's own tensors, in numpy, and w
 import numpy as np
 import pytest
 from agreeing import DISTANCE, VOCAB, make_draft, make_target, prompts
-from test_from_pytorch import Source, nemo, specforge
+from trainers_layouts import Source, nemo, specforge
 
 from flaxdraft.algorithms.eagle3.drafts import llama
 from flaxdraft.algorithms.eagle3.foreign.convert import convert

@@ -19,8 +19,9 @@ import pytest
 import yaml
 from closeness import assert_close
 from pydantic import BaseModel
+from stand_ins import MEAN_MOVES
 from tiny import write_prompts, write_tiny_gguf
-from wiring import MEAN_MOVES, Command, Ended, First, algorithms, exported
+from wiring import Command, Ended, First, algorithms, exported
 
 # In every value and override below, {here} is the folder of the module's files, {base} that of a run of `run.yaml` that
 # has ended.

@@ -3,7 +3,7 @@
 Everything runs the command itself, `python -m flaxdraft.train --config run.yaml section.field=value ...`, in a folder
 of its own. What takes time has a stand-in of no cost: the target's passes, the optimizer step, the evaluation, decoding
 and drawing; a target is loaded once. All else is real, from the YAML to what the stand-ins are called with. Only this
-file knows where things lie in the package.
+file and the stand-ins' (stand_ins.py) know where things lie in the package.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ import math
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import Mock, patch
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import stand_ins
 from flax import nnx
+from stand_ins import Call, replaced
 
 import flaxdraft.run.run  # noqa: F401 (what it imports is what the command calls)
 from flaxdraft import targets
@@ -39,17 +40,11 @@ from flaxdraft.decode import decoding
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate import report, walk
 from flaxdraft.files.safetensors_file import load_safetensors
-from flaxdraft.interfaces import Batch, Features
-from flaxdraft.ops.step_sums import StepSums
 from flaxdraft.plugins import parts_of
 from flaxdraft.targets.decoder import DecoderTarget
 from flaxdraft.train import step as step_module
 from flaxdraft.train.__main__ import main
 from flaxdraft.train.checkpoint import Checkpoints
-from flaxdraft.train.state import TrainState
-from flaxdraft.train.step import StepMetrics
-
-MEAN_MOVES = 0.5  # by which the stand-in of a step moves the running mean; it moves weights by 1
 
 
 def algorithms() -> list[str]:
@@ -59,118 +54,6 @@ def algorithms() -> list[str]:
 
 class _EnoughError(Exception):
     """What was to be seen is seen."""
-
-
-@contextlib.contextmanager
-def _replaced(module: types.ModuleType, name: str, other: Any) -> Iterator[None]:
-    """Under its name in every module of the package that has it."""
-    original = getattr(module, name)
-    with contextlib.ExitStack() as stack:
-        for at, holder in list(sys.modules.items()):
-            if at.startswith("flaxdraft") and getattr(holder, name, None) is original:
-                stack.enter_context(patch.object(holder, name, other))
-        yield
-
-
-def _says(target: Any, tokens: np.ndarray) -> Features:
-    """Features that depend on the target's weights, its tapped layers and the token."""
-    embeds = np.asarray(target.embedding(), np.float32)[tokens]
-    taps = np.stack([embeds * (layer + 1) for layer in target.config.tap_layers], axis=-2)
-    argmax = (tokens.astype(np.int32) + 1) % len(target.embedding())
-    return Features(taps, embeds, argmax, np.full(tokens.shape, 5.0, np.float32))
-
-
-def _words(prompt, num: int) -> np.ndarray:
-    """An answer of so many tokens, none of which ends it."""
-    return 10 + (len(prompt) + np.arange(num)) % 40
-
-
-def _features(target: Any, batch: Batch) -> Features:
-    return jax.tree.map(jnp.asarray, _says(target, np.asarray(batch.tokens_BT)))
-
-
-def _answer(target, prompts, max_new_tokens, end_token, num_rows, on_step) -> list[Answer]:
-    rows = []
-    for prompt in prompts:
-        tokens = np.concatenate([prompt, _words(prompt, max_new_tokens)]).astype(np.int32)
-        rows.append(Answer(tokens, len(prompt), _says(target, tokens)))
-    on_step(max_new_tokens * len(prompts))
-    return rows
-
-
-def _evaluated(params: nnx.State, rows, algorithm, batch, multiple=32, *, told: list[set[int]]) -> walk.TeacherForced:
-    """As of a draft that is always right; the loss shows which weights were evaluated."""
-    told.append({row.num_answer for row in rows})
-    length = algorithm.settings.ttt_length
-    yields = [walk.walk([length] * len(row.tokens), row.num_prompt, row.num_answer) for row in rows]
-    passes, gained = np.int64(sum(map(len, yields))), np.int64(sum(map(sum, yields)))
-    loss = np.full(length, np.mean(jax.device_get(jax.tree.leaves(params)[0])))
-    sums = dataclasses.replace(_no_sums(algorithm, np), loss_J=loss, loss_count_J=np.ones(length, int))
-    return walk.TeacherForced(walk.Part(sums, passes, gained), yields)
-
-
-def _no_sums(algorithm, xp=jnp) -> StepSums:
-    zeros, none = (xp.zeros(algorithm.settings.ttt_length, dtype) for dtype in (xp.float32, xp.int32))
-    return StepSums(zeros, none, none, none, none, zeros, algorithm.step_weights)
-
-
-class Call(NamedTuple):
-    """One decoding with a draft."""
-
-    num_prompts: int
-    settings: decoding.Settings
-
-
-_load, _loaded = targets.from_pretrained, {}
-
-
-def _load_once(*args: Any, **how: Any) -> targets.LoadedTarget:
-    key = repr((args, how))
-    if key not in _loaded:
-        _loaded[key] = _load(*args, **how)
-    return _loaded[key]
-
-
-def _decoding(calls: list[Call]) -> type:
-    class Decoding:
-        """Answers as long as they may be, of a draft that is always right."""
-
-        def __init__(self, target, draft, prompts, settings, **more):
-            self._prompts, self._settings, self.num_tokens = prompts, settings, len(prompts)
-
-        def advance(self, num_passes=0):
-            self.num_tokens = len(self._prompts) * self._settings.max_new_tokens
-            return False
-
-        def finish(self):
-            return self.answers()
-
-        def answers(self):
-            most, length = self._settings.max_new_tokens, self._settings.chain_length
-            if length:
-                calls.append(Call(len(self._prompts), self._settings))
-            yields = walk.walk([length] * most, 1, most)
-            return [decoding.Decoded(_words(prompt, most).tolist(), yields) for prompt in self._prompts]
-
-    return Decoding
-
-
-def _moves(algorithm: Any, loss: float) -> Callable:
-    """A step that adds 1 to every weight."""
-
-    def step(state: TrainState, frozen, example) -> tuple[TrainState, StepMetrics]:
-        moved = dataclasses.replace(
-            state, step=state.step + 1, params=jax.tree.map(lambda x: x + 1, state.params),
-            ema=jax.tree.map(lambda x: x + MEAN_MOVES, state.ema),
-        )  # fmt: skip
-        return moved, StepMetrics(jnp.float32(loss), jnp.float32(1.0), _no_sums(algorithm), state.skipped)
-
-    return step
-
-
-def _summed_gradients(terms, params, example, num, compute):
-    """The weights as their own gradients: the rest of the step is what it is, and lowers quickly."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(terms, params, example)[1]), params
 
 
 @dataclasses.dataclass
@@ -191,7 +74,7 @@ class First:
 
     def update(self) -> str:
         """The same of all of it but loss and gradients."""
-        with _replaced(step_module, "summed_gradients", _summed_gradients):
+        with replaced(step_module, "summed_gradients", stand_ins.weights_as_gradients):
             return self.step()
 
 
@@ -307,7 +190,7 @@ class Command:
         from flaxdraft.data.__main__ import main as data_main
 
         target = self.config().target.path
-        with patch.object(DecoderTarget, "features", _features), contextlib.redirect_stdout(io.StringIO()):
+        with patch.object(DecoderTarget, "features", stand_ins.features), contextlib.redirect_stdout(io.StringIO()):
             assert data_main(["capture", str(conversations), str(out), "--target", target]) == 0
         return out
 
@@ -324,16 +207,16 @@ class Command:
 
     def _call(self, overrides: tuple[str, ...], evaluated: list[set[int]] | None = None) -> tuple[int, str, str]:
         """Exit code, output and errors; code -1 where a stand-in has ended it."""
-        evaluate = functools.partial(_evaluated, told=[] if evaluated is None else evaluated)
+        evaluate = functools.partial(stand_ins.evaluated, told=[] if evaluated is None else evaluated)
         out, err = io.StringIO(), io.StringIO()
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.redirect_stdout(out))
             stack.enter_context(contextlib.redirect_stderr(err))
-            stack.enter_context(patch.object(targets, "from_pretrained", _load_once))
-            stack.enter_context(_replaced(answers, "answer_greedily", _answer))
-            stack.enter_context(_replaced(walk, "make_accepted", lambda *args: lambda params: params))
-            stack.enter_context(_replaced(walk, "evaluate_teacher_forced", evaluate))
-            stack.enter_context(patch.object(DecoderTarget, "features", _features))
+            stack.enter_context(patch.object(targets, "from_pretrained", stand_ins.load_once))
+            stack.enter_context(replaced(answers, "answer_greedily", stand_ins.answer))
+            stack.enter_context(replaced(walk, "make_accepted", lambda *args: lambda params: params))
+            stack.enter_context(replaced(walk, "evaluate_teacher_forced", evaluate))
+            stack.enter_context(patch.object(DecoderTarget, "features", stand_ins.features))
             try:
                 code = main(["--config", str(self.yaml), *self._overrides(overrides)])
             except _EnoughError:
@@ -359,7 +242,7 @@ class Command:
 
             return step
 
-        with _replaced(step_module, "make_train_step", make):
+        with replaced(step_module, "make_train_step", make):
             code, _, complained = self._call(overrides)
         assert code == -1, complained
         return seen[0]
@@ -371,7 +254,7 @@ class Command:
             seen.extend(pipeline.batch(step) for step in range(2 * pipeline.steps_per_epoch))
             raise _EnoughError
 
-        with _replaced(pipeline, "batches_from", batches_from):
+        with replaced(pipeline, "batches_from", batches_from):
             code, _, complained = self._call(overrides)
         assert code == -1, complained
         digest = hashlib.sha256()
@@ -385,7 +268,7 @@ class Command:
         done = []
 
         def make(graphdef, algorithm, *args):
-            step = _moves(algorithm, loss)
+            step = stand_ins.moving(algorithm, loss)
 
             def counted(*args):
                 done.append(1)
@@ -407,9 +290,9 @@ class Command:
         wandb.__spec__ = ModuleSpec("wandb", None)
         wandb.init = lambda project, **more: run.projects.append(project) or Mock()
         with (
-            _replaced(step_module, "make_train_step", make),
-            _replaced(decoding, "Decoding", _decoding(run.decoded)),
-            _replaced(report, "write_report", lambda *args: None),
+            replaced(step_module, "make_train_step", make),
+            replaced(decoding, "Decoding", stand_ins.decoding_of(run.decoded)),
+            replaced(report, "write_report", lambda *args: None),
             patch.object(Checkpoints, "save", spied_save),
             patch.object(pipeline.Pipeline, "batch", spied_batch),
             patch("jax.profiler.start_trace", lambda folder: run.traced.append(len(done) + 1)),

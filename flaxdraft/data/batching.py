@@ -24,7 +24,7 @@ from flaxdraft.ops.padding import round_up
 LastBatch = Literal["fill", "drop"]
 
 
-class Rows(NamedTuple):
+class BatchRows(NamedTuple):
     """The rows of one global batch; there are fewer than the batch holds where a partial one is to be filled up."""
 
     documents: list[np.ndarray]  # of each row, in their order
@@ -36,7 +36,7 @@ class Layout(Protocol):
     steps_per_epoch: int
     kept: np.ndarray  # the documents that are trained on
 
-    def rows(self, step: int) -> Rows: ...
+    def rows(self, step: int) -> BatchRows: ...
 
     def describe(self) -> str: ...
 
@@ -129,14 +129,14 @@ class Buckets:
         _check_steps(self.steps_per_epoch, len(self.kept), batch_size)
         self._order = shuffled(self.steps_per_epoch, seed, 1)
 
-    def rows(self, step: int) -> Rows:
+    def rows(self, step: int) -> BatchRows:
         epoch, number = step // self.steps_per_epoch, int(self._order[step])
         at = int(np.searchsorted(self._first_batch, number, side="right")) - 1
         bucket, first = self._buckets[at], (number - int(self._first_batch[at])) * self._batch_size
         size = len(bucket.documents)
         span = range(first, min(first + self._batch_size, size))
         chosen = [bucket.documents[[bucket.order[epoch * size + i]]] for i in span]
-        return Rows(chosen, bucket.length, round_up(bucket.most_supervised, 32))
+        return BatchRows(chosen, bucket.length, round_up(bucket.most_supervised, 32))
 
     def describe(self) -> str:
         lengths = " and ".join(str(bucket.length) for bucket in self._buckets)
@@ -210,12 +210,12 @@ class Packed:
         lost = int((sizes.lengths[self.kept] - cut).sum())
         self.facts = PackingFacts(len(self._rows), len(self.kept), int(cut.sum()), lost, length)
 
-    def rows(self, step: int) -> Rows:
+    def rows(self, step: int) -> BatchRows:
         epoch, index = divmod(step, self.steps_per_epoch)
         at = index * self._batch_size
         span = range(at, min(at + self._batch_size, len(self._rows)))
         chosen = [self._rows[self._order[epoch * len(self._rows) + i]] for i in span]
-        return Rows(chosen, self._length, self._most_supervised)
+        return BatchRows(chosen, self._length, self._most_supervised)
 
     def describe(self) -> str:
         facts = self.facts

@@ -19,7 +19,7 @@ import numpy as np
 
 from flaxdraft.data.documents import Document
 from flaxdraft.data.store import Source
-from flaxdraft.data.store_writer import Plan, fill, make_plan
+from flaxdraft.data.store_writer import StorePlan, fill, make_plan
 from flaxdraft.data.templates import Rendered, rows_digest, tokenizer_digest
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
@@ -29,7 +29,7 @@ from flaxdraft.nn import vocabulary
 from flaxdraft.ops.padding import round_up
 from flaxdraft.progress import CONSOLE
 from flaxdraft.targets import OpenedTarget
-from flaxdraft.targets.embedding_and_head import OuterWeights
+from flaxdraft.targets.embedding_and_head import EmbeddingAndHeadWeights
 
 STORED = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}  # a dtype of a file, and of the store
 
@@ -42,9 +42,15 @@ class States(NamedTuple):
 class Folder(Protocol):
     """Rows of another program's layout."""
 
-    last_is_normed: bool
-    num_left_out: int  # rows without hidden states
-    rows: Sequence[Rendered]
+    @property
+    def last_is_normed(self) -> bool: ...
+    @property
+    def num_left_out(self) -> int:
+        """Rows without hidden states."""
+        ...
+
+    @property
+    def rows(self) -> Sequence[Rendered]: ...
 
     def name(self, index: int) -> str:
         """The row's file, for messages."""
@@ -73,7 +79,7 @@ def token_row(tokens: np.ndarray, mask: np.ndarray, where: str) -> Rendered:
     return Rendered(tokens.astype(np.int32), mask.astype(bool))
 
 
-def plan_of(folder: Folder, opened: OpenedTarget, tap_layers: Sequence[int], shard_tokens: int) -> Plan:
+def plan_of(folder: Folder, opened: OpenedTarget, tap_layers: Sequence[int], shard_tokens: int) -> StorePlan:
     """
     Raises:
         InputError: the folder has no rows, its states are of another width or of a type that no store has, or a token
@@ -116,7 +122,7 @@ def ingest(directory: Path, folder: Folder, opened: OpenedTarget, tap_layers: Se
         InputError: see `plan_of` and `store_writer.start`; a file is damaged, of another width, or not finite.
     """
     plan = plan_of(folder, opened, tap_layers, shard_tokens)
-    weights = OuterWeights.of_target(opened, opened.config())
+    weights = EmbeddingAndHeadWeights.of_target(opened, opened.config())
     CONSOLE.print(
         f"{len(folder.rows)} rows, {plan.num_tokens} tokens, taps of layers {list(plan.source.tap_layers)}, "
         f"{folder.num_left_out} rows left out; {len(plan.first_rows) - 1} shards, {plan.num_bytes / 1e9:.2f} GB"
@@ -159,7 +165,7 @@ def _checked(folder: Folder, index: int, source: Source) -> States:
     return states
 
 
-def _finisher(weights: OuterWeights, dtype: str, last_is_normed: bool) -> Callable[[States], Features]:
+def _finisher(weights: EmbeddingAndHeadWeights, dtype: str, last_is_normed: bool) -> Callable[[States], Features]:
     """From the states of a row to its features, in the dtype that the states came in, as the target computes them."""
     head_VE, scale_E = weights.head().astype(dtype), weights.final_norm()
     eps = weights.config.rms_norm_eps

@@ -10,14 +10,20 @@ import jax
 import numpy as np
 
 from flaxdraft.data.documents import Document
-from flaxdraft.data.store_writer import Plan, fill
+from flaxdraft.data.store_writer import StorePlan, fill
 from flaxdraft.data.templates import Rendered
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Target
 
 
 def capture(
-    directory: Path, plan: Plan, rows: Sequence[Rendered], target: Target, *, batch_tokens: int, part: tuple[int, int]
+    directory: Path,
+    plan: StorePlan,
+    rows: Sequence[Rendered],
+    target: Target,
+    *,
+    batch_tokens: int,
+    part: tuple[int, int],
 ) -> bool:
     """Makes a store of what the target says about the rows; see `store_writer.fill`.
 

@@ -27,7 +27,7 @@ _EXTRA_BYTES = 4 + 1 + 4 + 4  # token, mask, argmax, logsumexp
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class StorePlan:
     """Which rows lie in which shard, and what the store will take."""
 
     source: Source
@@ -49,7 +49,7 @@ class Plan:
         return {**self.source.as_json(), "first_rows": [*self.first_rows], "tokens": self.num_tokens}
 
 
-def make_plan(source: Source, lengths: Sequence[int], shard_tokens: int, tied: bool) -> Plan:
+def make_plan(source: Source, lengths: Sequence[int], shard_tokens: int, tied: bool) -> StorePlan:
     """Consecutive rows of those lengths, as many a shard as stay within `shard_tokens`, one at least."""
     first_rows, filled = [0], 0
     for number, length in enumerate(lengths):
@@ -57,10 +57,10 @@ def make_plan(source: Source, lengths: Sequence[int], shard_tokens: int, tied: b
             first_rows.append(number)
             filled = 0
         filled += length
-    return Plan(source, (*first_rows, len(lengths)), sum(lengths), tied)
+    return StorePlan(source, (*first_rows, len(lengths)), sum(lengths), tied)
 
 
-def start(directory: Path, plan: Plan) -> list[int]:
+def start(directory: Path, plan: StorePlan) -> list[int]:
     """Writes the plan, or checks it against the one that is there; returns the shards that are still missing.
 
     Raises:
@@ -104,7 +104,7 @@ def _brief(value: Any) -> str:
 
 def fill(
     directory: Path,
-    plan: Plan,
+    plan: StorePlan,
     read: Callable[[range, Callable[[int], None]], list[Document]],
     weights: Callable[[], dict[str, np.ndarray]],
     part: tuple[int, int],

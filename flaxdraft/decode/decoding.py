@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from flaxdraft.decode.generation import check_sampling
-from flaxdraft.decode.speculative import PREFILL_CHUNK, Carry, Program, Rows, Space, advance, begin
+from flaxdraft.decode.speculative import PREFILL_CHUNK, Carry, Program, Requests, Space, advance, begin
 from flaxdraft.decode.tree import Tree
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Drafter, Target
@@ -128,7 +128,7 @@ class Decoding:
         lengths[:num], limits[:num] = [len(prompt) for prompt in prompts], settings.max_new_tokens
         numbers[:num] = range(num) if seeds is None else seeds
         temperatures = np.full(total, settings.temperature or 1.0, np.float32)
-        rows = Rows(lengths, limits, numbers, temperatures)
+        rows = Requests(lengths, limits, numbers, temperatures)
         if mesh is not None:
             tokens_BP, rows = jax.device_put((tokens_BP, rows), jax.NamedSharding(mesh, jax.P("data")))
         alone = settings.chain_length == 0 and not settings.tree

@@ -66,7 +66,7 @@ class Space(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class Requests:
     """What stays the same for each row."""
 
     length_B: Int[AnyArray, " B"]  # of the prompt
@@ -103,7 +103,7 @@ def _is_stop(tokens, stops_N):
     return jnp.any(tokens[..., None] == stops_N.reshape((1,) * tokens.ndim + (-1,)), axis=-1)
 
 
-def _read_prompts(target: Target, draft: Draft | None, program: Program, tokens_BP, rows: Rows, num_slots: int):
+def _read_prompts(target: Target, draft: Draft | None, program: Program, tokens_BP, rows: Requests, num_slots: int):
     """The target's cache and the drafter's state after the prompts, and each prompt's last taps, last hidden state and
     argmax.
 
@@ -138,7 +138,7 @@ def _read_prompts(target: Target, draft: Draft | None, program: Program, tokens_
     return lax.fori_loop(0, padded // chunk, read, (cache, drafting, ends))
 
 
-def _prefilled(target, draft, program: Program, tokens_BP, rows: Rows, stops_N, space: Space) -> Carry:
+def _prefilled(target, draft, program: Program, tokens_BP, rows: Requests, stops_N, space: Space) -> Carry:
     """After the prompts and the first answer token, which comes with them."""
     num_rows, zeros_B = len(tokens_BP), jnp.zeros_like(rows.length_B)
     cache, drafting, ends = _read_prompts(target, draft, program, tokens_BP, rows, space.num_slots)
@@ -155,7 +155,7 @@ def _prefilled(target, draft, program: Program, tokens_BP, rows: Rows, stops_N, 
                  zeros_B, running_B)  # fmt: skip
 
 
-def _chooser(program: Program, rows: Rows, keys_B):
+def _chooser(program: Program, rows: Requests, keys_B):
     """How the draft picks its tokens: the highest logit; or a sample, and the distribution that it came from."""
     if not program.sampled:
         return lambda logits_BW, j: (jnp.argmax(logits_BW, axis=-1).astype(jnp.int32), None)
@@ -168,7 +168,7 @@ def _chooser(program: Program, rows: Rows, keys_B):
     return choose
 
 
-def _verdict(target, draft, program: Program, rows: Rows, out, chain_BQ, q_BQW, keys_B):
+def _verdict(target, draft, program: Program, rows: Requests, out, chain_BQ, q_BQW, keys_B):
     """How many draft tokens are right [B], and the tokens that the answer goes on with [B, T], right up to there and
     one further."""
     if not program.sampled:
@@ -187,7 +187,9 @@ def _verdict(target, draft, program: Program, rows: Rows, out, chain_BQ, q_BQW, 
     return accepted_B, jnp.where(jnp.arange(num_new)[None] == accepted_B[:, None], next_B[:, None], drafted_BT)
 
 
-def _chain_pass(target: Target, draft: Draft | None, program: Program, rows: Rows, carry: Carry, newest_B, token_B1):
+def _chain_pass(
+    target: Target, draft: Draft | None, program: Program, rows: Requests, carry: Carry, newest_B, token_B1
+):
     """Drafts a chain behind the newest token, which is at `newest_B`, and verifies it in one target pass; returns what
     `_tree_pass` does."""
     keys_B, drafting, chain_BQ, q_BQW = rows.keys(carry.num_answer_B), carry.drafting, token_B1[:, :0], None
@@ -229,7 +231,7 @@ def _tree_pass(target: Target, draft: Draft, program: Program, carry: Carry, roo
     return cache, drafting, accepted_B, out.argmax_BT[rows_B1, path_BT], out.taps_BTKE[rows_B1, path_BT]
 
 
-def _pass(target: Target, draft: Draft | None, program: Program, rows: Rows, stops_N, carry: Carry) -> Carry:
+def _pass(target: Target, draft: Draft | None, program: Program, rows: Requests, stops_N, carry: Carry) -> Carry:
     """One target pass over every row that runs."""
     running_B, made_B, num_slots = carry.running_B, carry.num_answer_B, carry.cache.num_slots
     newest_B = jnp.where(running_B, rows.length_B + made_B - 1, num_slots)  # its position

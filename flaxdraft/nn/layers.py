@@ -7,7 +7,7 @@ lives: `nnx.Param(value, place=...)` names a field of `Sharding`; see devices/we
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ class Linear(nnx.Module):
         """
         kernel = gathered(self.kernel[...], self.spec)[inputs].astype(self.precision.compute)
         x, out_spec = x.astype(self.precision.compute), along(x, self.out_spec)
-        product: Callable[..., Array] = float8_product if self.precision.float8 else _product
+        product: Callable[..., Any] = float8_product if self.precision.float8 else _product
         y = product(x, kernel, out_spec)
         if self.bias is None:
             return y

@@ -138,7 +138,7 @@ def _yarn(rope: RopeConfig, inv_freq: np.ndarray, width: int) -> np.ndarray:
 
 
 def inverse_frequencies(
-    rope: RopeConfig, width: int, positions_BT: Int[Array, "B T"]
+    rope: RopeConfig, width: int, positions_BT: Int[Array | np.ndarray, "B T"]
 ) -> Float[Array, " half"] | np.ndarray:
     """Angle per position of each of the width/2 pairs. Only dynamic NTK looks at the positions: the farthest one of all
     rows stretches the angles of all, as in transformers (`dynamic_rope_update`), so none may be padding's beyond the

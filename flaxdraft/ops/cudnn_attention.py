@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ try:
 except ImportError:
     _fused = None
 
+Shaped: TypeAlias = jax.Array | jax.ShapeDtypeStruct  # whose shape and type suffice
 MAX_WIDTH = 256  # of queries and keys, on Hopper and later
 # Far above any logsumexp: exp(score - ABSENT) is 0 for a row that holds no query.
 ABSENT = 1e10
@@ -60,7 +61,7 @@ def moved() -> str | None:
     return None
 
 
-def unavailable(q_BRNH: jax.Array, v_BTKC: jax.Array) -> str | None:
+def unavailable(q_BRNH: Shaped, v_BTKC: Shaped) -> str | None:
     """Why these arrays cannot be attended to by cuDNN on this machine; None where they can."""
     if jax.default_backend() != "gpu" or "cuda" not in jax.devices()[0].client.platform_version.lower():
         return f"it needs an NVIDIA GPU, found {jax.default_backend()}"

@@ -36,7 +36,7 @@ DEFAULT_CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class DistillOptions:
     """What stays the same from call to call."""
 
     step_weights: tuple[float, ...]  # of the J steps in the loss
@@ -61,7 +61,7 @@ class _Heads(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def distill(
-    plan: Plan,
+    plan: DistillOptions,
     states: tuple[Float[Array, "B R D"], ...],
     head_DW: Float[Array, "D W"],
     teacher: TeacherStates,

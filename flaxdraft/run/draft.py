@@ -60,17 +60,22 @@ def check_draft(setup: Setup, target: RunTarget) -> None:
 
 
 def make_draft(
-    setup: Setup, target: RunTarget, outer: EmbeddingAndHead, vocab: VocabMap, sharding: Sharding, precision: Precision
+    setup: Setup,
+    target: RunTarget,
+    embedding_and_head: EmbeddingAndHead,
+    vocab: VocabMap,
+    sharding: Sharding,
+    precision: Precision,
 ) -> nnx.Module:
     """A draft as it is before training."""
     draft = setup.architecture.make(
-        draft_config(setup, target), vocab, outer, precision=precision, sharding=sharding,
+        draft_config(setup, target), vocab, embedding_and_head, precision=precision, sharding=sharding,
         rngs=nnx.Rngs(setup.config.seed),
     )  # fmt: skip
     if setup.start is not None:
         nnx.update(draft, setup.start.params)
     elif setup.config.draft.warm_start:
-        setup.algorithm.warm_start(draft, outer, vocab)
+        setup.algorithm.warm_start(draft, embedding_and_head, vocab)
     return draft
 
 

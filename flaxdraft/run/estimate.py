@@ -88,7 +88,9 @@ def estimate(setup: Setup, draft_config: Any, num_taps: int) -> Estimate:
         state = _described(init.eval_shape(params), mesh)
         step = make_train_step(graphdef, algorithm, tx, compute, train.accumulate, train.ema_decay)
         compiled = step.lower(state, frozen, example).compile()
-    held, work = _bytes_a_device(state), compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    assert memory is not None, "XLA says it of every backend that trains"
+    held, work = _bytes_a_device(state), memory.temp_size_in_bytes
     flops = algorithm.flops(params, frozen, example.teacher, train.batch_size * length)
     trained = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
     return Estimate(

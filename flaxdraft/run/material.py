@@ -17,7 +17,7 @@ from flaxdraft.progress import CONSOLE
 from flaxdraft.run.answers import Answers
 from flaxdraft.run.setup import Setup
 from flaxdraft.run.target import RunTarget
-from flaxdraft.targets.embedding_and_head import OuterWeights
+from flaxdraft.targets.embedding_and_head import EmbeddingAndHeadWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Material:
     answers: Answers
     documents: Documents  # that are trained on
     vocab: VocabMap
-    outer: EmbeddingAndHead  # on one device, where decoding uses them
+    embedding_and_head: EmbeddingAndHead  # on one device, where decoding uses them
 
 
 def gather(setup: Setup, target: RunTarget, answers: Answers) -> Material:
@@ -80,7 +80,7 @@ def _vocabulary(setup: Setup, target: RunTarget, answers: Answers, documents: Do
 def _outer(setup: Setup, target: RunTarget, documents: Documents) -> EmbeddingAndHead:
     """The target's layers are not loaded where their features are given."""
     if setup.config.data.store is not None:
-        return OuterWeights(target.config, documents.target())
+        return EmbeddingAndHeadWeights(target.config, documents.target())
     if setup.config.data.conversations is not None:
-        return OuterWeights.of_target(target.opened, target.config)
+        return EmbeddingAndHeadWeights.of_target(target.opened, target.config)
     return target.loaded.model

@@ -52,10 +52,10 @@ def train_draft(setup: Setup, material: Material) -> Trained:
     CONSOLE.print(f"  {pipeline.layout.describe()}")
     say("train", f"{config.num_steps} steps of {config.batch_size} answers to {target.opened.path.name}")
     compute, held_out = DTYPES[config.compute_dtype], material.answers.rows("held_out")
-    teacher = setup.algorithm.teacher(material.outer, material.vocab, compute)
+    teacher = setup.algorithm.teacher(material.embedding_and_head, material.vocab, compute)
     decoded = _decoded_in_training(setup, material)
     precision = Precision(compute=compute, float8=config.float8)
-    draft = make_draft(setup, target, material.outer, material.vocab, SHARDING, precision)
+    draft = make_draft(setup, target, material.embedding_and_head, material.vocab, SHARDING, precision)
     graphdef, params, frozen = split_draft(draft)
     check_heads(draft_config(setup, target), SHARDING, setup.mesh.shape)
     with jax.set_mesh(setup.mesh):
@@ -77,7 +77,9 @@ def train_draft(setup: Setup, material: Material) -> Trained:
 
 def untrained_draft(setup: Setup, material: Material) -> UntrainedDraft:
     """All of the draft but its parameters, in float32 on one device, as evaluation wants it."""
-    draft = make_draft(setup, material.target, material.outer, material.vocab, Sharding.none(), Precision())
+    draft = make_draft(
+        setup, material.target, material.embedding_and_head, material.vocab, Sharding.none(), Precision()
+    )
     graphdef, _, frozen = split_draft(draft)
     return UntrainedDraft(graphdef, frozen, setup.evaluation.drafter())
 

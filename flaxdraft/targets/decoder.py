@@ -35,7 +35,7 @@ from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig, turning_positions
 from flaxdraft.nn.self_attention import Attend
 from flaxdraft.targets.kv_cache import Cache
-from flaxdraft.targets.target_attention import LayerAttention, Rows
+from flaxdraft.targets.target_attention import LayerAttention, QueryRows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,7 +196,7 @@ def bytes_per_device(config: DecoderConfig, abstract: nnx.State, mesh_shape: Map
     return total
 
 
-def _run_layers(model, spans, config: DecoderConfig, x_BTE, rows: Rows, cache, sharding: Sharding):
+def _run_layers(model, spans, config: DecoderConfig, x_BTE, rows: QueryRows, cache, sharding: Sharding):
     """The residual stream through all layers, and the tapped ones' outputs [B, T, K, E].
 
     One loop for each group: a tap writes its output to a place of its own, every other layer to one that nobody reads.
@@ -232,7 +232,7 @@ def _forward(target: DecoderTarget, tokens_BT, positions_BT, segments_BT, cache,
         tokens_BT, positions_BT = jax.reshard(tokens_BT, rows), jax.reshard(positions_BT, rows)
         segments_BT, placement = jax.tree.map(lambda x: jax.reshard(x, rows), (segments_BT, placement))
     embeds = vocabulary.lookup(model.embed[...], tokens_BT, sharding).astype(model.norm.precision.compute)
-    rows = Rows(positions_BT, segments_BT, placement)
+    rows = QueryRows(positions_BT, segments_BT, placement)
     taps, x, cache = _run_layers(model, target.spans, config, config.before_layers(embeds), rows, cache, sharding)
     last = model.norm(x)
     head_VE = model.embed[...] if config.tie_word_embeddings else model.head[...]

@@ -14,14 +14,14 @@ from flaxdraft.targets.decoder import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class OuterWeights:
+class EmbeddingAndHeadWeights:
     """The part of `interfaces.Target` that is not computed. The arrays lie on the host until they are asked for."""
 
     config: DecoderConfig
     tensors: dict[str, np.ndarray]  # float32: embedding [V, E], final_norm [E], and head [V, E] unless it is tied
 
     @classmethod
-    def of_target(cls, opened: OpenedTarget, config: DecoderConfig) -> OuterWeights:
+    def of_target(cls, opened: OpenedTarget, config: DecoderConfig) -> EmbeddingAndHeadWeights:
         """From a target's files, of which nothing else is read."""
         names = {path: name for path, name, _ in opened.family.name_table(config)}
         wanted = {"embedding": "embed", "final_norm": "norm/scale", "head": "head"}

@@ -24,7 +24,7 @@ DENSE_SCORES = 2**24  # of one device, up to which several query rows have their
 CHUNKS = range_attention.Chunks(256, 256)
 
 
-class Rows(NamedTuple):
+class QueryRows(NamedTuple):
     """What rows are, the same in every layer."""
 
     positions_BT: Int[Array, "B T"]
@@ -46,7 +46,7 @@ class LayerAttention:
     """An `Attend` for one layer, which attends once. Where there is a cache, the layer's keys and values are in `cache`
     afterwards."""
 
-    def __init__(self, rows: Rows, cache: Cache | None, layer: Int[Array, ""], sharding: Sharding):
+    def __init__(self, rows: QueryRows, cache: Cache | None, layer: Int[Array, ""], sharding: Sharding):
         self.rows, self.cache, self.layer, self.sharding = rows, cache, layer, sharding
 
     def __call__(

@@ -22,7 +22,7 @@ from flaxdraft.train import token_counter as counting
 from flaxdraft.train.batch_placement import placed_rows, training_example
 from flaxdraft.train.checkpoint import Checkpoints, abstract_like
 from flaxdraft.train.guards import BrokenSteps, PreemptedError, Preemption, memory_advice
-from flaxdraft.train.meters import Watch
+from flaxdraft.train.meters import Meters
 from flaxdraft.train.metrics_log import MetricsLog
 from flaxdraft.train.optimizer import optimizer
 from flaxdraft.train.profiling import Trace
@@ -130,8 +130,8 @@ class _Run:
         trace = Trace(config.profile, trainer.directory / "profile")
         batches = batches_from(self.pipeline, start, config.num_steps, trainer.prefetch)
         with bar("train", config.num_steps, start) as progress, Preemption() as preemption, host_reads.only_counted():
-            watch = Watch(self.log, progress, BrokenSteps(config.max_skipped), self.pipeline, tokens)
-            examples = one_ahead(watch.waiting(batches), trainer.example)
+            meters = Meters(self.log, progress, BrokenSteps(config.max_skipped), self.pipeline, tokens)
+            examples = one_ahead(meters.waiting(batches), trainer.example)
             for step, (_, example) in enumerate(examples, start):
                 if step == start:
                     draft = nnx.merge(graphdef, state.params, frozen)
@@ -139,13 +139,13 @@ class _Run:
                 trace.before(step + 1)
                 state, metrics = self.train_step(state, frozen, example)
                 counters = counting.advanced(counters, example.batch.segments_BT)
-                watch.note(step, metrics)
+                meters.note(step, metrics)
                 trace.after(step + 1, metrics.loss)
                 last = step + 1 == config.num_steps
                 if (step + 1) % config.log_every == 0 or last:
-                    watch.log(counters)
+                    meters.log(counters)
                 stopping = preemption.due(step + 1)
-                self._evaluate_and_save(step + 1, {"state": state, "counters": counters}, watch, last or stopping)
+                self._evaluate_and_save(step + 1, {"state": state, "counters": counters}, meters, last or stopping)
                 if stopping and not last:
                     raise PreemptedError(
                         f"asked to stop: step {step + 1} of {config.num_steps} is saved; the same command goes on there"
@@ -153,15 +153,15 @@ class _Run:
             trace.close()
         return state
 
-    def _evaluate_and_save(self, done: int, arrays: Mapping[str, Any], watch: Watch, force: bool) -> None:
+    def _evaluate_and_save(self, done: int, arrays: Mapping[str, Any], meters: Meters, force: bool) -> None:
         config, score = self.trainer.config, None
         if done % config.eval_every == 0 or done == config.num_steps:
-            with watch.paused(arrays), host_reads.allowed():
+            with meters.paused(arrays), host_reads.allowed():
                 score = _evaluated(self.log, done, self.evaluate(evaluation_params(arrays["state"])))
         is_best = score is not None and score > self.checkpoints.best_score(self.trainer.resume.measure)
         self.checkpoints.poll()
         if done % config.checkpoint_every == 0 or is_best or force:
-            with watch.paused(arrays), host_reads.allowed():
+            with meters.paused(arrays), host_reads.allowed():
                 self.checkpoints.save(done, arrays, self.trainer.vocab, self.trainer.record(score))
                 if force:
                     self.checkpoints.finish()

@@ -20,7 +20,7 @@ from flaxdraft.train.step import StepMetrics
 T = TypeVar("T")
 
 
-class Watch:
+class Meters:
     """One for each time that a run is started."""
 
     def __init__(self, log: MetricsLog, progress: Bar, broken: BrokenSteps, pipeline: Pipeline, tokens: int):

@@ -7,7 +7,7 @@ from closeness import assert_close
 from test_distillation import ACCEPTED, WEIGHTS, make, weighted
 
 from flaxdraft.devices.mesh import BATCH_AXIS, make_mesh
-from flaxdraft.ops.distillation import Plan, distill
+from flaxdraft.ops.distillation import DistillOptions, distill
 
 pytestmark = pytest.mark.numeric
 
@@ -27,7 +27,7 @@ def head_gradient(num_devices: int, reduced: bool):
 
         def accumulated(head):
             def loss(head, states):
-                plan = Plan(WEIGHTS, chunk=4)
+                plan = DistillOptions(WEIGHTS, chunk=4)
                 return weighted(distill(plan, states, head, teacher, teacher_head, supervised, ACCEPTED)[0])
 
             work = jax.reshard(head, jax.P(None, None, reduced={BATCH_AXIS})) if reduced else head

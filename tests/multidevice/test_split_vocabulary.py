@@ -10,7 +10,7 @@ from test_distillation import ACCEPTED, WEIGHTS, make, weighted
 
 from flaxdraft.devices.mesh import TENSOR_AXIS, make_mesh
 from flaxdraft.devices.per_device import per_device
-from flaxdraft.ops.distillation import Plan, distill
+from flaxdraft.ops.distillation import DistillOptions, distill
 from flaxdraft.ops.objectives import OBJECTIVES
 from flaxdraft.ops.vocabulary_axis import first_at, highest
 
@@ -32,7 +32,7 @@ def every_objective(num_devices: int):
         head = place(head, P(None, TENSOR_AXIS))
 
         def loss(states, head, objective):
-            plan = Plan(WEIGHTS, objective, chunk=4)
+            plan = DistillOptions(WEIGHTS, objective, chunk=4)
             sums, hit = distill(plan, states, head, teacher, teacher_head, supervised, ACCEPTED)
             return weighted(sums), (sums, hit)
 

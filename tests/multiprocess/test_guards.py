@@ -97,7 +97,7 @@ def test_steps_that_are_not_finite_are_skipped_then_end_the_run(runs, monkeypatc
 
 
 def test_sigterm_saves_and_stops(runs, monkeypatch):
-    real = loop.Watch.log
+    real = loop.Meters.log
 
     def log(self, counters):
         real(self, counters)
@@ -105,12 +105,12 @@ def test_sigterm_saves_and_stops(runs, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(loop.Watch, "log", log)
+    monkeypatch.setattr(loop.Meters, "log", log)
     with pytest.raises(PreemptedError, match=r"step 5 of 12 is saved; the same command goes on there"):
         train(runs, "asked", "train.checkpoint_every=100", "train.eval_every=100")
     assert runs.checkpoints("asked") == [5]
     assert signal.getsignal(signal.SIGTERM) == before
-    monkeypatch.setattr(loop.Watch, "log", real)
+    monkeypatch.setattr(loop.Meters, "log", real)
     train(runs, "asked", "train.checkpoint_every=100", "train.eval_every=100")
     assert [line["step"] for line in runs.lines("asked")] == list(range(1, 13))
 

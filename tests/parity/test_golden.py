@@ -64,7 +64,7 @@ def run_case(name: str, attention: str, chunked_loss: bool):
     # The reference hands over logits: as "states" of width V, with a head that passes them on.
     states = distillation.TeacherStates(logits, logsumexp, wanted)
     head = jnp.eye(config.vocab_size)[vocab.target_ids_W]
-    plan = distillation.Plan(tuple(0.8**j for j in range(num_steps)), chunk=5)
+    plan = distillation.DistillOptions(tuple(0.8**j for j in range(num_steps)), chunk=5)
     mask = golden["inputs/loss_mask"].reshape(num_batch, num_rows) > 0
     supervised = jnp.stack([jnp.pad(mask[:, j:], ((0, 0), (0, j))) for j in range(num_steps)])
     rows = objective.ChosenRows(jnp.tile(jnp.arange(num_rows, dtype=jnp.int32), (num_batch, 1)))

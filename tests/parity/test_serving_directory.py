@@ -15,7 +15,7 @@ from eagle3 import target_of
 from flax import nnx
 from jitted import unroll
 from small_drafts import write_export
-from test_from_pytorch import TRAINERS, Source
+from trainers_layouts import TRAINERS, Source
 
 from flaxdraft.algorithms.eagle3.drafts import llama, mla
 from flaxdraft.algorithms.eagle3.foreign.convert import Options, convert

@@ -90,7 +90,6 @@ def folder(native, tmp_path_factory):
 def test_the_folder_trains_to_the_same_loss(folder, native, target, tmp_path):
     assert call(folder, tmp_path / "store", target) == 0
     store = FeatureStore(tmp_path / "store")
-    store.verify()
     for index in range(6):
         got, want = store.row(index), native.row(index)
         np.testing.assert_array_equal(got.tokens, want.tokens)

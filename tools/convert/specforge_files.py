@@ -106,14 +106,15 @@ class SpecForgeFolder:
 
 
 def _has_axes(value: Any, num: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim == num
+    """Of a tensor; of three the first holds one row."""
+    return isinstance(value, torch.Tensor) and value.ndim == num and (num != 3 or len(value) == 1)
 
 
 def _record(path: Path) -> dict[str, torch.Tensor]:
     record = load(path)
     for name, axes in _SHAPES.items():
         tensor = record.get(name) if isinstance(record, dict) else None
-        if not _has_axes(tensor, axes) or (axes == 3 and tensor.shape[0] != 1):
+        if not _has_axes(tensor, axes):
             expected = {1: "[L]", 3: "[1, L, ...]"}[axes]
             raise InputError(f"{path}: {name}: expected a tensor {expected}, found {_brief(tensor)}")
     return record

@@ -31,6 +31,7 @@ from flaxdraft.ops.step_sums import StepSums
 from flaxdraft.serving.contract import Contract
 
 NUM_TAPS = 3
+_NEEDED = "an example has the features that `needs` names"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +111,20 @@ class Algorithm:
 
     def _distill(self, draft: Draft, example: Example, accepted_J) -> tuple[StepSums, Bool[Array, "B R J"]]:
         batch, chosen, features = example.batch, example.chosen, example.features
-        assert features is not None, "the loss reads features"
+        assert features is not None, _NEEDED
         rows, compute, num_steps = chosen.rows_BR, example.teacher.dtype, self.settings.ttt_length
         if chosen.shared is not None:
             narrow = dataclasses.replace(chosen.shared, taps_BRKE=chosen.shared.taps_BRKE.astype(compute))
             chosen = dataclasses.replace(chosen, shared=narrow)
         outputs = unroll(draft, batch, features.taps_BTKE.astype(compute), chosen, num_steps, self.options)
         # The teacher of row p at step 0 is the target's distribution at p + 1.
-        last_BRE = take_rows(features.last_BTE, rows + 1) if chosen.shared is None else chosen.shared.last_BRE
+        if chosen.shared is None:
+            assert features.last_BTE is not None, _NEEDED
+            last_BRE = take_rows(features.last_BTE, rows + 1)
+        else:
+            last_BRE = chosen.shared.last_BRE
+        assert features.argmax_BT is not None, _NEEDED
+        assert features.logsumexp_BT is not None, _NEEDED
         argmax_BR, logsumexp_BR = (take_rows(x, rows + 1) for x in (features.argmax_BT, features.logsumexp_BT))
         act_b, draft_ids_V = draft.sharding.act_b, draft.draft_ids[...]
         argmax_BR = draft_ids_V.at[argmax_BR].get(out_sharding=act_b and spec_of(argmax_BR))
@@ -127,7 +134,7 @@ class Algorithm:
         if chosen.shared is not None:
             supervised_JBR = supervised_JBR & chosen.shared.owned_BR[None]
         return distillation.distill(
-            distillation.Plan(self.step_weights, self.settings.objective, self.settings.loss_chunk),
+            distillation.DistillOptions(self.step_weights, self.settings.objective, self.settings.loss_chunk),
             tuple(draft.head_input(hidden) for hidden in outputs), draft.head(), teacher, example.teacher,
             supervised_JBR, accepted_J,
         )  # fmt: skip
@@ -161,7 +168,7 @@ class Algorithm:
             projections = draft.projections(tokens, draft.project(taps_BTKE))
             return draft.query(projections, positions_BT), *draft.key_value(projections, positions_BT)
 
-        assert example.features is not None, "the loss reads features"
+        assert example.features is not None, _NEEDED
         s, compute = self.settings, example.teacher.dtype
         q, k, v = jax.eval_shape(heads, example.batch, example.features.taps_BTKE.astype(compute))
         q = jax.ShapeDtypeStruct((*example.chosen.rows_BR.shape, *q.shape[2:]), q.dtype)

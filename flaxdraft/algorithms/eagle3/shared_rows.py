@@ -44,6 +44,7 @@ def share(example: Example, num_shards: int, num_steps: int) -> tuple[Example, E
     """
     batch, features, rows_BR = example.batch, example.features, example.chosen.rows_BR
     assert features is not None, "shared rows come with their features"
+    assert features.last_BTE is not None, "the loss reads it"
     length, num_listed = batch.tokens_BT.shape[1], rows_BR.shape[1]
     missing = -length % num_shards
     fill = lambda x: np.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])  # noqa: E731

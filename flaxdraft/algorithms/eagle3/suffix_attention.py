@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,11 @@ from flaxdraft.devices.sharding import axes_of, gradient_spec, spec_of
 from flaxdraft.errors import InputError
 from flaxdraft.ops import cudnn_attention, range_attention
 from flaxdraft.ops.attention import MASKED, KeyRange, grouped_scores
+from flaxdraft.ops.cudnn_attention import Shaped
 from flaxdraft.ops.range_attention import Chunks, Joint
 
 ATTENTION_OUTPUT = "attention_output"  # what a rematerialisation policy may keep
 Backend = Literal["auto", "dense", "chunked", "cudnn"]
-Shaped: TypeAlias = jax.Array | jax.ShapeDtypeStruct
 # Scores of one step up to which building them whole is as fast (experiments/bench_step.py --attention dense chunked).
 DENSE_SCORES = 2**22
 

@@ -21,7 +21,7 @@ def test_the_pipeline_s_time_counts_and_the_caller_s_does_not(monkeypatch):
             yield i
         now[0] += 1  # to find that there are no more
 
-    one = meters.Watch(Mock(), Mock(), Mock(), Mock(), 0)
+    one = meters.Meters(Mock(), Mock(), Mock(), Mock(), 0)
     found = []
     for batch in one.waiting(batches()):
         found.append(batch)
@@ -71,7 +71,7 @@ def test_tokens_a_second_are_those_of_training_whatever_comes_between_two_logs(
     checkpoints.save = lambda *_: away(70)
     log = Mock()
     run = _Run(trainer, None, evaluate, checkpoints, log, None)
-    one = meters.Watch(log, Mock(done=0), Mock(), Mock(), 0)
+    one = meters.Meters(log, Mock(done=0), Mock(), Mock(), 0)
     for done, _ in zip(range(1, 13), one.waiting(batches()), strict=False):
         unfinished[0] += 0.5
         one.note(done - 1, METRICS)
@@ -87,7 +87,7 @@ def test_tokens_a_second_are_those_of_training_whatever_comes_between_two_logs(
 def test_the_mean_over_rows_is_not_called_an_accept_length(monkeypatch):
     monkeypatch.setattr(meters.host_reads, "read", lambda tree: tree)
     progress = Mock(done=0)
-    one = meters.Watch(Mock(), progress, Mock(), Mock(), 0)
+    one = meters.Meters(Mock(), progress, Mock(), Mock(), 0)
     one.note(0, METRICS)
     one.log({"tokens": (100, 0)})
     line = progress.advance.call_args.args[1]
