@@ -14,6 +14,7 @@ from flaxdraft.stages import same_inputs
 from flaxdraft.stages.claims import check_claimed, claim
 from flaxdraft.train.checkpoint import Checkpoints, abstract_like
 from flaxdraft.train.resume import Resume, begin, goes_back
+from flaxdraft.train.state import SCHEMA
 
 INPUTS = {
     "seed": 0, "target": {"path": "/a/target", "content": "abc"}, "data": {"prompts": "digest", "prefetch": 4},
@@ -39,7 +40,10 @@ def arrays(step: int):
 
 
 def record(score, origin="", inputs=INPUTS):
-    return {"score": score, "measure": WALKED, "inputs": inputs, "origin": origin, "vocab": {"source": VOCAB.source}}
+    return {
+        "schema": SCHEMA, "score": score, "measure": WALKED, "inputs": inputs, "origin": origin,
+        "vocab": {"source": VOCAB.source},
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from flaxdraft.run.material import Material
 from flaxdraft.run.setup import Setup, claim_folders, prepare
 from flaxdraft.run.supervise import supervised
 from flaxdraft.run.training import train_draft
+from flaxdraft.serving.trained_draft import AboutTarget
 from flaxdraft.stages.directory_lock import directory_lock
 from flaxdraft.targets import llama
 
@@ -49,6 +50,7 @@ def target_stub():
         config=config,
         loaded=SimpleNamespace(model=model),
         opened=SimpleNamespace(path=Path("stub"), source=SimpleNamespace(config=hf)),
+        about=AboutTarget(hf, config.tap_layers),
     )
 
 
