@@ -10,6 +10,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.train.checkpoint import Checkpoints, abstract_like
 from flaxdraft.train.resume import Resume, begin
+from flaxdraft.train.state import SCHEMA
 
 V = 50
 MAPS = {
@@ -132,7 +133,7 @@ def test_a_checkpoint_keeps_where_its_map_is_from(tmp_path):
     """The same ids, chosen from other data: refused."""
     arrays = {"state": {"x": jnp.arange(3.0)}, "counters": {"tokens": jnp.zeros(2, jnp.int32)}}
     mine, others = (VocabMap(np.array([1, 4, 9]), V, source) for source in ("these answers", "others"))
-    record = {"score": None, "inputs": {}, "vocab": {"size": 3, "source": mine.source}}
+    record = {"schema": SCHEMA, "score": None, "inputs": {}, "vocab": {"size": 3, "source": mine.source}}
     with Checkpoints(tmp_path / "c") as checkpoints:
         checkpoints.save(2, arrays, mine, record)
     with Checkpoints(tmp_path / "c") as checkpoints:
