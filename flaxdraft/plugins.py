@@ -58,7 +58,7 @@ def find_by_name(package: str, name: str, field: str) -> ModuleType:
     if name not in places:
         raise InputError(
             f"{field}: no {name!r} in {package}; found {', '.join(sorted(places))}. "
-            f"A new one is a new file {package.replace('.', '/')}/{name}.py"
+            f"A new one is a new file or folder {package.replace('.', '/')}/{name}"
         )
     return importlib.import_module(places[name])
 

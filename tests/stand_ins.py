@@ -38,6 +38,20 @@ def replaced(module: types.ModuleType, name: str, other: Any) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def installed(name: str, module: types.ModuleType) -> Iterator[None]:
+    """A module as if it were installed. Whatever else is imported meanwhile stays: PyTorch crashes when it is imported
+    twice, which it would be if all of sys.modules were restored."""
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
+
+
 def _says(target: Any, tokens: np.ndarray) -> Features:
     """Features that depend on the target's weights, its tapped layers and the token."""
     embeds = np.asarray(target.embedding(), np.float32)[tokens]
@@ -55,7 +69,7 @@ def features(target: Any, batch: Batch) -> Features:
     return jax.tree.map(jnp.asarray, _says(target, np.asarray(batch.tokens_BT)))
 
 
-def answer(target, prompts, max_new_tokens, end_token, num_rows, on_step) -> list[Answer]:
+def answer(target, prompts, max_new_tokens, stop_tokens, num_rows, on_step) -> list[Answer]:
     rows = []
     for prompt in prompts:
         tokens = np.concatenate([prompt, _words(prompt, max_new_tokens)]).astype(np.int32)

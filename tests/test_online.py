@@ -84,12 +84,11 @@ def test_one_batch_is_prepared_ahead_and_not_more():
         made.append(item)
         return item * 10
 
-    for item, prepared in one_ahead(range(4), prepare):
-        assert prepared == item * 10
-        order.append((item, list(made)))
-    assert order == [(0, [0, 1]), (1, [0, 1, 2]), (2, [0, 1, 2, 3]), (3, [0, 1, 2, 3])]
+    for prepared in one_ahead(range(4), prepare):
+        order.append((prepared, list(made)))
+    assert order == [(0, [0, 1]), (10, [0, 1, 2]), (20, [0, 1, 2, 3]), (30, [0, 1, 2, 3])]
     assert list(one_ahead([], prepare)) == []
-    assert list(one_ahead([7], prepare)) == [(7, 70)]
+    assert list(one_ahead([7], prepare)) == [70]
 
 
 def test_too_many_silent_rows_are_an_error(file, tiny_gguf, tmp_path, capsys):

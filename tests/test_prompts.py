@@ -71,7 +71,9 @@ def test_a_broken_line_is_named_by_its_number(read, line, message):
     ("lines", "split"), [((GOOD,), "held_out"), ((HELD_OUT,), "train"), (("",), "train")], ids=["train", "held", "none"]
 )
 def test_both_splits_are_needed(read, lines, split):
-    with pytest.raises(InputError, match=rf"p.jsonl: no prompt of split '{split}'; train and held_out are needed"):
+    with pytest.raises(
+        InputError, match=rf"p.jsonl: no prompt of split '{split}'; expected some of each of: train, held_out"
+    ):
         read(*lines)
 
 

@@ -54,7 +54,7 @@ def rendered(tokenizer, question: str) -> list[int]:
 
 def test_capital_of_france(loaded):
     prompt = rendered(loaded.tokenizer, "What is the capital of France?")
-    row = answer_greedily(loaded.model, [prompt], 24, loaded.tokenizer.eos_token_id, 1, lambda num: None)[0]
+    row = answer_greedily(loaded.model, [prompt], 24, loaded.stop_tokens, 1, lambda num: None)[0]
     answer = loaded.tokenizer.decode(row.tokens[row.num_prompt :], skip_special_tokens=True)
     assert answer.strip().rstrip(".").endswith("Paris")
     assert row.tokens[-1] == loaded.tokenizer.eos_token_id

@@ -57,16 +57,16 @@ def answered(monkeypatch):
     """Answers of random numbers in place of a target's; the list has the number of prompts of each asking."""
     asked = []
 
-    def row(prompt, end_token):
+    def row(prompt, stop_tokens):
         zeros = lambda *shape: np.zeros((len(prompt) + 2, *shape), np.float32)  # noqa: E731
         features = Features(zeros(3, 4), zeros(4), zeros().astype(np.int32), zeros())
-        return Answer(np.array([*prompt, 5, end_token], np.int32), len(prompt), features)
+        return Answer(np.array([*prompt, 5, stop_tokens[0]], np.int32), len(prompt), features)
 
-    def answer(target, prompts, max_new_tokens, end_token, num_rows, on_step):
+    def answer(target, prompts, max_new_tokens, stop_tokens, num_rows, on_step):
         asked.append(len(prompts))
-        return [row(prompt, end_token) for prompt in prompts]
+        return [row(prompt, stop_tokens) for prompt in prompts]
 
-    loaded = lambda target: SimpleNamespace(model=None, tokenizer=target.tokenizer, stop_tokens=())  # noqa: E731
+    loaded = lambda target: SimpleNamespace(model=None, tokenizer=target.tokenizer, stop_tokens=[2])  # noqa: E731
     monkeypatch.setattr("flaxdraft.data.answers.answer_greedily", answer)
     monkeypatch.setattr(RunTarget, "loaded", property(loaded))
     return asked

@@ -189,7 +189,9 @@ ROWS: dict[str, list] = {
     "train.weight_decay": [Differs("update", 0.1)],
     "train.clip_norm": [Differs("update", 0.1)],
     "train.ema_decay": [Differs("update", 0.9, MEAN), Ends(lambda run, value: moved(run, MEAN_MOVES if value else 1))],
-    "train.compute_dtype": [Differs("step", "bfloat16")],
+    "train.compute_dtype": [
+        Differs("step", "bfloat16"), Begins("bfloat16", lambda first, value: first.teacher_dtypes() == {value})
+    ],
     "train.float8": [Differs("step", True)],
     "train.pack_length": [Differs("batches", 128)],
     "train.length_buckets": [Differs("batches", 1, CHATS)],

@@ -16,7 +16,6 @@ import io
 import itertools
 import json
 import math
-import sys
 import threading
 import types
 from collections.abc import Callable, Mapping
@@ -29,7 +28,7 @@ import jax
 import numpy as np
 import stand_ins
 from flax import nnx
-from stand_ins import Call, replaced
+from stand_ins import Call, installed, replaced
 
 import flaxdraft.run.run  # noqa: F401 (what it imports is what the command calls)
 from flaxdraft import targets
@@ -71,6 +70,10 @@ class First:
         """A digest of the lowered step."""
         with jax.set_mesh(self._arguments[2].batch.tokens_BT.sharding.mesh):
             return hashlib.sha256(self._make().lower(*self._arguments).as_text().encode()).hexdigest()
+
+    def teacher_dtypes(self) -> set[str]:
+        """Of what the draft learns from."""
+        return {str(x.dtype) for x in jax.tree.leaves(self._arguments[2].teacher)}
 
     def update(self) -> str:
         """The same of all of it but loss and gradients."""
@@ -297,7 +300,7 @@ class Command:
             patch.object(pipeline.Pipeline, "batch", spied_batch),
             patch("jax.profiler.start_trace", lambda folder: run.traced.append(len(done) + 1)),
             patch("jax.profiler.stop_trace", lambda: run.traced.append(len(done))),
-            patch.dict(sys.modules, {"wandb": wandb}),
+            installed("wandb", wandb),
         ):
             run.code, run.said, run.complained = self._call(tuple(given), run.evaluated)
         return run

@@ -24,7 +24,7 @@ def answer_greedily(
     target: Target,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    end_token: int,
+    stop_tokens: Sequence[int],
     num_rows: int,
     on_tokens: Callable[[int], None],
 ) -> list[Answer]:
@@ -35,7 +35,7 @@ def answer_greedily(
         on_tokens: called now and then with the number of tokens made since the last call.
     """
     how = Writing(
-        max_new_tokens, (end_token,), prefill_chunk=PREFILL_CHUNK, multiple=MULTIPLE, keep_features=True
+        max_new_tokens, tuple(stop_tokens), prefill_chunk=PREFILL_CHUNK, multiple=MULTIPLE, keep_features=True
     )  # fmt: skip
     found: dict[int, Answer] = {}
     for number, answer, features in generate_each(target, prompts, how, num_rows=num_rows, on_tokens=on_tokens):
@@ -60,7 +60,7 @@ def capture(
     split: str,
     target: Target,
     prompts: Mapping[str, list[int]],
-    end_token: int,
+    stop_tokens: Sequence[int],
     max_new_tokens: int,
     num_rows: int,
     dtype: str,
@@ -90,7 +90,7 @@ def capture(
         for path in missing:
             chunk = chunks[path]
             asked = [prompts[id] for id in chunk]
-            write_rows(path, answer_greedily(target, asked, max_new_tokens, end_token, size, on_tokens), dtype)
+            write_rows(path, answer_greedily(target, asked, max_new_tokens, stop_tokens, size, on_tokens), dtype)
             done += len(chunk)
             progress.advance(done - progress.done, f"{made / (time.monotonic() - start):.0f} tokens/s")
     return order

@@ -6,6 +6,7 @@ one to the other without a pause; one prepared example is held, not more.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -19,19 +20,17 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
-def one_ahead(items: Iterable[In], prepare: Callable[[In], Out]) -> Iterator[tuple[In, Out]]:
-    """(item, prepare(item)) in order; the next item is prepared before each is handed out.
+def one_ahead(items: Iterable[In], prepare: Callable[[In], Out]) -> Iterator[Out]:
+    """prepare(item) of each item in order; the next item is prepared before each is handed out.
 
     `prepare` starts work on the device and returns at once: JAX's dispatch is asynchronous.
     """
-    ahead = None
+    ahead: deque[Out] = deque()
     for item in items:
-        prepared = (item, prepare(item))
-        if ahead is not None:
-            yield ahead
-        ahead = prepared
-    if ahead is not None:
-        yield ahead
+        ahead.append(prepare(item))
+        if len(ahead) > 1:
+            yield ahead.popleft()
+    yield from ahead
 
 
 def open_conversations(data: DataConfig, tokenizer: Any, vocab_size: int) -> Conversations:

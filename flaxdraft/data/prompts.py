@@ -56,11 +56,11 @@ def read_prompts(path: str | Path, needed: Sequence[str] = SPLITS, field: str = 
             prompts.append(prompt)
     except OSError as error:
         raise InputError(f"{field}: cannot read {path} ({error.strerror})") from error
-    for split in needed:
-        if not any(prompt.split == split for prompt in prompts):
-            raise InputError(f"{path}: no prompt of split {split!r}; {' and '.join(needed)} are needed")
     if not prompts:
         raise InputError(f"{path}: is empty, expected one prompt or question a line")
+    for split in needed:
+        if not any(prompt.split == split for prompt in prompts):
+            raise InputError(f"{path}: no prompt of split {split!r}; expected some of each of: {', '.join(needed)}")
     return prompts
 
 

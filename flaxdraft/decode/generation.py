@@ -338,7 +338,9 @@ def generate_each(
         before_B, made_B, running_B = made_B, np.array(carry.made_B), np.asarray(carry.running_B)
         on_tokens(int((made_B - before_B).sum()))
         done = np.flatnonzero((owner_B >= 0) & ~running_B)
-        if len(done) and (waiting == len(prompts) or (~running_B).sum() >= enough_free):
+        # Features are large and those of all rows come over together: once no prompt waits, they come at the very end.
+        is_last = waiting == len(prompts) and not (writing.keep_features and running_B.any())
+        if len(done) and (is_last or (~running_B).sum() >= enough_free):
             answers_BM, kept = jax.device_get((carry.answer_BM, carry.kept))
             for row in done.tolist():
                 number, made = int(owner_B[row]), int(made_B[row])
@@ -355,7 +357,7 @@ def _rows(target: Target, prompts: Sequence[Sequence[int]], writing: Writing, nu
     share = total if total >= len(prompts) else max(total // (REFILL_SHARE * multiple), 1) * multiple
     # A cache of one row is not split over devices.
     shared = common_prefix(prompts) if total >= len(prompts) > 1 and multiple == 1 else 0
-    prompt_slots = shared + round_up(max(map(len, prompts)) - shared, writing.multiple)
+    prompt_slots = round_up(max(map(len, prompts)), writing.multiple)
     return _Rows(target, writing, total, share, shared, prompt_slots, {})
 
 

@@ -144,8 +144,8 @@ class Clock:
         prefilled, running = time.monotonic(), True
         while running:
             running = decoding.advance()
-            on_tokens(decoding.num_tokens - made)
-            made = decoding.num_tokens
+            before, made = made, decoding.num_tokens
+            on_tokens(made - before)
         return decoding.answers(), Timing(prefilled - start, time.monotonic() - prefilled, made - first)
 
 

@@ -157,7 +157,8 @@ def guess_results(
 
 
 def sample_of(session: Session, run: Measured) -> dict[str, Any]:
-    """The answer that gained most: its prompt, its text token by token, and the tokens of each target pass."""
-    best = max(run.turns, key=lambda turn: (len(turn.answer.tokens), -len(turn.answer.yields)))
+    """The answer for which the draft saved most target passes: its prompt, its text token by token, and the tokens of
+    each pass."""
+    best = max(run.turns, key=lambda turn: len(turn.answer.tokens) - len(turn.answer.yields))
     pieces = [session.tokenizer.decode([token]) for token in best.answer.tokens]
     return {"id": best.question, "pieces": pieces, "yields": best.answer.yields}

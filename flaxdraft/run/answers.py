@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
@@ -26,7 +25,7 @@ class Answers:
 
     directory: Path
     order: dict[str, list[str]]  # ids of the prompts of each split, in the order of its rows
-    eos: int
+    stops: list[int]  # tokens that end an answer
     special: list[int]  # tokens that every draft vocabulary holds
     chunk: int  # answered at a time
 
@@ -52,21 +51,29 @@ def answer_prompts(setup: Setup, target: RunTarget) -> Answers:
     if not missing:
         assert result is not None, "a run asks for some split"
         say("data", f"done before: {directory}")
-        return Answers(directory, order, result["eos"], result["special"], data.rows)
+        # Answers of earlier versions were ended by one token alone.
+        stops = result["stops"] if "stops" in result else [result["eos"]]
+        return Answers(directory, order, stops, result["special"], data.rows)
     check_draft(setup, target)
     prompts = {split: _prompts(setup, split) for split in setup.splits}
     rendered = {split: _rendered(setup, target, split, prompts[split]) for split in setup.splits}
-    loaded, eos = target.loaded, cast(int, target.tokenizer.eos_token_id)
+    loaded = target.loaded
+    stops = loaded.stop_tokens
+    if not stops:
+        raise InputError(
+            f"target.path: {setup.config.target.path} names no token that ends an answer; expected eos_token_id in its "
+            "config.json or an eos_token of its tokenizer"
+        )
     say("data", "the target answers the prompts")
-    special = sorted({*target.tokenizer.all_special_ids, *loaded.stop_tokens})
+    special = sorted({*target.tokenizer.all_special_ids, *stops})
     for split in setup.splits:
         _, limit = _answer_limit(setup, split)
         dtype = data.feature_dtype if split == "train" else "float32"
-        order[split] = capture(directory, split, loaded.model, rendered[split], eos, limit, data.rows, dtype)
+        order[split] = capture(directory, split, loaded.model, rendered[split], stops, limit, data.rows, dtype)
         rows = load_split(directory, split, len(order[split]), data.rows)
         write_texts(directory / f"{split}.json", target.tokenizer, prompts[split], order[split], rows)
-    stage.store({"order": order, "eos": eos, "special": special})
-    return Answers(directory, order, eos, special, data.rows)
+    stage.store({"order": order, "stops": stops, "special": special})
+    return Answers(directory, order, stops, special, data.rows)
 
 
 def _prompts(setup: Setup, split: str) -> list[Prompt]:

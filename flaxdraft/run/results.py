@@ -110,7 +110,7 @@ def evaluate_draft(setup: Setup, trained: Trained | None) -> dict[str, Any]:
         setup.evaluation, untrained.graphdef, chosen_params(setup, trained), untrained.frozen, material.vocab
     )  # fmt: skip
     session = Session(
-        target.loaded.model, draft, target.tokenizer, Settings(config.max_new_tokens, 0, (material.answers.eos,)),
+        target.loaded.model, draft, target.tokenizer, Settings(config.max_new_tokens, 0, tuple(material.answers.stops)),
         "evaluate.max_new_tokens", min(setup.config.data.rows, len(prompts)),
     )  # fmt: skip
     guess, inputs = Guess(config.chain_length), _evaluation_inputs(setup) | {"checkpoint": chosen._asdict()}

@@ -55,8 +55,9 @@ def train_draft(setup: Setup, material: Material) -> Trained:
     teacher = setup.algorithm.teacher(material.embedding_and_head, material.vocab, compute)
     decoded = _decoded_in_training(setup, material)
     precision = Precision(compute=compute, float8=config.float8)
-    draft = make_draft(setup, target, material.embedding_and_head, material.vocab, SHARDING, precision)
-    graphdef, params, frozen = split_draft(draft)
+    graphdef, params, frozen = split_draft(
+        make_draft(setup, target, material.embedding_and_head, material.vocab, SHARDING, precision)
+    )
     check_heads(draft_config(setup, target), SHARDING, setup.mesh.shape)
     with jax.set_mesh(setup.mesh):
         params, frozen = (on_mesh(state, setup.mesh, SHARDING) for state in (params, frozen))
@@ -89,7 +90,7 @@ def _decoded_in_training(setup: Setup, material: Material) -> Callable[[nnx.Stat
     config = setup.config.evaluate
     if not config.decode_prompts:
         return None
-    settings = Settings(config.max_new_tokens, config.chain_length, (material.answers.eos,))
+    settings = Settings(config.max_new_tokens, config.chain_length, tuple(material.answers.stops))
     rows, model = material.answers.rows("held_out"), material.target.loaded.model
     return make_decoded_accept_length(model, untrained_draft(setup, material), rows, config.decode_prompts, settings)
 

@@ -329,9 +329,9 @@ class Checkpoints:
         saved, response = self._saving
         try:
             response.result(timeout)
-        except TimeoutError:
-            return
         except Exception as error:
+            if timeout is not None and isinstance(error, TimeoutError):
+                return  # not through yet; without a timeout it is the save itself that gave up
             self._saving = None
             raise self._failed(saved.step, error) from error
         self._saving = None

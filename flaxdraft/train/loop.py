@@ -82,8 +82,8 @@ class Trainer:
                 not finite, or the device has too little memory.
         """
         config, tx, algorithm = self.config, optimizer(self.config), self.algorithm
-        state = jax.jit(lambda params: init_state(params, tx, algorithm, ema=config.ema_decay is not None))(params)
-        arrays, start = {"state": state, "counters": counting.zero(self.mesh)}, 0
+        make_state = jax.jit(lambda params: init_state(params, tx, algorithm, ema=config.ema_decay is not None))
+        arrays, start = {"state": make_state(params), "counters": counting.zero(self.mesh)}, 0
         with Checkpoints(
             self.directory / "checkpoints", keep_latest=config.keep_latest, keep_every=config.keep_every
         ) as checkpoints:
@@ -132,7 +132,7 @@ class _Run:
         with bar("train", config.num_steps, start) as progress, Preemption() as preemption, host_reads.only_counted():
             meters = Meters(self.log, progress, BrokenSteps(config.max_skipped), self.pipeline, tokens)
             examples = one_ahead(meters.waiting(batches), trainer.example)
-            for step, (_, example) in enumerate(examples, start):
+            for step, example in enumerate(examples, start):
                 if step == start:
                     draft = nnx.merge(graphdef, state.params, frozen)
                     CONSOLE.print(f"  {trainer.algorithm.describe(draft, example)}")

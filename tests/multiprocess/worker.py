@@ -71,7 +71,7 @@ def rows(num: int, seed: int, broken: list[int], length: int = LENGTH) -> list[A
 def stub_answers(directory: Path) -> SimpleNamespace:
     """Answers that were made up on the spot."""
     made = {"train": rows(24, 2, json.loads(os.environ.get("WORKER_BROKEN", "[]"))), "held_out": rows(3, 3, [])}
-    return SimpleNamespace(directory=directory, rows=made.__getitem__, special=[0, 1], eos=0)
+    return SimpleNamespace(directory=directory, rows=made.__getitem__, special=[0, 1], stops=[0])
 
 
 def material_of(setup: Setup, documents: Documents | None = None) -> Material:

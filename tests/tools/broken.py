@@ -42,7 +42,8 @@ OPTIMIZER = (
     Break("the running mean is not handed to the step", "compute, config.accumulate, config.ema_decay)",
           "compute, config.accumulate)", wire("train.ema_decay")),
     Break("the weights are exported in place of their running mean",
-          "return state.params if state.ema is None else state.ema", "return state.params", wire("train.ema_decay")),
+          "return state.params if state.ema is None else state.ema", "return state.params",
+          of("test_wire", "trained_weights")),
     Break("a step that is not finite is taken", "jnp.where(finite, n, o), new, old", "n, new, old",
           of("test_train_step", "not_finite")),
     Break("accepted shares are not carried to the next step", "return jnp.where(sums.row_count_J > 0, mean_J,",
@@ -178,7 +179,7 @@ EVALUATION = (
     Break("the final evaluation is not of the chosen weights", "chosen_params(setup, trained), untrained.frozen,",
           "jax.tree.map(lambda x: x * 0, chosen_params(setup, trained)), untrained.frozen,",
           ("tests/test_wire.py", "-k", "trained_weights")),
-    Break("a prompt's last pass counts twice", "num_pass_B=carry.num_pass_B + running_B",
+    Break("every pass counts twice", "num_pass_B=carry.num_pass_B + running_B",
           "num_pass_B=carry.num_pass_B + 2 * running_B", of("test_speculative", "mla-3")),
 )  # fmt: skip
 
