@@ -138,7 +138,7 @@ class EvaluateConfig(_Section):
 
 
 class ExportConfig(_Section):
-    engine: str = ""  # whose contract is met, one of the algorithm's; left out: its default
+    engine: Text | None = None  # whose contract is met, one of the algorithm's; null: its default
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     step: Literal["best", "latest"] = "best"  # the checkpoint that is evaluated, exported and reported
 
@@ -277,6 +277,6 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
     draft, how = config.draft, config.export
     if draft.architecture is None:
         draft = draft.model_copy(update={"architecture": config.algorithm.default_architecture})
-    if not how.engine:
+    if how.engine is None:
         how = how.model_copy(update={"engine": config.algorithm.default_engine})
     return config.model_copy(update={"draft": draft, "export": how})

@@ -52,13 +52,13 @@ def find_by_name(package: str, name: str, field: str) -> ModuleType:
     """The part of that name.
 
     Raises:
-        InputError: no such part; the message lists the names there are and the file that would add one.
+        InputError: no such part; the message lists the names that there are.
     """
     places = _places(package)
     if name not in places:
         raise InputError(
             f"{field}: no {name!r} in {package}; found {', '.join(sorted(places))}. "
-            f"A new one is a new file or folder {package.replace('.', '/')}/{name}"
+            f"A new one is a new part of {package}, see CONTRIBUTING.md"
         )
     return importlib.import_module(places[name])
 
@@ -80,17 +80,18 @@ def find_by_architecture(packages: list[str], config: dict[str, Any], origin: st
         InputError: none declares it, or two do.
     """
     wanted = [*(config.get("architectures") or [])[:1], config.get("model_type")]
-    known: dict[str, ModuleType] = {}
+    known: dict[str, list[ModuleType]] = {}
     for package in packages:
         for _, module in parts_of(package):
             for declared in (*module.ARCHITECTURES, *module.MODEL_TYPES):
-                if declared in known and known[declared] is not module:
-                    raise InputError(f"both {known[declared].__name__} and {module.__name__} declare {declared!r}")
-                known[declared] = module
+                if module not in (modules := known.setdefault(declared, [])):
+                    modules.append(module)
     for key in wanted:
-        if key in known:
-            return known[key]
+        if len(found := known.get(key, [])) > 1:
+            raise InputError(f"{origin}: {' and '.join(module.__name__ for module in found)} both declare {key!r}")
+        if found:
+            return found[0]
     raise InputError(
         f"{origin}: architecture {wanted[0]!r} (model_type {wanted[-1]!r}) is not supported; supported are "
-        f"{', '.join(sorted(known))}. A new one is a new file in {packages[0].replace('.', '/')}/"
+        f"{', '.join(sorted(known))}. A new one is a new part of {packages[0]}, see CONTRIBUTING.md"
     )

@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +123,16 @@ def test_arrays_come_back_on_other_devices(tmp_path):
         assert words(loaded["state"]) == words(saved["state"])
         assert loaded["state"]["w"].sharding.mesh.shape == {"data": shape[0], "model": shape[1]}
         np.testing.assert_array_equal(loaded["vocab"]["target_ids"], VOCAB.target_ids_W)
+
+
+def test_a_save_that_gives_up_waiting_has_failed(tmp_path):
+    """Orbax raises TimeoutError too, which only says "not yet" to whoever asks with a timeout."""
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        gave_up = Mock(result=Mock(side_effect=TimeoutError("no signal")))
+        checkpoints._saving = (SimpleNamespace(step=3), gave_up)
+        checkpoints.poll()
+        with pytest.raises(InputError, match="no signal"):
+            checkpoints.finish()
 
 
 def test_no_single_bit_leaves_the_fingerprint_as_it_was():

@@ -206,7 +206,7 @@ def damaged(directory, case):
             (directory / "config.json").write_text(
                 json.dumps(CONFIG | {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2"})
             )
-            return r"'Mamba2ForCausalLM' .*supported are .*Qwen3ForCausalLM.*new file in flaxdraft/targets/"
+            return r"'Mamba2ForCausalLM' .*supported are .*Qwen3ForCausalLM.*new part of flaxdraft.targets"
         case "no weights":
             for path in directory.glob("*.safetensors*"):
                 path.unlink()

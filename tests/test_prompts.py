@@ -67,14 +67,17 @@ def test_a_broken_line_is_named_by_its_number(read, line, message):
         read(GOOD | {"id": "first"}, "", HELD_OUT, line)
 
 
-@pytest.mark.parametrize(
-    ("lines", "split"), [((GOOD,), "held_out"), ((HELD_OUT,), "train"), (("",), "train")], ids=["train", "held", "none"]
-)
-def test_both_splits_are_needed(read, lines, split):
+@pytest.mark.parametrize(("line", "split"), [(GOOD, "held_out"), (HELD_OUT, "train")], ids=["train", "held_out"])
+def test_both_splits_are_needed(read, line, split):
     with pytest.raises(
         InputError, match=rf"p.jsonl: no prompt of split '{split}'; expected some of each of: train, held_out"
     ):
-        read(*lines)
+        read(line)
+
+
+def test_a_file_of_blank_lines_is_named_empty(read):
+    with pytest.raises(InputError, match=r"p.jsonl: is empty, expected one prompt or question a line"):
+        read("")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from flaxdraft.decode.decoding import Decoded
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.measure import Guess, Measured, Timing, Turn
 from flaxdraft.evaluate.report import Sample, write_report
-from flaxdraft.evaluate.results import guess_result
+from flaxdraft.evaluate.results import guess_result, sample_of
 from flaxdraft.evaluate.walk import Part, TeacherForced
 
 YIELDS = [[3, 1], [2, 2]]
@@ -88,3 +89,10 @@ def test_a_report_has_what_there_are_figures_for(result, tmp_path):
         "| accept length, real decoding | 2.000 | 1.250 |",
     } <= {*two}
     assert any("chain of 2: 2.00 times as fast as the target alone" in line for line in one)
+
+
+def test_the_sample_is_the_answer_that_saved_most_passes():
+    """Not the longest one."""
+    run = measured(Guess(3), [[1] * 8, [2] * 7], [[1] * 7, [3, 3]], 1.0)
+    session = SimpleNamespace(tokenizer=SimpleNamespace(decode=str))
+    assert sample_of(session, run) == {"id": "b", "pieces": ["[2]"] * 7, "yields": [3, 3]}

@@ -9,6 +9,7 @@ import pytest
 from tiny_runs import make_workspace
 
 from flaxdraft.config import DataConfig, load_config
+from flaxdraft.data import answers as answers_module
 from flaxdraft.data.documents import Answer
 from flaxdraft.data.store import MANIFEST
 from flaxdraft.errors import InputError
@@ -18,6 +19,7 @@ from flaxdraft.run.setup import claim_folders, prepare
 from flaxdraft.run.target import RunTarget
 from flaxdraft.stages import same_inputs
 from flaxdraft.stages.claims import claim
+from flaxdraft.stages.directory_lock import directory_lock
 
 # Field -> another value, and whether stored answers and a draft depend on it.
 FIELDS = {
@@ -130,3 +132,40 @@ def test_prompts_of_several_turns_are_refused(make_run, answered, workspace, tmp
     with pytest.raises(InputError, match=r"questions.jsonl: prompt '1' has 2 turns; those of a run have one"):
         answer_prompts(setup, RunTarget(setup))
     assert not answered
+
+
+def test_a_folder_in_use_is_not_claimed(make_run, tmp_path):
+    """Its holder may not have written anything yet."""
+    holder, other = (make_run(f"output_dir={tmp_path}", rows=rows) for rows in (4, 3))
+    claim_folders(holder)
+    before = (holder.data_dir / "inputs.json").read_bytes()
+    with directory_lock(holder.data_dir), pytest.raises(InputError, match="data is in use by process"):
+        claim_folders(other)
+    assert (holder.data_dir / "inputs.json").read_bytes() == before
+
+
+def test_answers_end_at_every_end_token_of_the_target(make_run, answered, tmp_path, monkeypatch):
+    setup, asked = make_run(f"output_dir={tmp_path}"), []
+    claim_folders(setup)
+    real = RunTarget.loaded.fget
+    ends = lambda target, stops: SimpleNamespace(**vars(real(target)) | {"stop_tokens": stops})  # noqa: E731
+    monkeypatch.setattr(RunTarget, "loaded", property(lambda target: ends(target, [])))
+    with pytest.raises(InputError, match=r"names no token that ends an answer; expected eos_token_id"):
+        answer_prompts(setup, RunTarget(setup))
+    monkeypatch.setattr(RunTarget, "loaded", property(lambda target: ends(target, [2, 7])))
+    inner = answers_module.answer_greedily
+    monkeypatch.setattr(answers_module, "answer_greedily", lambda *args: (asked.append(args[3]), inner(*args))[1])
+    assert answer_prompts(setup, RunTarget(setup)).stops == [2, 7]
+    assert set(map(tuple, asked)) == {(2, 7)}
+
+
+def test_answers_of_before_keep_the_one_token_that_ended_them(make_run, answered, tmp_path):
+    setup = make_run(f"output_dir={tmp_path}")
+    claim_folders(setup)
+    assert answer_prompts(setup, RunTarget(setup)).stops == [2]
+    record = setup.data_dir / "data.json"
+    stored = json.loads(record.read_text())
+    assert stored["result"].pop("stops") == [2]
+    stored["result"]["eos"] = 5
+    record.write_text(json.dumps(stored))
+    assert answer_prompts(setup, RunTarget(setup)).stops == [5]

@@ -20,6 +20,7 @@ from test_engine_contracts import DEFAULT_TAPS, SWITCHES
 from flaxdraft.algorithms.loading import contract_of, from_pretrained
 from flaxdraft.config import DraftConfig
 from flaxdraft.errors import InputError
+from flaxdraft.files.draft_directory import written_whole
 from flaxdraft.files.safetensors_file import load_safetensors
 from flaxdraft.run.init_from import check_target, load_start, start_files
 from flaxdraft.serving import lint
@@ -238,6 +239,25 @@ def test_the_source_is_never_overwritten(tmp_path, capsys):
     assert call(tmp_path / "out", Path(tmp_path / "out"), "--engine", "hf") == 2
     assert "is the source itself" in capsys.readouterr().err
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_a_targets_directory_is_never_overwritten(tmp_path, capsys):
+    make_run(tmp_path / "run", "llama", {})
+    (tmp_path / "target").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / "target" / name).write_text(name)
+    assert call(tmp_path / "run", tmp_path / "target") == 2
+    assert "exists and is no draft's directory (it holds tokenizer.json)" in capsys.readouterr().err
+    assert (tmp_path / "target" / "model.safetensors").read_text() == "model.safetensors"
+
+
+def test_an_export_that_fails_leaves_the_one_before(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("before")
+    with pytest.raises(OSError, match="full"), written_whole(tmp_path / "out"):
+        raise OSError("the disk is full")
+    assert (tmp_path / "out" / "config.json").read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_directory_without_layer_ids_takes_the_targets_defaults(tmp_path, capsys):

@@ -122,7 +122,7 @@ def evaluate_draft(setup: Setup, trained: Trained | None) -> dict[str, Any]:
 
 
 def _export_stage(setup: Setup) -> Stage:
-    inputs = setup.draft_inputs | {"export": setup.config.export.model_dump()}
+    inputs = _evaluation_inputs(setup) | {"export": setup.config.export.model_dump()}  # its card shows the evaluation
     return Stage(setup.draft_dir / "export.json", inputs)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import jax
 
@@ -17,11 +15,10 @@ from flaxdraft.run.draft import check_draft, draft_config
 from flaxdraft.run.estimate import estimate
 from flaxdraft.run.material import gather
 from flaxdraft.run.results import evaluate_draft, export_draft, finished, report_run
-from flaxdraft.run.setup import claim_folders, prepare
+from flaxdraft.run.setup import claim_data, claim_draft, claim_folders, lock, prepare
 from flaxdraft.run.target import RunTarget
 from flaxdraft.run.training import train_draft
 from flaxdraft.serving.contract import find_engine
-from flaxdraft.stages.directory_lock import directory_lock
 
 
 def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
@@ -34,9 +31,12 @@ def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
     setup = prepare(config, allowed)
     claim_folders(setup)
     log = process_log(setup.draft_dir / "logs" / f"process-{jax.process_index()}.log", speaks=hosts.is_main())
-    with log, _lock(setup.draft_dir):
+    with log, lock(setup.draft_dir):
+        with hosts.main_first("claim again"):
+            claim_draft(setup)
         target = RunTarget(setup)
-        with hosts.main_first("data"), _lock(setup.data_dir):  # other drafts share the answers
+        with hosts.main_first("data"), lock(setup.data_dir):  # other drafts share the answers
+            claim_data(setup)
             answers = answer_prompts(setup, target)
         trained = None
         if hosts.agree(hosts.is_main() and not finished(setup)):
@@ -48,11 +48,6 @@ def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
                 report_dir = report_run(setup, evaluation)
                 engine = find_engine(setup.algorithm.serving(), config.engine)
                 print_headline(evaluation, export_dir, report_dir, config.target.path, engine)
-
-
-def _lock(directory: Path) -> AbstractContextManager:
-    """One run at a time in a folder, whose first process holds it."""
-    return directory_lock(directory) if hosts.is_main() else nullcontext()
 
 
 def plan(config: RunConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ from flaxdraft.run.init_from import load_start, start_files
 from flaxdraft.serving.contract import find_engine
 from flaxdraft.serving.trained_draft import TrainedDraft
 from flaxdraft.stages.claims import check_claimed, claim
+from flaxdraft.stages.directory_lock import directory_lock
 from flaxdraft.stages.same_inputs import NOT_OF_ANSWERS, flatten
 from flaxdraft.train.batch_placement import check_batch
 from flaxdraft.train.metrics_log import check_wandb
@@ -84,12 +86,6 @@ def prepare(config: RunConfig, allowed: Sequence[str] = ()) -> Setup:
     prompts = read_prompts(config.data.prompts, splits)
     check_batch(config)
     mesh = make_mesh(**config.mesh.model_dump())
-    start = None if config.draft.init_from is None else load_start(config.draft, architecture)
-    answer_inputs, draft_inputs = _inputs(config)
-    known = [*flatten(draft_inputs)]
-    for field in allowed:
-        if field not in known:
-            raise InputError(f"--allow-change: no field {field!r}; {nearest(field, known)}")
     check_wandb(config.train.wandb)
     check_request(config.train.resume, config.draft_dir / "checkpoints")
     if jax.process_count() > 1 and mesh.size != jax.device_count():
@@ -103,6 +99,12 @@ def prepare(config: RunConfig, allowed: Sequence[str] = ()) -> Setup:
             f"evaluate.chain_length: found {config.evaluate.chain_length}, but such drafts of {config.algorithm.name} "
             f"propose at most {most} tokens at a time"
         )
+    start = None if config.draft.init_from is None else load_start(config.draft, architecture)
+    answer_inputs, draft_inputs = _inputs(config)
+    known = [*flatten(draft_inputs)]
+    for field in allowed:
+        if field not in known:
+            raise InputError(f"--allow-change: no field {field!r}; {nearest(field, known)}")
     evaluation = algorithm.drafting(config.evaluate.chain_length)
     return Setup(
         config, algorithm, evaluation, architecture, mesh, splits, prompts, start, answer_inputs, draft_inputs, allowed
@@ -133,15 +135,43 @@ def _inputs(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     }  # fmt: skip
 
 
-def claim_folders(setup: Setup) -> None:
+def lock(directory: Path) -> AbstractContextManager:
+    """One run at a time in a folder, whose first process holds it.
+
+    Raises:
+        InputError: see `directory_lock`.
     """
+    return directory_lock(directory) if hosts.is_main() else nullcontext()
+
+
+def claim_folders(setup: Setup) -> None:
+    """Refuses a run that does not belong into its folders, before anything is done for it.
+
+    Raises:
+        InputError: see `claim`, `check_claimed` and `lock`.
+    """
+    with hosts.main_first("claim"):
+        with lock(setup.data_dir):
+            claim_data(setup)
+        with lock(setup.draft_dir):
+            claim_draft(setup)
+
+
+def claim_data(setup: Setup) -> None:
+    """To be called by the holder of the folder's lock, in the first process before the others: another run may claim a
+    folder that holds no result yet.
+
     Raises:
         InputError: see `claim` and `check_claimed`.
     """
-    with hosts.main_first("claim"):
-        own = claim if hosts.is_main() else check_claimed
-        own(setup.data_dir, setup.answer_inputs, "Give another output_dir, or remove it to start anew.")
-        own(
-            setup.draft_dir, setup.draft_inputs, "Give another name= or output_dir=, or remove it to start anew.",
-            setup.allowed,
-        )  # fmt: skip
+    own = claim if hosts.is_main() else check_claimed
+    own(setup.data_dir, setup.answer_inputs, "Give another output_dir, or remove it to start anew.")
+
+
+def claim_draft(setup: Setup) -> None:
+    """See `claim_data`."""
+    own = claim if hosts.is_main() else check_claimed
+    own(
+        setup.draft_dir, setup.draft_inputs, "Give another name= or output_dir=, or remove it to start anew.",
+        setup.allowed,
+    )  # fmt: skip

@@ -6,8 +6,6 @@ trained draft.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from flaxdraft.errors import InputError
+from flaxdraft.files.draft_directory import check_replaceable, written_whole
 from flaxdraft.files.json_files import write_json
 from flaxdraft.files.name_tables import state_to_torch
 from flaxdraft.files.safetensors_file import save_safetensors
@@ -68,16 +67,12 @@ def export(
     tensors |= contract.tables(draft.vocab, table)
     view = view_of_arrays(config, tensors, target.config)
     _refuse(table, [*of_engine(contract, table, view), *contract.of_sizes(view)])
-    scratch = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    save_safetensors(scratch / "model.safetensors", tensors, metadata={"format": "pt"})
-    write_json(scratch / "config.json", config)
-    if origin is not None:
-        card = model_card(draft, config, target, origin, _takers(contract, view))
-        (scratch / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(scratch, directory)
+    with written_whole(directory) as scratch:
+        save_safetensors(scratch / "model.safetensors", tensors, metadata={"format": "pt"})
+        write_json(scratch / "config.json", config)
+        if origin is not None:
+            card = model_card(draft, config, target, origin, _takers(contract, view))
+            (scratch / "README.md").write_text(card, encoding="utf-8")
 
 
 def _takers(contract: Contract, view: DraftView) -> list[Engine]:
@@ -95,6 +90,5 @@ def export_again(directory: Path, draft: TrainedDraft, target: AboutTarget, **ho
     Raises:
         InputError: what lies there is no draft's directory; see `export` for the rest.
     """
-    if directory.exists() and not (directory / "config.json").exists():
-        raise InputError(f"{directory}: exists and is no draft's directory; choose another name")
+    check_replaceable(directory)
     export(directory, draft, target, **how)

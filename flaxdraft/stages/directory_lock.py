@@ -26,9 +26,13 @@ def directory_lock(directory: Path) -> Iterator[None]:
     """Holds the lock of a directory, which is made if need be.
 
     Raises:
-        InputError: another run holds it (its host and process are named), or the file system knows no locks.
+        InputError: it cannot be made, another run holds it (its host and process are named), or the file system knows
+            no locks.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir: cannot write to {directory} ({error.strerror}); choose another one") from error
     path = directory / "lock"
     # A lock that is no more than a file would outlive a killed run, and stop those that are to go on from it.
     lock = FileLock(path, timeout=0, fallback_to_soft=False, on_acquired=_sign)

@@ -51,6 +51,8 @@ def _work(arguments: argparse.Namespace) -> None:
     from flaxdraft.algorithms.eagle3.foreign.convert import Options, convert
     from flaxdraft.serving.view import read_config
 
+    if arguments.out.resolve() == arguments.source.resolve():
+        raise InputError(f"{arguments.out}: is the source itself; choose another name")
     folder = arguments.source if arguments.source.is_dir() else arguments.source.parent
     config = read_config(arguments.config or folder / "config.json")
     tensors, has_training_state = read_tensors(arguments.source)

@@ -27,7 +27,9 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="a run's draft folder, or an exported directory")
     parser.add_argument("out", type=Path, help="the directory to write")
-    parser.add_argument("--engine", default="sglang", help="sglang, vllm, sglang-jax, tpu-inference or hf")
+    parser.add_argument(
+        "--engine", help="one of the algorithm's, of EAGLE-3: sglang (if left out), vllm, sglang-jax, tpu-inference, hf"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights")
     parser.add_argument("--step", default="latest", help="of the checkpoint: a number, latest or best")
     parser.add_argument(
@@ -50,9 +52,10 @@ def _work(arguments: argparse.Namespace) -> None:
     if arguments.out.resolve() == arguments.checkpoint.resolve():
         raise InputError(f"{arguments.out}: is the source itself; choose another name")
     source = open_draft(arguments.checkpoint, step=arguments.step, target=target)
-    how = {"engine": arguments.engine, "dtype": DTYPES[arguments.dtype], "origin": source.origin}
+    engine = arguments.engine or source.draft.algorithm.settings.default_engine
+    how = {"engine": engine, "dtype": DTYPES[arguments.dtype], "origin": source.origin}
     export_again(arguments.out, source.draft, source.target, **how)
-    print(f"{arguments.out}: for {arguments.engine}, {arguments.dtype}")
+    print(f"{arguments.out}: for {engine}, {arguments.dtype}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,6 +17,7 @@ from flaxdraft.algorithms.eagle3.serving.kinds import kind_of
 from flaxdraft.algorithms.eagle3.serving.tensors import ATTENTION, sizes
 from flaxdraft.algorithms.loading import from_pretrained
 from flaxdraft.errors import InputError
+from flaxdraft.files.draft_directory import check_replaceable, written_whole
 from flaxdraft.files.json_files import write_json
 from flaxdraft.files.safetensors_file import save_safetensors
 from flaxdraft.interfaces import VocabMap
@@ -56,8 +55,7 @@ def convert(
     Raises:
         InputError: see `understand`, `rename` and `target_ids`; or the weights do not make a draft.
     """
-    if out.exists() and not (out / "config.json").exists():
-        raise InputError(f"{out}: exists and is no draft's directory; choose another name")
+    check_replaceable(out)
     nested = config.get("transformer_layer_config")
     if wrong := [*malformed(config), *(malformed(nested) if isinstance(nested, dict) else ())]:
         raise InputError(f"{origin}: config.json: {'; '.join(wrong)}")
@@ -77,19 +75,14 @@ def convert(
         "architectures": [kind.architecture], "model_type": kind.model_type, "tie_word_embeddings": False,
         "draft_trainer": trainer or "unknown",
     }  # fmt: skip
-    scratch = out.with_name(out.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    with written_whole(out) as scratch:
         weights = {name: np.ascontiguousarray(array) for name, array in named.items()}
         save_safetensors(scratch / "model.safetensors", weights, metadata={"format": "pt"})
         write_json(scratch / "config.json", written)
-        from_pretrained(scratch)
-    except InputError as error:
-        shutil.rmtree(scratch)
-        raise InputError(str(error).replace(str(scratch), origin)) from error
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(scratch, out)
+        try:
+            from_pretrained(scratch)
+        except InputError as error:
+            raise InputError(str(error).replace(str(scratch), origin)) from error
     return Report(trainer, rows, remarks)
 
 
