@@ -150,7 +150,7 @@ def prompts(num, seed=0, longest=24):
 
 def own_answers(target, some):
     """Each prompt with the target's own answer, one token after the other, and features."""
-    return answer_greedily(target, some, LIMIT, STOP, len(some), lambda num: None)
+    return answer_greedily(target, some, LIMIT, [STOP], len(some), lambda num: None)
 
 
 def answers(rows):

@@ -75,7 +75,7 @@ def test_nothing_accepted_is_one_and_all_accepted_is_the_chain_plus_one():
 def held_out():
     """Eleven answers: no batch size above one divides them."""
     target = make_target()
-    rows = answer_greedily(target, prompts(11), 24, 7, 11, lambda num: None)
+    rows = answer_greedily(target, prompts(11), 24, [7], 11, lambda num: None)
     graphdef, params, frozen = split_draft(make_draft("llama", target))
     algorithm = make_algorithm(STEPS)
     return make_accepted(graphdef, algorithm, frozen, target.head()[VOCAB.target_ids_W])(params), rows, algorithm

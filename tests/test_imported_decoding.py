@@ -49,7 +49,7 @@ def test_an_imported_draft_gains_what_its_formula_says(tmp_path, target, layout)
     convert(tensors, config, tmp_path / "out", "there")
     out = tmp_path / "out"
     loaded = pair(out, from_pretrained(out), LoadedTarget(target, None, {}, tmp_path), Precision())
-    rows = answer_greedily(target, PROMPTS, LIMIT, STOP, len(PROMPTS), lambda num: None)
+    rows = answer_greedily(target, PROMPTS, LIMIT, [STOP], len(PROMPTS), lambda num: None)
     decoded = Decoding(target, loaded.ready, PROMPTS, Settings(LIMIT, CHAIN, (STOP,))).finish()
     embedding = np.asarray(target.embedding())
     want = [predicted(tensors, config, embedding, row) for row in rows]

@@ -33,7 +33,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def rows(target):
-    return answer_greedily(target, PROMPTS, LIMIT, STOP, len(PROMPTS), lambda num: None)
+    return answer_greedily(target, PROMPTS, LIMIT, [STOP], len(PROMPTS), lambda num: None)
 
 
 def gained(target, rows, draft):
@@ -127,7 +127,7 @@ def train(target):
 def test_an_unshifted_mask_shows_in_the_first_pass_of_answers(target, train, seed):
     """Two drafts trained on the same answers; the other's mask lies one token late of its labels. Tokens and features
     are right, so it learns all but the row before an answer, which nothing else can teach."""
-    answered = answer_greedily(target, templated(seed), 12, STOP, len(PROMPTS), lambda num: None)
+    answered = answer_greedily(target, templated(seed), 12, [STOP], len(PROMPTS), lambda num: None)
     documents = [as_document(row) for row in answered]
     late = [
         dataclasses.replace(document, assistant=document.assistant & np.roll(document.assistant, 1))

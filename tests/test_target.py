@@ -103,7 +103,7 @@ def test_greedy_answers_and_features_equal_the_uncached_ones(loaded):
     prompts = [[5] * 9 + rng.integers(3, vocab, n).tolist() for n in (2, 5, 3)]
     assert common_prefix(prompts) == 8
     steps = []
-    rows = answer_greedily(loaded.model, prompts, 6, 2, 4, steps.append)
+    rows = answer_greedily(loaded.model, prompts, 6, [2], 4, steps.append)
     assert len(rows) == 3
     assert sum(steps) == sum(row.num_answer for row in rows)
     for prompt, row in zip(prompts, rows, strict=True):
