@@ -11,9 +11,11 @@ here is:
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import pkgutil
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,13 @@ from flaxdraft.errors import InputError
 
 if TYPE_CHECKING:
     from flaxdraft.config import AlgorithmConfig
+
+
+@functools.cache
+def _installed(package: str, path: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Name and module of each part that installed packages bring. Finding them opens a file of every package on `path`,
+    which takes tens of milliseconds."""
+    return tuple((point.name, point.value) for point in importlib.metadata.entry_points(group=package))
 
 
 def _places(package: str) -> dict[str, str]:
@@ -33,11 +42,10 @@ def _places(package: str) -> dict[str, str]:
     root = importlib.import_module(package)
     names = {info.name for info in pkgutil.iter_modules(root.__path__)} - {*getattr(root, "SHARED", ()), "__main__"}
     places = {name: f"{package}.{name}" for name in sorted(names)}
-    for point in importlib.metadata.entry_points(group=package):
-        if (other := places.setdefault(point.name, point.value)) != point.value:
+    for name, place in _installed(package, tuple(sys.path)):
+        if (other := places.setdefault(name, place)) != place:
             raise InputError(
-                f"entry point {point.name!r} in {package}: {point.value} and {other} have the same name; give one of "
-                "them another"
+                f"entry point {name!r} in {package}: {place} and {other} have the same name; give one of them another"
             )
     return places
 

@@ -35,6 +35,11 @@ from compiling import FAST  # noqa: E402 (devices are set first)
 from tiny import write_tiny_gguf  # noqa: E402
 
 
+# Compiled programs are millions of objects that stay; the collector would look through them again and again.
+gc.freeze()
+gc.set_threshold(50_000, 20, 50)
+
+
 def pytest_configure(config):
     if config.getoption("markexpr") != "gpu":
         jax.config.update("jax_platforms", "cpu")

@@ -61,7 +61,7 @@ def test_computing_only_supervised_rows_changes_nothing(name):
     assert int(some.row_count_J[0]) == 2 * (T - 2 - 3)
 
 
-@pytest.mark.parametrize("name", DRAFTS)
+@pytest.mark.parametrize("name", ["llama", pytest.param("mla", marks=pytest.mark.slow)])
 def test_of_the_feed_forward_each_step_keeps_only_what_products_gave(name):
     draft, ex, num_steps = make_draft(DRAFTS[name], intermediate_size=47), example(), 3
     graphdef, params, frozen = split_draft(draft)

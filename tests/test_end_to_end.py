@@ -101,6 +101,7 @@ def test_another_draft_shares_the_answers(finished, workspace, monkeypatch):
     assert evaluation["teacher_forced"]["answers_with_the_decoded_passes"] == 4
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_exported_draft(finished, workspace, monkeypatch, capfd):
     """Its first held-out loss is that of the step that was exported, the best; its vocabulary map comes along."""
     monkeypatch.setattr(answers, "capture", None)
@@ -159,6 +160,7 @@ def test_another_step_is_evaluated_and_exported_where_it_is_asked_for(finished, 
     assert call(workspace, f"output_dir={copy}", "export.step=latest") == 0
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_back_to_the_step_that_is_asked_for(finished, workspace, monkeypatch, capfd):
     """Once: the same command then shows what that gave. An older checkpoint than those left is refused."""
     copy = finished.with_name("back")
@@ -180,6 +182,7 @@ def test_a_finished_run_goes_back_to_the_step_that_is_asked_for(finished, worksp
     assert "accept length" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_changed_evaluation_is_done_anew_and_training_is_not(finished, workspace, monkeypatch):
     before = json.loads((finished / "llama" / "evaluation.json").read_text())
     copy = finished.with_name("copy")
@@ -192,6 +195,7 @@ def test_changed_evaluation_is_done_anew_and_training_is_not(finished, workspace
     assert after["inputs"] != before["inputs"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights(finished, workspace, tmp_path):
     """Killed in training, right after a checkpoint; the resumed weights are those of the undisturbed run, bitwise."""
     out = tmp_path / "killed"
@@ -234,9 +238,10 @@ def test_a_killed_capture_goes_on(workspace, finished, tmp_path):
             np.testing.assert_array_equal(got[key], want[key], err_msg=f"{name} {key}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
-    [("mesh.fsdp=2", "mesh.tensor=2"), pytest.param(("mesh.data=2", "mesh.sequence=4"), marks=pytest.mark.slow)],
+    [("mesh.fsdp=2", "mesh.tensor=2"), ("mesh.data=2", "mesh.sequence=4")],
 )
 def test_the_whole_command_on_a_mesh(finished, workspace, tmp_path, mesh):
     """Training is spread, in two micro-batches a step, and its held-out losses are those of one device; decoding is on
@@ -291,6 +296,7 @@ def test_a_damaged_result_is_named(finished, workspace, tmp_path, capfd, damage,
     assert re.search(message, error), error
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's reads beside a failing one
 @pytest.mark.usefixtures("damaged_reads")
 def test_a_damaged_checkpoint_is_passed_over(finished, workspace, tmp_path, capfd):
@@ -312,6 +318,7 @@ def test_two_runs_in_one_folder_are_refused(finished, workspace, capfd):
     assert f"is in use by process {os.getpid()} on" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_changed_field_is_forced_by_name(finished, workspace, tmp_path, capfd):
     out = tmp_path / "changed"
     shutil.copytree(finished, out, symlinks=True)
@@ -356,6 +363,7 @@ def test_a_model_directory_of_another_family(workspace, deepseek_directory, tmp_
         assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (5, 5, 6)
 
 
+@pytest.mark.slow
 def test_packed_rows_train(finished, workspace, monkeypatch, capfd):
     monkeypatch.setattr(answers, "capture", None)
     assert call(workspace, "name=packed", "train.pack_length=128", "train.num_steps=4") == 0

@@ -72,7 +72,9 @@ def test_rows_that_are_free_take_the_next_prompt(target):
     assert generate(target, prompts, num_rows=4, **sampled) == generate(target, prompts, **sampled)
 
 
-@pytest.mark.parametrize("num_rows", [1, 5, 8])
+@pytest.mark.parametrize(
+    "num_rows", [5, pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_shares_that_do_not_divide_the_rows(target, num_rows):
     """Nine prompts of three lengths in one row; in five, read one by one; in eight, where two are read at a time, three
     rows may be free at once, and the last prompt is read beside a row of padding. Samples tell seeds apart."""

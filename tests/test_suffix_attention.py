@@ -56,7 +56,7 @@ def test_value_and_gradients_are_the_dense_ones(shape, chunks):
     assert_close(got_grads, want_grads, summands=R * N // K)
 
 
-@pytest.mark.parametrize("shape", ["gqa", "mla"])
+@pytest.mark.parametrize("shape", [pytest.param("gqa", marks=pytest.mark.slow), "mla"])
 def test_gradients_against_finite_differences(shape):
     with jax.enable_x64(True):
         arrays, seen = make((1, 4, 5, *SHAPES[shape][3:]), jnp.float64)

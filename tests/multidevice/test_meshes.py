@@ -17,16 +17,21 @@ from flaxdraft.train import step as step_module
 
 AXIS_NAMES = [axis for axis in AXES if axis != "expert"]
 COUNTS = ("loss_count_J", "row_count_J", "hit_J", "prefix_hit_J")
-DEFAULT = [{axis: 8} for axis in AXIS_NAMES] + [{"fsdp": 4, "tensor": 2}]
-SLOW = [{axis: size} for axis in AXIS_NAMES for size in (2, 4)]
+SHAPES = [{axis: size} for axis in AXIS_NAMES for size in (8, 4, 2)]
 # Both shapes of each pair. Which axis is written first does not matter: the mesh has its own order of axes (mesh.AXES),
 # in which 2 x 4 and 4 x 2 cut arrays differently and make different groups of neighbours.
-SLOW += [{a: 2, b: 4} for a, b in itertools.permutations(AXIS_NAMES, 2)]
-SLOW += [{"fsdp": 2, "tensor": 2, "sequence": 2}]
+SHAPES += [{a: 2, b: 4} for a, b in itertools.permutations(AXIS_NAMES, 2)]
+SHAPES += [{"fsdp": 2, "tensor": 2, "sequence": 2}]
+# By default every axis once, and two together; what a draft's own projections do on an axis is much the same.
+DEFAULT = {"llama": ({"data": 8}, {"fsdp": 8}, {"sequence": 8}), "mla": ({"tensor": 8}, {"fsdp": 4, "tensor": 2})}
 
 
-MESHES = [pytest.param(shape, id=str(shape)) for shape in DEFAULT]
-MESHES += [pytest.param(shape, id=str(shape), marks=pytest.mark.slow) for shape in SLOW if shape not in DEFAULT]
+def cases():
+    """A draft and a mesh each."""
+    for name in DRAFTS:
+        for shape in SHAPES:
+            marks = () if shape in DEFAULT[name] else pytest.mark.slow
+            yield pytest.param(name, shape, id=f"{name}-{shape}", marks=marks)
 
 
 def check(got, want):
@@ -38,8 +43,7 @@ def check(got, want):
     assert got.losses[3] < got.losses[0]  # the same batch
 
 
-@pytest.mark.parametrize("shape", MESHES)
-@pytest.mark.parametrize("name", DRAFTS)
+@pytest.mark.parametrize(("name", "shape"), [*cases()])
 def test_the_curve_is_that_of_one_device(name, shape):
     """In two micro-batches, and in one on one device."""
     got = train(name, shape, 2)
@@ -50,6 +54,7 @@ def test_the_curve_is_that_of_one_device(name, shape):
     assert all(len(specs) == 1 for specs in per_name.values()), per_name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [{"fsdp": 2, "tensor": 2, "sequence": 2}], ids=str)
 def test_a_trained_embedding(shape):
     """A draft of another width than its target's owns an embedding, whose vocabulary and width are split."""

@@ -49,12 +49,13 @@ def loss_and_gradients(name: str, shape: dict[str, int], remat: str = "none"):
         return jax.device_get(compiled(run.params, run.frozen, example)), compiled.as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shape", "remat"),
     [
         ("llama", {"sequence": 4}, "none"),
-        pytest.param("mla", {"sequence": 4}, "none", marks=pytest.mark.slow),
-        pytest.param("mla", {"sequence": 4, "tensor": 2}, "projections", marks=pytest.mark.slow),
+        ("mla", {"sequence": 4}, "none"),
+        ("mla", {"sequence": 4, "tensor": 2}, "projections"),
     ],
 )
 def test_four_devices_equal_one(name, shape, remat):

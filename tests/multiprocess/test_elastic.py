@@ -35,6 +35,7 @@ def test_the_same_devices_go_on_to_the_bit(uninterrupted):
     uninterrupted.assert_identical("same", "uninterrupted")
 
 
+@pytest.mark.slow
 def test_other_devices_go_on(uninterrupted):
     """From the same step, with the same global batches; losses and held-out figures agree to rounding."""
     uninterrupted.copy_until("uninterrupted", "elastic", FROM)

@@ -99,8 +99,8 @@ class Lives:
         self.ended()
 
 
-def test_a_request_to_stop_and_a_stopped_peer(undisturbed):
-    """Both befall one run, one after the other."""
+def test_a_request_to_stop_a_stopped_peer_and_a_killed_one(undisturbed):
+    """All three befall one run, one after the other; it ends as the undisturbed one."""
     lives = Lives(undisturbed, "disturbed", 2, "hosts.heartbeat_seconds=15")
     processes = lives.start()  # process 1 is asked to stop: both save the same step and end
     undisturbed.wait_for_step("disturbed", 2, processes)
@@ -121,14 +121,20 @@ def test_a_request_to_stop_and_a_stopped_peer(undisturbed):
     assert "has given no sign of life for 5 s" in lives.output(0)
     lives.ended()
 
+    processes = lives.start()  # process 1 is killed while it saves
+    _wait_for_a_save(lives, processes, random.Random(0))
+    processes[1].kill()
+    assert finish(processes) == [RESTART, -signal.SIGKILL]
+    lives.ended()
+    lives.finish()
+    undisturbed.assert_identical("disturbed", "undisturbed")
+
 
 MOMENTS = "begin", "save", "save", "step", "step"
 
 
-@pytest.mark.parametrize(
-    ("num_processes", "num_kills"),
-    [(2, 4), pytest.param(2, 30, marks=pytest.mark.slow), pytest.param(1, 4, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_processes", "num_kills"), [(2, 30), (1, 4)])
 def test_kills_at_random_moments(request, num_processes, num_kills, record_property):
     """kill -9 of one process or of all, in turn; every restart goes on from a complete checkpoint. A run that is
     through is compared and begun anew."""
@@ -168,18 +174,27 @@ def test_kills_at_random_moments(request, num_processes, num_kills, record_prope
 def _wait_at_random(rng: random.Random, moment: str, lives: Lives, processes) -> None:
     """Up to a moment between the processes' finding each other and the first step, of the steps, or of a save."""
 
-    def wait_until(condition) -> None:
-        while not condition() and all(process.poll() is None for process in processes):
-            time.sleep(0.002)
-
     if moment == "begin":
-        wait_until(lives.has_begun)
+        _wait_until(lives.has_begun, processes)
         time.sleep(4 * rng.random())
-        return
-    goal = lives.last_step() + rng.randint(1, 3)
-    wait_until(lambda: lives.last_step() >= goal)
-    if moment == "step":
+    elif moment == "step":
+        _wait_for_some_steps(lives, processes, rng)
         time.sleep(0.2 * rng.random())
-        return
-    wait_until(lives.is_saving)
+    else:
+        _wait_for_a_save(lives, processes, rng)
+
+
+def _wait_until(condition, processes) -> None:
+    while not condition() and all(process.poll() is None for process in processes):
+        time.sleep(0.002)
+
+
+def _wait_for_some_steps(lives: Lives, processes, rng: random.Random) -> None:
+    goal = lives.last_step() + rng.randint(1, 3)
+    _wait_until(lambda: lives.last_step() >= goal, processes)
+
+
+def _wait_for_a_save(lives: Lives, processes, rng: random.Random) -> None:
+    _wait_for_some_steps(lives, processes, rng)
+    _wait_until(lives.is_saving, processes)
     time.sleep(0.05 * rng.random())

@@ -87,14 +87,18 @@ def run_case(name: str, attention: str, chunked_loss: bool):
     return golden, sums, np.asarray(hidden), float(loss), state_to_torch(grads, table, np.float32)
 
 
-@pytest.fixture(scope="module", params=["dense", "chunked"])
-def path(request):
-    return request.param
+def paths():
+    """Each case on the path that runs take. The plain one, which that is compared with in other tests too, once."""
+    for attention in ("chunked", "dense"):
+        for name in CASES:
+            marks = () if attention == "chunked" or name == CASES[0] else pytest.mark.slow
+            yield pytest.param((name, attention), id=f"{name}-{attention}", marks=marks)
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request, path):
-    return run_case(request.param, attention=path, chunked_loss=path == "chunked")
+@pytest.fixture(scope="module", params=[*paths()])
+def case(request):
+    name, attention = request.param
+    return run_case(name, attention, chunked_loss=attention == "chunked")
 
 
 def test_step_losses_and_hits(case):
