@@ -113,7 +113,7 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
 
     guesses = [*(Guess(chain_length=chain) for chain in a.chain), *(Guess(tree=tuple(tree)) for tree in a.tree)]
     for guess in guesses:  # refuses wrong numbers before anything is loaded
-        Settings(a.max_new_tokens, guess.chain_length, (), a.temperature, a.top_p, guess.tree).program(None, None)
+        Settings(a.max_new_tokens, guess.chain_length, (), a.temperature, a.top_p, guess.tree).program(None)
     prompts = read_prompts(a.prompts, () if a.split == "all" else (a.split,), "--prompts")
     prompts = [prompt for prompt in prompts if a.split in ("all", prompt.split)][: a.limit]
     mesh = make_mesh(a.data) if a.data > 1 else None
@@ -130,7 +130,7 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
         f"tokens each; {', '.join(map(str, guesses))}; temperature {a.temperature:g}"
     )
     settings = Settings(a.max_new_tokens, 0, tuple(loaded.stop_tokens), a.temperature, a.top_p)
-    session = Session(loaded.model, draft, loaded.tokenizer, settings, "--max-new-tokens", a.rows, mesh)
+    session = Session(loaded.model, draft, loaded.tokenizer, settings, "--max-new-tokens", a.rows)
     runs = measure(session, prompts, guesses, a.seeds, a.out / "batches", inputs)
     results = guess_results(session, prompts, guesses, runs)
     facts = {

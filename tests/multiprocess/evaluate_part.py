@@ -29,7 +29,7 @@ from flaxdraft.train.batch_placement import own_rows, placed_rows  # noqa: E402
 from flaxdraft.train.state import split_draft  # noqa: E402
 
 target = make_target()
-rows = answer_greedily(target, prompts(7), 16, 7, 7, lambda num: None)
+rows = answer_greedily(target, prompts(7), 16, (7,), 7, lambda num: None)
 graphdef, params, frozen = split_draft(make_draft("llama", target))
 algorithm = make_algorithm(3)
 accepted = make_accepted(graphdef, algorithm, frozen, target.head()[VOCAB.target_ids_W])(params)
