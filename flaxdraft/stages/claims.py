@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flaxdraft.devices import hosts
 from flaxdraft.errors import InputError
 from flaxdraft.files.json_files import write_json
 from flaxdraft.stages import same_inputs
@@ -41,6 +42,16 @@ def claim(directory: Path, inputs: Mapping[str, Any], mend: str, allowed: Iterab
         raise InputError(f"output_dir: cannot write to {directory} ({error.strerror}); choose another one") from error
     if check_claimed(directory, inputs, mend, allowed) != inputs:
         write_json(record, inputs)
+
+
+def claim_together(directory: Path, inputs: Mapping[str, Any], mend: str) -> None:
+    """The directory becomes that of all processes of a command.
+
+    Raises:
+        InputError: see `claim` and `check_claimed`.
+    """
+    with hosts.main_first(f"claim {directory}"):
+        (claim if hosts.is_main() else check_claimed)(directory, inputs, mend)
 
 
 def check_claimed(
