@@ -116,7 +116,7 @@ def evaluate_draft(setup: Setup, trained: Trained | None) -> dict[str, Any]:
     guess, inputs = Guess(config.chain_length), _evaluation_inputs(setup) | {"checkpoint": chosen._asdict()}
     runs = measure(session, prompts, [guess], [0], setup.draft_dir / "evaluation", inputs)
     (result,) = guess_results(session, prompts, [guess], runs)
-    result |= {"checkpoint": chosen._asdict(), "sample": sample_of(session, runs[-1])}
+    result |= {"checkpoint": chosen._asdict(), "sample": sample_of(session, runs[-1]), "dtype": setup.target_dtype}
     if hosts.is_main():
         stage.store(result)
     return result

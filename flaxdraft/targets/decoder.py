@@ -303,7 +303,9 @@ class DecoderTarget:
 
     def fork_cache(self, cache: Cache, num_rows: int) -> Cache:
         """The cache of one row, copied to many rows that begin alike."""
-        return jax.tree.map(lambda x: jnp.repeat(x, num_rows, axis=1), cache)
+        place = self.sharding.cache_lbn
+        with self.on_mesh():
+            return jax.tree.map(lambda x: jnp.repeat(x, num_rows, axis=1, out_sharding=place), cache)
 
     def move_slots(self, cache: Cache, from_BT: Int[Array, "B T"], to_BT: Int[Array, "B T"]) -> Cache:
         """See `Cache.moved`; each device moves within its own rows."""
