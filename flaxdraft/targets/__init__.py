@@ -111,6 +111,7 @@ def from_pretrained(
     state = load_state(
         abstract, family.name_table(config), source, {group.name: group.layers for group in groups},
         family.num_experts(config), places, lambda name: family.ignored(config, name),
+        f"loading {opened.path.name}",
     )  # fmt: skip
     target = decoder.build(config, groups, state, precision, mesh, sharding)
     return LoadedTarget(target, tokenizer, source.config, opened.path)
