@@ -14,6 +14,7 @@ from flax import nnx
 from flaxdraft.devices.mesh import make_mesh
 from flaxdraft.errors import InputError
 from flaxdraft.files import streaming
+from flaxdraft.files.leaves import Leaf
 from flaxdraft.files.name_tables import ArraySource, load_state
 
 L, X, D, F, V = 3, 4, 8, 12, 40
@@ -29,6 +30,11 @@ SPECS = {
     "layers/experts": (None, "expert", "fsdp", "tensor"),
 }  # fmt: skip
 MESHES = {"one": None, "fsdp 2, tensor 2, expert 2": {"fsdp": 2, "tensor": 2, "expert": 2}, "data 2": {"data": 2}}
+
+
+@pytest.fixture(autouse=True)
+def devices_with_memory_of_their_own(monkeypatch):
+    monkeypatch.setattr(streaming, "_on_host", lambda place: False)
 
 
 def tensors(dtype=ml_dtypes.bfloat16):
@@ -68,7 +74,7 @@ def assert_all_there(state, held, dtype):
         np.testing.assert_array_equal(got, want["/".join(path)].astype(dtype), "/".join(path))
 
 
-@pytest.mark.parametrize("piece", [1 << 24, 100, 1], ids=["whole arrays", "some rows", "single rows"])
+@pytest.mark.parametrize("piece", [1 << 23, 100, 1], ids=["whole arrays", "some rows", "single rows"])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_piece_goes_into_its_place(monkeypatch, mesh, piece):
     """Pieces of 100 values are a few rows of a tensor, and a number of rows that does not divide them."""
@@ -131,6 +137,26 @@ def test_what_is_read_ahead_is_bounded(monkeypatch):
     monkeypatch.setattr(streaming, "_put", slow)
     load(source, None, jnp.float32)
     assert seen[0] <= 2 * streaming.READERS < len(source.asked)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_cpu_devices_take_over_what_the_host_has_made(monkeypatch, mesh):
+    """Without a copy, in whichever dtype."""
+    monkeypatch.undo()
+    made, real = [], Leaf.read_all
+
+    def read_all(*args):
+        made.append(real(*args))
+        return made[-1]
+
+    monkeypatch.setattr(Leaf, "read_all", read_all)
+    held = tensors()
+    for dtype in (jnp.bfloat16, jnp.float32):
+        made.clear()
+        state, _ = load(ArraySource(held, "w"), MESHES[mesh], dtype)
+        assert_all_there(state, held, dtype)
+        shards = [shard.data for array in jax.tree.leaves(state) for shard in array.addressable_shards]
+        assert {shard.unsafe_buffer_pointer() for shard in shards} == {array.ctypes.data for array in made}
 
 
 def test_an_error_of_a_reader_ends_the_loading(monkeypatch):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 Transform = Literal["copy", "transpose"]
+_ROWS = 64
+_ALIGNMENT = 64  # bytes
 
 
 class TensorSource(Protocol):
@@ -52,24 +55,40 @@ class Leaf(NamedTuple):
         return inner[::-1] if self.transform == "transpose" else inner
 
     def read_one(self, source: TensorSource, bounds: tuple[slice, ...]) -> np.ndarray:
-        """A part of one tensor as it lies in the file, with an axis of 1 for each stacked one. It is in memory, and not
-        a view of the file: who copies it to a device does not wait for the disk."""
+        """A part of the array that is of one tensor, in the tensor's dtype."""
         stacked = self.keys.ndim
         key = self.keys[tuple(bound.start for bound in bounds[:stacked])] if stacked else self.keys[()]
         part = source.read(str(key), self.in_file(bounds[stacked:]))
-        bits = part.view(f"u{part.itemsize}")  # numpy copies bfloat16 with the interpreter's lock held
-        return np.require(bits, requirements="CO").view(part.dtype)[(None,) * stacked]
+        out = np.empty(self.in_file(part.shape), part.dtype)
+        _copy(out, part, self.transform)
+        return out[(None,) * stacked]
 
     def read_all(self, source: TensorSource, bounds: tuple[slice, ...]) -> np.ndarray:
-        """A part of the array, made on the host."""
-        out = np.empty([bound.stop - bound.start for bound in bounds], self.dtype)
+        """A part of the array."""
+        out = _aligned([bound.stop - bound.start for bound in bounds], np.dtype(self.dtype))
         stacked = self.keys.ndim
         index = self.in_file(bounds[stacked:])
         keys = self.keys[bounds[:stacked]] if stacked else self.keys
         for at in np.ndindex(keys.shape):
-            out[at] = apply(source.read(str(keys[at]), index), self.transform)
+            _copy(out[at], source.read(str(keys[at]), index), self.transform)
         return out
 
 
-def apply(array: np.ndarray, transform: Transform) -> np.ndarray:
-    return array.T if transform == "transpose" else array
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Memory that JAX's CPU devices take over as it is."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _copy(out: np.ndarray, part: np.ndarray, transform: Transform) -> None:
+    """Equal dtypes are copied as bits, since numpy copies bfloat16 with the interpreter's lock held; a few rows at a
+    time, since numpy transposes a large matrix column by column, which misses the cache at every value."""
+    if out.dtype == part.dtype:
+        out, part = (x.view(f"u{x.itemsize}") for x in (out, part))
+    if transform == "copy":
+        out[...] = part
+        return
+    for row in range(0, len(part), _ROWS):
+        out[:, row : row + _ROWS] = part[row : row + _ROWS].T

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from flaxdraft.errors import InputError
-from flaxdraft.files.leaves import Leaf, TensorSource, Transform, apply
+from flaxdraft.files.leaves import Leaf, TensorSource, Transform
 from flaxdraft.files.streaming import Places, stream
 
 NameTable = Sequence[tuple[str, str, Transform]]
@@ -137,5 +137,5 @@ def state_to_torch(
         layers = groups.get(path[0], range(array.shape[0])) if "{i}" in template else ()
         keys = _keys(template, layers, array.shape[1] if "{e}" in template else 0)
         for at in np.ndindex(keys.shape):
-            out[str(keys[at])] = np.ascontiguousarray(apply(array[at], transform))
+            out[str(keys[at])] = np.ascontiguousarray(array[at].T if transform == "transpose" else array[at])
     return out

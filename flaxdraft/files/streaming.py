@@ -2,7 +2,8 @@
 pieces of it are in memory beside the arrays themselves.
 
 Threads read ahead, in the order of the files. A small array is made on the host; a larger one is made on its devices
-and filled there piece by piece: each device gets its part as it lies in the file, and transposes and casts it.
+and filled there piece by piece: each device gets its part of a tensor in the file's dtype, and casts it. CPU devices
+take over what the host has made.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import P, lax
+from jax import lax
 
 from flaxdraft.devices.per_device import per_device
 from flaxdraft.devices.sharding import spec_of
 from flaxdraft.files.leaves import Leaf, TensorSource
 from flaxdraft.progress import bar
 
-PIECE = 1 << 24  # values that are read at a time, for all devices of this process together
+PIECE = 1 << 23  # values that are read at a time, for all devices of this process together
 READERS = 8  # pieces that are in memory at a time
 
 Places = Mapping[tuple[str, ...], jax.NamedSharding]
@@ -66,19 +67,13 @@ class _Piece(NamedTuple):
         ]
 
     def sent(self, parts: list[tuple[np.ndarray, list[Any]]]) -> jax.Array:
-        """One array over the devices; in the file's order of axes where the piece is of one tensor."""
+        """One array over the devices, laid out like the whole one."""
         if self.place is None:
             return jax.device_put(parts[0][0])
         arrays = [jax.device_put(part, device) for part, devices in parts for device in devices]
-        if self.whole:
-            return jax.make_array_from_single_device_arrays(self.leaf.shape, self.place, arrays)
-        num, stacked = len(self.leaf.shape), self.leaf.keys.ndim
         own = self.place.shard_shape(self.leaf.shape)
-        ordered = lambda axes: (*axes[:stacked], *self.leaf.in_file(axes[stacked:]))  # noqa: E731
-        counts = ordered(tuple(self.leaf.shape[i] // own[i] for i in range(num)))
-        spec = ordered((*self.place.spec, *[None] * (num - len(self.place.spec))))
-        shape = tuple(count * size for count, size in zip(counts, parts[0][0].shape, strict=True))
-        return jax.make_array_from_single_device_arrays(shape, jax.NamedSharding(self.place.mesh, P(*spec)), arrays)
+        shape = tuple(n // o * size for n, o, size in zip(self.leaf.shape, own, self.size, strict=True))
+        return jax.make_array_from_single_device_arrays(shape, self.place, arrays)
 
 
 def stream(
@@ -103,7 +98,7 @@ def stream(
             path, sent = piece.leaf.path, piece.sent(parts)
             if not piece.whole:
                 array = filled.pop(path) if path in filled else _empty(piece)
-                sent = _put(array, sent, piece.at, piece.leaf.transform)
+                sent = _put(array, sent, piece.at)
             filled[path] = jax.block_until_ready(sent)  # the host's copy may be let go only now
             size = piece.num_values * piece.leaf.dtype.itemsize
             done += size
@@ -115,7 +110,7 @@ def stream(
 def _pieces(leaf: Leaf, place: jax.NamedSharding | None) -> Iterator[_Piece]:
     own = leaf.shape if place is None else place.shard_shape(leaf.shape)
     whole = _Piece(leaf, place, own, (0,) * len(own), True)
-    if whole.num_values <= PIECE:
+    if whole.num_values <= PIECE or _on_host(place):
         yield whole
         return
     stacked, axis, num_rows = leaf.keys.ndim, leaf.row_axis, own[leaf.row_axis]
@@ -128,6 +123,12 @@ def _pieces(leaf: Leaf, place: jax.NamedSharding | None) -> Iterator[_Piece]:
             inner = [0] * (len(own) - stacked)
             inner[axis - stacked] = min(k * rows, num_rows - rows)
             yield _Piece(leaf, place, size, (*at, *inner), False)
+
+
+def _on_host(place: jax.NamedSharding | None) -> bool:
+    """Whether the devices' memory is the host's: then they take what is made there, and nothing is copied."""
+    device = jax.devices()[0] if place is None else next(iter(place.device_set))
+    return device.platform == "cpu"
 
 
 def _in_file_order(pieces: list[_Piece], source: TensorSource) -> list[_Piece]:
@@ -160,12 +161,11 @@ def _empty(piece: _Piece) -> jax.Array:
     return make()
 
 
-@partial(jax.jit, donate_argnames=("array",), static_argnames=("transform",))
-def _put(array, piece, at, transform):
+@partial(jax.jit, donate_argnames=("array",))
+def _put(array, piece, at):
     """The array with a piece at `at` of each device's part."""
 
     def local(array, piece, *at):
-        piece = jnp.swapaxes(piece, -1, -2) if transform == "transpose" else piece
         return lax.dynamic_update_slice(array, piece.astype(array.dtype), at)
 
     return per_device(local, spec_of(array), array, piece, *at)
