@@ -40,7 +40,7 @@ class HFDirectory:
         """
         self.origin = str(directory)
         self.path = directory
-        self.config = _read_json(directory / "config.json")
+        self.config = read_config(directory)
         self._files = self._open()
         quantisation = self.config.get("quantization_config") or {}
         self._block = _block_size(quantisation, directory / "config.json") if quantisation else None
@@ -130,6 +130,14 @@ class HFDirectory:
             return PreTrainedTokenizerFast.from_pretrained(str(self.path), local_files_only=True)
         except Exception as error:  # the tokenizers library raises nothing narrower
             raise InputError(f"{self.path}: its tokenizer cannot be read ({error}); fetch it again") from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """
+    Raises:
+        InputError: the directory has no config.json that can be read.
+    """
+    return _read_json(directory / "config.json")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from flax import nnx
 
@@ -17,9 +17,20 @@ from flaxdraft.run.setup import Setup
 from flaxdraft.run.target import RunTarget
 from flaxdraft.serving.export import check_servable
 from flaxdraft.serving.record import DraftRecord
+from flaxdraft.serving.trained_draft import AboutTarget
+from flaxdraft.targets.decoder import DecoderConfig
 
 
-def draft_config(setup: Setup, target: RunTarget) -> Any:
+class SizedTarget(Protocol):
+    """What the sizes of a draft follow, which a plan knows, too."""
+
+    @property
+    def config(self) -> DecoderConfig: ...
+    @property
+    def about(self) -> AboutTarget: ...
+
+
+def draft_config(setup: Setup, target: SizedTarget) -> Any:
     """The architecture's Config: the target's sizes, with draft.fields on top; or that of draft.init_from.
 
     Raises:
@@ -47,7 +58,7 @@ def draft_config(setup: Setup, target: RunTarget) -> Any:
     return config(**defaults | wanted.fields)
 
 
-def check_draft(setup: Setup, target: RunTarget) -> None:
+def check_draft(setup: Setup, target: SizedTarget) -> None:
     """Before any time is spent on it.
 
     Raises:

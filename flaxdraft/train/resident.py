@@ -12,10 +12,12 @@ import jax
 _UNITS = {"bytes": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _ASKED = re.compile(r"allocate\s+([\d.]+)\s*(bytes|B|KiB|MiB|GiB|TiB)\b")
 # What helps first where a part is the largest.
-_HELP = {
+HELP = {
     "target": "split the target over more devices (mesh.fsdp, or target.mesh for the target alone)",
     "draft": "split the weights over more devices (mesh.fsdp)",
     "moments": "split the optimizer's moments, which lie where the weights do, over more devices (mesh.fsdp)",
+    "features": "lower train.batch_size, or the length of rows (train.pack_length, data.max_length)",
+    "caches": "lower data.rows, the answers at a time",
     "batch": "lower train.batch_size, or the length of rows (train.pack_length, data.max_length)",
     "work": "raise train.accumulate, or set algorithm.remat=full",
     "other arrays": "end the run and start it again: stages that are done keep nothing on the device",
@@ -52,7 +54,7 @@ class Resident:
         of = "" if limit is None else f" of {limit / 1e9:.2f} GB"
         listed = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in sizes.items())
         first = max(sizes, key=lambda name: sizes[name]) if sizes else "work"
-        return f"on {device}{of}: {listed} (work: what was asked for). First, {_HELP[first]}"
+        return f"on {device}{of}: {listed} (work: what was asked for). First, {HELP[first]}"
 
 
 def _bytes_by_device(arrays: list[jax.ShapeDtypeStruct]) -> Mapping[jax.Device, int]:

@@ -1,4 +1,4 @@
-"""What ends a run early or is noticed on its way: broken steps, memory, SIGTERM, reads from the device, plans."""
+"""What ends a run early or is noticed on its way: broken steps, memory, SIGTERM, reads from the device."""
 
 import contextlib
 import json
@@ -11,18 +11,14 @@ import jax
 import numpy as np
 import pytest
 from closeness import assert_close
-from worker import E, V, material_of, rows, train
+from worker import E, V, rows, train
 
-from flaxdraft.config import load_config
 from flaxdraft.data.documents import AnsweredPrompts
 from flaxdraft.data.store import TARGET, FeatureStore, Source, finish, shard_name, write_shard
 from flaxdraft.devices import host_reads
 from flaxdraft.devices.mesh import make_mesh
 from flaxdraft.errors import InputError
 from flaxdraft.files.safetensors_file import save_safetensors
-from flaxdraft.run.draft import draft_config
-from flaxdraft.run.estimate import estimate
-from flaxdraft.run.setup import prepare
 from flaxdraft.train import loop
 from flaxdraft.train.guards import PreemptedError, Preemption, memory_advice
 from flaxdraft.train.resident import Resident
@@ -238,16 +234,3 @@ def test_a_run_names_its_parts(runs, monkeypatch):
 def test_without_a_signal_nothing_is_due():
     with Preemption() as preemption:
         assert not preemption.due(1)
-
-
-def test_a_plan_says_what_a_step_holds_and_writes_nothing(runs):
-    """Weights and moments in float32, three of each parameter, in as many pieces as the mesh has."""
-    short = ("data.max_prompt_tokens=16", "data.max_answer_tokens=16", "mesh.data=1", "mesh.fsdp=4")
-    config = load_config(str(runs.root / "run.yaml"), [f"output_dir={runs.root / 'planned'}", *short])
-    setup = prepare(config)
-    plan = estimate(setup, draft_config(setup, material_of(setup).target), 3)
-    assert_close(plan.trained * 12 / 4, float(plan.state_bytes), rtol=0.03)  # norm scales are whole
-    assert plan.work_bytes > 0
-    assert (plan.rows, plan.length, plan.steps) == (8, 32, 12)
-    assert any(line.startswith("mesh       fsdp 4 (4 of 8 visible") for line in plan.lines())
-    assert not (runs.root / "planned").exists()
