@@ -176,7 +176,7 @@ def test_devices_by_name():
         found = planned_devices(name, 1)
         assert found.memory == memory * 1e9
         assert found.stand_in
-    assert planned_devices("8 x H100", 8).count == 8
+    assert planned_devices("8 x H100", 8).total == 8
     with pytest.raises(InputError, match="--devices: the mesh takes 16 devices, 8 x H100 were given"):
         planned_devices("8 x H100", 16)
     for wrong in ("H100", "8 x H1000", "8", "v5e:2xx2", "8 x A100"):
@@ -186,7 +186,7 @@ def test_devices_by_name():
 
 def test_visible_devices_have_the_memory_that_they_say():
     found = planned_devices(None, 1)
-    assert found.count == len(found.devices) == jax.device_count()
+    assert found.total == len(found.devices) == jax.device_count()
     assert (found.memory, found.peak, found.stand_in) == (None, None, False)
 
 
@@ -200,7 +200,7 @@ def test_a_topology_without_libtpu_is_refused_by_name(monkeypatch):
 @pytest.mark.slow
 def test_a_step_is_compiled_for_a_topology(run_yaml):
     found = planned_devices("v5e:2x2", 4)
-    assert (found.count, found.memory) == (4, 16e9)
+    assert (found.total, found.memory) == (4, 16e9)
     made = planning.made_plan(load_config(str(run_yaml), []), found)
     assert math.prod(made.mesh.values()) == 4
     assert made.training["work"] > 0

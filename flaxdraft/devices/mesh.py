@@ -20,7 +20,7 @@ BATCH_AXIS, FSDP_AXIS, SEQUENCE_AXIS, EXPERT_AXIS, TENSOR_AXIS = AXES = "data", 
 
 def make_mesh(
     data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, sequence: int = 1,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> jax.sharding.Mesh:  # fmt: skip
     """A mesh of explicit axes over the first data x fsdp x tensor x expert x sequence devices.
 

@@ -78,20 +78,21 @@ class _Piece(NamedTuple):
 
 def stream(
     leaves: Sequence[Leaf], source: TensorSource, places: Places | None, title: str | None
-) -> dict[tuple[str, ...], jax.Array]:
+) -> dict[Any, jax.Array]:
     """The arrays by their paths, all of which have arrived.
 
     Args:
         places: where each lives; where None, on the default device, free to be moved by what uses it.
         title: of a bar of this process's part, in MB as they are kept; None shows none.
     """
-    pieces = _in_file_order([p for leaf in leaves for p in _pieces(leaf, places and places[leaf.path])], source)
+    of = lambda leaf: None if places is None else places[leaf.path]  # noqa: E731
+    pieces = _in_file_order([piece for leaf in leaves for piece in _pieces(leaf, of(leaf))], source)
     num_bytes = sum(piece.num_values * piece.leaf.dtype.itemsize for piece in pieces)
-    filled: dict[tuple[str, ...], jax.Array] = {}
+    filled: dict[Any, jax.Array] = {}
     mesh = next(iter(places.values())).mesh if places else None
     with contextlib.ExitStack() as stack:
         progress = None if title is None else stack.enter_context(bar(f"{title}, MB", round(num_bytes / 1e6)))
-        if mesh is not None:
+        if isinstance(mesh, jax.sharding.Mesh):
             stack.enter_context(jax.set_mesh(mesh))
         start, done = time.monotonic(), 0
         for piece, parts in _read_ahead(pieces, source):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from flax import nnx
 
@@ -13,24 +13,14 @@ from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
 from flaxdraft.nn.precision import Precision
+from flaxdraft.run.planned_target import PlannedTarget
 from flaxdraft.run.setup import Setup
 from flaxdraft.run.target import RunTarget
 from flaxdraft.serving.export import check_servable
 from flaxdraft.serving.record import DraftRecord
-from flaxdraft.serving.trained_draft import AboutTarget
-from flaxdraft.targets.decoder import DecoderConfig
 
 
-class SizedTarget(Protocol):
-    """What the sizes of a draft follow, which a plan knows, too."""
-
-    @property
-    def config(self) -> DecoderConfig: ...
-    @property
-    def about(self) -> AboutTarget: ...
-
-
-def draft_config(setup: Setup, target: SizedTarget) -> Any:
+def draft_config(setup: Setup, target: RunTarget | PlannedTarget) -> Any:
     """The architecture's Config: the target's sizes, with draft.fields on top; or that of draft.init_from.
 
     Raises:
@@ -58,7 +48,7 @@ def draft_config(setup: Setup, target: SizedTarget) -> Any:
     return config(**defaults | wanted.fields)
 
 
-def check_draft(setup: Setup, target: SizedTarget) -> None:
+def check_draft(setup: Setup, target: RunTarget | PlannedTarget) -> None:
     """Before any time is spent on it.
 
     Raises:

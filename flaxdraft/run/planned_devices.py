@@ -7,7 +7,7 @@ import contextlib
 import importlib.util
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -27,8 +27,8 @@ class PlannedDevices(NamedTuple):
     """What a plan is compiled for, and what it is compared with."""
 
     name: str
-    devices: Sequence[jax.Device]  # whose compiler says what a step takes
-    count: int  # of the real ones
+    devices: Sequence[Any]  # whose compiler says what a step takes
+    total: int  # of the real ones
     memory: float | None  # bytes of each, where known
     peak: float | None  # FLOP/s of each in bfloat16, where known
     stand_in: bool  # whether a CPU is compiled for in their place

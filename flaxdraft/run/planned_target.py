@@ -74,7 +74,7 @@ def target_figures(target: PlannedTarget, mesh: jax.sharding.Mesh, dtype: Any, r
     places = decoder.weight_shardings(config, state, mesh, SHARDING)
     flat = nnx.to_flat_state(state)
     placed = [
-        (path, v.replace(jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=places[path]))) for path, v in flat
+        (path, v.replace(jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=places[tuple(map(str, path))]))) for path, v in flat
     ]  # fmt: skip
     abstract = decoder.build(config, groups, nnx.from_flat_state(placed), precision, mesh, SHARDING)
     return TargetFigures(

@@ -81,7 +81,7 @@ def prepare(config: RunConfig, allowed: Sequence[str] = ()) -> Setup:
     return dataclasses.replace(setup, answer_inputs=answer_inputs, draft_inputs=draft_inputs, allowed=allowed)
 
 
-def parts(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Setup:
+def parts(config: RunConfig, devices: Sequence[Any] | None = None) -> Setup:
     """What a configuration names, without what identifies a run: neither weights nor data are read.
 
     Args:

@@ -57,9 +57,9 @@ class Resident:
         return f"on {device}{of}: {listed} (work: what was asked for). First, {HELP[first]}"
 
 
-def _bytes_by_device(arrays: list[jax.ShapeDtypeStruct]) -> Mapping[jax.Device, int]:
+def _bytes_by_device(arrays: list[jax.ShapeDtypeStruct]) -> Mapping[Any, int]:
     """Of each device of this process: its shards."""
-    held: dict[jax.Device, int] = {}
+    held: dict[Any, int] = {}
     for x in arrays:
         assert x.sharding is not None, "arrays of a run have a place"
         size = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
@@ -68,9 +68,9 @@ def _bytes_by_device(arrays: list[jax.ShapeDtypeStruct]) -> Mapping[jax.Device, 
     return held
 
 
-def _live_bytes() -> Mapping[jax.Device, int]:
+def _live_bytes() -> Mapping[Any, int]:
     """Of everything that JAX holds; what several arrays share is counted once."""
-    held: dict[jax.Device, dict[int, int]] = {}
+    held: dict[Any, dict[int, int]] = {}
     for x in jax.live_arrays():
         for shard in x.addressable_shards:
             held.setdefault(shard.device, {})[shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
