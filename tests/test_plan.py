@@ -36,6 +36,12 @@ train: {{batch_size: 4, pack_length: 32, num_steps: 10, compute_dtype: float32, 
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _started():
+    """A plan for other devices starts JAX with as many CPU devices; here all tests share those that there are."""
+    jax.devices()
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """config.json, nothing else."""

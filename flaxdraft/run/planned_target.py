@@ -72,10 +72,8 @@ def target_figures(target: PlannedTarget, mesh: jax.sharding.Mesh, dtype: Any, r
     groups = family.groups(config, precision, SHARDING)
     _, state = decoder.abstract_state(config, groups, precision)
     places = decoder.weight_shardings(config, state, mesh, SHARDING)
-    flat = nnx.to_flat_state(state)
-    placed = [
-        (path, v.replace(jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=places[tuple(map(str, path))]))) for path, v in flat
-    ]  # fmt: skip
+    flat = [(tuple(map(str, path)), variable) for path, variable in nnx.to_flat_state(state)]
+    placed = [(path, v.replace(jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=places[path]))) for path, v in flat]
     abstract = decoder.build(config, groups, nnx.from_flat_state(placed), precision, mesh, SHARDING)
     return TargetFigures(
         decoder.bytes_per_device(config, state, mesh.shape), _cache_bytes(config, mesh.shape, dtype, rows * slots),

@@ -31,11 +31,13 @@ class Resident:
         self._parts: dict[str, Any] = {}
 
     def note(self, **parts: Any) -> None:
-        """Arrays by what they are: target, draft, moments, batch."""
+        """Arrays by what they are: target, draft, moments, batch. A target that is no tree of arrays counts nothing."""
         self._parts |= {
-            name: [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in jax.tree.leaves(tree)]
-            for name, tree in parts.items()
-        }
+            name: [
+                jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+                for x in jax.tree.leaves(tree) if isinstance(x, jax.Array | jax.ShapeDtypeStruct)
+            ] for name, tree in parts.items()
+        }  # fmt: skip
 
     def describe(self, message: str) -> str:
         """Of the fullest device of this process: each part's size and the first thing that helps.
