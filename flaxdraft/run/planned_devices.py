@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -92,7 +93,9 @@ def _topology(wanted: str) -> PlannedDevices:
         )
     from jax.experimental import topologies
 
-    jax.config.update("jax_platforms", "cpu")  # libtpu compiles, and is not asked for chips of this machine
+    # libtpu compiles; it is not asked for chips of this machine, nor the cloud for what this machine is.
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
         devices = topologies.get_topology_desc(wanted, platform="tpu").devices
     except Exception as error:  # libtpu raises no narrower kind for a topology that does not exist
