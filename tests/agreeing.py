@@ -16,6 +16,7 @@ from flaxdraft.algorithms.eagle3.drafts import llama, mla
 from flaxdraft.data.answers import answer_greedily
 from flaxdraft.decode.decoding import ReadyDraft
 from flaxdraft.devices.sharding import Sharding
+from flaxdraft.devices.weight_places import on_mesh
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.precision import Precision
 from flaxdraft.targets import decoder
@@ -59,7 +60,8 @@ DEEPSEEK = {
 }  # fmt: skip
 
 
-def make_target(dtype=jnp.float32, noise=0.5, seed=0, family="llama"):
+def make_target(dtype=jnp.float32, noise=0.5, seed=0, family="llama", mesh=None):
+    sharding = Sharding.none() if mesh is None else Sharding.parallel()
     module, first, more = {"llama": (llama_target, LLAMA_FIRST, {}),
                            "deepseek": (deepseek_target, DEEPSEEK_FIRST, DEEPSEEK)}[family]  # fmt: skip
     hf = TARGET_HF | more | {
@@ -67,7 +69,7 @@ def make_target(dtype=jnp.float32, noise=0.5, seed=0, family="llama"):
         "max_position_embeddings": 512,
     }  # fmt: skip
     config, precision = module.Config.from_hf(hf, (0, 1, 2)), Precision(dtype, dtype)
-    groups = module.groups(config, precision, Sharding.none())
+    groups = module.groups(config, precision, sharding)
     _, abstract = decoder.abstract_state(config, groups, precision)
     rng = np.random.default_rng(seed)
     embed = rng.choice([-1.0, 1.0], (V, D))
@@ -90,7 +92,8 @@ def make_target(dtype=jnp.float32, noise=0.5, seed=0, family="llama"):
         return leaf.replace(jnp.asarray(weight, dtype))
 
     state = nnx.from_flat_state([(path, fill(path, leaf)) for path, leaf in nnx.to_flat_state(abstract)])
-    return decoder.build(config, groups, state, precision)
+    state = state if mesh is None else on_mesh(state, mesh, sharding)
+    return decoder.build(config, groups, state, precision, mesh, sharding)
 
 
 def make_draft(name, target, vocab=VOCAB, sharding=Sharding.none(), **fields):  # noqa: B008 (immutable)
@@ -150,7 +153,7 @@ def prompts(num, seed=0, longest=24):
 
 def own_answers(target, some):
     """Each prompt with the target's own answer, one token after the other, and features."""
-    return answer_greedily(target, some, LIMIT, STOP, len(some), lambda num: None)
+    return answer_greedily(target, some, LIMIT, (STOP,), len(some), lambda num: None)
 
 
 def answers(rows):

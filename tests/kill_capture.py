@@ -30,6 +30,8 @@ SOURCE = Source("target", "tokenizer", "data", "float32", (1, 3, 5), E, V, "bflo
 class Instant:
     """A target whose features are arithmetic on its tokens."""
 
+    row_multiple = 1
+
     def features(self, batch):
         wide = batch.tokens_BT[..., None] * np.linspace(0.1, 1, E, dtype=np.float32)
         taps = np.sin(wide[:, :, None] * np.array([1, 2, 3], np.float32)[:, None])

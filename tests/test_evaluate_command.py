@@ -181,7 +181,7 @@ def test_sampled_on_two_devices(workspace, tiny_gguf, tmp_path):
     found = {}
     for data in ("1", "2"):
         out = tmp_path / data
-        assert call(workspace, tiny_gguf, out, *more, "--data", data, prompts="prompts.jsonl") == 0
+        assert call(workspace, tiny_gguf, out, *more, "--mesh", f"data={data}", prompts="prompts.jsonl") == 0
         result = json.loads((out / "results.json").read_text())["chains"][0]
         assert "teacher_forced" not in result
         assert result["answers"] == 10  # five held-out prompts, two seeds
@@ -199,7 +199,7 @@ def test_sampled_on_two_devices(workspace, tiny_gguf, tmp_path):
         (("--tree", "2", "1", "--tree", "2", "1"), "--tree: found 2 1 2 1, expected each once"),
         (("--tree", "2", "1", "--temperature", "1"), "tree: found one with temperature 1"),
         (("--temperature", "-1"), "found temperature -1.0"),
-        (("--data", "99"), "mesh.data: 99 devices were asked for, 8 are visible"),
+        (("--mesh", "data=99"), "--mesh: data=99 takes 99 devices, 8 are visible"),
         (
             ("--max-new-tokens", "126"),
             r"--max-new-tokens: found 126; after turn 1 of prompt '8\d' \(\d+ tokens\) that leaves .* of 128",

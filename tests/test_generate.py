@@ -154,7 +154,7 @@ def test_the_card(tiny_gguf, capsys):
     text = " ".join(capsys.readouterr().out.split())
     for part in (
         "family llama, LlamaForCausalLM", "parameters 0.", "layers 8 layers",
-        "with a chat template", "bfloat16 weights a device (one device)", "prompt What is the capital",
+        "with a chat template", "float32 weights a device (one device)", "prompt What is the capital",
     ):  # fmt: skip
         assert part in text
     assert "answer" in text
@@ -162,12 +162,12 @@ def test_the_card(tiny_gguf, capsys):
 
 def test_the_card_of_a_mesh_that_is_not_there(tiny_gguf, capsys):
     """Memory for a mesh needs no devices; a sample does."""
-    assert main([str(tiny_gguf), "--new-tokens", "0", "--fsdp", "16", "--tensor", "2"]) == 0
+    assert main([str(tiny_gguf), "--new-tokens", "0", "--mesh", "fsdp=16,tensor=2"]) == 0
     assert "(fsdp 16 x tensor 2)" in " ".join(capsys.readouterr().out.split())
-    assert main([str(tiny_gguf), "--new-tokens", "0", "--fsdp", "64"]) == 2
+    assert main([str(tiny_gguf), "--new-tokens", "0", "--mesh", "fsdp=64"]) == 2
     assert "mesh.fsdp: 64 devices do not divide" in capsys.readouterr().err
-    assert main([str(tiny_gguf), "--fsdp", "16"]) == 2
-    assert "mesh.fsdp: 16 devices were asked for, 8 are visible" in capsys.readouterr().err
+    assert main([str(tiny_gguf), "--mesh", "fsdp=16"]) == 2
+    assert "--mesh: fsdp=16 takes 16 devices, 8 are visible" in capsys.readouterr().err
 
 
 def test_the_card_of_nothing(tmp_path, capsys):

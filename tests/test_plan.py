@@ -6,6 +6,7 @@ import math
 
 import huggingface_hub
 import jax
+import jax.numpy as jnp
 import pytest
 
 from flaxdraft.config import load_config
@@ -25,7 +26,7 @@ HF = {
 MATRICES = L * (2 * E * HEADS * H + 2 * E * KV * H + 3 * E * F)
 YAML = """
 output_dir: {out}
-target: {{path: {target}}}
+target: {{path: {target}, dtype: float32}}
 data: {{prompts: {prompts}, conversations: {out}/not-there.jsonl, max_prompt_tokens: 20, max_answer_tokens: 12, rows: 6,
   prefetch: 3}}
 algorithm: {{ttt_length: 2}}
@@ -83,6 +84,19 @@ def test_each_part_is_what_a_device_holds_of_it(made):
     held = made.step.held
     assert made.host["batches read ahead"] == 3 * 4 * held["batch"]  # of conversations no features are read
     assert made.host["a checkpoint on its way"] == 4 * (held["draft"] + held["moments"])
+
+
+def test_targets_of_accelerators_are_bfloat16_where_nothing_is_said(run_yaml, monkeypatch):
+    """Whatever compiles in their place; and their own mesh is theirs."""
+    asked = []
+    monkeypatch.setattr(planning, "estimate", lambda *_: 1 / 0)
+    monkeypatch.setattr(planning, "target_figures", lambda target, mesh, dtype, *_: asked.append((dtype, mesh.shape)))
+    for devices in ("4 x H100", None):
+        config = load_config(str(run_yaml), ["target.dtype=null", "target.mesh.fsdp=4"])
+        with pytest.raises(ZeroDivisionError):
+            planning.made_plan(config, planned_devices(devices, 4))
+    assert [dtype for dtype, _ in asked] == [jnp.bfloat16, jnp.float32]
+    assert all(shape["fsdp"] == 4 for _, shape in asked)
 
 
 def test_compute_and_store(made):

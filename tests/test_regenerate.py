@@ -184,3 +184,16 @@ def test_show_marks_what_is_supervised(answered, tiny_gguf, capsys):
 def test_show_says_when_nothing_is_supervised(file, tiny_gguf, capsys):
     assert main(["show", str(file), "--target", str(tiny_gguf), "--rows", "1"]) == 0
     assert "0 supervised; 1 rows supervise nothing" in capsys.readouterr().out
+
+
+def test_a_mesh_gives_the_same_answers_and_goes_on_with_those_of_another(answered, file, tiny_gguf, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert call(file, out, tiny_gguf, "--mesh", "fsdp=2,tensor=2") == 0
+    assert lines(out) == lines(answered)
+    first, *_ = (out / FILE).read_text().splitlines(keepends=True)
+    (out / FILE).write_text(first + first[:9])  # as a run that was stopped leaves it
+    assert call(file, out, tiny_gguf, "--mesh", "data=2") == 0
+    assert (out / FILE).read_text().startswith(first)
+    assert lines(out) == lines(answered)
+    assert call(file, tmp_path / "other", tiny_gguf, "--mesh", "fsdp=3") == 2
+    assert "mesh.fsdp: 3 devices do not divide embed (266, 32); expected a divisor of 32" in capfd.readouterr().err

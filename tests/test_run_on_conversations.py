@@ -53,9 +53,10 @@ def test_a_store_trains(trained_on_the_store):
 
 
 def test_conversations_train_to_what_their_store_gives(workspace, trained_on_the_store, tmp_path, capfd):
-    """The target reads each batch on the training mesh. The store holds bfloat16, the target is asked in float32."""
+    """The target reads each batch on the training's devices, along axes of its own. The store holds bfloat16, the
+    target is asked in float32."""
     chats = f"data.conversations={workspace / 'answers' / 'conversations.jsonl'}"
-    more = ("train.num_steps=6", f"output_dir={tmp_path}", "mesh.data=2")
+    more = ("train.num_steps=6", f"output_dir={tmp_path}", "mesh.data=2", "target.mesh.tensor=2")
     assert call(workspace, chats, *more) == 0
     assert "14 documents in rows of" in capfd.readouterr().out
     for got, want in zip(metrics(tmp_path / "llama"), metrics(trained_on_the_store / "llama"), strict=True):

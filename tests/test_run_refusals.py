@@ -76,6 +76,8 @@ def test_another_configuration_is_refused(workspace, capfd, override, message):
         ("evaluate.max_new_tokens=120", r"evaluate.max_new_tokens: found 120; after the longest .* context of 128"),
         ("name=data", r"name: found 'data'; .*folder name"),
         ("mesh.data=3", r"train.batch_size: 4 rows cannot be split over mesh.data=3"),
+        ("target.mesh.fsdp=9", r"target.mesh: fsdp=9 takes 9 devices, 8 are visible"),
+        ("target.mesh.tensor=4", r"target.mesh.tensor: 4 devices do not divide num_key_value_heads \(2,\)"),
         ("train.accumulate=8", r"train.batch_size: 4 rows cannot be split over train.accumulate=8; give a multiple"),
         ("train.resume=stepp", r"train.resume: found 'stepp', which is no directory; expected auto, latest"),
         ("train.resume=best", r"train.resume: best, but .*checkpoints holds no complete checkpoint"),

@@ -187,3 +187,16 @@ def test_a_full_disk_and_features_that_are_not_finite(file, tiny_gguf, tmp_path,
     with pytest.raises(SystemExit):
         call(file, tmp_path / "part", tiny_gguf, "--part", "2/2")
     assert "expected I/N with I from 0 to N - 1" in capsys.readouterr().err
+
+
+@pytest.mark.numeric
+def test_a_mesh_gives_the_same_store(store, file, tiny_gguf, tmp_path):
+    """To rounding; its weights, too, which lie in pieces."""
+    assert call(file, tmp_path / "out", tiny_gguf, "--mesh", "fsdp=4,tensor=2") == 0
+    whole, split = FeatureStore(store), FeatureStore(tmp_path / "out")
+    assert len(whole) == len(split) == 8
+    for number in range(8):
+        got, want = split.row(number), whole.row(number)
+        np.testing.assert_array_equal(got.tokens, want.tokens)
+        assert_close(got.features, want.features, ulp=80)
+    assert_close(split.target(), whole.target(), ulp=0)

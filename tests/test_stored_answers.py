@@ -18,7 +18,7 @@ from flaxdraft.run.answers import answer_prompts
 from flaxdraft.run.setup import claim_folders, prepare
 from flaxdraft.run.target import RunTarget
 from flaxdraft.stages import same_inputs
-from flaxdraft.stages.claims import claim
+from flaxdraft.stages.claims import Stage, claim
 from flaxdraft.stages.directory_lock import directory_lock
 
 # Field -> another value, and whether stored answers and a draft depend on it.
@@ -87,6 +87,33 @@ def test_a_field_binds_what_depends_on_it(make_run, name):
     before, after = make_run(), make_run(**{name: value})
     assert bool(same_inputs.differing(before.answer_inputs, after.answer_inputs)) == answers
     assert bool(same_inputs.differing(before.draft_inputs, after.draft_inputs)) == draft
+
+
+def test_where_the_target_lies_binds_nothing_and_its_dtype_all(make_run):
+    """What a run of before did not say was float32; the default is the value that is used."""
+    before, spread, narrow = make_run(), make_run("target.mesh.fsdp=2"), make_run("target.dtype=bfloat16")
+    for name in ("answer_inputs", "draft_inputs"):
+        inputs = getattr(before, name)
+        assert inputs["target"]["dtype"] == "float32"
+        assert not same_inputs.differing(inputs, getattr(spread, name))
+        assert not same_inputs.differing(inputs, getattr(make_run("target.dtype=float32"), name))
+        found = same_inputs.differing(inputs, getattr(narrow, name))
+        assert found == {"target.dtype": ("float32", "bfloat16")}
+        older = inputs | {"target": {name: value for name, value in inputs["target"].items() if name != "dtype"}}
+        assert not same_inputs.differing(older, inputs)
+        assert same_inputs.differing(older, getattr(narrow, name)) == found
+
+
+def test_results_of_before_stand(make_run, tmp_path):
+    """Their key lacks the fields that were not there yet. Those of another dtype do not stand."""
+    now = make_run().draft_inputs
+    older = now | {"target": {name: value for name, value in now["target"].items() if name != "dtype"}}
+    oldest = older | {"train": {name: value for name, value in older["train"].items() if name != "float8"}}
+    for number, inputs in enumerate((now, older, oldest)):
+        Stage(tmp_path / "result.json", inputs).store(number)
+        assert Stage(tmp_path / "result.json", now).load() == number
+        assert Stage(tmp_path / "result.json", make_run("target.dtype=bfloat16").draft_inputs).load() is None
+        assert Stage(tmp_path / "result.json", make_run("train.float8=true").draft_inputs).load() is None
 
 
 def test_a_folder_of_before_is_taken_over(make_run, tmp_path):

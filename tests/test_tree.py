@@ -25,7 +25,7 @@ from test_serving import randomize
 
 from flaxdraft.algorithms.eagle3.drafter import ChainDrafter
 from flaxdraft.decode import speculative
-from flaxdraft.decode.decoding import Decoding, Settings
+from flaxdraft.decode.decoding import Decoding, Settings, beside
 from flaxdraft.decode.speculative import Program
 from flaxdraft.decode.tree import Tree
 from flaxdraft.devices.mesh import make_mesh
@@ -143,13 +143,11 @@ def test_a_finished_row_stays_as_it_is_and_a_row_is_its_own(run):
 
 
 @pytest.mark.slow
-def test_many_devices_decode_the_same(target, draft, rows):
-    """Seven prompts over four devices; each device's loop ends by itself."""
-    mesh = make_mesh(4)
-    parts = ready(draft("llama", "llama"))
-    placed, state = jax.device_put((target("llama"), parts.state), jax.NamedSharding(mesh, jax.P()))
-    settings = Settings(LIMIT, 0, STOPS, tree=(2, 1))
-    decoding = Decoding(placed, parts._replace(state=state), PROMPTS[:7], settings, mesh=mesh)
+def test_many_devices_decode_the_same(draft, rows):
+    """Seven prompts over eight devices, which hold a quarter of the rows and of the weights."""
+    split = make_target(jnp.float64, mesh=make_mesh(2, 2, 2))
+    parts = beside(split, ready(draft("llama", "llama")))
+    decoding = Decoding(split, parts, PROMPTS[:7], Settings(LIMIT, 0, STOPS, tree=(2, 1)))
     assert [one.tokens for one in decoding.finish()] == answers(rows("llama"))[:7]
 
 
@@ -181,7 +179,7 @@ def test_a_node_is_what_its_path_alone_would_be(target, family):
     tokens_LN = tokens_1N.repeat(num, axis=0)
     cache, got = model.extend(model.fork_cache(cache, num), tokens_LN, positions, "all", placement)
     assert_close(jax.tree.map(lambda x: np.asarray(x)[np.arange(num)[:, None], paths_LT], got), want, ulp=64)
-    moved = cache.moved(root_L[:, None] + paths_LT[:, 1:], at_LT[:, 1:])
+    moved = model.move_slots(cache, root_L[:, None] + paths_LT[:, 1:], at_LT[:, 1:])
     assert_close(moved.k_LBKHS[..., :13], chained.k_LBKHS[..., :13], ulp=64)
     assert_close(moved.v_LBKSC[..., :13, :], chained.v_LBKSC[..., :13, :], ulp=64)
 

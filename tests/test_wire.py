@@ -150,6 +150,12 @@ ROWS: dict[str, list] = {
     "target.path": [Differs("weights", "{here}/another.gguf"), Differs("batches", "{here}/another.gguf")],
     "target.sha256": [Says("'00'", "sha256 is .* target.sha256 says 00")],
     "target.tap_layers": [Differs("batches", [0, 2, 4]), Differs("config_json", [0, 2, 4])],
+    "target.dtype": [Differs("batches", "bfloat16")],
+    # The same figures on every mesh: tests/multidevice/test_target_of_a_run.py.
+    "target.mesh.data": [Says(2, r"weights a device \(data 2\)", code=0)],
+    "target.mesh.fsdp": [Says(2, r"weights a device \(fsdp 2\)", code=0)],
+    "target.mesh.tensor": [Says(2, r"weights a device \(tensor 2\)", code=0)],
+    "target.mesh.expert": [Says(2, r"weights a device \(expert 2\)", code=0)],
     "data.prompts": [Ends(lambda run, value: {*run.prompts("train"), *run.prompts("held_out")} <= prompts_of(value))],
     "data.store": [Differs("batches", "{here}/store")],
     "data.conversations": [Differs("batches", "{here}/chats.jsonl")],

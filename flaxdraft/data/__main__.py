@@ -3,6 +3,8 @@
 show         print conversations as the target reads them, with what is supervised in colour
 regenerate   let the target answer them itself
 capture      run the target over them and keep its features in a store
+
+regenerate and capture may run on many hosts: the same command on each, in step with each other.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from typing import cast
 
 from flaxdraft import algorithms
 from flaxdraft.errors import InputError
-from flaxdraft.run.commands import ADDRESS, DTYPES, Command, call_one_of
+from flaxdraft.run.commands import ADDRESS, Command, call_one_of
+from flaxdraft.run.target_options import add_target_options, dtype_or_default, on_all_hosts, target_mesh
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,22 +54,22 @@ def _answer_arguments(parser: argparse.ArgumentParser) -> None:
     from flaxdraft.data.regenerate import Answering
 
     _file_and_target(parser)
+    add_target_options(parser)
     parser.add_argument("output_dir", type=Path, help="a folder for the answers; the same one goes on")
     parser.add_argument("--rows", type=int, default=32, help="conversations answered together")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and products")
     for field in dataclasses.fields(Answering):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
 
 
 def _capture_arguments(parser: argparse.ArgumentParser) -> None:
     _file_and_target(parser)
+    add_target_options(parser)
     _supervision(parser)
     parser.add_argument("output_dir", type=Path, help="the store; the same one goes on")
     parser.add_argument("--algorithm", default=algorithms.DEFAULT, help="that the store is for; it chooses the layers")
     parser.add_argument("--tap-layers", type=int, nargs="+", metavar="LAYER", help="(0-based) in place of those")
     parser.add_argument("--taps-dtype", choices=("bfloat16", "float32", "fp8"), default="bfloat16", help="on disk")
     parser.add_argument("--last-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="on disk")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and products")
     parser.add_argument("--max-silent", type=float, default=0.5, help="largest share of rows that supervise nothing")
     parser.add_argument("--shard-tokens", type=int, default=16384, help="of one file, about")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="of one forward pass")
@@ -122,24 +125,29 @@ def runs(mask):
     return [(begin, end, bool(mask[begin])) for begin, end in pairwise(edges)]
 
 
-def answer_all(arguments: argparse.Namespace) -> None:
+def answer_all(arguments: argparse.Namespace) -> int:
+    return on_all_hosts(lambda: _answer_all(arguments))
+
+
+def _answer_all(arguments: argparse.Namespace) -> None:
     from flaxdraft import targets
     from flaxdraft.data.conversations import read_conversations
     from flaxdraft.data.regenerate import FILE, Answering, regenerate
     from flaxdraft.files.fetch import content_of, sha256_of
     from flaxdraft.nn.precision import of_both
     from flaxdraft.progress import CONSOLE
-    from flaxdraft.stages.claims import claim
+    from flaxdraft.stages.claims import claim_together
 
     options = Answering(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Answering)})
     if not arguments.file.is_file():
         raise InputError(f"{arguments.file}: no such file")
+    dtype, mesh = dtype_or_default(arguments.dtype), target_mesh(arguments.mesh)
     inputs = {
-        "target": arguments.target, "content": content_of(arguments.target, None), "dtype": arguments.dtype,
+        "target": arguments.target, "content": content_of(arguments.target, None), "dtype": dtype,
         "conversations": sha256_of(arguments.file), **dataclasses.asdict(options),
     }  # fmt: skip
-    claim(arguments.output_dir, inputs, "Give another folder, or remove it to start anew.")
-    loaded = targets.from_pretrained(arguments.target, precision=of_both(arguments.dtype))
+    claim_together(arguments.output_dir, inputs, "Give another folder, or remove it to start anew.")
+    loaded = targets.from_pretrained(arguments.target, precision=of_both(dtype), mesh=mesh)
     tokenizer, context = loaded.tokenizer, loaded.model.config.max_position_embeddings
     if tokenizer is None or not tokenizer.chat_template:
         raise InputError(f"{arguments.target}: has no {'tokenizer' if tokenizer is None else 'chat template'}")
@@ -158,7 +166,11 @@ def answer_all(arguments: argparse.Namespace) -> None:
         CONSOLE.print(f"  {count} {reason}")
 
 
-def capture_all(arguments: argparse.Namespace) -> None:
+def capture_all(arguments: argparse.Namespace) -> int:
+    return on_all_hosts(lambda: _capture_all(arguments))
+
+
+def _capture_all(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from flaxdraft import targets
@@ -172,6 +184,7 @@ def capture_all(arguments: argparse.Namespace) -> None:
     from flaxdraft.nn.precision import of_both
     from flaxdraft.progress import CONSOLE
 
+    dtype, mesh = dtype_or_default(arguments.dtype), target_mesh(arguments.mesh)
     opened = targets.open_target(arguments.target)
     tokenizer = opened.source.tokenizer()
     if tokenizer is None:
@@ -183,7 +196,7 @@ def capture_all(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     source = Source(
         target=content_of(str(opened.path), None), tokenizer=tokenizer_digest(tokenizer),
-        data=documents.digest, compute_dtype=arguments.dtype, tap_layers=config.tap_layers,
+        data=documents.digest, compute_dtype=dtype, tap_layers=config.tap_layers,
         hidden_size=config.hidden_size, vocab_size=config.vocab_size, taps_dtype=arguments.taps_dtype,
         last_dtype=arguments.last_dtype,
     )  # fmt: skip
@@ -204,7 +217,7 @@ def capture_all(arguments: argparse.Namespace) -> None:
     if missing:
         CONSOLE.print(f"{len(missing)} shards to do")
     target = targets.from_pretrained(
-        arguments.target, tap_layers=config.tap_layers, precision=of_both(arguments.dtype)
+        arguments.target, tap_layers=config.tap_layers, precision=of_both(dtype), mesh=mesh
     ).model
     complete = capture(
         arguments.output_dir, plan, documents.rows, target, batch_tokens=arguments.batch_tokens, part=arguments.part

@@ -13,6 +13,7 @@ from flaxdraft.data.answer_files import read_rows, write_rows
 from flaxdraft.data.documents import Answer
 from flaxdraft.data.prompts import Prompt
 from flaxdraft.decode.generation import Writing, generate_each
+from flaxdraft.devices import hosts
 from flaxdraft.files.json_files import write_json
 from flaxdraft.interfaces import Target
 from flaxdraft.progress import bar
@@ -65,7 +66,8 @@ def capture(
     num_rows: int,
     dtype: str,
 ) -> list[str]:
-    """Answers the prompts of one split and writes `<split>-NNNNN.safetensors`; returns their ids in file order.
+    """Answers the prompts of one split and writes `<split>-NNNNN.safetensors`; returns their ids in file order. Of many
+    processes all answer and the first one writes.
 
     Prompts are taken by length, so that rows decoded together are padded little.
 
@@ -76,7 +78,8 @@ def capture(
     size = _rows_of_chunks(len(order), num_rows)
     paths = _chunk_paths(directory, split, len(order), num_rows)
     chunks = {path: order[at * size : (at + 1) * size] for at, path in enumerate(paths)}
-    missing = [path for path in paths if not path.exists()]
+    missing = [path for path, is_there in zip(paths, hosts.agree([p.exists() for p in paths]), strict=True)
+               if not is_there]  # fmt: skip
     done = len(order) - sum(len(chunks[path]) for path in missing)
     with bar(f"answers ({split})", len(order), done) as progress:
         made, start = 0, time.monotonic()
@@ -90,7 +93,9 @@ def capture(
         for path in missing:
             chunk = chunks[path]
             asked = [prompts[id] for id in chunk]
-            write_rows(path, answer_greedily(target, asked, max_new_tokens, stop_tokens, size, on_tokens), dtype)
+            rows = answer_greedily(target, asked, max_new_tokens, stop_tokens, size, on_tokens)
+            if hosts.is_main():
+                write_rows(path, rows, dtype)
             done += len(chunk)
             progress.advance(done - progress.done, f"{made / (time.monotonic() - start):.0f} tokens/s")
     return order

@@ -3,7 +3,7 @@
 A draft agrees with its target most where it has learned from what the target says, so this is what to train on. Each
 conversation becomes one line of `conversations.jsonl`: its messages, for people, and `input_ids` with `loss_mask`, the
 very tokens that the target read and produced, for training. A line stands once it is complete: a stopped run goes on
-behind the last one, and half a line is cut off.
+behind the last one, and half a line is cut off. Of many processes all answer, and the first one writes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from flaxdraft.data.conversations import Conversation
 from flaxdraft.data.prompts import render_messages
 from flaxdraft.data.templates import ChatOptions, render
 from flaxdraft.decode.generation import Writing, generate_each
+from flaxdraft.devices import hosts
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Target
 from flaxdraft.progress import bar
@@ -78,7 +80,7 @@ def regenerate(
         InputError: a conversation is tokenised already, or the chat template refuses it; two have one id.
     """
     path, counts = directory / FILE, Counter()
-    done = _finished(path)
+    done = set(hosts.agree(sorted(_finished(path)) if hosts.is_main() else None))
     talks, seen = [], {}
     for number, conversation in enumerate(conversations):
         if conversation.tokens is not None:
@@ -97,7 +99,7 @@ def regenerate(
     num_rows = min(num_rows, max(len(left), 1))
     # By length, so that rows decoded together are padded little.
     left.sort(key=lambda talk: (sum(len(message["content"]) for message in talk.asked[0]), talk.number))
-    with bar("conversations", len(talks), len(talks) - len(left)) as progress, path.open("ab") as file:
+    with bar("conversations", len(talks), len(talks) - len(left)) as progress, _appended(path) as file:
         made, start = 0, time.monotonic()
         size = num_rows * (GROUP if all(len(talk.asked) == 1 for talk in left) else 1)
         for at in range(0, len(left), size):
@@ -105,15 +107,21 @@ def regenerate(
             for talk in _answered(group, target, tokenizer, stop_tokens, options, num_rows):
                 if talk.answers:
                     counts["answered"] += 1
-                    row = _row(talk, tokenizer)
                     made += sum(map(len, talk.answers))
-                    file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
-                    file.flush()
+                    if file is not None:
+                        file.write((json.dumps(_row(talk, tokenizer), ensure_ascii=False) + "\n").encode("utf-8"))
+                        file.flush()
                 if talk.ended:
                     counts[talk.ended] += 1
                 progress.advance(1, f"{made / (time.monotonic() - start):.0f} tokens/s")
-            os.fsync(file.fileno())
+            if file is not None:
+                os.fsync(file.fileno())
     return counts
+
+
+def _appended(path: Path) -> AbstractContextManager[BinaryIO | None]:
+    """The file, for the first process alone."""
+    return path.open("ab") if hosts.is_main() else nullcontext()
 
 
 def _finished(path: Path) -> set[str]:

@@ -12,8 +12,10 @@ import numpy as np
 from flaxdraft.data.documents import Document
 from flaxdraft.data.store_writer import StorePlan, fill
 from flaxdraft.data.templates import Rendered
+from flaxdraft.devices import host_reads
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Target
+from flaxdraft.ops.padding import round_up
 
 
 def capture(
@@ -44,7 +46,7 @@ def capture(
     def weights() -> dict[str, np.ndarray]:
         tensors = {"embedding": target.embedding(), "final_norm": target.final_norm()}
         tensors |= {} if plan.tied else {"head": target.head()}
-        return jax.device_get(tensors)
+        return host_reads.read(tensors)
 
     return fill(directory, plan, read, weights, part)
 
@@ -68,15 +70,15 @@ def _batches(sizes: list[tuple[int, int]], batch_tokens: int) -> list[list[int]]
 
 
 def _read(target: Target, rows: Sequence[Rendered], members: list[int]) -> dict[int, Document]:
-    """One forward pass; the batch is filled up to a power of two rows."""
+    """One forward pass; the batch is filled up to a power of two rows, or to as many as the devices share."""
     length = max(_padded(len(rows[i].tokens)) for i in members)
-    shape = (1 << (len(members) - 1).bit_length(), length)
+    shape = (round_up(1 << (len(members) - 1).bit_length(), target.row_multiple), length)
     tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     for at, i in enumerate(members):
         tokens[at, : len(rows[i].tokens)] = rows[i].tokens
         segments[at, : len(rows[i].tokens)] = 1
     positions = np.tile(np.arange(length, dtype=np.int32), (shape[0], 1))
-    features = jax.device_get(target.features(Batch(tokens, segments > 0, segments, positions)))
+    features = host_reads.read(target.features(Batch(tokens, segments > 0, segments, positions)))
     out = {}
     for at, i in enumerate(members):
         inside = (at, slice(len(rows[i].tokens)))

@@ -18,6 +18,7 @@ import numpy as np
 
 from flaxdraft.data.documents import Document
 from flaxdraft.data.store import DTYPES, MANIFEST, PLAN, TARGET, Source, finish, save, shard_name, write_shard
+from flaxdraft.devices import hosts
 from flaxdraft.errors import InputError
 from flaxdraft.files.json_files import write_json
 from flaxdraft.progress import bar
@@ -61,12 +62,19 @@ def make_plan(source: Source, lengths: Sequence[int], shard_tokens: int, tied: b
 
 
 def start(directory: Path, plan: StorePlan) -> list[int]:
-    """Writes the plan, or checks it against the one that is there; returns the shards that are still missing.
+    """Writes the plan, or checks it against the one that is there; returns the shards that are still missing, the same
+    ones in every process.
 
     Raises:
         InputError: the directory holds another plan (every differing field is listed), cannot be written, or the disk
             has no room for what is missing.
     """
+    with hosts.main_first(f"plan {directory}"):
+        missing = _started(directory, plan)
+    return hosts.agree(missing)
+
+
+def _started(directory: Path, plan: StorePlan) -> list[int]:
     path, wanted = directory / PLAN, plan.as_json()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -110,7 +118,7 @@ def fill(
     part: tuple[int, int],
 ) -> bool:
     """Writes the missing shards of one part; part 0 also the target's weights and, once the shards of all parts are
-    there, index and manifest.
+    there, index and manifest. Of many processes all read, and the first one writes.
 
     Args:
         read: the documents of consecutive rows; it calls its second argument with the number of rows done.
@@ -134,9 +142,18 @@ def fill(
             progress.advance(num_rows, f"{done / (time.monotonic() - began):.1f} rows/s")
 
         for index, span in zip(missing, spans, strict=True):
-            write_shard(directory, index, read(span, advance), plan.source)
-    if part[0] == 0 and not (directory / TARGET).exists():
-        save(directory / TARGET, {name: np.asarray(x, np.float32) for name, x in weights().items()})
+            documents = read(span, advance)
+            if hosts.is_main():
+                write_shard(directory, index, documents, plan.source)
+    if part[0] == 0 and not hosts.agree((directory / TARGET).exists()):
+        tensors = weights()
+        if hosts.is_main():
+            save(directory / TARGET, {name: np.asarray(x, np.float32) for name, x in tensors.items()})
+    return hosts.agree(hosts.is_main() and _finished(directory, plan, part))
+
+
+def _finished(directory: Path, plan: StorePlan, part: tuple[int, int]) -> bool:
+    """Whether the store is complete; part 0 writes what makes it so."""
     num_shards = len(plan.first_rows) - 1
     complete = all((directory / shard_name(i)).exists() for i in range(num_shards))
     if complete and part[0] == 0 and not (directory / MANIFEST).exists():

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from flaxdraft.decode.generation import check_sampling
 from flaxdraft.decode.speculative import PREFILL_CHUNK, Carry, Program, Requests, Space, advance, begin
 from flaxdraft.decode.tree import Tree
+from flaxdraft.devices.weight_places import on_every_device
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Drafter, Target
 from flaxdraft.ops.padding import round_up
@@ -30,6 +30,11 @@ class ReadyDraft(NamedTuple):
     graphdef: nnx.GraphDef
     state: nnx.State
     drafter: Drafter
+
+
+def beside(target: Target, draft: ReadyDraft) -> ReadyDraft:
+    """A draft where it decodes with that target: whole on each of its devices."""
+    return draft if target.mesh is None else draft._replace(state=on_every_device(draft.state, target.mesh))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Settings:
                 "takes the place of a chain and is verified greedily, so expected both 0"
             )
 
-    def program(self, drafter: Drafter | None, mesh: jax.sharding.Mesh | None) -> Program:
+    def program(self, drafter: Drafter | None) -> Program:
         """
         Raises:
             InputError: see `Tree`; the drafter has no trees, or proposes fewer tokens at a time.
@@ -72,7 +77,7 @@ class Settings:
                 f"chain length: found {self.chain_length}, but this draft proposes at most {drafter.most_tokens} "
                 "tokens at a time"
             )
-        return Program(drafter, self.chain_length, self.temperature > 0, self.top_p, mesh, tree)
+        return Program(drafter, self.chain_length, self.temperature > 0, self.top_p, tree)
 
 
 def padded_length(longest: int) -> int:
@@ -91,17 +96,14 @@ class Decoding:
         settings: Settings,
         *,
         seeds: Sequence[int] | None = None,
-        mesh: jax.sharding.Mesh | None = None,
         num_rows: int | None = None,
         least_length: int = 0,
     ):
         """Reads the prompts and makes the first token of each answer.
 
         Args:
-            target: on one device, or whole on every device of the mesh; so is the draft.
-            draft: not looked at where nothing is drafted.
+            draft: not looked at where nothing is drafted; beside the target (see `beside`).
             seeds: one for each row; their numbers by default. A row depends on its own prompt and seed alone.
-            mesh: rows are split over its data axis.
             num_rows: of the compiled batch, the rest is padding; as many as there are prompts by default.
             least_length: to which prompts are padded at least, so that batches share a compiled program.
 
@@ -119,7 +121,7 @@ class Decoding:
                     f"prompts: number {i} has {len(prompt)} tokens; with an answer of {settings.max_new_tokens} it "
                     f"leaves the target's context of {context}; shorten it, or lower max_new_tokens"
                 )
-        total = round_up(max(num_rows or 0, num), 1 if mesh is None else mesh.shape["data"])
+        total = round_up(max(num_rows or 0, num), target.row_multiple)
         padded = padded_length(max(least_length, *map(len, prompts)))
         tokens_BP = np.zeros((total, padded), np.int32)
         lengths, limits, numbers = np.ones(total, np.int32), np.zeros(total, np.int32), np.zeros(total, np.uint32)
@@ -129,12 +131,10 @@ class Decoding:
         numbers[:num] = range(num) if seeds is None else seeds
         temperatures = np.full(total, settings.temperature or 1.0, np.float32)
         rows = Requests(lengths, limits, numbers, temperatures)
-        if mesh is not None:
-            tokens_BP, rows = jax.device_put((tokens_BP, rows), jax.NamedSharding(mesh, jax.P("data")))
         alone = settings.chain_length == 0 and not settings.tree
         assert alone or draft is not None, "nothing to draft with"
         graphdef, state, drafter = (None, None, None) if alone or draft is None else draft
-        program = settings.program(drafter, mesh)
+        program = settings.program(drafter)
         stops_N = np.asarray(settings.stop_tokens, np.int32)
         drafted = program.chain_length
         if program.tree is not None:
@@ -146,10 +146,11 @@ class Decoding:
                 )
         space = Space(padded + round_up(settings.max_new_tokens + drafted, 8), settings.max_new_tokens)
         prefill = dataclasses.replace(program, chain_length=min(program.depth, 1), tree=None)  # the same for all
-        self._num = num
-        self._carry: Carry = begin(target, graphdef, state, prefill, tokens_BP, rows, stops_N, space)
+        self._num, self._target = num, target
+        with target.on_mesh():
+            self._carry: Carry = begin(target, graphdef, state, prefill, tokens_BP, rows, stops_N, space)
         self._step = lambda num_passes, carry: advance(
-            target, graphdef, state, program, rows, stops_N, jnp.int32(num_passes), carry
+            target, graphdef, state, program, rows, stops_N, np.int32(num_passes), carry
         )
 
     @property
@@ -164,7 +165,8 @@ class Decoding:
 
     def advance(self, num_passes: int = PASSES_AT_A_TIME) -> bool:
         """Up to so many target passes more; whether any row still runs."""
-        self._carry = self._step(num_passes, self._carry)
+        with self._target.on_mesh():
+            self._carry = self._step(num_passes, self._carry)
         return bool(jax.device_get(self._carry.running_B).any())
 
     def finish(self, on_passes: Callable[[int, int], None] = lambda num_passes, num_tokens: None) -> list[Decoded]:

@@ -7,6 +7,9 @@ read at once, and what they have in common (a system prompt, mostly) is read onc
 
 The same forward passes give the target's features of every token, for those who keep them.
 
+Over a mesh, rows of the target's batches lie apart and what a carry holds beside the cache is whole on every device. So
+every process of the mesh reads the same, and takes the same way.
+
 Shape letters: B rows, F fresh rows that read together, P tokens of the longest of their prompts, T tokens of a chunk,
 M answer tokens, E target width, V vocabulary, N stop tokens.
 """
@@ -21,9 +24,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import P, lax
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from flaxdraft.devices.sharding import everywhere
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import AnyArray, Features, Target
 from flaxdraft.ops.padding import round_up
@@ -104,17 +108,12 @@ class _How(NamedTuple):
     keeps: bool  # features
 
 
-def _whole(x: jax.Array) -> jax.Array:
-    """On every device of the mesh, where there is one: rows of a batch may lie apart, those of a carry never do."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.reshard(x, P())
-
-
 def _chosen(target: Target, how: _How, last_BE: Float[Array, "B E"], argmax_B, seed_B, made_B) -> Int[Array, " B"]:
     """The next token of each row: a sample by its own seed, so that it does not matter which rows are beside it."""
     if how.temperature == 0:
-        return _whole(argmax_B)
+        return everywhere(argmax_B)
     keys_B = jax.vmap(lambda seed, made: jax.random.fold_in(jax.random.key(seed), made))(seed_B, made_B)
-    return sample(_whole(target.logits(_whole(last_BE))), keys_B, how.temperature, how.top_p)
+    return sample(everywhere(target.logits(everywhere(last_BE))), keys_B, how.temperature, how.top_p)
 
 
 def _noted(carry: _Carry, token_B, rows_B: Bool[Array, " B"], stops_N) -> _Carry:
@@ -139,12 +138,12 @@ def _read_chunk(target: Target, how: _How, stops_N, tokens_FT, start, carry: _Ca
     here_FT = at_1T == length_F1 - 1
     assert out.last_BTE is not None, "`extend` tells all"
     assert out.argmax_BT is not None, "`extend` tells all"
-    last_FTE, argmax_FT = _whole(out.last_BTE), _whole(out.argmax_BT)
+    last_FTE, argmax_FT = everywhere(out.last_BTE), everywhere(out.argmax_BT)
     last_FE = jnp.sum(jnp.where(here_FT[..., None], last_FTE, 0), axis=1, dtype=last_FTE.dtype)
     argmax_F = jnp.sum(jnp.where(here_FT, argmax_FT, 0), axis=1, dtype=jnp.int32)
     token_F = _chosen(target, how, last_FE, argmax_F, carry.seed_B, jnp.zeros_like(carry.made_B))
     carry = _noted(dataclasses.replace(carry, cache=cache), token_F, jnp.any(here_FT, axis=1), stops_N)
-    return carry, jax.tree.map(_whole, out) if how.keeps else None
+    return carry, jax.tree.map(everywhere, out) if how.keeps else None
 
 
 @partial(jax.jit, donate_argnames="carry")
@@ -177,7 +176,7 @@ def _write(target: Target, how: _How, stops_N, enough_free, carry: _Carry) -> _C
         kept = carry.kept
         if how.keeps:
             rows_B, kept_at_B = jnp.arange(len(made_B)), jnp.where(running_B, made_B - 1, carry.answer_BM.shape[1])
-            keep = lambda all_BM, x_B1: all_BM.at[rows_B, kept_at_B].set(_whole(x_B1[:, 0]), mode="drop")  # noqa: E731
+            keep = lambda all_BM, x_B1: all_BM.at[rows_B, kept_at_B].set(everywhere(x_B1[:, 0]), mode="drop")  # noqa: E731
             kept = jax.tree.map(keep, kept, out)
         return step + 1, _noted(dataclasses.replace(carry, cache=cache, kept=kept), token_B, running_B, stops_N)
 

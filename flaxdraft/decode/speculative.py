@@ -7,7 +7,9 @@ themselves, at a stop token or at their limit, also inside an accepted run. Gree
 token; sampled output is distributed as the target's own samples (`ops/rejection.py`). A chain of length 0 is the target
 alone.
 
-Over several devices every one decodes its own rows, loop and all: none waits for another.
+Over a mesh the target is split as its weights are, rows of its batches lie apart, and what the carry holds beside its
+cache is whole on every device, the drafter's state too: a draft is small, and reading its weights is what takes time.
+So every process of the mesh reads the same, and takes the same way.
 
 Shape letters: B rows, P padded prompt, T positions of a pass (the chain, or a path of the tree, and one more),
 Q chain, M answer tokens, E target width, V target vocabulary, W draft vocabulary.
@@ -22,12 +24,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import P, lax
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from flaxdraft.decode.tree import Tree, right_path
-from flaxdraft.devices.mesh import BATCH_AXIS
-from flaxdraft.interfaces import AnyArray, Draft, Drafter, Target
+from flaxdraft.devices.sharding import everywhere
+from flaxdraft.interfaces import AnyArray, Draft, Drafter, Features, Target
 from flaxdraft.ops import rejection
 from flaxdraft.ops.sampling import draw, sharpened
 
@@ -42,7 +44,6 @@ class Program:
     chain_length: int = 0  # draft tokens a target pass
     sampled: bool = False
     top_p: float = 1.0
-    mesh: jax.sharding.Mesh | None = None  # rows are split over its data axis
     tree: Tree | None = None  # instead of a chain, whose length is then 0; greedy only
 
     @property
@@ -93,10 +94,10 @@ class Carry:
     running_B: Bool[Array, " B"]
 
 
-def _specs(carry: Carry) -> Carry:
-    """Where each part of a carry is split: rows lead everywhere but in the target's cache, whose layers do."""
-    specs = jax.tree.map(lambda _: P(BATCH_AXIS), carry)
-    return dataclasses.replace(specs, cache=jax.tree.map(lambda _: P(None, BATCH_AXIS), carry.cache))
+def _extended(target: Target, *how: Any) -> tuple[Any, Features]:
+    """See `Target.extend`."""
+    cache, out = target.extend(*how)
+    return cache, jax.tree.map(everywhere, out)
 
 
 def _is_stop(tokens, stops_N):
@@ -120,7 +121,7 @@ def _read_prompts(target: Target, draft: Draft | None, program: Program, tokens_
         cache, drafting, ends = carry
         tokens_BT, next_BT = (lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1) for x in (tokens_BP, next_BP))
         at_1T = i * chunk + jnp.arange(chunk)[None]
-        cache, out = target.extend(cache, tokens_BT, jnp.where(at_1T <= end_B1, at_1T, num_slots), "end")
+        cache, out = _extended(target, cache, tokens_BT, jnp.where(at_1T <= end_B1, at_1T, num_slots), "end")
         found = out.taps_BTKE, out.last_BTE, out.argmax_BT
         here_BT = at_1T == end_B1
         pick = lambda x: jnp.where(jnp.expand_dims(here_BT, tuple(range(2, x.ndim))), x, 0).sum(1, dtype=x.dtype)  # noqa: E731
@@ -131,7 +132,7 @@ def _read_prompts(target: Target, draft: Draft | None, program: Program, tokens_
         return cache, drafting, ends
 
     probe = jax.ShapeDtypeStruct((num_rows, chunk), jnp.int32)
-    _, out = jax.eval_shape(lambda cache, x: target.extend(cache, x, x, "end"), cache, probe)
+    _, out = jax.eval_shape(lambda x: target.extend(target.new_cache(num_rows, num_slots), x, x, "end"), probe)
     ends = jax.tree.map(
         lambda x: jnp.zeros((num_rows, *x.shape[2:]), x.dtype), (out.taps_BTKE, out.last_BTE, out.argmax_BT)
     )  # fmt: skip
@@ -200,7 +201,8 @@ def _chain_pass(
         )
     drafted_BQ = chain_BQ if draft is None else draft.target_ids[...][chain_BQ]
     at_BT = jnp.minimum(newest_B[:, None] + jnp.arange(program.chain_length + 1)[None], carry.cache.num_slots)
-    cache, out = target.extend(carry.cache, jnp.concatenate([token_B1, drafted_BQ], axis=1), at_BT, "all")
+    tokens_BT = jnp.concatenate([token_B1, drafted_BQ], axis=1)
+    cache, out = _extended(target, carry.cache, tokens_BT, at_BT, "all")
     accepted_B, said_BT = _verdict(target, draft, program, rows, out, chain_BQ, q_BQW, keys_B)
     return cache, drafting, accepted_B, said_BT, out.taps_BTKE
 
@@ -221,12 +223,12 @@ def _tree_pass(target: Target, draft: Draft, program: Program, carry: Carry, roo
     drafting, drafted_BQ = program.drafts.propose_tree(draft, carry.drafting, root_B, tree)
     tokens_BN = jnp.concatenate([token_B1, draft.target_ids[...][drafted_BQ]], axis=1)
     positions_BN, placement = tree.place(root_B, slice(None), cache.num_slots)
-    cache, out = target.extend(cache, tokens_BN, positions_BN, "all", placement)
+    cache, out = _extended(target, cache, tokens_BN, positions_BN, "all", placement)
     assert out.argmax_BT is not None
     accepted_B, path_BT = right_path(tree, tokens_BN, out.argmax_BT)
     ahead_1T = jnp.arange(1, path_BT.shape[1])[None]
     to_BT = jnp.where(ahead_1T <= accepted_B[:, None], root_B[:, None] + ahead_1T, cache.num_slots)
-    cache = cache.moved(root_B[:, None] + path_BT[:, 1:], to_BT)
+    cache = target.move_slots(cache, root_B[:, None] + path_BT[:, 1:], to_BT)
     rows_B1 = jnp.arange(len(root_B))[:, None]
     return cache, drafting, accepted_B, out.argmax_BT[rows_B1, path_BT], out.taps_BTKE[rows_B1, path_BT]
 
@@ -273,35 +275,19 @@ def _merged(graphdef, state) -> Draft | None:
 
 @partial(jax.jit, static_argnames=("graphdef", "program", "space"))
 def begin(target, graphdef, state, program: Program, tokens_BP, rows, stops_N, space: Space) -> Carry:
-    def local(target, state, stops_N, tokens_BP, rows):
-        draft = _merged(graphdef, state)
-        return _prefilled(target, draft, program, tokens_BP, rows, stops_N, space)
-
-    arguments = target, state, stops_N, tokens_BP, rows
-    if program.mesh is not None:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)  # as a device sees them
-        specs = _specs(jax.eval_shape(local, *shapes))
-        in_specs = (P(), P(), P(), P(BATCH_AXIS), P(BATCH_AXIS))
-        local = jax.shard_map(local, mesh=program.mesh, in_specs=in_specs, out_specs=specs, check_vma=False)
-    return local(*arguments)
+    """To be called `on_mesh` of the target, where the draft is whole on every device."""
+    return _prefilled(target, _merged(graphdef, state), program, tokens_BP, rows, stops_N, space)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "program"), donate_argnames="carry")
 def advance(target, graphdef, state, program: Program, rows, stops_N, num_passes, carry: Carry) -> Carry:
-    def local(target, state, stops_N, num_passes, rows, carry):
-        draft = _merged(graphdef, state)
+    """See `begin`."""
+    draft = _merged(graphdef, state)
 
-        def more(loop):
-            return (loop[0] < num_passes) & jnp.any(loop[1].running_B)
+    def more(loop):
+        return (loop[0] < num_passes) & jnp.any(loop[1].running_B)
 
-        def one(loop):
-            return loop[0] + 1, _pass(target, draft, program, rows, stops_N, loop[1])
+    def one(loop):
+        return loop[0] + 1, _pass(target, draft, program, rows, stops_N, loop[1])
 
-        return lax.while_loop(more, one, (0, carry))[1]
-
-    arguments = target, state, stops_N, num_passes, rows, carry
-    if program.mesh is not None:
-        specs = _specs(carry)
-        in_specs = (P(), P(), P(), P(), P(BATCH_AXIS), specs)
-        local = jax.shard_map(local, mesh=program.mesh, in_specs=in_specs, out_specs=specs, check_vma=False)
-    return local(*arguments)
+    return lax.while_loop(more, one, (0, carry))[1]

@@ -20,7 +20,8 @@ def read(tree: Any) -> Any:
     """The arrays of a tree as numpy, whole, in every process."""
     global _count
     _count += 1
-    whole = all(x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(tree))
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]  # others are on the host already
+    whole = all(x.is_fully_addressable or x.is_fully_replicated for x in arrays)
     return jax.device_get(tree) if whole else multihost_utils.process_allgather(tree, tiled=True)
 
 

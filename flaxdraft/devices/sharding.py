@@ -104,6 +104,11 @@ def into_columns(x: jax.Array, spec: P | None) -> jax.Array:
     return jax.reshard(x, P(*spec_of(x).partitions, reduced=frozenset({axis}))) if axis else x
 
 
+def everywhere(x: jax.Array) -> jax.Array:
+    """Inside a program: whole on every device of the mesh, where there is one."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.reshard(x, P())
+
+
 def split_like(like: jax.Array, x: jax.Array) -> jax.Array:
     """x [B, T, ...], which every device holds whole along time, cut along time as `like` is."""
     batch, time, *_ = partitions_of(spec_of(like))

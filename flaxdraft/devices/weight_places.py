@@ -48,6 +48,11 @@ def weight_on_mesh(name: str, weight: jax.Array, mesh: jax.sharding.Mesh, spec: 
     return jax.make_array_from_callback(host.shape, jax.NamedSharding(mesh, spec), host.__getitem__)
 
 
+def on_every_device(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Arrays, each whole on every device of the mesh; every process of it brings the same ones."""
+    return jax.tree.map(lambda x: weight_on_mesh("", x, mesh, P()), tree)
+
+
 def on_mesh(state: nnx.State, mesh: jax.sharding.Mesh, sharding: Sharding) -> nnx.State:
     """A state, each weight in its place; see `weight_on_mesh`."""
 

@@ -1,4 +1,7 @@
-"""python -m flaxdraft.evaluate DRAFT --target ADDRESS --prompts FILE --out DIR: what a draft is worth by decoding."""
+"""python -m flaxdraft.evaluate DRAFT --target ADDRESS --prompts FILE --out DIR: what a draft is worth by decoding.
+
+The same command on every host, where there are several: all decode, in step with each other, and the first one writes.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,17 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flaxdraft.data.prompts import SPLITS, read_prompts
 from flaxdraft.errors import InputError
-from flaxdraft.run.commands import ADDRESS, DTYPES, Command, call
+from flaxdraft.run.commands import ADDRESS, Command, call
+from flaxdraft.run.target_options import add_target_options, dtype_or_default, on_all_hosts, target_mesh
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from flaxdraft.nn.precision import Precision
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,10 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return call(Command(__doc__ or "", _arguments, _work), argv, "python -m flaxdraft.evaluate")
 
 
-def _work(arguments: argparse.Namespace) -> None:
+def _work(arguments: argparse.Namespace) -> int:
     _check(arguments)
-    with _draft_files(arguments.draft, arguments.step) as directory:
-        evaluate(arguments, directory)
+
+    def work() -> None:
+        with _draft_files(arguments.draft, arguments.step) as directory:
+            evaluate(arguments, directory)
+
+    return on_all_hosts(work)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,15 +61,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of sampling; each decodes everything once")
     parser.add_argument("--rows", type=int, default=8, help="conversations decoded together")
-    parser.add_argument("--data", type=int, default=1, help="devices that share the rows out")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and products")
+    add_target_options(parser)
 
 
 def _check(arguments: argparse.Namespace) -> None:
     a = arguments
     for name, value, least in (
         ("--limit", a.limit, 1), ("--chain", min(a.chain), 1), ("--max-new-tokens", a.max_new_tokens, 2),
-        ("--rows", a.rows, 1), ("--data", a.data, 1), ("--seeds", min(a.seeds), 0),
+        ("--rows", a.rows, 1), ("--seeds", min(a.seeds), 0),
     ):  # fmt: skip
         if value is not None and value < least:
             raise InputError(f"{name}: found {value}, expected at least {least}")
@@ -102,50 +115,57 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
 
     from flaxdraft.algorithms.loading import serving_files
     from flaxdraft.decode.decoding import Settings
-    from flaxdraft.devices.mesh import make_mesh
+    from flaxdraft.devices import hosts
     from flaxdraft.evaluate.measure import Guess, Session, measure
     from flaxdraft.evaluate.report import print_evaluation, write_report
     from flaxdraft.evaluate.results import guess_results
     from flaxdraft.files.fetch import content_of, sha256_of
     from flaxdraft.files.json_files import write_json
+    from flaxdraft.nn.precision import of_both
     from flaxdraft.progress import CONSOLE
-    from flaxdraft.stages.claims import claim
+    from flaxdraft.stages.claims import claim_together
 
     guesses = [*(Guess(chain_length=chain) for chain in a.chain), *(Guess(tree=tuple(tree)) for tree in a.tree)]
     for guess in guesses:  # refuses wrong numbers before anything is loaded
-        Settings(a.max_new_tokens, guess.chain_length, (), a.temperature, a.top_p, guess.tree).program(None, None)
+        Settings(a.max_new_tokens, guess.chain_length, (), a.temperature, a.top_p, guess.tree).program(None)
     prompts = read_prompts(a.prompts, () if a.split == "all" else (a.split,), "--prompts")
     prompts = [prompt for prompt in prompts if a.split in ("all", prompt.split)][: a.limit]
-    mesh = make_mesh(a.data) if a.data > 1 else None
+    dtype, mesh = dtype_or_default(a.dtype), target_mesh(a.mesh)
+    shape = {} if mesh is None else {name: size for name, size in mesh.shape.items() if size > 1}
     inputs = {
         "draft": {path.name: sha256_of(path) for path in serving_files(directory)},
         "target": {"address": a.target, "content": content_of(a.target, None)}, "prompts": sha256_of(a.prompts),
         "split": a.split, "limit": a.limit, "max_new_tokens": a.max_new_tokens, "temperature": a.temperature,
-        "top_p": a.top_p, "rows": a.rows, "data": a.data, "dtype": a.dtype,
+        "top_p": a.top_p, "rows": a.rows, "dtype": dtype,
+        # Speed depends on the devices. Where the rows alone are shared out, these say it as older evaluations do.
+        "data": shape.get("data", 1), "mesh": {name: size for name, size in shape.items() if name != "data"},
     }  # fmt: skip
-    claim(a.out, inputs, "Give another --out, or remove it to start anew.")
-    loaded, draft = _load(a, directory)
+    claim_together(a.out, inputs, "Give another --out, or remove it to start anew.")
+    loaded, draft = _load(a.target, directory, of_both(dtype), mesh)
     CONSOLE.print(
         f"{len(prompts)} prompts, {sum(len(prompt.turns) for prompt in prompts)} turns, up to {a.max_new_tokens} "
         f"tokens each; {', '.join(map(str, guesses))}; temperature {a.temperature:g}"
     )
     settings = Settings(a.max_new_tokens, 0, tuple(loaded.stop_tokens), a.temperature, a.top_p)
-    session = Session(loaded.model, draft, loaded.tokenizer, settings, "--max-new-tokens", a.rows, mesh)
+    session = Session(loaded.model, draft, loaded.tokenizer, settings, "--max-new-tokens", a.rows)
     runs = measure(session, prompts, guesses, a.seeds, a.out / "batches", inputs)
     results = guess_results(session, prompts, guesses, runs)
+    axes = f" ({', '.join(f'{name} {size}' for name, size in shape.items())})" if shape else ""
     facts = {
         "draft": f"{a.draft}, step {a.step}" if a.step else str(a.draft), "target": a.target,
         "prompts": f"{a.prompts}, {len(prompts)} of them",
         "decoding": f"temperature {a.temperature:g}, top-p {a.top_p:g}, up to {a.max_new_tokens} tokens, {a.rows} "
-                    f"conversations together, {a.dtype}",
-        "devices": f"{a.data} x {jax.devices()[0].device_kind}, jax {jax.__version__}",
+                    f"conversations together, {dtype}",
+        "devices": f"{1 if mesh is None else mesh.size} x {jax.devices()[0].device_kind}{axes}, jax {jax.__version__}",
     }  # fmt: skip
+    if not hosts.is_main():
+        return
     write_json(a.out / "results.json", {"facts": facts, "inputs": inputs, "chains": results})
     write_report(a.out, facts, results)
     print_evaluation(results, a.out)
 
 
-def _load(a: argparse.Namespace, directory: Path):
+def _load(address: str, directory: Path, precision: Precision, mesh: Mesh | None):
     """The target with the layers that the draft taps, and the draft.
 
     Raises:
@@ -154,16 +174,14 @@ def _load(a: argparse.Namespace, directory: Path):
     from flaxdraft import targets
     from flaxdraft.algorithms.loading import from_pretrained, tapped_layers
     from flaxdraft.evaluate.loading import pair
-    from flaxdraft.nn.precision import DTYPES, Precision
 
-    precision = Precision(compute=DTYPES[a.dtype], param=DTYPES[a.dtype])
-    opened, draft = targets.open_target(a.target), from_pretrained(directory)
+    opened, draft = targets.open_target(address), from_pretrained(directory)
     named = tapped_layers(directory, opened.source.config)
     taps = draft.algorithm.tap_layers(opened.config().num_hidden_layers, None if named is None else tuple(named))
-    loaded = targets.from_pretrained(a.target, tap_layers=taps, precision=precision)
+    loaded = targets.from_pretrained(address, tap_layers=taps, precision=precision, mesh=mesh)
     if loaded.tokenizer is None or not loaded.tokenizer.chat_template:
         raise InputError(
-            f"{a.target}: has no {'tokenizer' if loaded.tokenizer is None else 'chat template'}, which it takes to ask "
+            f"{address}: has no {'tokenizer' if loaded.tokenizer is None else 'chat template'}, which it takes to ask "
             "the target; put the model's tokenizer.json and tokenizer_config.json there"
         )
     return loaded, pair(directory, draft, loaded, precision)

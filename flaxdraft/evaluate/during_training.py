@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from flaxdraft.data.documents import Answer
-from flaxdraft.decode.decoding import Decoding, ReadyDraft, Settings
+from flaxdraft.decode.decoding import Decoding, ReadyDraft, Settings, beside
 from flaxdraft.evaluate.walk import EVALUATION_ROWS, evaluate_teacher_forced, make_accepted
+from flaxdraft.evaluate.walk import accept_length as pooled
 from flaxdraft.interfaces import Algorithm, Drafter, Target
 from flaxdraft.ops.padding import round_up
 from flaxdraft.train.batch_placement import own_rows, placed_rows, rows_multiple
@@ -28,9 +29,14 @@ class UntrainedDraft(NamedTuple):
     graphdef: nnx.GraphDef
     frozen: nnx.State
     drafter: Drafter
+    dtype: Any = jnp.float32  # of its parameters
+
+    def trained(self, params: nnx.State) -> nnx.State:
+        """Trained parameters as it takes them."""
+        return jax.tree.map(lambda x: x.astype(self.dtype), params)
 
     def ready(self, params: nnx.State) -> ReadyDraft:
-        return ReadyDraft(*nnx.split(nnx.merge(self.graphdef, params, self.frozen)), self.drafter)
+        return ReadyDraft(*nnx.split(nnx.merge(self.graphdef, self.trained(params), self.frozen)), self.drafter)
 
 
 def whole_on_one_device(tree: Any) -> Any:
@@ -54,28 +60,19 @@ def spread(rows: Sequence[Answer], num: int) -> list[Answer]:
 def make_decoded_accept_length(
     target: Target, draft: UntrainedDraft, rows: Sequence[Answer], num_prompts: int, settings: Settings
 ) -> Callable[[nnx.State], float]:
-    """accept_length(params): tokens a target pass when `num_prompts` of the rows' prompts are decoded greedily.
+    """accept_length(params): tokens a target pass when `num_prompts` of the rows' prompts are decoded greedily, to
+    choose the best checkpoint by.
 
-    The processes share the prompts out and all get the same figure, to choose the best checkpoint by. All of them must
-    call it. It is compiled at the first call.
-
-    Args:
-        target: on this process's first device.
+    All processes must call it, and all get the same figure. It is compiled at the first call.
     """
-    index, count = jax.process_index(), jax.process_count()
     prompts = [row.tokens[: row.num_prompt].tolist() for row in spread(rows, num_prompts)]
-    own = prompts[index::count]
 
     def accept_length(params: nnx.State) -> float:
         params = whole_on_one_device(params)
-        counts = np.zeros(2, np.int32)
         with jax.set_mesh(_NO_MESH):  # the caller's mesh is the training's
-            if own:
-                ready = draft.ready(params)
-                yields = [one.yields for one in Decoding(target, ready, own, settings).finish()]
-                counts[:] = sum(map(sum, yields)), sum(map(len, yields))
-        gained, passes = np.asarray(multihost_utils.process_allgather(counts)).reshape(count, 2).sum(axis=0)
-        return float(gained / passes) if passes else 1.0
+            ready = beside(target, draft.ready(params))
+            yields = [one.yields for one in Decoding(target, ready, prompts, settings).finish()]
+        return pooled(yields)
 
     return accept_length
 

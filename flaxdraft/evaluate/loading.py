@@ -17,11 +17,12 @@ from flaxdraft.nn.layers import Frozen
 from flaxdraft.nn.precision import Precision
 from flaxdraft.serving.trained_draft import TrainedDraft
 from flaxdraft.targets import LoadedTarget
+from flaxdraft.targets.embedding_and_head import EmbeddingAndHeadWeights
 
 
 @dataclasses.dataclass(frozen=True)
 class PairedDraft:
-    """A draft beside its target."""
+    """A draft beside its target, on one device."""
 
     algorithm: Algorithm
     graphdef: nnx.GraphDef
@@ -68,9 +69,11 @@ def pair(directory: Path, loaded: TrainedDraft, target: LoadedTarget, precision:
                 "made for another target"
             )
     check_finite(loaded.params, f"draft {directory}")
-    check_finite(target.model.state, f"target {target.path}")
+    with target.model.on_mesh():
+        check_finite(target.model.state, f"target {target.path}")
+    embedding_and_head = EmbeddingAndHeadWeights.of_loaded(target.model)
     draft = loaded.module.make(
-        loaded.config, loaded.vocab, target.model, precision=precision, sharding=Sharding.none(), rngs=nnx.Rngs(0)
+        loaded.config, loaded.vocab, embedding_and_head, precision=precision, sharding=Sharding.none(), rngs=nnx.Rngs(0)
     )  # fmt: skip
     nnx.update(draft, jax.tree.map(lambda x: x.astype(precision.param), loaded.params))
     graphdef, params, frozen = nnx.split(draft, nnx.Param, Frozen)

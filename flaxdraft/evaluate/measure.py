@@ -3,6 +3,8 @@
 Every batch is decoded by the target alone and by each chain and tree, one after the other, so that a machine that gets
 slower is slower for all of them. What has to be compiled is compiled on a first run of a single pass, which is not
 timed.
+
+Of many processes all decode, and the first one keeps what was decoded.
 """
 
 from __future__ import annotations
@@ -14,16 +16,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from flaxdraft.data.prompts import Prompt, check_context, render_messages
-from flaxdraft.decode.decoding import Decoded, Decoding, ReadyDraft, Settings, padded_length
+from flaxdraft.decode.decoding import Decoded, Decoding, ReadyDraft, Settings, beside, padded_length
 from flaxdraft.decode.tree import Tree
+from flaxdraft.devices import hosts
 from flaxdraft.evaluate.loading import PairedDraft
-from flaxdraft.interfaces import Target
 from flaxdraft.progress import Bar, bar
 from flaxdraft.stages.claims import Stage
+from flaxdraft.targets.decoder import DecoderTarget
 
 LEAST_LENGTH = 128  # of padded prompts
 
@@ -87,22 +89,17 @@ class Measured:
 class Session:
     """What decodes, and how."""
 
-    target: Target  # on one device
-    draft: PairedDraft  # there, too
+    target: DecoderTarget
+    draft: PairedDraft
     tokenizer: Any
     settings: Settings  # its chain or tree is replaced by each in turn
     limit_field: str  # what `settings.max_new_tokens` is called where the user gave it
     num_rows: int  # conversations decoded together
-    mesh: jax.sharding.Mesh | None = None  # whose devices share the rows out
 
     @functools.cached_property
-    def on_devices(self) -> tuple[Target, ReadyDraft]:
-        """Target and draft where they decode: whole on every device of the mesh."""
-        ready = self.draft.ready
-        if self.mesh is None:
-            return self.target, ready
-        whole = jax.NamedSharding(self.mesh, jax.P())
-        return jax.device_put(self.target, whole), ready._replace(state=jax.device_put(ready.state, whole))
+    def ready(self) -> ReadyDraft:
+        """The draft where it decodes."""
+        return beside(self.target, self.draft.ready)
 
     def render(self, prompt: Prompt, messages: Sequence[dict[str, str]]) -> list[int]:
         """
@@ -132,7 +129,7 @@ class Clock:
     ) -> tuple[list[Decoded], Timing]:
         s = self._session
         start_one = lambda: Decoding(  # noqa: E731
-            *s.on_devices, prompts, settings, seeds=seeds, mesh=s.mesh, num_rows=s.num_rows, least_length=LEAST_LENGTH
+            s.target, s.ready, prompts, settings, seeds=seeds, num_rows=s.num_rows, least_length=LEAST_LENGTH
         )
         shape = settings.chain_length, settings.tree, padded_length(max(LEAST_LENGTH, *map(len, prompts)))
         if shape not in self._warm:
@@ -202,14 +199,15 @@ def measure(
     cases = [(guess, seed) for seed in seeds for guess in (Guess(), *guesses)]
     found: dict[tuple[Guess, int], list] = {case: [] for case in cases}
     stages = {(i, *case): _stage(directory, inputs, i, *case) for i in range(len(batches)) for case in cases}
-    stored = {key: stage.load() for key, stage in stages.items()}
+    stored = dict(zip(stages, hosts.agree([stage.load() for stage in stages.values()]), strict=True))
     done = sum(result is not None for result in stored.values())
     with bar("batches", len(stages), done) as progress:
         for (i, guess, seed), stage in stages.items():
             result = stored[i, guess, seed]
             if result is None:
                 result = _pack(*_watched(session, clock, batches[i], guess, seed, progress))
-                stage.store(result)
+                if hosts.is_main():
+                    stage.store(result)
             found[guess, seed].append(_unpack(result))
     return [_joined(guess, seed, parts) for (guess, seed), parts in found.items()]
 

@@ -8,17 +8,20 @@ import jax
 import numpy as np
 
 from flaxdraft.data.documents import Answer
+from flaxdraft.devices import host_reads
 from flaxdraft.evaluate.loading import PairedDraft
 from flaxdraft.evaluate.walk import TeacherForced, combine, evaluate_teacher_forced, make_accepted
 from flaxdraft.interfaces import Batch, Target
 from flaxdraft.ops.padding import round_up
 from flaxdraft.progress import bar
+from flaxdraft.targets.decoder import DecoderTarget
+from flaxdraft.targets.embedding_and_head import EmbeddingAndHeadWeights
 
 MULTIPLE = 128  # of padded lengths, each of which compiles once
 
 
 def featured(target: Target, texts: Sequence[tuple[list[int], int]], num_rows: int, length: int) -> list[Answer]:
-    """Texts (tokens, and how many are the prompt's) with the target's features.
+    """Texts (tokens, and how many are the prompt's) with the target's features. All processes of its mesh must call it.
 
     Args:
         num_rows, length: of the compiled batch.
@@ -28,7 +31,7 @@ def featured(target: Target, texts: Sequence[tuple[list[int], int]], num_rows: i
     for i, (text, _) in enumerate(texts):
         tokens[i, : len(text)], inside[i, : len(text)] = text, 1
     positions = np.tile(np.arange(length, dtype=np.int32), (num_rows, 1))
-    features = jax.device_get(target.features(Batch(tokens, inside > 0, inside, positions)))
+    features = host_reads.read(target.features(Batch(tokens, inside > 0, inside, positions)))
     return [
         Answer(tokens[i, : len(text)], num_prompt, jax.tree.map(lambda x: x[i, : len(text)], features))  # noqa: B023
         for i, (text, num_prompt) in enumerate(texts)
@@ -36,15 +39,21 @@ def featured(target: Target, texts: Sequence[tuple[list[int], int]], num_rows: i
 
 
 def walk_answers(
-    target: Target, draft: PairedDraft, texts: Sequence[tuple[list[int], int]], chains: Sequence[int], num_rows: int
+    target: DecoderTarget,
+    draft: PairedDraft,
+    texts: Sequence[tuple[list[int], int]],
+    chains: Sequence[int],
+    num_rows: int,
 ) -> dict[int, TeacherForced]:
-    """What teacher forcing says of each chain length.
+    """What teacher forcing says of each chain length. Every process walks all answers by itself.
 
     Args:
-        target: on one device; so is the draft.
         texts: prompts with the target's own greedy answers; for others the walk is no decoding.
     """
-    teacher = draft.algorithm.teacher(target, draft.vocab, target.head().dtype)
+    teacher = draft.algorithm.teacher(
+        EmbeddingAndHeadWeights.of_loaded(target), draft.vocab, target.head().dtype
+    )  # fmt: skip
+    num_rows = round_up(num_rows, target.row_multiple)
     algorithms = {chain: draft.algorithm.drafting(chain) for chain in chains}
     calls = {
         chain: make_accepted(draft.graphdef, algorithm, draft.frozen, teacher)(draft.params)

@@ -11,6 +11,7 @@ import numpy as np
 from flaxdraft.data.answers import capture, is_captured, load_split, write_texts
 from flaxdraft.data.documents import Answer
 from flaxdraft.data.prompts import Prompt, check_context, render_prompts
+from flaxdraft.devices import hosts
 from flaxdraft.errors import InputError
 from flaxdraft.run.draft import check_draft
 from flaxdraft.run.saying import say
@@ -35,20 +36,21 @@ class Answers:
 
 
 def answer_prompts(setup: Setup, target: RunTarget) -> Answers:
-    """Answers and features of the splits that are asked for; what is there from the same inputs is left alone.
+    """Answers and features of the splits that are asked for; what is there from the same inputs is left alone. The
+    processes of a run do it together, and the first one writes.
 
     Raises:
         InputError: the draft could not be trained or served beside this target; a prompt is too long.
     """
     data, directory = setup.config.data, setup.data_dir
     stage = Stage(directory / "data.json", setup.answer_inputs)
-    result = stage.load()
+    result = hosts.agree(stage.load())
     order = {} if result is None else result["order"]  # of other splits, too
     missing = [
         split for split in setup.splits
         if split not in order or not is_captured(directory, split, len(order[split]), data.rows)
     ]  # fmt: skip
-    if not missing:
+    if not hosts.agree(missing):
         assert result is not None, "a run asks for some split"
         say("data", f"done before: {directory}")
         # Answers of earlier versions were ended by one token alone.
@@ -70,9 +72,12 @@ def answer_prompts(setup: Setup, target: RunTarget) -> Answers:
         _, limit = _answer_limit(setup, split)
         dtype = data.feature_dtype if split == "train" else "float32"
         order[split] = capture(directory, split, loaded.model, rendered[split], stops, limit, data.rows, dtype)
-        rows = load_split(directory, split, len(order[split]), data.rows)
-        write_texts(directory / f"{split}.json", target.tokenizer, prompts[split], order[split], rows)
-    stage.store({"order": order, "stops": stops, "special": special})
+    with hosts.main_first("answers"):  # the others read what it has written
+        if hosts.is_main():
+            for split in setup.splits:
+                rows = load_split(directory, split, len(order[split]), data.rows)
+                write_texts(directory / f"{split}.json", target.tokenizer, prompts[split], order[split], rows)
+            stage.store({"order": order, "stops": stops, "special": special})
     return Answers(directory, order, stops, special, data.rows)
 
 

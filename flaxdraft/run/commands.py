@@ -17,7 +17,6 @@ from typing import NamedTuple
 from flaxdraft.errors import InputError
 
 ADDRESS = "a model directory, a .gguf file, wheel:NAME==VERSION/FILE, or ORG/NAME"
-DTYPES = ("float32", "bfloat16")
 _ROOMS = ("train", "data", "evaluate", "targets")  # each with a __main__
 _TOOLS = Path(__file__).parents[2] / "tools" / "convert"  # of a clone; an installed wheel has none
 

@@ -117,7 +117,7 @@ def _example(setup: Setup, draft_config: Any, num_taps: int, length: int) -> Exa
     rows, width, compute = config.train.batch_size, draft_config.target_hidden_size, DTYPES[config.train.compute_dtype]
     shape = (rows, length)
     # The target gives them in its own dtype where it reads while the draft trains.
-    dtype = DTYPES[config.data.feature_dtype] if config.data.conversations is None else compute
+    dtype = DTYPES[config.data.feature_dtype] if config.data.conversations is None else DTYPES[setup.target_dtype]
     zeros = np.zeros(shape, np.int32)
     counted = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     batch = Batch(zeros, np.ones(shape, bool), zeros + 1, counted)

@@ -28,7 +28,7 @@ class Material:
     answers: Answers
     documents: Documents  # that are trained on
     vocab: VocabMap
-    embedding_and_head: EmbeddingAndHead  # on one device, where decoding uses them
+    embedding_and_head: EmbeddingAndHead  # of the target, on the host
 
 
 def gather(setup: Setup, target: RunTarget, answers: Answers) -> Material:
@@ -78,10 +78,8 @@ def _vocabulary(setup: Setup, target: RunTarget, answers: Answers, documents: Do
 
 
 def _outer(setup: Setup, target: RunTarget, documents: Documents) -> EmbeddingAndHead:
-    """The target's layers are not loaded where their features are given."""
+    """Training holds no layer of the target that it does not ask."""
     if setup.config.data.store is not None:
         assert isinstance(documents, FeatureStore), "data.store is trained on where it is given"
         return EmbeddingAndHeadWeights(target.config, documents.target())
-    if setup.config.data.conversations is not None:
-        return EmbeddingAndHeadWeights.of_target(target.opened, target.config)
-    return target.loaded.model
+    return EmbeddingAndHeadWeights.of_target(target.opened, target.config)

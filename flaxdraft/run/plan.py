@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flaxdraft.config import RunConfig
 from flaxdraft.data.store import Source
 from flaxdraft.data.store_writer import StorePlan
+from flaxdraft.devices.mesh import make_mesh
 from flaxdraft.errors import InputError
 from flaxdraft.files import streaming
 from flaxdraft.nn.precision import DTYPES
@@ -21,6 +22,7 @@ from flaxdraft.run.estimate import Estimate, estimate
 from flaxdraft.run.planned_devices import PlannedDevices, planned_devices
 from flaxdraft.run.planned_target import PlannedTarget, TargetFigures, pass_work, target_figures
 from flaxdraft.run.setup import Setup, parts
+from flaxdraft.run.training import asks_the_target
 from flaxdraft.train.resident import HELP
 
 _ASSUMED = 0.4  # of the peak in bfloat16, where no rate is given
@@ -133,7 +135,9 @@ def plan(config: RunConfig, devices: str | None = None, rate: str | None = None)
     Raises:
         InputError: see `parts`, `check_draft`, `planned_devices`, `Plan.hours` and `Plan.doubt`.
     """
-    found = made_plan(config, planned_devices(devices, math.prod(config.mesh.model_dump().values())))
+    own = config.target.mesh.model_dump(exclude_none=True)
+    num = max(math.prod(shape.values()) for shape in (config.mesh.model_dump(), own))
+    found = made_plan(config, planned_devices(devices, num))
     for line in found.lines(rate):
         CONSOLE.print(line)
     if (doubt := found.doubt()) is not None:
@@ -145,11 +149,14 @@ def made_plan(config: RunConfig, devices: PlannedDevices) -> Plan:
     Raises:
         InputError: see `parts` and `check_draft`.
     """
+    dtype = config.target.dtype or ("float32" if devices.are_cpus else "bfloat16")
+    config = config.model_copy(update={"target": config.target.model_copy(update={"dtype": dtype})})
     setup = parts(config, devices.devices)
     target = PlannedTarget(setup)
     check_draft(setup, target)
     longest = config.data.max_prompt_tokens + max(config.data.max_answer_tokens, config.evaluate.max_new_tokens)
-    figures = target_figures(target, setup.mesh, DTYPES[config.train.compute_dtype], config.data.rows, longest)
+    mesh = setup.target_mesh or make_mesh(devices=devices.devices)
+    figures = target_figures(target, mesh, DTYPES[setup.target_dtype], config.data.rows, longest)
     step = estimate(setup, draft_config(setup, target), len(target.config.tap_layers))
     online = config.data.conversations is not None
     read = figures.flops * step.rows * step.length if online else 0.0
@@ -165,10 +172,8 @@ def _training(setup: Setup, step: Estimate, figures: TargetFigures) -> dict[str,
     config, held = setup.config, dict(step.held)
     work = step.work
     if config.data.conversations is not None:
-        work = max(work, pass_work(figures.abstract, step.batch, setup.mesh))
-    kept = {} if config.data.store is not None and not config.evaluate.decode_prompts else {
-        "target": figures.weight_bytes
-    }  # fmt: skip
+        work = max(work, pass_work(figures.abstract, step.batch))
+    kept = {"target": figures.weight_bytes} if asks_the_target(setup) else {}
     return kept | held | {"batch": 2 * held["batch"], "features": 2 * held["features"], "work": work}
 
 

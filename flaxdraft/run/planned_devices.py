@@ -35,6 +35,11 @@ class PlannedDevices(NamedTuple):
     stand_in: bool  # whether a CPU is compiled for in their place
 
     @property
+    def are_cpus(self) -> bool:
+        """Those of the run, and not what is compiled for in their place."""
+        return not self.stand_in and self.devices[0].platform == "cpu"
+
+    @property
     def work_label(self) -> str:
         """What the size of the work is."""
         return "as compiled for CPUs in their place: an estimate" if self.stand_in else "as compiled"

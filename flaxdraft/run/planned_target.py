@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxdraft import targets
+from flaxdraft.devices.sharding import known
 from flaxdraft.interfaces import Batch
 from flaxdraft.nn.precision import Precision
 from flaxdraft.run.init_from import check_target
@@ -99,9 +100,12 @@ def _products(path: tuple, variable: nnx.Variable, target: PlannedTarget) -> flo
     return math.prod(shape)
 
 
-def pass_work(target: decoder.DecoderTarget, batch: Batch, mesh: jax.sharding.Mesh) -> int:
-    """Bytes that a device takes at most within one pass over a batch of described arrays."""
-    with jax.set_mesh(mesh):
+def pass_work(target: decoder.DecoderTarget, batch: Batch) -> int:
+    """Bytes that a device takes at most within one pass over a batch of described arrays, laid out for this target."""
+    assert target.mesh is not None, "described with its places"
+    rows = jax.NamedSharding(target.mesh, known(SHARDING.act_b))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
+    with jax.set_mesh(target.mesh):
         compiled = jax.jit(decoder.DecoderTarget.features).lower(target, batch).compile()
     memory = compiled.memory_analysis()
     assert memory is not None, "XLA says it of every backend that trains"

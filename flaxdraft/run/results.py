@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 
 from flaxdraft.decode.decoding import Settings
+from flaxdraft.devices import hosts
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.loading import PairedDraft
 from flaxdraft.evaluate.measure import Guess, Session, measure
@@ -58,13 +59,12 @@ def _standing(setup: Setup, stage: Stage) -> dict[str, Any] | None:
 
 
 @functools.cache
-def chosen_params(setup: Setup, trained: Trained) -> nnx.State:
-    """Of the chosen checkpoint, on one device.
+def chosen_params(setup: Setup, trained: Trained, chosen: Chosen) -> nnx.State:
+    """Of a checkpoint, on one device.
 
     Raises:
         InputError: the checkpoint is damaged.
     """
-    chosen = chosen_checkpoint(setup)
     if chosen.step == chosen.last:
         return trained.params
     path = setup.draft_dir / "checkpoints" / str(chosen.step)
@@ -89,26 +89,26 @@ def _evaluation_stage(setup: Setup) -> Stage:
 
 
 def evaluate_draft(setup: Setup, trained: Trained | None) -> dict[str, Any]:
-    """The held-out result, in float32 on one device: what the evaluate command finds for one chain, of the run's own
-    held-out prompts. Batches that were decoded before a stop are not decoded again.
+    """The held-out result, in the target's dtype: what the evaluate command finds for one chain, of the run's own
+    held-out prompts. Batches that were decoded before a stop are not decoded again. All processes of the run decode,
+    and the first one keeps the result.
 
     Args:
         trained: None where the result stands.
     """
     config, stage = setup.config.evaluate, _evaluation_stage(setup)
-    result = _standing(setup, stage)
+    result = hosts.agree(_standing(setup, stage))
     if result is not None:
         say("evaluate", f"done before: {stage.path}")
         return result
     assert trained is not None
-    chosen, material = chosen_checkpoint(setup), trained.material
+    chosen, material = Chosen(*hosts.agree(chosen_checkpoint(setup))), trained.material
     prompts = [prompt for prompt in setup.prompts if prompt.split == "held_out"]
     say("evaluate", f"{describe_checkpoint(chosen.step, chosen.last)}: {len(prompts)} held-out prompts, up to "
                     f"{config.max_new_tokens} tokens, chain of {config.chain_length}")  # fmt: skip
     untrained, target = untrained_draft(setup, material), material.target
-    draft = PairedDraft(
-        setup.evaluation, untrained.graphdef, chosen_params(setup, trained), untrained.frozen, material.vocab
-    )  # fmt: skip
+    params = untrained.trained(chosen_params(setup, trained, chosen))
+    draft = PairedDraft(setup.evaluation, untrained.graphdef, params, untrained.frozen, material.vocab)
     session = Session(
         target.loaded.model, draft, target.tokenizer, Settings(config.max_new_tokens, 0, tuple(material.answers.stops)),
         "evaluate.max_new_tokens", min(setup.config.data.rows, len(prompts)),
@@ -116,8 +116,9 @@ def evaluate_draft(setup: Setup, trained: Trained | None) -> dict[str, Any]:
     guess, inputs = Guess(config.chain_length), _evaluation_inputs(setup) | {"checkpoint": chosen._asdict()}
     runs = measure(session, prompts, [guess], [0], setup.draft_dir / "evaluation", inputs)
     (result,) = guess_results(session, prompts, [guess], runs)
-    result |= {"checkpoint": chosen._asdict(), "sample": sample_of(session, runs[-1])}
-    stage.store(result)
+    result |= {"checkpoint": chosen._asdict(), "sample": sample_of(session, runs[-1]), "dtype": setup.target_dtype}
+    if hosts.is_main():
+        stage.store(result)
     return result
 
 
@@ -149,7 +150,8 @@ def export_draft(setup: Setup, trained: Trained | None) -> Path:
         say("export", f"done before: {directory}")
         return directory
     assert trained is not None
-    params, chosen, material = chosen_params(setup, trained), chosen_checkpoint(setup), trained.material
+    chosen, material = chosen_checkpoint(setup), trained.material
+    params = chosen_params(setup, trained, chosen)
     say("export", f"{describe_checkpoint(chosen.step, chosen.last)}: {directory}")
     stage.path.unlink(missing_ok=True)
     target = material.target

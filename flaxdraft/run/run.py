@@ -15,13 +15,13 @@ from flaxdraft.run.material import gather
 from flaxdraft.run.results import evaluate_draft, export_draft, finished, report_run
 from flaxdraft.run.setup import claim_data, claim_draft, claim_folders, lock, prepare
 from flaxdraft.run.target import RunTarget
-from flaxdraft.run.training import train_draft
+from flaxdraft.run.training import asks_the_target, train_draft
 from flaxdraft.serving.contract import find_engine
 
 
 def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
-    """All stages, then the headline. Of many processes all train; the first one alone asks the target, evaluates,
-    exports and reports, while the others wait.
+    """All stages, then the headline. Of many processes all ask the target, train and evaluate, in step with each other;
+    the first one alone writes, exports and reports.
 
     Args:
         allowed: fields of the configuration that may differ from what the output directory was made with.
@@ -33,15 +33,18 @@ def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
         with hosts.main_first("claim again"):
             claim_draft(setup)
         target = RunTarget(setup)
-        with hosts.main_first("data"), lock(setup.data_dir):  # other drafts share the answers
-            claim_data(setup)
+        with lock(setup.data_dir):  # other drafts share the answers
+            with hosts.main_first("claim answers"):
+                claim_data(setup)
             answers = answer_prompts(setup, target)
+        if not asks_the_target(setup):
+            target.release()
         trained = None
         if hosts.agree(hosts.is_main() and not finished(setup)):
             trained = train_draft(setup, gather(setup, target, answers))
+        evaluation = evaluate_draft(setup, trained)
         with hosts.main_first("results"):
             if hosts.is_main():
-                evaluation = evaluate_draft(setup, trained)
                 export_dir = export_draft(setup, trained)
                 report_dir = report_run(setup, evaluation)
                 engine = find_engine(setup.algorithm.serving(), config.engine)

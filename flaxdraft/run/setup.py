@@ -21,12 +21,13 @@ from flaxdraft.errors import InputError
 from flaxdraft.files.fetch import content_of, digest_of, sha256_of
 from flaxdraft.interfaces import Algorithm
 from flaxdraft.run.init_from import load_start, start_files
+from flaxdraft.run.target_options import dtype_or_default, target_mesh
 from flaxdraft.serving.contract import find_engine
 from flaxdraft.serving.trained_draft import TrainedDraft
 from flaxdraft.stages.claims import check_claimed, claim
 from flaxdraft.stages.directory_lock import directory_lock
 from flaxdraft.stages.same_inputs import NOT_OF_ANSWERS, flatten
-from flaxdraft.train.batch_placement import check_batch
+from flaxdraft.train.batch_placement import check_batch, rows_multiple
 from flaxdraft.train.metrics_log import check_wandb
 from flaxdraft.train.resume import check_request
 
@@ -40,6 +41,8 @@ class Setup:
     evaluation: Algorithm  # drafts as evaluation does
     architecture: ModuleType  # of the draft
     mesh: jax.sharding.Mesh
+    target_mesh: jax.sharding.Mesh | None  # None: one device
+    target_dtype: str  # of the target's weights and products
     splits: tuple[str, ...]  # that the target answers
     prompts: list[Prompt]
     start: TrainedDraft | None  # the draft that training begins from, if not from nothing
@@ -73,7 +76,7 @@ def prepare(config: RunConfig, allowed: Sequence[str] = ()) -> Setup:
             f"mesh: {setup.mesh.size} devices of {jax.device_count()}; a run of {jax.process_count()} processes uses "
             "all of them"
         )
-    answer_inputs, draft_inputs = _inputs(config)
+    answer_inputs, draft_inputs = _inputs(config, setup.target_dtype)
     known = [*flatten(draft_inputs)]
     for field in allowed:
         if field not in known:
@@ -112,6 +115,7 @@ def parts(config: RunConfig, devices: Sequence[Any] | None = None) -> Setup:
     prompts = read_prompts(config.data.prompts, splits)
     check_batch(config)
     mesh = make_mesh(**config.mesh.model_dump(), devices=devices)
+    of_target = _target_mesh(config, mesh, devices)
     most = algorithm.drafter().most_tokens
     if most is not None and config.evaluate.chain_length > most:
         raise InputError(
@@ -119,22 +123,56 @@ def parts(config: RunConfig, devices: Sequence[Any] | None = None) -> Setup:
             f"propose at most {most} tokens at a time"
         )
     start = None if config.draft.init_from is None else load_start(config.draft, architecture)
+    dtype = dtype_or_default(config.target.dtype)
     evaluation = algorithm.drafting(config.evaluate.chain_length)
     return Setup(
-        config, algorithm, evaluation, architecture, mesh, splits, prompts, start
+        config, algorithm, evaluation, architecture, mesh, of_target, dtype, splits, prompts, start
     )  # fmt: skip
 
 
-def _inputs(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def _target_mesh(
+    config: RunConfig, mesh: jax.sharding.Mesh, devices: Sequence[Any] | None
+) -> jax.sharding.Mesh | None:  # fmt: skip
+    """
+    Raises:
+        InputError: its devices are not there; or the target reads batches of the draft's mesh, and lies on other
+            devices or has no even share of their rows for each.
+    """
+    online, given = config.data.conversations is not None, config.target.mesh.model_dump(exclude_none=True)
+    own = config.mesh
+    shape = given or {"data": own.data, "fsdp": own.fsdp * own.sequence, "tensor": own.tensor}
+    found = target_mesh(shape, "target.mesh", devices)
+    if not online:
+        return found
+    found = make_mesh(devices=devices) if found is None else found  # one device, that of the batches
+    if found.size != mesh.size:
+        raise InputError(
+            f"target.mesh: {found.size} devices, mesh has {mesh.size}; a target that reads batches while the draft "
+            "trains (data.conversations) takes the same ones, along whichever axes"
+        )
+    if config.train.batch_size % rows_multiple(found):
+        raise InputError(
+            f"train.batch_size: {config.train.batch_size} rows cannot be split over target.mesh.data="
+            f"{found.shape['data']} x target.mesh.fsdp={found.shape['fsdp']}; give a multiple of their product"
+        )
+    return found
+
+
+def _inputs(config: RunConfig, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the stored answers and what the trained draft are made from: the configuration, with digests of the files
-    that it names."""
+    that it names. Where the target lies is none of it.
+
+    Args:
+        dtype: of the target.
+    """
+    target = config.target.model_dump(exclude={"mesh"}) | {"dtype": dtype}
     data = config.data.model_dump(exclude={"prefetch"}) | {"prompts": sha256_of(Path(config.data.prompts))}
     if config.data.conversations is not None:
         data["conversations"] = digest_of(config.data.conversations, "data.conversations")
     if config.data.store is not None:
         data["store"] = sha256_of(FeatureStore(config.data.store).directory / MANIFEST)
     answers = {
-        "target": config.target.model_dump() | {"content": content_of(config.target.path, config.target.sha256)},
+        "target": target | {"content": content_of(config.target.path, config.target.sha256)},
         "data": {name: value for name, value in data.items() if f"data.{name}" not in NOT_OF_ANSWERS},
         "evaluate": {"max_new_tokens": config.evaluate.max_new_tokens},
     }  # fmt: skip

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
-
-import jax
+from typing import TYPE_CHECKING
 
 from flaxdraft import targets
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
-from flaxdraft.interfaces import Target
-from flaxdraft.nn.precision import Precision
+from flaxdraft.nn.precision import of_both
 from flaxdraft.progress import CONSOLE
 from flaxdraft.run.init_from import check_target
 from flaxdraft.run.saying import say
 from flaxdraft.run.setup import Setup
 from flaxdraft.serving.trained_draft import AboutTarget
-from flaxdraft.targets.decoder import DecoderConfig
+from flaxdraft.targets.decoder import DecoderConfig, abstract_state, bytes_per_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 class RunTarget:
-    """Each part is read when it is first asked for, and once."""
+    """Each part is read when it is first asked for, and once; the weights again where they were given back."""
 
     def __init__(self, setup: Setup):
         self._setup, self._wanted = setup, setup.config.target
+        self._loaded: targets.LoadedTarget | None = None
 
     @functools.cached_property
     def opened(self) -> targets.OpenedTarget:
@@ -45,7 +44,8 @@ class RunTarget:
     def config(self) -> DecoderConfig:
         """
         Raises:
-            InputError: the tapped layers are none of the algorithm's, or the draft to begin from is of another target.
+            InputError: the tapped layers are none of the algorithm's, the draft to begin from is of another target, or
+                the mesh does not divide it.
         """
         c = self.opened.config(self._taps)
         if self._setup.start is not None:
@@ -56,6 +56,7 @@ class RunTarget:
             f"  {c.num_hidden_layers} layers, width {c.hidden_size}, vocabulary {c.vocab_size}, "
             f"taps after layers {', '.join(map(str, c.tap_layers))}"
         )
+        self._check_mesh(c)
         return c
 
     @property
@@ -77,16 +78,36 @@ class RunTarget:
             )
         return tokenizer
 
-    @functools.cached_property
+    @property
     def loaded(self) -> targets.LoadedTarget:
-        """All of it, on one device."""
-        return self._load()
+        """All of it, over its mesh: the one copy of the run, loaded where it is not there. All processes of the run
+        must ask for it."""
+        if self._loaded is None:
+            _ = self.config, self.tokenizer  # refuse what does not go together before gigabytes are read
+            wanted, setup = self._wanted, self._setup
+            self._loaded = targets.from_pretrained(
+                wanted.path, sha256=wanted.sha256, tap_layers=self._taps, precision=of_both(setup.target_dtype),
+                mesh=setup.target_mesh,
+            )  # fmt: skip
+        return self._loaded
 
-    def on(self, mesh: jax.sharding.Mesh, dtype: Any) -> Target:
-        """All of it, over a mesh, in a dtype of weights and products."""
-        return self._load(mesh=mesh, precision=Precision(dtype, dtype)).model
+    def release(self) -> None:
+        """Gives its memory back. Whoever asks for it again has it loaded again."""
+        self._loaded = None
 
-    def _load(self, **how: Any) -> targets.LoadedTarget:
-        _ = self.config, self.tokenizer  # refuse what does not go together before gigabytes are read
-        wanted = self._wanted
-        return targets.from_pretrained(wanted.path, sha256=wanted.sha256, tap_layers=self._taps, **how)
+    def _check_mesh(self, config: DecoderConfig) -> None:
+        """
+        Raises:
+            InputError: the mesh does not divide it.
+        """
+        setup, mesh = self._setup, self._setup.target_mesh
+        if mesh is None:
+            return
+        precision = of_both(setup.target_dtype)
+        groups = self.opened.family.groups(config, precision, Sharding.none())
+        try:
+            held = bytes_per_device(config, abstract_state(config, groups, precision)[1], mesh.shape)
+        except InputError as error:
+            raise InputError(f"target.{error} (target.mesh is the run's mesh where it is left out)") from error
+        axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
+        CONSOLE.print(f"  {held / 1e9:.2f} GB of {setup.target_dtype} weights a device ({axes})")

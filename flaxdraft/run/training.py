@@ -17,7 +17,7 @@ from flaxdraft.devices.sharding import Sharding, known
 from flaxdraft.devices.weight_places import check_heads, on_mesh, weight_on_mesh
 from flaxdraft.evaluate.during_training import UntrainedDraft, make_decoded_accept_length, make_held_out_figures
 from flaxdraft.interfaces import Target
-from flaxdraft.nn.precision import DTYPES, Precision
+from flaxdraft.nn.precision import DTYPES, Precision, of_both
 from flaxdraft.progress import CONSOLE
 from flaxdraft.run.draft import check_draft, draft_config, make_draft, write_record
 from flaxdraft.run.material import Material
@@ -77,16 +77,17 @@ def train_draft(setup: Setup, material: Material) -> Trained:
 
 
 def untrained_draft(setup: Setup, material: Material) -> UntrainedDraft:
-    """All of the draft but its parameters, in float32 on one device, as evaluation wants it."""
+    """All of the draft but its parameters, in the target's dtype on one device, as evaluation wants it."""
+    precision = of_both(setup.target_dtype)
     draft = make_draft(
-        setup, material.target, material.embedding_and_head, material.vocab, Sharding.none(), Precision()
-    )
+        setup, material.target, material.embedding_and_head, material.vocab, Sharding.none(), precision
+    )  # fmt: skip
     graphdef, _, frozen = split_draft(draft)
-    return UntrainedDraft(graphdef, frozen, setup.evaluation.drafter())
+    return UntrainedDraft(graphdef, frozen, setup.evaluation.drafter(), precision.param)
 
 
 def _decoded_in_training(setup: Setup, material: Material) -> Callable[[nnx.State], float] | None:
-    """The accept length of `evaluate.decode_prompts` held-out prompts, by decoding in float32."""
+    """The accept length of `evaluate.decode_prompts` held-out prompts, by decoding in the target's dtype."""
     config = setup.config.evaluate
     if not config.decode_prompts:
         return None
@@ -106,7 +107,10 @@ def _score_measure(setup: Setup, num_rows: int) -> dict[str, Any]:
 
 
 def _reader(setup: Setup, material: Material) -> Target | None:
-    """The target on the training mesh, where it reads conversations while the draft trains."""
-    if setup.config.data.conversations is None:
-        return None
-    return material.target.on(setup.mesh, DTYPES[setup.config.train.compute_dtype])
+    """The target, where it reads conversations while the draft trains."""
+    return None if setup.config.data.conversations is None else material.target.loaded.model
+
+
+def asks_the_target(setup: Setup) -> bool:
+    """Whether its layers are needed while the draft trains."""
+    return setup.config.data.conversations is not None or setup.config.evaluate.decode_prompts > 0

@@ -63,7 +63,8 @@ def _figures(evaluation: Mapping[str, Any]) -> list[str]:
     decoded = evaluation.get("decoded")
     if not decoded:
         return []
-    lines = ["", f"Real greedy decoding of {evaluation['answers']} held-out prompts in float32, "
+    dtype = evaluation.get("dtype", "float32")  # which evaluations of before do not name
+    lines = ["", f"Real greedy decoding of {evaluation['answers']} held-out prompts in {dtype}, "
              f"{evaluation['chain_length']} draft tokens a pass: **accept length {decoded['accept_length']:.2f}** "
              "((generated tokens - 1) / target passes; 1 without a draft).", ""]  # fmt: skip
     positions = decoded["acceptance_by_position"]

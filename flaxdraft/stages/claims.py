@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flaxdraft.devices import hosts
 from flaxdraft.errors import InputError
 from flaxdraft.files.json_files import write_json
 from flaxdraft.stages import same_inputs
@@ -43,6 +44,16 @@ def claim(directory: Path, inputs: Mapping[str, Any], mend: str, allowed: Iterab
         write_json(record, inputs)
 
 
+def claim_together(directory: Path, inputs: Mapping[str, Any], mend: str) -> None:
+    """The directory becomes that of all processes of a command.
+
+    Raises:
+        InputError: see `claim` and `check_claimed`.
+    """
+    with hosts.main_first(f"claim {directory}"):
+        (claim if hosts.is_main() else check_claimed)(directory, inputs, mend)
+
+
 def check_claimed(
     directory: Path, inputs: Mapping[str, Any], mend: str, allowed: Iterable[str] | None = None
 ) -> dict[str, Any]:
@@ -73,9 +84,9 @@ class Stage:
     """A result file that is rebuilt when its inputs change."""
 
     def __init__(self, path: Path, inputs: Mapping[str, Any]):
-        text = json.dumps(same_inputs.binding(inputs), sort_keys=True)
+        older = same_inputs.as_older_runs(same_inputs.binding(inputs))
         self.path = path
-        self._key = hashlib.sha256(text.encode()).hexdigest()
+        self._keys = [hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest() for fields in older]
 
     def load(self) -> Any | None:
         """The stored result, or None where there is none from these inputs."""
@@ -83,8 +94,8 @@ class Stage:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return stored["result"] if isinstance(stored, dict) and stored.get("inputs") == self._key else None
+        return stored["result"] if isinstance(stored, dict) and stored.get("inputs") in self._keys else None
 
     def store(self, result: Any) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"inputs": self._key, "result": result})
+        write_json(self.path, {"inputs": self._keys[0], "result": result})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from flaxdraft.plugins import settings_of
@@ -29,8 +29,8 @@ NOT_OF_ANSWERS = (
     "data.store", "data.conversations", "data.max_length", "data.last_turn_only", "data.mask_reasoning",
     "data.max_silent", "data.last_batch",
 )  # fmt: skip
-# Fields that older runs do not name, and what they did.
-OLDER = {"train.float8": False}
+# Fields that older runs do not name, and what they did; the last one is the newest.
+OLDER = {"train.float8": False, "target.dtype": "float32"}
 # target.content is the sha256 of a file, as it always was, so older runs of a .gguf file or with target.sha256 go on.
 # Of a directory it once covered only the beginning of each weight file, and of a wheel without target.sha256 it was
 # None. Neither tells which model it was, so what was made with these is refused with both values.
@@ -51,6 +51,17 @@ def binding(inputs: Mapping[str, Any]) -> dict[str, Any]:
         field: value for field, value in flatten(inputs).items()
         if not any(fnmatch.fnmatchcase(field, pattern) for pattern in free)
     }  # fmt: skip
+
+
+def as_older_runs(binding: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The binding fields of an input, then as versions before each of OLDER named them that did the same."""
+    fields = dict(binding)
+    yield fields
+    for name, value in reversed(OLDER.items()):
+        if fields.get(name, value) != value:
+            return
+        fields = {field: kept for field, kept in fields.items() if field != name}
+        yield fields
 
 
 def differing(

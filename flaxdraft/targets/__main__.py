@@ -9,38 +9,40 @@ from collections.abc import Sequence
 from typing import cast
 
 from flaxdraft.errors import InputError
-from flaxdraft.run.commands import ADDRESS, DTYPES, Command, call
+from flaxdraft.run.commands import ADDRESS, Command, call
+from flaxdraft.run.target_options import AXES, add_target_options, dtype_or_default, on_all_hosts, target_mesh
 
-AXES = "data", "fsdp", "tensor", "expert"
 PROMPT = "What is the capital of France?"
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("address", help=ADDRESS)
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and products")
-    for axis in AXES:
-        parser.add_argument(f"--{axis}", type=int, default=1, help="devices along this axis of the mesh")
+    add_target_options(parser)
     parser.add_argument("--prompt", default=PROMPT, help="what the sample answers")
     parser.add_argument("--new-tokens", type=int, default=48, help="of the sample; 0 loads no weights at all")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when the card is printed; 2 with one message for wrong input."""
-    return call(Command(__doc__, _arguments, show), argv, "python -m flaxdraft.targets")
+    return call(
+        Command(__doc__, _arguments, lambda arguments: on_all_hosts(lambda: show(arguments))),
+        argv,
+        "python -m flaxdraft.targets",
+    )
 
 
 def show(arguments: argparse.Namespace) -> None:
     from flaxdraft import targets
-    from flaxdraft.devices.mesh import make_mesh
     from flaxdraft.devices.sharding import Sharding
     from flaxdraft.nn.precision import of_both
     from flaxdraft.progress import CONSOLE
     from flaxdraft.targets import decoder
 
-    precision = of_both(arguments.dtype)
+    dtype = dtype_or_default(arguments.dtype)
+    precision = of_both(dtype)
     opened = targets.open_target(arguments.address)
     family, config = opened.family, opened.config()
-    shape = {axis: getattr(arguments, axis) for axis in AXES}
+    shape = dict.fromkeys(AXES, 1) | arguments.mesh
     groups = family.groups(config, precision, Sharding.none())
     _, abstract = decoder.abstract_state(config, groups, precision)
     held = decoder.bytes_per_device(config, abstract, shape)
@@ -57,7 +59,7 @@ def show(arguments: argparse.Namespace) -> None:
         "vocabulary": f"{config.vocab_size:,}, {'tied' if config.tie_word_embeddings else 'own'} head",
         "context": f"{config.max_position_embeddings:,} tokens, {config.rope.rope_type} rotary embedding",
         "tokenizer": f"{len(tokenizer):,} tokens, {template}" if tokenizer else "none found",
-        "memory": f"{held / 1e9:.2f} GB of {arguments.dtype} weights a device ({devices}), "
+        "memory": f"{held / 1e9:.2f} GB of {dtype} weights a device ({devices}), "
                   f"{cache / 1e3:.1f} kB of cache a token in bfloat16",
     }  # fmt: skip
     for name, fact in facts.items():
@@ -68,8 +70,7 @@ def show(arguments: argparse.Namespace) -> None:
         raise InputError(f"{opened.path}: no sample without a tokenizer and its chat template; give --new-tokens 0")
     from flaxdraft.decode.generation import generate
 
-    mesh = make_mesh(**shape) if math.prod(shape.values()) > 1 else None
-    loaded = targets.from_pretrained(arguments.address, precision=precision, mesh=mesh)
+    loaded = targets.from_pretrained(arguments.address, precision=precision, mesh=target_mesh(arguments.mesh))
     chat = [{"role": "user", "content": arguments.prompt}]
     # transformers types what the template gives for every way of calling it.
     prompt = cast(list[int], tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))

@@ -296,13 +296,24 @@ class DecoderTarget:
         """An empty cache of `num_slots` positions a row, split by rows and heads where there is a mesh."""
         c = self.config
         lead = (c.num_hidden_layers, num_rows, c.num_key_value_heads)
-        place = None if self.mesh is None else jax.NamedSharding(self.mesh, known(self.sharding.cache_lbn))
-        zeros = lambda *tail: jnp.zeros((*lead, *tail), self.precision.compute, device=place)  # noqa: E731
-        return Cache(zeros(c.key_width, num_slots), zeros(num_slots, c.value_width))
+        place = self.sharding.cache_lbn
+        zeros = lambda *tail: jnp.zeros((*lead, *tail), self.precision.compute, out_sharding=place)  # noqa: E731
+        with self.on_mesh():
+            return Cache(zeros(c.key_width, num_slots), zeros(num_slots, c.value_width))
 
     def fork_cache(self, cache: Cache, num_rows: int) -> Cache:
         """The cache of one row, copied to many rows that begin alike."""
-        return jax.tree.map(lambda x: jnp.repeat(x, num_rows, axis=1), cache)
+        place = self.sharding.cache_lbn
+        with self.on_mesh():
+            return jax.tree.map(lambda x: jnp.repeat(x, num_rows, axis=1, out_sharding=place), cache)
+
+    def move_slots(self, cache: Cache, from_BT: Int[Array, "B T"], to_BT: Int[Array, "B T"]) -> Cache:
+        """See `Cache.moved`; each device moves within its own rows."""
+        s = self.sharding
+        place = jax.tree.map(lambda _: s.cache_lbn, cache)
+        if s.cache_lbn is not None:
+            from_BT, to_BT = jax.reshard(from_BT, s.act_b), jax.reshard(to_BT, s.act_b)
+        return on_shards(s, Cache.moved, (place, s.act_b, s.act_b), place)(cache, from_BT, to_BT)
 
     def put_rows(self, cache: Cache, rows_F: Int[Array, " F"], other: Cache) -> Cache:
         """The rows of another cache put into rows `rows_F` of this one; numbers that are no row's drop theirs. Layer by

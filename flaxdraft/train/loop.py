@@ -14,12 +14,13 @@ from flaxdraft.config import TrainConfig
 from flaxdraft.data.online import one_ahead
 from flaxdraft.data.pipeline import Pipeline, batches_from
 from flaxdraft.devices import host_reads
+from flaxdraft.devices.sharding import known
 from flaxdraft.interfaces import Algorithm, Example, Target, VocabMap
 from flaxdraft.nn.precision import DTYPES
 from flaxdraft.progress import CONSOLE, bar
 from flaxdraft.stages import provenance
 from flaxdraft.train import token_counter as counting
-from flaxdraft.train.batch_placement import placed_rows, training_example
+from flaxdraft.train.batch_placement import SHARDING, placed_rows, training_example
 from flaxdraft.train.checkpoint import Checkpoints, abstract_like
 from flaxdraft.train.guards import BrokenSteps, PreemptedError, Preemption, memory_advice
 from flaxdraft.train.meters import Meters
@@ -48,7 +49,7 @@ class Trainer:
     teacher: Any  # see `Algorithm.teacher`; on the mesh
     resume: Resume
     prefetch: int  # batches that are read ahead
-    target: Target | None = None  # reads batches that come without features; on the training mesh
+    target: Target | None = None  # reads batches that come without features; on the same devices
 
     def example(self, host: Example) -> Example:
         """A batch on the devices, with the features that it brings or those that the target is asked for here."""
@@ -56,7 +57,9 @@ class Trainer:
             return training_example(host, self.mesh, self.algorithm, self.teacher)
         batch, chosen = placed_rows((host.batch, host.chosen), self.mesh)
         assert self.target is not None, "batches without features"
-        features = jax.device_put(self.target.features(batch), batch.tokens_BT.sharding)
+        assert self.target.mesh is not None, "devices of the batch"
+        place = jax.NamedSharding(self.target.mesh, known(SHARDING.act_b))
+        features = jax.device_put(self.target.features(jax.device_put(batch, place)), batch.tokens_BT.sharding)
         return Example(batch, features, chosen, self.teacher)
 
     def record(self, score: float | None) -> dict[str, Any]:

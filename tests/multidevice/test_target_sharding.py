@@ -119,6 +119,19 @@ def test_answers_are_those_of_one_device(mesh, sampled):
     assert generate(make("qwen3", MESHES[mesh]), prompts, **settings) == generate(make("qwen3"), prompts, **settings)
 
 
+def test_a_cache_of_one_row_is_forked_where_it_lies():
+    """As a beginning that all prompts share is, where rows are not split."""
+    target = make("qwen3", MESHES["tensor"])
+    rng = np.random.default_rng(0)
+    one = jax.tree.map(
+        lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding), target.new_cache(1, 8)
+    )  # fmt: skip
+    many = target.fork_cache(one, 3)
+    assert many.k_LBKHS.sharding.spec[2] == "tensor"
+    np.testing.assert_array_equal(many.k_LBKHS, np.repeat(one.k_LBKHS, 3, axis=1))
+    np.testing.assert_array_equal(many.v_LBKSC, np.repeat(one.v_LBKSC, 3, axis=1))
+
+
 @pytest.mark.parametrize("name", ["qwen3", pytest.param("deepseek v3", marks=pytest.mark.slow)])
 def test_free_rows_of_all_devices_take_prompts(name):
     """Eleven prompts in eight rows, two on each share of them; four read together, whichever devices they are on."""

@@ -1,6 +1,6 @@
 """One host of a run of several: evaluates all answers by itself, then together with the others as the trainer does,
-and decodes its share of the prompts; prints what each comes to. Arguments: its number, how many there are, the
-coordinator's port; one process needs none."""
+and decodes with a target that lies in pieces on all of them; prints what each comes to. Arguments: its number, how many
+there are, the coordinator's port; one process needs none."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ from flaxdraft.train.batch_placement import own_rows, placed_rows  # noqa: E402
 from flaxdraft.train.state import split_draft  # noqa: E402
 
 target = make_target()
-rows = answer_greedily(target, prompts(7), 16, 7, 7, lambda num: None)
+rows = answer_greedily(target, prompts(7), 16, (7,), 7, lambda num: None)
 graphdef, params, frozen = split_draft(make_draft("llama", target))
 algorithm = make_algorithm(3)
 accepted = make_accepted(graphdef, algorithm, frozen, target.head()[VOCAB.target_ids_W])(params)
@@ -57,5 +57,6 @@ with jax.set_mesh(mesh):
     accepted = make_accepted(graphdef, algorithm, frozen, head, place)(params)
     show(evaluate_teacher_forced(accepted, rows, algorithm, 4))
     # Real decoding: each process takes some of the prompts.
-    decoded = make_decoded_accept_length(target, own_draft, rows, 5, Settings(16, 3, (7,)))
+    split = target if count == 1 else make_target(mesh=make_mesh(1, count))
+    decoded = make_decoded_accept_length(split, own_draft, rows, 5, Settings(16, 3, (7,)))
     print(json.dumps({"decoded": decoded(params)}), flush=True)
