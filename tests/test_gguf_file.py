@@ -118,6 +118,19 @@ def test_only_queries_and_keys_are_reordered(checkpoint, tiny_gguf):
         assert not np.array_equal(got(ours), raw(name))
 
 
+def test_a_part_of_a_tensor_is_that_part_of_all_of_it(checkpoint, monkeypatch):
+    """Its rows alone are dequantised, wherever in the file they are."""
+    sizes, real = [], gguf.dequantize
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "input_layernorm"):
+        name = f"model.layers.3.{name}.weight"
+        whole = checkpoint.read(name, ())
+        index = (slice(3, 8), slice(2, 5))[: whole.ndim]
+        monkeypatch.setattr(gguf, "dequantize", lambda *args: (out := real(*args), sizes.append(out.shape))[0])
+        np.testing.assert_array_equal(checkpoint.read(name, index), whole[index])
+        monkeypatch.setattr(gguf, "dequantize", real)
+    assert sizes[:4] == [(5, HIDDEN)] * 4
+
+
 def test_quantised_blocks_are_their_scale_times_small_integers(checkpoint, tiny_gguf):
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tiny_gguf).tensors}
     tensor = stored["blk.0.ffn_gate.weight"]

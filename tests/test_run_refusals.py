@@ -14,7 +14,7 @@ from tiny_runs import call, make_workspace
 from flaxdraft.config import load_config
 from flaxdraft.errors import InputError
 from flaxdraft.run.draft import check_draft
-from flaxdraft.run.run import plan
+from flaxdraft.run.plan import plan
 from flaxdraft.run.setup import claim_folders, prepare
 from flaxdraft.run.target import RunTarget
 from flaxdraft.stages.claims import claim
@@ -114,7 +114,7 @@ def test_the_last_layer_is_tapped_for_an_engine_that_can(workspace, tmp_path, en
 
 def test_a_plan_of_a_run_that_would_be_refused_is_refused(workspace, tmp_path, monkeypatch):
     """Before its step is compiled; the engine that is named is the one that the export is for."""
-    monkeypatch.setattr("flaxdraft.run.run.estimate", None)
+    monkeypatch.setattr("flaxdraft.run.plan.estimate", None)
     wanted = [f"output_dir={tmp_path}", "target.tap_layers=[1,3,7]", "export.engine=sglang-jax"]
     with pytest.raises(InputError, match=r"export for sglang-jax .*: layer 7 is the target's last"):
         plan(load_config(str(workspace / "run.yaml"), wanted))

@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -82,6 +83,20 @@ def fetch(address: str, sha256: str | None) -> Path:
     return path
 
 
+def fetch_description(address: str, sha256: str | None) -> Path:
+    """Where a model's configuration is: as `fetch`, but of a model on the hub config.json alone is fetched.
+
+    Raises:
+        InputError: see `fetch`.
+    """
+    if not _HUB.fullmatch(address) or Path(address).expanduser().exists():
+        return fetch(address, sha256)
+    from huggingface_hub import hf_hub_download
+
+    with _of_the_hub(address):
+        return Path(hf_hub_download(address, "config.json")).parent
+
+
 def content_of(address: str, sha256: str | None) -> str:
     """What a model is, for telling two runs apart, over every byte of what decides it: the sha256 of a file; of a
     directory (a hub's too) a digest of the names and sha256 of its weights, configuration and tokenizer files.
@@ -128,8 +143,14 @@ def _fetch_hub(name: str) -> Path:
     """A model of the hub, in the hub's own cache."""
     from huggingface_hub import snapshot_download
 
-    try:
+    with _of_the_hub(name):
         return Path(snapshot_download(name, allow_patterns=[*_DECIDING]))
+
+
+@contextmanager
+def _of_the_hub(name: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # the hub's client raises many kinds, those of its HTTP library among them
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(

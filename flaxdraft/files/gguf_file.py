@@ -162,25 +162,34 @@ class GGUFCheckpoint:
         return tuple(int(size) for size in reversed(self._tensors[name].shape))
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """float32 [out, in], in Hugging Face's row order; blocks are dequantised a tensor at a time.
+        """float32 [out, in], in Hugging Face's row order; blocks are dequantised in those rows alone.
 
         Raises:
             InputError: the tensor is stored as a type that cannot be dequantised.
         """
         tensor = self._tensors[name]
+        data = tensor.data
+        if len(self.shape(name)) > 1:  # a vector is one row of blocks
+            rows, *columns = index or (slice(None),)
+            data = data[rows if (order := self._row_order(name)) is None else order[rows]]
+            index = (slice(None), *columns)
         try:
-            weight = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+            weight = gguf.dequantize(data, tensor.tensor_type).astype(np.float32, copy=False)
         except NotImplementedError as error:
             kind = tensor.tensor_type.name
             raise InputError(
                 f"{self.path}: {tensor.name} is stored as {kind}, which the gguf package cannot turn into "
                 "numbers; take a file in another quantisation, such as Q8_0 or F16"
             ) from error
-        if name.endswith("q_proj.weight"):
-            weight = unpermute(weight, self.config["num_attention_heads"])
-        if name.endswith("k_proj.weight"):
-            weight = unpermute(weight, self.config["num_key_value_heads"])
         return weight[index]
+
+    def _row_order(self, name: str) -> np.ndarray | None:
+        """Which rows of the file are those of the tensor, where llama.cpp has put them into another order."""
+        for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+            if name.endswith(f"{projection}.weight"):
+                rows = np.arange(self.shape(name)[0])[:, None]
+                return unpermute(rows, self.config[heads])[:, 0]
+        return None
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Byte-level BPE from the file's metadata, with its chat template.

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
 from flaxdraft.errors import InputError
+from flaxdraft.files.leaves import Leaf, TensorSource, Transform
+from flaxdraft.files.streaming import Places, stream
 
-Transform = Literal["copy", "transpose"]
 NameTable = Sequence[tuple[str, str, Transform]]
-
-
-def _apply(array: np.ndarray, transform: Transform) -> np.ndarray:
-    return array.T if transform == "transpose" else array
 
 
 def _path(name: str) -> tuple[str, ...]:
@@ -37,21 +34,6 @@ def _keys(template: str, layers: Sequence[int], num_experts: int) -> np.ndarray:
     if "{e}" in template:
         keys = np.array([[key.replace("{e}", str(e)) for e in range(num_experts)] for key in keys], object)
     return keys
-
-
-class TensorSource(Protocol):
-    """Named tensors of a file or a directory, read piece by piece."""
-
-    @property
-    def origin(self) -> str:
-        """For messages."""
-        ...
-
-    def names(self) -> Iterable[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """That part of a tensor, and no more of it where the format allows."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,56 +59,40 @@ def load_state(
     source: TensorSource,
     groups: Mapping[str, Sequence[int]],
     num_experts: int = 0,
-    places: Mapping[tuple[str, ...], jax.sharding.Sharding] | None = None,
+    places: Places | None = None,
     ignored: Callable[[str], bool] = lambda name: False,
+    title: str | None = None,
 ) -> nnx.State:
     """Fills an abstract NNX state from PyTorch-named tensors, each device's part straight into its place.
 
-    The host holds the parts of its own devices and the leaf that is being filled, never a whole tensor that is split.
+    What is held beside the arrays, on the host and on the devices, is bounded: see `streaming`.
 
     Args:
         abstract: shapes and dtypes (nnx.eval_shape); every leaf must be covered by the table.
         groups: the layers' numbers in the file for each group; a group is the first component of a JAX path.
         places: where each leaf lives; where None, on the default device, free to be moved by what uses it.
         ignored: names that the source may hold and nobody needs.
+        title: of a bar that shows how far it is; None shows none.
 
     Raises:
         InputError: missing, unexpected or misshapen tensors, all of them listed.
     """
     slots = {path: variable for path, variable in nnx.to_flat_state(abstract)}
-    leaves = [_Leaf.of(row, slots, groups, num_experts) for row in table]
+    leaves = [_leaf(row, slots, groups, num_experts) for row in table]
     _check(leaves, source, ignored)
-    filled = {}
-    for leaf in leaves:
-        array = _whole(leaf, source) if places is None else _fill(leaf, source, places[leaf.path])
-        filled[leaf.path] = slots[leaf.path].replace(array)
-    return nnx.from_flat_state([(path, filled[path]) for path in slots])
+    filled = stream(leaves, source, places, title)
+    return nnx.from_flat_state([(path, slots[path].replace(filled[path])) for path in slots])
 
 
-class _Leaf(NamedTuple):
-    """One array of the state and the tensors that it is made of."""
-
-    path: tuple[str, ...]
-    keys: np.ndarray  # of str, one axis for each stacked one
-    shape: tuple[int, ...]
-    dtype: Any
-    transform: Transform
-
-    @classmethod
-    def of(cls, row, slots, groups, num_experts: int) -> _Leaf:
-        jax_path, template, transform = row
-        path = _path(jax_path)
-        keys = _keys(template, groups.get(path[0], ()), num_experts)
-        return cls(path, keys, tuple(slots[path].shape), slots[path].dtype, transform)
-
-    @property
-    def tensor_shape(self) -> tuple[int, ...]:
-        """Of each tensor in the file."""
-        inner = self.shape[self.keys.ndim :]
-        return inner[::-1] if self.transform == "transpose" else inner
+def _leaf(row, slots, groups, num_experts: int) -> Leaf:
+    """The array of a row and what it is made of."""
+    jax_path, template, transform = row
+    path = _path(jax_path)
+    keys = _keys(template, groups.get(path[0], ()), num_experts)
+    return Leaf(path, keys, tuple(slots[path].shape), np.dtype(slots[path].dtype), transform)
 
 
-def _check(leaves: Sequence[_Leaf], source: TensorSource, ignored: Callable[[str], bool]) -> None:
+def _check(leaves: Sequence[Leaf], source: TensorSource, ignored: Callable[[str], bool]) -> None:
     names, used, missing, misshapen = set(source.names()), set(), [], []
     for leaf in leaves:
         for key in leaf.keys.ravel():
@@ -146,37 +112,6 @@ def _check(leaves: Sequence[_Leaf], source: TensorSource, ignored: Callable[[str
 def _few(items: Sequence[str], between: str) -> str:
     more = f" and {len(items) - 8} more" if len(items) > 8 else ""
     return between.join(items[:8]) + more
-
-
-def _whole(leaf: _Leaf, source: TensorSource) -> jax.Array:
-    array = jax.device_put(_read_part(leaf, source, tuple((0, size) for size in leaf.shape)))
-    return jax.block_until_ready(array)  # see below
-
-
-def _fill(leaf: _Leaf, source: TensorSource, place: jax.sharding.Sharding) -> jax.Array:
-    parts: dict[tuple, list[Any]] = {}  # devices, by what they hold
-    for device, index in place.addressable_devices_indices_map(leaf.shape).items():
-        assert index is not None, "a device of another process"
-        bounds = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
-        parts.setdefault(bounds, []).append(device)
-    arrays = []
-    for bounds, devices in parts.items():  # equal parts of several devices are read once
-        part = _read_part(leaf, source, bounds)
-        arrays += [jax.device_put(part, device) for device in devices]
-    # The host's copy may be let go only once every device has its own.
-    jax.block_until_ready(arrays)
-    return jax.make_array_from_single_device_arrays(leaf.shape, place, arrays)
-
-
-def _read_part(leaf: _Leaf, source: TensorSource, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-    out = np.empty([stop - start for start, stop in bounds], leaf.dtype)
-    stacked = leaf.keys.ndim
-    inner = tuple(slice(*bound) for bound in bounds[stacked:])
-    index = inner[::-1] if leaf.transform == "transpose" else inner
-    keys = leaf.keys[tuple(slice(*bound) for bound in bounds[:stacked])] if stacked else leaf.keys
-    for at in np.ndindex(keys.shape):
-        out[at] = _apply(source.read(str(keys[at]), index), leaf.transform)
-    return out
 
 
 def state_from_torch(
@@ -202,5 +137,5 @@ def state_to_torch(
         layers = groups.get(path[0], range(array.shape[0])) if "{i}" in template else ()
         keys = _keys(template, layers, array.shape[1] if "{e}" in template else 0)
         for at in np.ndindex(keys.shape):
-            out[str(keys[at])] = np.ascontiguousarray(_apply(array[at], transform))
+            out[str(keys[at])] = np.ascontiguousarray(array[at].T if transform == "transpose" else array[at])
     return out

@@ -34,7 +34,7 @@ class Entry(NamedTuple):
 
 
 class SafetensorsFile:
-    """Tensors by name; slices are copied out of the page cache."""
+    """Tensors by name; slices are views of the mapped file."""
 
     def __init__(self, path: Path):
         """
@@ -43,7 +43,7 @@ class SafetensorsFile:
         """
         self.path = path
         try:
-            self._bytes = np.memmap(path, np.uint8, mode="r")
+            self._bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))
             size = len(self._bytes)
             length = int.from_bytes(self._bytes[:8].tobytes(), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):

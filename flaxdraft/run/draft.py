@@ -13,13 +13,14 @@ from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
 from flaxdraft.nn.precision import Precision
+from flaxdraft.run.planned_target import PlannedTarget
 from flaxdraft.run.setup import Setup
 from flaxdraft.run.target import RunTarget
 from flaxdraft.serving.export import check_servable
 from flaxdraft.serving.record import DraftRecord
 
 
-def draft_config(setup: Setup, target: RunTarget) -> Any:
+def draft_config(setup: Setup, target: RunTarget | PlannedTarget) -> Any:
     """The architecture's Config: the target's sizes, with draft.fields on top; or that of draft.init_from.
 
     Raises:
@@ -47,7 +48,7 @@ def draft_config(setup: Setup, target: RunTarget) -> Any:
     return config(**defaults | wanted.fields)
 
 
-def check_draft(setup: Setup, target: RunTarget) -> None:
+def check_draft(setup: Setup, target: RunTarget | PlannedTarget) -> None:
     """Before any time is spent on it.
 
     Raises:

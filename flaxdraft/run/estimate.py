@@ -1,13 +1,10 @@
-"""What a run would take, from its compiled step: nothing is loaded, trained or written.
-
-The step is compiled for the shapes of the run on the devices that are visible, with every array only described (one
-batch of zeros is built to see its shapes); XLA then says what it holds and computes.
-"""
+"""What a training step takes: it is compiled for the shapes of the run, every array of which is only described (one
+batch of zeros is built to see its shapes); XLA then says what it holds."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,43 +19,22 @@ from flaxdraft.interfaces import Batch, Draw, Example, Features, VocabMap
 from flaxdraft.nn.precision import DTYPES, Precision
 from flaxdraft.ops.padding import round_up
 from flaxdraft.run.setup import Setup
-from flaxdraft.train.batch_placement import SHARDING, training_example
+from flaxdraft.train.batch_placement import SHARDING, row_place, shared_rows
 from flaxdraft.train.optimizer import optimizer
 from flaxdraft.train.state import init_state, split_draft
 from flaxdraft.train.step import make_train_step
 
 
 class Estimate(NamedTuple):
-    """Figures of a configuration; bytes are those of one device."""
+    """Figures of a training step; bytes are those of one device."""
 
-    mesh: Mapping[str, int]
-    device: str
     trained: int  # parameters
     rows: int  # of a global batch
     length: int  # tokens of a row, the longest that is known before the data are
-    state_bytes: int  # parameters, moments, averages: held all the time
-    batch_bytes: int  # and the target's embedding and head
-    work_bytes: int  # at most, within a step
+    held: dict[str, int]  # bytes of parts that a step needs beside the target: draft, moments, batch, features
+    work: int  # bytes at most, within a step
     flops: float  # of a step's products with weights, on all devices, if every row were supervised
-    steps: int
-
-    def lines(self) -> list[str]:
-        axes = " x ".join(f"{name} {size}" for name, size in self.mesh.items() if size > 1) or "one device"
-        total = self.state_bytes + self.batch_bytes + self.work_bytes
-        return [
-            f"mesh       {axes} ({math.prod(self.mesh.values())} of {jax.device_count()} visible, {self.device})",
-            f"draft      {self.trained / 1e6:.1f} M trained parameters",
-            f"batch      {self.rows} rows of up to {self.length} tokens, {self.rows * self.length} tokens a step",
-            f"memory     {_size(total)} a device: {_size(self.state_bytes)} weights and moments, "
-            f"{_size(self.batch_bytes)} batch and frozen arrays, {_size(self.work_bytes)} at most within a step",
-            f"compute    {self.flops:.3g} FLOP a step, {self.flops * self.steps:.3g} in all (products with weights, "
-            "every row supervised)",
-            f"steps      {self.steps}",
-        ]
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
+    batch: Batch  # described
 
 
 def row_length(config: RunConfig) -> int:
@@ -71,18 +47,18 @@ def row_length(config: RunConfig) -> int:
 
 
 def estimate(setup: Setup, draft_config: Any, num_taps: int) -> Estimate:
-    """Compiles the step of a configuration.
+    """Compiles the step of a configuration for the devices of its mesh.
 
     Args:
         draft_config: the draft's sizes; vocabulary and widths of the target are among them.
         num_taps: layers of the target that the draft reads.
     """
-    config, mesh, algorithm, train = setup.config, setup.mesh, setup.algorithm, setup.config.train
-    compute, length = DTYPES[train.compute_dtype], row_length(config)
+    mesh, algorithm, train = setup.mesh, setup.algorithm, setup.config.train
+    compute, length = DTYPES[train.compute_dtype], row_length(setup.config)
     precision = Precision(compute=compute, float8=train.float8)
     graphdef, params, frozen = _abstract_draft(setup.architecture, draft_config, precision, mesh)
+    example = _example(setup, draft_config, num_taps, length)
     with jax.set_mesh(mesh):
-        example = _described(_zeros(setup, draft_config, num_taps, length), mesh)
         tx = optimizer(train)
         init = jax.jit(lambda p: init_state(p, tx, algorithm, ema=train.ema_decay is not None))
         state = _described(init.eval_shape(params), mesh)
@@ -90,12 +66,15 @@ def estimate(setup: Setup, draft_config: Any, num_taps: int) -> Estimate:
         compiled = step.lower(state, frozen, example).compile()
     memory = compiled.memory_analysis()
     assert memory is not None, "XLA says it of every backend that trains"
-    held, work = _bytes_a_device(state), memory.temp_size_in_bytes
+    held = {
+        "draft": _bytes_a_device((state.params, frozen, example.teacher)),
+        "moments": _bytes_a_device((state.opt_state, state.ema)),
+        "batch": _bytes_a_device((example.batch, example.chosen)), "features": _bytes_a_device(example.features),
+    }  # fmt: skip
     flops = algorithm.flops(params, frozen, example.teacher, train.batch_size * length)
     trained = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
     return Estimate(
-        dict(mesh.shape), mesh.devices.flat[0].device_kind, trained, train.batch_size, length, held,
-        _bytes_a_device((frozen, example)), work, flops, train.num_steps,
+        trained, train.batch_size, length, held, memory.temp_size_in_bytes, flops, example.batch
     )  # fmt: skip
 
 
@@ -132,12 +111,14 @@ def _abstract_draft(module: Any, config: Any, precision: Precision, mesh: jax.sh
     return graphdef, *map(nnx.from_flat_state, placed)
 
 
-def _zeros(setup: Setup, draft_config: Any, num_taps: int, length: int) -> Example:
-    """A global batch of full rows."""
+def _example(setup: Setup, draft_config: Any, num_taps: int, length: int) -> Example:
+    """A global batch of full rows, described."""
     config, mesh, algorithm = setup.config, setup.mesh, setup.algorithm
     rows, width, compute = config.train.batch_size, draft_config.target_hidden_size, DTYPES[config.train.compute_dtype]
     shape = (rows, length)
-    dtype, zeros = DTYPES[config.data.feature_dtype], np.zeros(shape, np.int32)
+    # The target gives them in its own dtype where it reads while the draft trains.
+    dtype = DTYPES[config.data.feature_dtype] if config.data.conversations is None else DTYPES[setup.target_dtype]
+    zeros = np.zeros(shape, np.int32)
     counted = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     batch = Batch(zeros, np.ones(shape, bool), zeros + 1, counted)
     told = {
@@ -145,9 +126,14 @@ def _zeros(setup: Setup, draft_config: Any, num_taps: int, length: int) -> Examp
         "argmax_BT": zeros, "logsumexp_BT": np.zeros(shape, np.float32),
     }  # fmt: skip
     features = Features(**{name: told[name] for name in algorithm.needs})
+    chosen = algorithm.choose(batch, length, Draw(0, 0, 0))
+    host, cut = shared_rows(Example(batch, features, chosen), mesh, algorithm)
+
+    def describe(x, spec):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    rows = jax.tree.map(lambda x, is_cut: describe(np.asarray(x), row_place(is_cut)), host, cut)
     vocab = VocabMap(np.arange(draft_config.draft_vocab_size), draft_config.vocab_size)
     teacher = jax.eval_shape(lambda: algorithm.teacher(ZeroTarget(draft_config), vocab, compute))
-    place = jax.NamedSharding(mesh, known(SHARDING.weight_ve))
-    teacher = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), place), teacher)
-    chosen = algorithm.choose(batch, length, Draw(0, 0, 0))
-    return training_example(Example(batch, features, chosen), mesh, algorithm, teacher)
+    head = known(SHARDING.weight_ve)
+    return dataclasses.replace(rows, teacher=jax.tree.map(lambda x: describe(x, head), teacher))

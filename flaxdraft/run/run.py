@@ -9,10 +9,8 @@ import jax
 from flaxdraft.config import RunConfig
 from flaxdraft.devices import hosts
 from flaxdraft.evaluate.report import print_headline
-from flaxdraft.progress import CONSOLE, process_log
+from flaxdraft.progress import process_log
 from flaxdraft.run.answers import answer_prompts
-from flaxdraft.run.draft import check_draft, draft_config
-from flaxdraft.run.estimate import estimate
 from flaxdraft.run.material import gather
 from flaxdraft.run.results import evaluate_draft, export_draft, finished, report_run
 from flaxdraft.run.setup import claim_data, claim_draft, claim_folders, lock, prepare
@@ -51,12 +49,3 @@ def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
                 report_dir = report_run(setup, evaluation)
                 engine = find_engine(setup.algorithm.serving(), config.engine)
                 print_headline(evaluation, export_dir, report_dir, config.target.path, engine)
-
-
-def plan(config: RunConfig) -> None:
-    """Says what the configuration would take, and does nothing else."""
-    setup = prepare(config)
-    target = RunTarget(setup)
-    check_draft(setup, target)
-    for line in estimate(setup, draft_config(setup, target), len(target.config.tap_layers)).lines():
-        CONSOLE.print(line)

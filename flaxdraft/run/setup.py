@@ -46,9 +46,10 @@ class Setup:
     splits: tuple[str, ...]  # that the target answers
     prompts: list[Prompt]
     start: TrainedDraft | None  # the draft that training begins from, if not from nothing
-    answer_inputs: dict[str, Any]  # of the stored answers, which any draft of this target may use
-    draft_inputs: dict[str, Any]  # of the trained draft
-    allowed: Sequence[str]  # fields that may differ from what the folders were made with
+    # Of the stored answers, which any draft of this target may use, and of the trained draft; a plan has none.
+    answer_inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    draft_inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    allowed: Sequence[str] = ()  # fields that may differ from what the folders were made with
 
     @property
     def data_dir(self) -> Path:
@@ -66,6 +67,31 @@ def prepare(config: RunConfig, allowed: Sequence[str] = ()) -> Setup:
 
     Raises:
         InputError: the configuration names something that does not exist, or its parts do not go together.
+    """
+    setup = parts(config)
+    check_wandb(config.train.wandb)
+    check_request(config.train.resume, config.draft_dir / "checkpoints")
+    if jax.process_count() > 1 and setup.mesh.size != jax.device_count():
+        raise InputError(
+            f"mesh: {setup.mesh.size} devices of {jax.device_count()}; a run of {jax.process_count()} processes uses "
+            "all of them"
+        )
+    answer_inputs, draft_inputs = _inputs(config, setup.target_dtype)
+    known = [*flatten(draft_inputs)]
+    for field in allowed:
+        if field not in known:
+            raise InputError(f"--allow-change: no field {field!r}; {nearest(field, known)}")
+    return dataclasses.replace(setup, answer_inputs=answer_inputs, draft_inputs=draft_inputs, allowed=allowed)
+
+
+def parts(config: RunConfig, devices: Sequence[Any] | None = None) -> Setup:
+    """What a configuration names, without what identifies a run: neither weights nor data are read.
+
+    Args:
+        devices: those of the mesh, which need not be there; None takes the visible ones.
+
+    Raises:
+        InputError: as `prepare`.
     """
     algorithm = algorithms.make(config.algorithm, packed=config.train.pack_length is not None)
     architecture = algorithms.architecture(config.algorithm, config.architecture)
@@ -88,15 +114,8 @@ def prepare(config: RunConfig, allowed: Sequence[str] = ()) -> Setup:
     splits = ("held_out",) if given else SPLITS
     prompts = read_prompts(config.data.prompts, splits)
     check_batch(config)
-    mesh = make_mesh(**config.mesh.model_dump())
-    of_target = _target_mesh(config, mesh)
-    check_wandb(config.train.wandb)
-    check_request(config.train.resume, config.draft_dir / "checkpoints")
-    if jax.process_count() > 1 and mesh.size != jax.device_count():
-        raise InputError(
-            f"mesh: {mesh.size} devices of {jax.device_count()}; a run of {jax.process_count()} processes uses all of "
-            "them"
-        )
+    mesh = make_mesh(**config.mesh.model_dump(), devices=devices)
+    of_target = _target_mesh(config, mesh, devices)
     most = algorithm.drafter().most_tokens
     if most is not None and config.evaluate.chain_length > most:
         raise InputError(
@@ -105,19 +124,15 @@ def prepare(config: RunConfig, allowed: Sequence[str] = ()) -> Setup:
         )
     start = None if config.draft.init_from is None else load_start(config.draft, architecture)
     dtype = dtype_or_default(config.target.dtype)
-    answer_inputs, draft_inputs = _inputs(config, dtype)
-    known = [*flatten(draft_inputs)]
-    for field in allowed:
-        if field not in known:
-            raise InputError(f"--allow-change: no field {field!r}; {nearest(field, known)}")
     evaluation = algorithm.drafting(config.evaluate.chain_length)
     return Setup(
-        config, algorithm, evaluation, architecture, mesh, of_target, dtype, splits, prompts, start, answer_inputs,
-        draft_inputs, allowed,
+        config, algorithm, evaluation, architecture, mesh, of_target, dtype, splits, prompts, start
     )  # fmt: skip
 
 
-def _target_mesh(config: RunConfig, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh | None:
+def _target_mesh(
+    config: RunConfig, mesh: jax.sharding.Mesh, devices: Sequence[Any] | None
+) -> jax.sharding.Mesh | None:  # fmt: skip
     """
     Raises:
         InputError: its devices are not there; or the target reads batches of the draft's mesh, and lies on other
@@ -126,10 +141,10 @@ def _target_mesh(config: RunConfig, mesh: jax.sharding.Mesh) -> jax.sharding.Mes
     online, given = config.data.conversations is not None, config.target.mesh.model_dump(exclude_none=True)
     own = config.mesh
     shape = given or {"data": own.data, "fsdp": own.fsdp * own.sequence, "tensor": own.tensor}
-    found = target_mesh(shape, "target.mesh")
+    found = target_mesh(shape, "target.mesh", devices)
     if not online:
         return found
-    found = make_mesh() if found is None else found  # one device, that of the batches
+    found = make_mesh(devices=devices) if found is None else found  # one device, that of the batches
     if found.size != mesh.size:
         raise InputError(
             f"target.mesh: {found.size} devices, mesh has {mesh.size}; a target that reads batches while the draft "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from flaxdraft.config import HostsConfig, nearest
 from flaxdraft.errors import InputError
@@ -53,12 +53,15 @@ def dtype_or_default(dtype: str | None) -> str:
     return dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
-def target_mesh(shape: Mapping[str, int], field: str = "--mesh") -> jax.sharding.Mesh | None:
+def target_mesh(
+    shape: Mapping[str, int], field: str = "--mesh", devices: Sequence[Any] | None = None
+) -> jax.sharding.Mesh | None:  # fmt: skip
     """The devices of that shape; None, which is one device, where it has a single one. Several processes use all of
     theirs.
 
     Args:
         field: what the shape is called where the user gave it.
+        devices: of a plan, in one process; None takes the visible ones.
 
     Raises:
         InputError: there are fewer devices, or several processes would leave some out.
@@ -67,7 +70,7 @@ def target_mesh(shape: Mapping[str, int], field: str = "--mesh") -> jax.sharding
 
     from flaxdraft.devices.mesh import make_mesh
 
-    processes, visible = jax.process_count(), jax.device_count()
+    processes, visible = (jax.process_count(), jax.device_count()) if devices is None else (1, len(devices))
     if processes > 1 and not shape:
         shape = {"data": visible}
     wanted = math.prod(shape.values())
@@ -75,7 +78,7 @@ def target_mesh(shape: Mapping[str, int], field: str = "--mesh") -> jax.sharding
         axes = ",".join(f"{name}={number}" for name, number in shape.items())
         whose = "are visible" if processes == 1 else f"belong to the {processes} processes, which use all of them"
         raise InputError(f"{field}: {axes} takes {wanted} devices, {visible} {whose} ({jax.default_backend()})")
-    return make_mesh(**shape) if wanted > 1 else None
+    return make_mesh(**shape, devices=devices) if wanted > 1 else None
 
 
 def on_all_hosts(work: Callable[[], None]) -> int:

@@ -12,9 +12,9 @@ import jax
 
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
-from flaxdraft.files.fetch import fetch
+from flaxdraft.files.fetch import fetch, fetch_description
 from flaxdraft.files.gguf_file import GGUFCheckpoint
-from flaxdraft.files.hugging_face import HFDirectory
+from flaxdraft.files.hugging_face import HFDirectory, read_config
 from flaxdraft.files.name_tables import load_state
 from flaxdraft.nn.precision import Precision
 from flaxdraft.plugins import find_by_architecture
@@ -47,11 +47,11 @@ class LoadedTarget:
 
 
 @dataclasses.dataclass(frozen=True)
-class OpenedTarget:
-    """Weights that can be read, with the family that they belong to; nothing is loaded yet."""
+class DescribedTarget:
+    """What a target is by its configuration; its weights need not be there."""
 
     path: Path
-    source: HFDirectory | GGUFCheckpoint
+    hf_config: dict
     family: ModuleType  # of flaxdraft/targets
 
     def config(self, tap_layers: Sequence[int] = ()) -> decoder.DecoderConfig:
@@ -60,9 +60,28 @@ class OpenedTarget:
             InputError: see the family's `Config.from_hf`; the message begins with the path.
         """
         try:
-            return self.family.Config.from_hf(self.source.config, tap_layers)
+            return self.family.Config.from_hf(self.hf_config, tap_layers)
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedTarget(DescribedTarget):
+    """Weights that can be read; nothing is loaded yet."""
+
+    source: HFDirectory | GGUFCheckpoint
+
+
+def describe_target(address: str, sha256: str | None = None) -> DescribedTarget:
+    """A target of which a configuration is enough: a directory with config.json alone, or a model on the hub, of which
+    nothing else is fetched.
+
+    Raises:
+        InputError: the address leads nowhere, its configuration cannot be read, or the family is unknown.
+    """
+    path = fetch_description(address, sha256)
+    config = read_config(path) if path.is_dir() else GGUFCheckpoint(path).config
+    return DescribedTarget(path, config, find_by_architecture(["flaxdraft.targets"], config, str(path)))
 
 
 def open_target(address: str, sha256: str | None = None) -> OpenedTarget:
@@ -74,7 +93,8 @@ def open_target(address: str, sha256: str | None = None) -> OpenedTarget:
     if not path.is_dir() and path.suffix != ".gguf":
         raise InputError(f"target.path: {path} is neither a model directory nor a .gguf file")
     source = HFDirectory(path) if path.is_dir() else GGUFCheckpoint(path)
-    return OpenedTarget(path, source, find_by_architecture(["flaxdraft.targets"], source.config, str(path)))
+    family = find_by_architecture(["flaxdraft.targets"], source.config, str(path))
+    return OpenedTarget(path, source.config, family, source)
 
 
 def from_pretrained(
@@ -111,6 +131,7 @@ def from_pretrained(
     state = load_state(
         abstract, family.name_table(config), source, {group.name: group.layers for group in groups},
         family.num_experts(config), places, lambda name: family.ignored(config, name),
+        f"loading {opened.path.name}",
     )  # fmt: skip
     target = decoder.build(config, groups, state, precision, mesh, sharding)
     return LoadedTarget(target, tokenizer, source.config, opened.path)

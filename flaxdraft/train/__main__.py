@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from flaxdraft.config import load_config
+from flaxdraft.errors import InputError
 from flaxdraft.run.commands import Command, call
 
 
@@ -19,17 +20,27 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-change", action="append", default=[], metavar="SECTION.FIELD",
         help="go on with what is there although this field was another one; may be given several times",
     )  # fmt: skip
-    parser.add_argument("--plan", action="store_true", help="say what it would take (memory, compute) and end")
+    parser.add_argument("--plan", action="store_true", help="say what it would take (memory, compute, time) and end")
+    parser.add_argument("--devices", help="to plan for: '8 x H100', or a TPU topology such as v5e:2x2; default: these")
+    parser.add_argument("--rate", help="to plan with: '20000 tokens/s' in all or '300 TFLOP/s' a device")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="single fields of it, changed")
 
 
 def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     # JAX starts only once the configuration is known to be good.
-    from flaxdraft.run.run import plan, run
+    from flaxdraft.run.plan import plan
+    from flaxdraft.run.run import run
     from flaxdraft.run.supervise import supervised
 
-    work = (lambda: plan(config)) if arguments.plan else (lambda: run(config, arguments.allow_change))
+    wanted = {name: getattr(arguments, name) for name in ("devices", "rate")}
+    for name, value in wanted.items():
+        if value is not None and not arguments.plan:
+            raise InputError(f"--{name}: is what a plan is made for; give --plan, too")
+    if arguments.devices is not None:  # no process or device of this run is asked
+        plan(config, **wanted)
+        return 0
+    work = (lambda: plan(config, **wanted)) if arguments.plan else (lambda: run(config, arguments.allow_change))
     return supervised(config.hosts, work)
 
 

@@ -59,14 +59,25 @@ def rows_multiple(mesh: jax.sharding.Mesh) -> int:
     return mesh.shape[BATCH_AXIS] * mesh.shape[FSDP_AXIS]
 
 
+def shared_rows(host: Example, mesh: jax.sharding.Mesh, algorithm: Algorithm) -> tuple[Example, Any]:
+    """A batch as its devices take it, and whether each array of it is split along rows: where the mesh has several
+    devices along `sequence`, these share them."""
+    if mesh.shape[SEQUENCE_AXIS] == 1:
+        return host, jax.tree.map(lambda _: False, host)
+    return algorithm.share(host, mesh.shape[SEQUENCE_AXIS])
+
+
+def row_place(is_cut: bool) -> jax.P:
+    """Where an array of a batch lives, see `shared_rows`."""
+    return known(SHARDING.split_bt if is_cut else SHARDING.act_b)
+
+
 def training_example(host: Example, mesh: jax.sharding.Mesh, algorithm: Algorithm, teacher: Any) -> Example:
-    """One global batch, its rows shared along `sequence` where the mesh has several devices there.
+    """One global batch, see `shared_rows`.
 
     Args:
         teacher: on its devices already.
     """
-    if mesh.shape[SEQUENCE_AXIS] == 1:
-        return dataclasses.replace(placed_rows(host, mesh), teacher=teacher)
-    host, cut = algorithm.share(host, mesh.shape[SEQUENCE_AXIS])
-    place = lambda x, is_cut: placed(x, mesh, known(SHARDING.split_bt if is_cut else SHARDING.act_b))  # noqa: E731
-    return dataclasses.replace(jax.tree.map(place, host, cut), teacher=teacher)
+    host, cut = shared_rows(host, mesh, algorithm)
+    rows = jax.tree.map(lambda x, is_cut: placed(x, mesh, row_place(is_cut)), host, cut)
+    return dataclasses.replace(rows, teacher=teacher)

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 
 from flaxdraft.data.pipeline import Pipeline
 from flaxdraft.errors import InputError
+from flaxdraft.train.resident import Resident
 
 
 class PreemptedError(Exception):
@@ -89,10 +90,10 @@ def _rows(documents: Sequence[np.ndarray], rows: Sequence[int]) -> str:
 
 
 @contextmanager
-def memory_advice(directory: Path) -> Iterator[None]:
+def memory_advice(directory: Path, resident: Resident) -> Iterator[None]:
     """
     Raises:
-        InputError: the device ran out of memory within; says what to change. A profile of what was held is saved.
+        InputError: the device ran out of memory within; says what it holds and what to change. A profile is saved.
     """
     try:
         yield
@@ -101,9 +102,10 @@ def memory_advice(directory: Path) -> Iterator[None]:
             raise
         profile = directory / "memory.prof"
         jax.profiler.save_device_memory_profile(profile)
+        said = str(error)
         raise InputError(
-            f"train: the device is out of memory ({str(error).splitlines()[0][:200]}). What helps, in this order: "
-            "raise train.accumulate, set algorithm.remat=full, lower algorithm.loss_chunk, split weights over more "
-            "devices (mesh.fsdp), lower train.batch_size or the length of rows. --plan prints what a configuration "
-            f"takes without running it. What was held is in {profile} (pprof -top {profile})"
+            f"train: the device is out of memory ({said.splitlines()[0][:200]}); {resident.describe(said)}. "
+            "What helps besides: train.accumulate, algorithm.remat=full, a lower algorithm.loss_chunk, weights over "
+            "more devices (mesh.fsdp), a lower train.batch_size, shorter rows. --plan prints what a configuration "
+            f"takes without running it. All that was held is in {profile} (pprof -top {profile})"
         ) from error

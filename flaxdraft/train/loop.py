@@ -27,6 +27,7 @@ from flaxdraft.train.meters import Meters
 from flaxdraft.train.metrics_log import MetricsLog
 from flaxdraft.train.optimizer import optimizer
 from flaxdraft.train.profiling import Trace
+from flaxdraft.train.resident import Resident
 from flaxdraft.train.resume import Resume, begin
 from flaxdraft.train.state import SCHEMA, TrainState, evaluation_params, init_state
 from flaxdraft.train.step import make_train_step
@@ -94,12 +95,16 @@ class Trainer:
             if begun is not None:
                 arrays, start = begun.arrays, begun.record["step"]
                 CONSOLE.print(f"  resuming at step {start}")
-            with MetricsLog(self.directory, start, config.wandb) as log, memory_advice(self.directory):
+            resident, state = Resident(), arrays["state"]
+            resident.note(
+                target=self.target, draft=(state.params, frozen, self.teacher), moments=(state.opt_state, state.ema)
+            )
+            with MetricsLog(self.directory, start, config.wandb) as log, memory_advice(self.directory, resident):
                 if start == 0:
                     _evaluated(log, 0, evaluate(evaluation_params(arrays["state"])))
                 compute = DTYPES[config.compute_dtype]
                 train_step = make_train_step(graphdef, algorithm, tx, compute, config.accumulate, config.ema_decay)
-                run = _Run(self, train_step, evaluate, checkpoints, log, pipeline)
+                run = _Run(self, train_step, evaluate, checkpoints, log, pipeline, resident)
                 return evaluation_params(run.steps(graphdef, frozen, arrays, start))
 
 
@@ -125,6 +130,7 @@ class _Run:
     checkpoints: Checkpoints
     log: MetricsLog
     pipeline: Pipeline
+    resident: Resident
 
     def steps(self, graphdef: nnx.GraphDef, frozen: nnx.State, arrays: Mapping[str, Any], start: int) -> TrainState:
         trainer, config = self.trainer, self.trainer.config
@@ -137,6 +143,7 @@ class _Run:
             examples = one_ahead(meters.waiting(batches), trainer.example)
             for step, example in enumerate(examples, start):
                 if step == start:
+                    self.resident.note(batch=dataclasses.replace(example, teacher=None))
                     draft = nnx.merge(graphdef, state.params, frozen)
                     CONSOLE.print(f"  {trainer.algorithm.describe(draft, example)}")
                 trace.before(step + 1)

@@ -1,4 +1,4 @@
-"""What ends a run early or is noticed on its way: broken steps, memory, SIGTERM, reads from the device, plans."""
+"""What ends a run early or is noticed on its way: broken steps, memory, SIGTERM, reads from the device."""
 
 import contextlib
 import json
@@ -11,19 +11,17 @@ import jax
 import numpy as np
 import pytest
 from closeness import assert_close
-from worker import E, V, material_of, rows, train
+from worker import E, V, rows, train
 
-from flaxdraft.config import load_config
 from flaxdraft.data.documents import AnsweredPrompts
 from flaxdraft.data.store import TARGET, FeatureStore, Source, finish, shard_name, write_shard
 from flaxdraft.devices import host_reads
+from flaxdraft.devices.mesh import make_mesh
 from flaxdraft.errors import InputError
 from flaxdraft.files.safetensors_file import save_safetensors
-from flaxdraft.run.draft import draft_config
-from flaxdraft.run.estimate import estimate
-from flaxdraft.run.setup import prepare
 from flaxdraft.train import loop
 from flaxdraft.train.guards import PreemptedError, Preemption, memory_advice
+from flaxdraft.train.resident import Resident
 
 
 def test_reads_happen_in_logging_and_evaluating_steps_alone(runs, monkeypatch):
@@ -169,29 +167,71 @@ def test_float8_is_asked_for_in_the_configuration(runs):
     assert_close(narrow, exact, rtol=0.05, of="each")
 
 
-def test_out_of_memory_says_what_to_change(tmp_path):
-    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
-    advice = r"allocate 9 bytes.* raise train.accumulate, set algorithm.remat=full"
-    with pytest.raises(InputError, match=advice), memory_advice(tmp_path):
-        raise error
+MIB = 1 << 20
+
+
+def test_out_of_memory_says_what_is_held_and_what_helps_first(tmp_path, monkeypatch):
+    """Of the fullest device, whose parts are read off the arrays' places; the one that is the most decides."""
+    monkeypatch.setattr(jax, "live_arrays", list)
+    mesh = make_mesh(fsdp=2)
+    described = lambda mib, *spec: jax.ShapeDtypeStruct(  # noqa: E731
+        (mib * MIB // 4,), np.float32, sharding=jax.NamedSharding(mesh, jax.P(*spec))
+    )
+    cases = {
+        "target": "split the target over more devices .mesh.fsdp, or target.mesh",
+        "draft": "split the weights over more devices .mesh.fsdp",
+        "moments": "split the optimizer's moments, .* .mesh.fsdp",
+        "batch": "lower train.batch_size",
+        "work": "raise train.accumulate, or set algorithm.remat=full",
+    }
+    for largest, advice in cases.items():
+        resident = Resident()
+        sizes = {name: 900 if name == largest else 40 for name in cases}
+        split = {name: described(sizes[name] * 2, "fsdp") for name in ("draft", "moments", "batch")}
+        resident.note(target=[described(sizes["target"])], **split)
+        error = jax.errors.JaxRuntimeError(
+            f"RESOURCE_EXHAUSTED: Out of memory while trying to allocate {sizes['work']}.00MiB."
+        )
+        with pytest.raises(InputError) as caught, memory_advice(tmp_path, resident):
+            raise error
+        said = ", ".join(f"{name} {size * MIB / 1e9:.2f} GB" for name, size in sizes.items())
+        assert f"on cpu:0: {said} " in str(caught.value)
+        assert re.search(f"First, {advice}", str(caught.value))
     assert (tmp_path / "memory.prof").stat().st_size
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory_advice(tmp_path):
+
+
+def test_out_of_memory_counts_what_nobody_names(tmp_path, monkeypatch):
+    """What two arrays share is one piece of memory, and the fullest device is looked at."""
+    device = jax.devices()[3]
+    array = jax.device_put(np.zeros(25_000_000, np.float32), device)
+    shared = array.addressable_shards[0].data
+    monkeypatch.setattr(jax, "live_arrays", lambda: [array, shared])
+    resident = Resident()
+    resident.note(draft=jax.device_put(np.zeros(5_000_000, np.float32), device))
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9000 bytes.")
+    expected = r"on cpu:3: draft 0.02 GB, other arrays 0.08 GB \(.*First, end the run and start it again"
+    with pytest.raises(InputError, match=expected), memory_advice(tmp_path, resident):
+        raise error
+
+
+def test_another_error_of_the_runtime_is_left_alone(tmp_path):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory_advice(tmp_path, Resident()):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_a_run_names_its_parts(runs, monkeypatch):
+    """Three float32 of each parameter: itself in the draft, two in the moments."""
+    noted, real = {}, Resident.note
+    monkeypatch.setattr(Resident, "note", lambda self, **parts: (noted.update(parts), real(self, **parts))[1])
+    train(runs, "noted", "train.num_steps=1")
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    params, *_ = noted["draft"]
+    assert set(noted) == {"target", "draft", "moments", "batch"}
+    assert noted["target"] is None  # its features are given
+    assert_close(float(count(noted["moments"])), float(2 * count(params)), rtol=0.01)
+    assert count(noted["batch"])
 
 
 def test_without_a_signal_nothing_is_due():
     with Preemption() as preemption:
         assert not preemption.due(1)
-
-
-def test_a_plan_says_what_a_step_holds_and_writes_nothing(runs):
-    """Weights and moments in float32, three of each parameter, in as many pieces as the mesh has."""
-    short = ("data.max_prompt_tokens=16", "data.max_answer_tokens=16", "mesh.data=1", "mesh.fsdp=4")
-    config = load_config(str(runs.root / "run.yaml"), [f"output_dir={runs.root / 'planned'}", *short])
-    setup = prepare(config)
-    plan = estimate(setup, draft_config(setup, material_of(setup).target), 3)
-    assert_close(plan.trained * 12 / 4, float(plan.state_bytes), rtol=0.03)  # norm scales are whole
-    assert plan.work_bytes > 0
-    assert (plan.rows, plan.length, plan.steps) == (8, 32, 12)
-    assert any(line.startswith("mesh       fsdp 4 (4 of 8 visible") for line in plan.lines())
-    assert not (runs.root / "planned").exists()
