@@ -1,4 +1,4 @@
-"""Conversations from files: JSON lines or Parquet, in the shapes that people have.
+"""Conversations from files: JSON (lines, or one array) or Parquet, in the shapes that people have.
 
 A row is one of
 - `messages`: a list of {role, content, ...} (OpenAI's and Hugging Face's shape; tool calls and reasoning pass through),
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxdraft.data.bad_rows import BadRows
 from flaxdraft.errors import InputError
 from flaxdraft.files.json_files import read_json_lines
 
@@ -46,24 +47,34 @@ class Conversation:
     assistant: np.ndarray | None = None  # bool [L], true where the assistant produced the token
 
 
-def read_conversations(path: str | Path) -> Iterator[Conversation]:
-    """The rows of a .jsonl or .parquet file, one at a time.
+def read_conversations(path: str | Path, bad: BadRows | None = None) -> Iterator[Conversation]:
+    """The rows of a file of JSON lines, of one JSON array, or of a .parquet file, one at a time.
+
+    Args:
+        bad: is given the broken rows, which are then left out.
 
     Raises:
         InputError: the file cannot be read or holds no row, or a row is broken: it is named by its number, with what
             was found there.
     """
     path, number = Path(path).expanduser(), 0
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path, bad)
     for number, row in rows:
-        yield parse(row, f"{path} row {number}", f"{path.name}:{number}")
-    if number == 0:
+        try:
+            conversation = parse(row, f"{path} row {number}", f"{path.name}:{number}")
+        except InputError as error:
+            if bad is None:
+                raise
+            bad.add(error)
+        else:
+            yield conversation
+    if number == 0 and not (bad and bad.messages):
         raise InputError(f"{path}: holds no conversations; expected one a line, with {SHAPES}")
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+def _json_rows(path: Path, bad: BadRows | None) -> Iterator[tuple[int, Any]]:
     try:
-        yield from read_json_lines(path, "row")
+        yield from read_json_lines(path, "row", None if bad is None else bad.add)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from flaxdraft.data.bad_rows import BadRows
 from flaxdraft.data.chat_template import ChatTemplate
 from flaxdraft.data.conversations import Conversation
 from flaxdraft.data.reasoning import without_reasoning
@@ -57,6 +58,11 @@ class ChatOptions:
     context: int | None = None  # of the target, beyond which rows are cut whatever `max_length` is
     vocab_size: int | None = None  # rows of the target's embedding
 
+    @property
+    def limit(self) -> int:
+        """Tokens where rows are cut."""
+        return self.max_length if self.context is None else min(self.max_length, self.context)
+
 
 def render(tokenizer: Any, conversation: Conversation, options: ChatOptions) -> Rendered:
     """Tokens and mask, cut at `max_length` and at the target's context.
@@ -69,7 +75,7 @@ def render(tokenizer: Any, conversation: Conversation, options: ChatOptions) -> 
     check_tokens(tokens, tokenizer, options.vocab_size, conversation.where)
     if options.mask_reasoning:
         assistant = without_reasoning(tokenizer, tokens, assistant)
-    limit = options.max_length if options.context is None else min(options.max_length, options.context)
+    limit = options.limit
     return Rendered(tokens[:limit], assistant[:limit], max(len(tokens) - limit, 0))
 
 
@@ -102,28 +108,39 @@ class RenderedFile:
 
     rows: list[Rendered]
     silent: int  # rows that supervise nothing, left out
+    cut: int  # rows that were longer than they may be
     digest: str  # of the tokens and masks
 
 
 def render_all(
     conversations: Iterable[Conversation], tokenizer: Any, options: ChatOptions, max_silent: float,
-    field: str = "--max-silent",
+    field: str = "--max-silent", bad: BadRows | None = None,
 ) -> RenderedFile:  # fmt: skip
     """Every conversation that supervises something.
 
     Args:
         field: where the user set `max_silent`, for the message.
+        bad: is given the rows that cannot be rendered, beside those that could not be read.
 
     Raises:
-        InputError: see `render`; more than a share of `max_silent` rows supervise nothing, or there are no rows.
+        InputError: see `render` and `BadRows.judge`; more than a share of `max_silent` rows supervise nothing, or there are no rows.
     """
-    rows, silent = [], 0
+    rows, silent, cut = [], 0, 0
     for conversation in conversations:
-        rendered = render(tokenizer, conversation, options)
+        try:
+            rendered = render(tokenizer, conversation, options)
+        except InputError as error:
+            if bad is None:
+                raise
+            bad.add(error)
+            continue
+        cut += rendered.num_cut > 0
         if not rendered.assistant.any():
             silent += 1
             continue
         rows.append(rendered)
+    if bad is not None:
+        bad.judge()
     total = len(rows) + silent
     if silent > max_silent * total or not rows:
         raise InputError(
@@ -131,7 +148,7 @@ def render_all(
             "assistant says nothing in them, or what it says lies behind the length where rows are cut; look with: "
             "python -m flaxdraft.data show"
         )
-    return RenderedFile(rows, silent, rows_digest(rows))
+    return RenderedFile(rows, silent, cut, rows_digest(rows))
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -111,7 +111,7 @@ class Session:
         """
         tokens = render_messages(self.tokenizer, messages, f"prompt {prompt.id!r}")
         turn = f"turn {len(messages) // 2 + 1} of prompt {prompt.id!r}"
-        context = self.target.config.max_position_embeddings
+        context = self.target.config.context
         check_context(len(tokens), turn, self.settings.max_new_tokens, self.limit_field, context)
         return tokens
 

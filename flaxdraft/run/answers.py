@@ -57,15 +57,9 @@ def answer_prompts(setup: Setup, target: RunTarget) -> Answers:
     check_draft(setup, target)
     prompts = {split: _prompts(setup, split) for split in setup.splits}
     rendered = {split: _rendered(setup, target, split, prompts[split]) for split in setup.splits}
+    stops, special = target.opened.needed_stop_tokens(), target.opened.special_tokens
     loaded = target.loaded
-    stops = loaded.stop_tokens
-    if not stops:
-        raise InputError(
-            f"target.path: {setup.config.target.path} names no token that ends an answer; expected eos_token_id in its "
-            "config.json or an eos_token of its tokenizer"
-        )
     say("data", "the target answers the prompts")
-    special = sorted({*target.tokenizer.all_special_ids, *stops})
     for split in setup.splits:
         _, limit = _answer_limit(setup, split)
         dtype = data.feature_dtype if split == "train" else "float32"
@@ -108,5 +102,5 @@ def _rendered(setup: Setup, target: RunTarget, split: str, prompts: list[Prompt]
     rendered = render_prompts(target.tokenizer, prompts, setup.config.data.max_prompt_tokens)
     field, limit = _answer_limit(setup, split)
     longest = max(map(len, rendered.values()))
-    check_context(longest, "the longest prompt", limit, field, target.config.max_position_embeddings)
+    check_context(longest, "the longest prompt", limit, field, target.config.context)
     return rendered

@@ -69,7 +69,7 @@ class RunTarget:
         Raises:
             InputError: there is none, or it has no chat template.
         """
-        tokenizer = self.opened.source.tokenizer()
+        tokenizer = self.opened.tokenizer
         if tokenizer is None or not tokenizer.chat_template:
             raise InputError(
                 f"target.path: {self.opened.path} has no {'tokenizer' if tokenizer is None else 'chat template'}, "

@@ -44,7 +44,7 @@ def show(arguments: argparse.Namespace) -> None:
     groups = family.groups(config, precision, Sharding.none())
     _, abstract = decoder.abstract_state(config, groups, precision)
     held = decoder.bytes_per_device(config, abstract, shape)
-    tokenizer = opened.source.tokenizer()
+    tokenizer = opened.tokenizer
     template = "with a chat template" if getattr(tokenizer, "chat_template", None) else "without a chat template"
     devices = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size > 1) or "one device"
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * (config.key_width + config.value_width)
@@ -55,7 +55,7 @@ def show(arguments: argparse.Namespace) -> None:
         "layers": ", ".join(f"{len(group.layers)} {group.name}" for group in groups),
         "width": f"{config.hidden_size}, {config.num_attention_heads} heads, {config.num_key_value_heads} of keys",
         "vocabulary": f"{config.vocab_size:,}, {'tied' if config.tie_word_embeddings else 'own'} head",
-        "context": f"{config.max_position_embeddings:,} tokens, {config.rope.rope_type} rotary embedding",
+        "context": f"{config.context:,} tokens, {config.rope.rope_type} rotary embedding",
         "tokenizer": f"{len(tokenizer):,} tokens, {template}" if tokenizer else "none found",
         "memory": f"{held / 1e9:.2f} GB of {arguments.dtype} weights a device ({devices}), "
                   f"{cache / 1e3:.1f} kB of cache a token in bfloat16",

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from flaxdraft.targets import OpenedTarget
 from flaxdraft.targets.decoder import DecoderConfig
+from flaxdraft.targets.tied_head import say_which_head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class EmbeddingAndHeadWeights:
     @classmethod
     def of_target(cls, opened: OpenedTarget, config: DecoderConfig) -> EmbeddingAndHeadWeights:
         """From a target's files, of which nothing else is read."""
+        say_which_head(opened)
         names = {path: name for path, name, _ in opened.family.name_table(config)}
         wanted = {"embedding": "embed", "final_norm": "norm/scale", "head": "head"}
 
