@@ -11,12 +11,22 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
 from flaxdraft import algorithms
 from flaxdraft.errors import InputError
+from flaxdraft.run.chat_options import (
+    add_bad_row_option,
+    add_row_options,
+    add_template_options,
+    bad_rows,
+    chat_options,
+    needed_tokenizer,
+    template_inputs,
+    template_of,
+)
 from flaxdraft.run.commands import ADDRESS, DTYPES, Command, call_one_of
 
 
@@ -31,19 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _file_and_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="conversations, .jsonl or .parquet")
+    parser.add_argument("file", type=Path, help="conversations: JSON lines, a JSON array, or .parquet")
     parser.add_argument("--target", required=True, help=ADDRESS)
-
-
-def _supervision(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-length", type=int, default=4096, help="tokens, where rows are cut")
-    parser.add_argument("--last-turn-only", action="store_true", help="supervise the last assistant turn alone")
-    parser.add_argument("--mask-reasoning", action="store_true", help="leave out what stands in <think> tags")
 
 
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
     _file_and_target(parser)
-    _supervision(parser)
+    add_row_options(parser)
     parser.add_argument("--rows", type=int, default=3, help="from the beginning of the file")
 
 
@@ -51,6 +55,8 @@ def _answer_arguments(parser: argparse.ArgumentParser) -> None:
     from flaxdraft.data.regenerate import Answering
 
     _file_and_target(parser)
+    add_template_options(parser)
+    add_bad_row_option(parser)
     parser.add_argument("output_dir", type=Path, help="a folder for the answers; the same one goes on")
     parser.add_argument("--rows", type=int, default=32, help="conversations answered together")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and products")
@@ -60,7 +66,7 @@ def _answer_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _capture_arguments(parser: argparse.ArgumentParser) -> None:
     _file_and_target(parser)
-    _supervision(parser)
+    add_row_options(parser)
     parser.add_argument("output_dir", type=Path, help="the store; the same one goes on")
     parser.add_argument("--algorithm", default=algorithms.DEFAULT, help="that the store is for; it chooses the layers")
     parser.add_argument("--tap-layers", type=int, nargs="+", metavar="LAYER", help="(0-based) in place of those")
@@ -86,18 +92,23 @@ def show(arguments: argparse.Namespace) -> None:
 
     from flaxdraft import targets
     from flaxdraft.data.conversations import read_conversations
-    from flaxdraft.data.templates import ChatOptions, render
+    from flaxdraft.data.templates import render
     from flaxdraft.progress import CONSOLE
 
-    tokenizer = targets.open_target(arguments.target).source.tokenizer()
-    if tokenizer is None:
-        raise InputError(f"{arguments.target}: has no tokenizer")
-    options = ChatOptions(arguments.max_length, arguments.last_turn_only, arguments.mask_reasoning)
+    opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
+    tokenizer = needed_tokenizer(opened)
+    options = chat_options(arguments, opened, template_of(arguments, tokenizer))
     shown = total = supervised = silent = 0
-    for conversation in islice(read_conversations(arguments.file), arguments.rows):
-        rendered = render(tokenizer, conversation, options)
+    conversations = [*read_conversations(arguments.file, bad)]  # all of them, for all that is wrong with the file
+    for conversation in conversations[: arguments.rows]:
+        try:
+            rendered = render(tokenizer, conversation, options)
+        except InputError as error:
+            bad.add(error)
+            continue
         share = int(rendered.assistant.sum())
-        CONSOLE.rule(f"{conversation.where}, {len(rendered.tokens)} tokens, {share} supervised")
+        cut = f", {rendered.num_cut} cut off" if rendered.num_cut else ""
+        CONSOLE.rule(f"{conversation.where}, {len(rendered.tokens)} tokens{cut}, {share} supervised")
         text = Text()
         for begin, end, on in runs(rendered.assistant):
             piece = cast(str, tokenizer.decode(rendered.tokens[begin:end]))  # a list is of several rows
@@ -112,6 +123,7 @@ def show(arguments: argparse.Namespace) -> None:
         f"{shown} rows, {total} tokens, {supervised} supervised"
         + (f"; {silent} rows supervise nothing" if silent else "")
     )
+    bad.judge()
 
 
 def runs(mask):
@@ -129,29 +141,33 @@ def answer_all(arguments: argparse.Namespace) -> None:
     from flaxdraft.files.fetch import content_of, sha256_of
     from flaxdraft.nn.precision import of_both
     from flaxdraft.progress import CONSOLE
-    from flaxdraft.stages.claims import claim
+    from flaxdraft.stages.claims import RECORD, claim
 
     options = Answering(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Answering)})
     if not arguments.file.is_file():
         raise InputError(f"{arguments.file}: no such file")
-    inputs = {
-        "target": arguments.target, "content": content_of(arguments.target, None), "dtype": arguments.dtype,
-        "conversations": sha256_of(arguments.file), **dataclasses.asdict(options),
-    }  # fmt: skip
-    claim(arguments.output_dir, inputs, "Give another folder, or remove it to start anew.")
-    loaded = targets.from_pretrained(arguments.target, precision=of_both(arguments.dtype))
-    tokenizer, context = loaded.tokenizer, loaded.model.config.max_position_embeddings
-    if tokenizer is None or not tokenizer.chat_template:
-        raise InputError(f"{arguments.target}: has no {'tokenizer' if tokenizer is None else 'chat template'}")
     longest = options.max_prompt_tokens + options.max_new_tokens
-    if longest > context:
+    opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
+    tokenizer = needed_tokenizer(opened, with_template=True)
+    opened.needed_stop_tokens()
+    if longest > (context := opened.config().context):
         raise InputError(
             f"--max-prompt-tokens and --max-new-tokens: found {longest} together, more than the target's context of "
             f"{context}"
         )
+    template = template_of(arguments, tokenizer, arguments.output_dir / RECORD)
+    conversations = [*read_conversations(arguments.file, bad)]
+    bad.judge()
+    inputs = {
+        "target": arguments.target, "content": content_of(arguments.target, None), "dtype": arguments.dtype,
+        "conversations": sha256_of(arguments.file), **dataclasses.asdict(options),
+        **template_inputs(template, tokenizer),
+    }  # fmt: skip
+    claim(arguments.output_dir, inputs, "Give another folder, or remove it to start anew.")
+    loaded = targets.from_pretrained(arguments.target, precision=of_both(arguments.dtype))
     counts = regenerate(
-        arguments.output_dir, read_conversations(arguments.file), loaded.model, tokenizer, loaded.stop_tokens,
-        options, arguments.rows,
+        arguments.output_dir, conversations, loaded.model, tokenizer, loaded.stop_tokens, options, arguments.rows,
+        template,
     )  # fmt: skip
     CONSOLE.print(f"{counts.pop('answered')} conversations answered: {arguments.output_dir / FILE}")
     for reason, count in sorted(counts.items()):
@@ -164,40 +180,39 @@ def capture_all(arguments: argparse.Namespace) -> None:
     from flaxdraft import targets
     from flaxdraft.data.conversations import read_conversations
     from flaxdraft.data.draft_vocabulary import describe_sizes
-    from flaxdraft.data.store import Source
+    from flaxdraft.data.store import PLAN, Source
     from flaxdraft.data.store_capture import capture
     from flaxdraft.data.store_writer import make_plan, start
-    from flaxdraft.data.templates import ChatOptions, render_all, tokenizer_digest
+    from flaxdraft.data.templates import render_all, tokenizer_digest
     from flaxdraft.files.fetch import content_of
     from flaxdraft.nn.precision import of_both
     from flaxdraft.progress import CONSOLE
 
-    opened = targets.open_target(arguments.target)
-    tokenizer = opened.source.tokenizer()
-    if tokenizer is None:
-        raise InputError(f"{arguments.target}: has no tokenizer")
+    opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
+    tokenizer = needed_tokenizer(opened)
+    template = template_of(arguments, tokenizer, arguments.output_dir / PLAN)
     config = opened.config(algorithms.tap_layers(arguments.algorithm, opened.config(), arguments.tap_layers))
-    options = ChatOptions(arguments.max_length, arguments.last_turn_only, arguments.mask_reasoning)
+    options = chat_options(arguments, opened, template)
     documents = render_all(
-        read_conversations(arguments.file), tokenizer, options, arguments.max_silent
+        read_conversations(arguments.file, bad), tokenizer, options, arguments.max_silent, bad=bad
     )  # fmt: skip
     source = Source(
         target=content_of(str(opened.path), None), tokenizer=tokenizer_digest(tokenizer),
         data=documents.digest, compute_dtype=arguments.dtype, tap_layers=config.tap_layers,
         hidden_size=config.hidden_size, vocab_size=config.vocab_size, taps_dtype=arguments.taps_dtype,
-        last_dtype=arguments.last_dtype,
+        last_dtype=arguments.last_dtype, **template_inputs(template, tokenizer),
     )  # fmt: skip
     lengths = [len(row.tokens) for row in documents.rows]
     plan = make_plan(source, lengths, arguments.shard_tokens, config.tie_word_embeddings)
     supervised = sum(int(row.assistant.sum()) for row in documents.rows)
     CONSOLE.print(
         f"{len(documents.rows)} rows, {plan.num_tokens} tokens, {supervised} supervised, {documents.silent} rows left "
-        f"out that supervise nothing; {len(plan.first_rows) - 1} shards, {plan.num_bytes / 1e9:.2f} GB"
+        f"out that supervise nothing, {documents.cut} cut at {options.limit} tokens; {len(plan.first_rows) - 1} shards, {plan.num_bytes / 1e9:.2f} GB"
     )
     counts = np.bincount(
         np.concatenate([row.tokens[row.assistant] for row in documents.rows]), minlength=config.vocab_size
     )
-    CONSOLE.print(describe_sizes(counts, tokenizer.all_special_ids))
+    CONSOLE.print(describe_sizes(counts, opened.special_tokens))
     if arguments.plan:
         return
     missing = start(arguments.output_dir, plan)
