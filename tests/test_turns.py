@@ -79,7 +79,10 @@ def qwen2_5(message, i, messages):
     first = [("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n",
               False)] if i == 0 and message["role"] != "system" else []  # fmt: skip
     calls = [_call_text(call) for call in message.get("tool_calls", ())]
-    return [*first, *_im(message, "\n".join([*([message["content"]] if message["content"] or not calls else []), *calls]))]
+    return [
+        *first,
+        *_im(message, "\n".join([*([message["content"]] if message["content"] or not calls else []), *calls])),
+    ]
 
 
 def llama3(message, i, messages):
@@ -167,7 +170,9 @@ def expected(family: str, messages, last_only: bool, mask_reasoning: bool) -> li
               for i, message in enumerate(messages) for text, written in FAMILIES[family](message, i, messages)]  # fmt: skip
     if mask_reasoning:
         pieces = [part for piece in pieces for part in _without_thought(*piece)]
-    runs = [("".join(text for text, _ in group), on) for on, group in groupby((p for p in pieces if p[0]), lambda p: p[1])]
+    runs = [
+        ("".join(text for text, _ in group), on) for on, group in groupby((p for p in pieces if p[0]), lambda p: p[1])
+    ]
     return [text for text, on in runs if on]
 
 
@@ -219,11 +224,18 @@ def test_a_template_that_asks_for_an_answer_to_a_user_alone():
 
 
 CALLED = {"role": "assistant", "content": None}
-TOOLED = "{% for m in messages %}" + HEADER + "{{ m.content }}{% for c in m.tool_calls %}@f{% endfor %}<|im_end|>{% endfor %}"
+TOOLED = (
+    "{% for m in messages %}"
+    + HEADER
+    + "{{ m.content }}{% for c in m.tool_calls %}@f{% endfor %}<|im_end|>{% endfor %}"
+)
 
 
 def calls(arguments):
-    return [HI, {**CALLED, "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": arguments}}]}]
+    return [
+        HI,
+        {**CALLED, "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": arguments}}]},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -249,7 +261,9 @@ def test_arguments_are_given_as_the_template_takes_them(written, want, form):
 
 @pytest.mark.parametrize("arguments", ["{", "[1]", "3", [1]])
 def test_arguments_that_are_no_object(arguments):
-    with pytest.raises(InputError, match=r"messages\[1\]: tool_calls: arguments: (not valid JSON|expected a JSON object)"):
+    with pytest.raises(
+        InputError, match=r"messages\[1\]: tool_calls: arguments: (not valid JSON|expected a JSON object)"
+    ):
         row_of(calls(arguments))
 
 
@@ -263,7 +277,9 @@ def test_a_row_is_the_same_from_json_lines_and_from_parquet(tmp_path):
     ]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
-    template = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" + TOOLED.replace("@f", "weather{{ c | tojson }}")
+    template = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" + TOOLED.replace(
+        "@f", "weather{{ c | tojson }}"
+    )
     tokenizer = tokenizer_of(template + ASKS, IM, Kind())
     lines, table = (
         [render(tokenizer, row, ChatOptions(1000)) for row in read_conversations(tmp_path / name)]

@@ -15,14 +15,14 @@ from datetime import datetime
 from typing import Any
 
 from flaxdraft.errors import InputError
+from flaxdraft.files.template_text import CLOCK
 
 # What apply_chat_template gives to a template, or takes for itself.
 _TAKEN = (
     "messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize",
     "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
-    "sanitize_control_tokens", "tokenizer_kwargs", "chat_template", "strftime_now", "strftime_codes",
+    "sanitize_control_tokens", "tokenizer_kwargs", "chat_template", CLOCK, "strftime_codes",
 )  # fmt: skip
-_CLOCK = "strftime_now"
 # transformers lets no function into a template, so that the clock is one of the template's own. The line's end is the
 # block's, which swallows it.
 _STOPPED_CLOCK = (
@@ -35,18 +35,6 @@ _LETTERS = "aAwdbBmyYHIpMSfzZjUWcxXGuVDFeRTkls"
 def now() -> str:
     """This minute, as it is recorded."""
     return datetime.now().isoformat(timespec="minutes")
-
-
-def check_date(text: str) -> str:
-    """
-    Raises:
-        ValueError: it is no date and no moment in ISO's form.
-    """
-    try:
-        datetime.fromisoformat(text)
-    except ValueError as error:
-        raise ValueError("expected a date like 2026-01-31, or a moment like 2026-01-31T12:00") from error
-    return text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,7 +68,7 @@ class ChatTemplate:
             InputError: see `text`.
         """
         text, more = self.text(tokenizer, tools), {"tools": None if tools is None else list(tools), **self.arguments}
-        if isinstance(text, str) and _CLOCK in text:
+        if isinstance(text, str) and CLOCK in text:
             more |= {"chat_template": _STOPPED_CLOCK + text, "strftime_codes": self._codes()}
         return more
 
@@ -90,7 +78,7 @@ class ChatTemplate:
         return {code: moment.strftime(code) for code in codes} | {"%%": "%"}
 
     def writes_date(self, tokenizer: Any) -> bool:
-        return any(_CLOCK in text for text in _all(tokenizer))
+        return any(CLOCK in text for text in _all(tokenizer))
 
     def check(self, tokenizer: Any, field: str) -> None:
         """

@@ -8,10 +8,16 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from flaxdraft.data.prompts import SPLITS, read_prompts
 from flaxdraft.errors import InputError
+from flaxdraft.run.chat_options import add_template_options, needed_tokenizer, template_inputs, template_of
 from flaxdraft.run.commands import ADDRESS, DTYPES, Command, call
+
+
+if TYPE_CHECKING:
+    from flaxdraft.data.chat_template import ChatTemplate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +52,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of sampling; each decodes everything once")
+    add_template_options(parser)
     parser.add_argument("--rows", type=int, default=8, help="conversations decoded together")
     parser.add_argument("--data", type=int, default=1, help="devices that share the rows out")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and products")
@@ -117,11 +124,12 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     prompts = read_prompts(a.prompts, () if a.split == "all" else (a.split,), "--prompts")
     prompts = [prompt for prompt in prompts if a.split in ("all", prompt.split)][: a.limit]
     mesh = make_mesh(a.data) if a.data > 1 else None
+    template, of_template = _template(a)
     inputs = {
         "draft": {path.name: sha256_of(path) for path in serving_files(directory)},
         "target": {"address": a.target, "content": content_of(a.target, None)}, "prompts": sha256_of(a.prompts),
         "split": a.split, "limit": a.limit, "max_new_tokens": a.max_new_tokens, "temperature": a.temperature,
-        "top_p": a.top_p, "rows": a.rows, "data": a.data, "dtype": a.dtype,
+        "top_p": a.top_p, "rows": a.rows, "data": a.data, "dtype": a.dtype, **of_template,
     }  # fmt: skip
     claim(a.out, inputs, "Give another --out, or remove it to start anew.")
     loaded, draft = _load(a, directory)
@@ -130,7 +138,7 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
         f"tokens each; {', '.join(map(str, guesses))}; temperature {a.temperature:g}"
     )
     settings = Settings(a.max_new_tokens, 0, tuple(loaded.stop_tokens), a.temperature, a.top_p)
-    session = Session(loaded.model, draft, loaded.tokenizer, settings, "--max-new-tokens", a.rows, mesh)
+    session = Session(loaded.model, draft, loaded.tokenizer, settings, "--max-new-tokens", a.rows, mesh, template)
     runs = measure(session, prompts, guesses, a.seeds, a.out / "batches", inputs)
     results = guess_results(session, prompts, guesses, runs)
     facts = {
@@ -145,11 +153,34 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     print_evaluation(results, a.out)
 
 
+def _template(a: argparse.Namespace) -> tuple[ChatTemplate, dict[str, Any]]:
+    """What the chat template is given, and what the results record of it.
+
+    Raises:
+        InputError: the target cannot be asked, or the draft was trained with other arguments.
+    """
+    from flaxdraft import targets
+    from flaxdraft.serving.card import recorded_template
+    from flaxdraft.stages.claims import RECORD
+
+    opened, trained = targets.open_target(a.target), recorded_template(a.draft)
+    tokenizer = needed_tokenizer(opened, with_template=True)
+    opened.needed_stop_tokens()
+    if trained and not a.template:
+        a.template = [*trained.items()]
+    if trained is not None and dict(a.template) != trained:
+        raise InputError(
+            f"--template: found {dict(a.template)}, the draft was trained with {trained}; leave it out, which takes those"
+        )
+    template = template_of(a, tokenizer, a.out / RECORD)
+    return template, template_inputs(template, tokenizer)
+
+
 def _load(a: argparse.Namespace, directory: Path):
     """The target with the layers that the draft taps, and the draft.
 
     Raises:
-        InputError: the target cannot be asked, or the two do not belong together.
+        InputError: the two do not belong together.
     """
     from flaxdraft import targets
     from flaxdraft.algorithms.loading import from_pretrained, tapped_layers
@@ -161,11 +192,6 @@ def _load(a: argparse.Namespace, directory: Path):
     named = tapped_layers(directory, opened.source.config)
     taps = draft.algorithm.tap_layers(opened.config().num_hidden_layers, None if named is None else tuple(named))
     loaded = targets.from_pretrained(a.target, tap_layers=taps, precision=precision)
-    if loaded.tokenizer is None or not loaded.tokenizer.chat_template:
-        raise InputError(
-            f"{a.target}: has no {'tokenizer' if loaded.tokenizer is None else 'chat template'}, which it takes to ask "
-            "the target; put the model's tokenizer.json and tokenizer_config.json there"
-        )
     return loaded, pair(directory, draft, loaded, precision)
 
 

@@ -78,7 +78,9 @@ def fetch(address: str, sha256: str | None) -> Path:
     if sha256 is not None and path.is_dir():
         raise InputError(f"target.sha256: {path} is a directory; only a single file can be checked by its sha256")
     if sha256 is not None and len(parts_of(path)) > 1:
-        raise InputError(f"target.sha256: {path} is one of several parts; only a single file can be checked by its sha256")
+        raise InputError(
+            f"target.sha256: {path} is one of several parts; only a single file can be checked by its sha256"
+        )
     if sha256 is not None and (found := _digests([path])[0]) != sha256.lower():
         mend = f"remove {path} and run again" if match else "check the file, or correct target.sha256"
         raise InputError(f"{path}: sha256 is {found}, target.sha256 says {sha256}; the file was altered or cut; {mend}")

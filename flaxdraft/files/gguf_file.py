@@ -87,7 +87,9 @@ class GGUFCheckpoint:
             self.config = self._read_config()
         tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
         if (total := self._field("split.tensors.count", len(tensors))) != len(tensors):
-            raise InputError(f"{path}: {len(tensors)} tensors in {len(readers)} parts, expected {total}; fetch it again")
+            raise InputError(
+                f"{path}: {len(tensors)} tensors in {len(readers)} parts, expected {total}; fetch it again"
+            )
         if (factors := tensors.pop("rope_freqs.weight", None)) is not None:
             self.config["rope_scaling"] = self._llama3_scaling(np.asarray(factors.data, np.float64).ravel())
         self._tensors = {self._hf_name(name): tensor for name, tensor in tensors.items()}
@@ -239,7 +241,6 @@ class GGUFCheckpoint:
             },
             model_max_length=self.config["max_position_embeddings"],
         )
-
 
     def _chat_template(self) -> str | dict[str, str] | None:
         plain = self._field("tokenizer.chat_template", None)

@@ -88,7 +88,9 @@ class HFDirectory:
                 value = config.get("eos_token_id") if isinstance(config, dict) else None
                 ids = value if isinstance(value, list) else [] if value is None else [value]
                 if not all(type(token) is int and token >= 0 for token in ids):
-                    raise InputError(f"{self.path / name}: eos_token_id: found {value!r}, expected a token id or a list")
+                    raise InputError(
+                        f"{self.path / name}: eos_token_id: found {value!r}, expected a token id or a list"
+                    )
                 found += ids
         return found
 

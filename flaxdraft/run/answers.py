@@ -10,6 +10,7 @@ import numpy as np
 
 from flaxdraft.data.answers import capture, is_captured, load_split, write_texts
 from flaxdraft.data.documents import Answer
+from flaxdraft.data.draft_vocabulary import check_size
 from flaxdraft.data.prompts import Prompt, check_context, render_prompts
 from flaxdraft.errors import InputError
 from flaxdraft.run.draft import check_draft
@@ -58,6 +59,8 @@ def answer_prompts(setup: Setup, target: RunTarget) -> Answers:
     prompts = {split: _prompts(setup, split) for split in setup.splits}
     rendered = {split: _rendered(setup, target, split, prompts[split]) for split in setup.splits}
     stops, special = target.opened.needed_stop_tokens(), target.opened.special_tokens
+    if setup.start is None and setup.config.draft.vocab_map is None and not setup.algorithm.full_vocabulary:
+        check_size(setup.config.draft.draft_vocab_size, special, target.config.vocab_size)
     loaded = target.loaded
     say("data", "the target answers the prompts")
     for split in setup.splits:
@@ -99,7 +102,7 @@ def _rendered(setup: Setup, target: RunTarget, split: str, prompts: list[Prompt]
     Raises:
         InputError: a prompt is too long, or with its longest answer it would leave the target's context.
     """
-    rendered = render_prompts(target.tokenizer, prompts, setup.config.data.max_prompt_tokens)
+    rendered = render_prompts(target.tokenizer, prompts, setup.config.data.max_prompt_tokens, target.template)
     field, limit = _answer_limit(setup, split)
     longest = max(map(len, rendered.values()))
     check_context(longest, "the longest prompt", limit, field, target.config.context)

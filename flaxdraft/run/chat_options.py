@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from flaxdraft.config import iso_date
 from flaxdraft.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,10 +64,10 @@ def template_of(arguments: argparse.Namespace, tokenizer: Any, record: Path | No
     Raises:
         InputError: the template knows no such argument, or the date is none.
     """
-    from flaxdraft.data.chat_template import ChatTemplate, check_date, now
+    from flaxdraft.data.chat_template import ChatTemplate, now
 
     try:
-        date = check_date(arguments.date or recorded_date(record) or now())
+        date = iso_date(arguments.date or recorded_date(record) or now())
     except ValueError as error:
         raise InputError(f"--date: found {arguments.date!r}; {error}") from error
     template = ChatTemplate(dict(arguments.template), date)

@@ -8,13 +8,12 @@ import numpy as np
 
 from flaxdraft.data.documents import AnsweredPrompts, Documents
 from flaxdraft.data.draft_vocabulary import choose_vocab, coverage, describe_sizes, read_map, source_of
-from flaxdraft.data.online import open_conversations
 from flaxdraft.data.store import FeatureStore
 from flaxdraft.data.templates import tokenizer_digest
-from flaxdraft.files.fetch import content_of
 from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
 from flaxdraft.progress import CONSOLE
 from flaxdraft.run.answers import Answers
+from flaxdraft.run.given import given_documents
 from flaxdraft.run.setup import Setup
 from flaxdraft.run.target import RunTarget
 from flaxdraft.targets.embedding_and_head import EmbeddingAndHeadWeights
@@ -43,16 +42,8 @@ def gather(setup: Setup, target: RunTarget, answers: Answers) -> Material:
 
 
 def _documents(setup: Setup, target: RunTarget, answers: Answers) -> Documents:
-    data, vocab_size = setup.config.data, target.config.vocab_size
-    if data.conversations is not None:
-        return open_conversations(data, target.tokenizer, vocab_size)
-    if data.store is None:
-        return AnsweredPrompts(answers.rows("train"), vocab_size)
-    expected = {
-        "target": content_of(str(target.opened.path), setup.config.target.sha256),
-        "tokenizer": tokenizer_digest(target.tokenizer), "tap_layers": [*target.config.tap_layers],
-    }  # fmt: skip
-    return FeatureStore(data.store, expected)
+    given = given_documents(setup, target)
+    return AnsweredPrompts(answers.rows("train"), target.config.vocab_size) if given is None else given
 
 
 def _vocabulary(setup: Setup, target: RunTarget, answers: Answers, documents: Documents) -> VocabMap:

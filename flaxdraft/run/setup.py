@@ -20,6 +20,7 @@ from flaxdraft.devices.mesh import make_mesh
 from flaxdraft.errors import InputError
 from flaxdraft.files.fetch import content_of, digest_of, sha256_of
 from flaxdraft.interfaces import Algorithm
+from flaxdraft.run.dates import dated
 from flaxdraft.run.init_from import load_start, start_files
 from flaxdraft.serving.contract import find_engine
 from flaxdraft.serving.trained_draft import TrainedDraft
@@ -100,6 +101,7 @@ def prepare(config: RunConfig, allowed: Sequence[str] = ()) -> Setup:
             f"propose at most {most} tokens at a time"
         )
     start = None if config.draft.init_from is None else load_start(config.draft, architecture)
+    config = dated(config)
     answer_inputs, draft_inputs = _inputs(config)
     known = [*flatten(draft_inputs)]
     for field in allowed:
@@ -115,6 +117,8 @@ def _inputs(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the stored answers and what the trained draft are made from: the configuration, with digests of the files
     that it names."""
     data = config.data.model_dump(exclude={"prefetch"}) | {"prompts": sha256_of(Path(config.data.prompts))}
+    if config.data.date is None:  # folders of earlier versions do not name it
+        del data["date"]
     if config.data.conversations is not None:
         data["conversations"] = digest_of(config.data.conversations, "data.conversations")
     if config.data.store is not None:

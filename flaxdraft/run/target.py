@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from flaxdraft import targets
+from flaxdraft.data.chat_template import ChatTemplate, now
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Target
 from flaxdraft.nn.precision import Precision
@@ -76,6 +77,18 @@ class RunTarget:
                 "which it takes to ask the target; put the model's tokenizer.json and tokenizer_config.json there"
             )
         return tokenizer
+
+    @functools.cached_property
+    def template(self) -> ChatTemplate:
+        """What the chat template is given beside conversations.
+
+        Raises:
+            InputError: it knows no such argument.
+        """
+        data = self._setup.config.data
+        template = ChatTemplate(data.template, data.date or now())
+        template.check(self.tokenizer, "data.template")
+        return template
 
     @functools.cached_property
     def loaded(self) -> targets.LoadedTarget:

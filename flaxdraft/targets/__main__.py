@@ -68,6 +68,8 @@ def show(arguments: argparse.Namespace) -> None:
         raise InputError(f"{opened.path}: no sample without a tokenizer and its chat template; give --new-tokens 0")
     from flaxdraft.decode.generation import generate
 
+    opened.needed_stop_tokens()
+
     mesh = make_mesh(**shape) if math.prod(shape.values()) > 1 else None
     loaded = targets.from_pretrained(arguments.address, precision=precision, mesh=mesh)
     chat = [{"role": "user", "content": arguments.prompt}]
