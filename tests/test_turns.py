@@ -166,8 +166,12 @@ def cases(draw):
 
 
 def expected(family: str, messages, last_only: bool, mask_reasoning: bool) -> list[str]:
-    pieces = [(text, written and (not last_only or i == max(_turns(messages))))
-              for i, message in enumerate(messages) for text, written in FAMILIES[family](message, i, messages)]  # fmt: skip
+    kept = _turns(messages)[-1:] if last_only else _turns(messages)
+    pieces = [
+        (text, written and i in kept)
+        for i, message in enumerate(messages)
+        for text, written in FAMILIES[family](message, i, messages)
+    ]
     if mask_reasoning:
         pieces = [part for piece in pieces for part in _without_thought(*piece)]
     runs = [
@@ -244,7 +248,7 @@ def calls(arguments):
         ("c.function.arguments | tojson", '{"city": "Oslo"}'),
         ("c.function.arguments", '{"city":"Oslo"}'),  # as text alone: it would write an object as Python does
         ("'```' + c.function.arguments", '```{"city":"Oslo"}'),  # which refuses an object
-        ("c.function.arguments if c.function.arguments is string else c.function.arguments | tojson", '{"city": "Oslo"}'),
+        ("c.function.arguments | tojson if c.function.arguments is mapping else '?'", '{"city": "Oslo"}'),
         ("c.function.arguments | items | first | join('=')", "city=Oslo"),
     ],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """python -m flaxdraft.data: what comes before training.
 
+check        look at a whole file: what training would make of it; exit code 1 where that would be wrong
 show         print conversations as the target reads them, with what is supervised in colour
 regenerate   let the target answer them itself
 capture      run the target over them and keep its features in a store
@@ -23,7 +24,6 @@ from flaxdraft.run.chat_options import (
     add_template_options,
     bad_rows,
     chat_options,
-    needed_tokenizer,
     template_inputs,
     template_of,
 )
@@ -33,6 +33,7 @@ from flaxdraft.run.commands import ADDRESS, DTYPES, Command, call_one_of
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when done; 2 with one message for wrong input."""
     commands = {
+        "check": Command("look at a whole file as training would see it", _check_arguments, check_file),
         "show": Command("print rows with what is supervised in colour", _show_arguments, show),
         "regenerate": Command("replace every assistant turn by the target's own", _answer_arguments, answer_all),
         "capture": Command("run the target over conversations and keep its features", _capture_arguments, capture_all),
@@ -43,6 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _file_and_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="conversations: JSON lines, a JSON array, or .parquet")
     parser.add_argument("--target", required=True, help=ADDRESS)
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    _file_and_target(parser)
+    add_row_options(parser)
+    parser.add_argument("--max-silent", type=float, default=0.5, help="largest share of rows that supervise nothing")
+    parser.add_argument("--out", type=Path, metavar="PNG", help="a picture of the rows' lengths")
 
 
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +95,23 @@ def _part(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
+def check_file(arguments: argparse.Namespace) -> int:
+    from flaxdraft import targets
+    from flaxdraft.data.check import as_table, check, draw_lengths
+    from flaxdraft.data.conversations import read_conversations
+    from flaxdraft.progress import CONSOLE
+
+    opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
+    tokenizer, stops = opened.needed_tokenizer(), opened.needed_stop_tokens()
+    options = chat_options(arguments, opened, template_of(arguments, tokenizer))
+    found = check(read_conversations(arguments.file, bad), tokenizer, options, stops, bad)
+    CONSOLE.print(as_table(found, opened.special_tokens, opened.config().vocab_size, options.limit))
+    if arguments.out is not None:
+        draw_lengths(arguments.out, found, options.limit)
+        CONSOLE.print(f"{arguments.out}: the lengths")
+    return int(found.wrong(arguments.max_silent))
+
+
 def show(arguments: argparse.Namespace) -> None:
     from rich.text import Text
 
@@ -96,7 +121,7 @@ def show(arguments: argparse.Namespace) -> None:
     from flaxdraft.progress import CONSOLE
 
     opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
-    tokenizer = needed_tokenizer(opened)
+    tokenizer = opened.needed_tokenizer()
     options = chat_options(arguments, opened, template_of(arguments, tokenizer))
     shown = total = supervised = silent = 0
     conversations = [*read_conversations(arguments.file, bad)]  # all of them, for all that is wrong with the file
@@ -148,7 +173,7 @@ def answer_all(arguments: argparse.Namespace) -> None:
         raise InputError(f"{arguments.file}: no such file")
     longest = options.max_prompt_tokens + options.max_new_tokens
     opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
-    tokenizer = needed_tokenizer(opened, with_template=True)
+    tokenizer = opened.needed_tokenizer(with_template=True)
     opened.needed_stop_tokens()
     if longest > (context := opened.config().context):
         raise InputError(
@@ -189,7 +214,7 @@ def capture_all(arguments: argparse.Namespace) -> None:
     from flaxdraft.progress import CONSOLE
 
     opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
-    tokenizer = needed_tokenizer(opened)
+    tokenizer = opened.needed_tokenizer()
     template = template_of(arguments, tokenizer, arguments.output_dir / PLAN)
     config = opened.config(algorithms.tap_layers(arguments.algorithm, opened.config(), arguments.tap_layers))
     options = chat_options(arguments, opened, template)
@@ -207,7 +232,8 @@ def capture_all(arguments: argparse.Namespace) -> None:
     supervised = sum(int(row.assistant.sum()) for row in documents.rows)
     CONSOLE.print(
         f"{len(documents.rows)} rows, {plan.num_tokens} tokens, {supervised} supervised, {documents.silent} rows left "
-        f"out that supervise nothing, {documents.cut} cut at {options.limit} tokens; {len(plan.first_rows) - 1} shards, {plan.num_bytes / 1e9:.2f} GB"
+        f"out that supervise nothing, {documents.cut} cut at {options.limit} tokens; {len(plan.first_rows) - 1} "
+        f"shards, {plan.num_bytes / 1e9:.2f} GB"
     )
     counts = np.bincount(
         np.concatenate([row.tokens[row.assistant] for row in documents.rows]), minlength=config.vocab_size

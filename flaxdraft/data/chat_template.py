@@ -1,4 +1,4 @@
-"""A tokenizer's chat template with all that it is given beside the conversation: arguments, and the moment it may write.
+"""A tokenizer's chat template with all that it is given beside the conversation: arguments, and the date it may write.
 
 Templates read arguments of their own (`enable_thinking`), and some write the day (`strftime_now`). Both decide what a
 target reads, so that both are inputs of whatever is made with them: they are chosen once, recorded, and given to the

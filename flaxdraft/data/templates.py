@@ -71,25 +71,30 @@ def render(tokenizer: Any, conversation: Conversation, options: ChatOptions) -> 
         InputError: the template refuses the conversation, leaves its tools out, or is not prefix-stable (row and both
             renderings are shown); the row has tokens that the tokenizer or the target has not.
     """
-    tokens, assistant = _whole(tokenizer, conversation, options)
+    return render_with_text(tokenizer, conversation, options)[0]
+
+
+def render_with_text(tokenizer: Any, conversation: Conversation, options: ChatOptions) -> tuple[Rendered, str]:
+    """See `render`; with what the chat template made of the messages, nothing for a row of tokens."""
+    tokens, assistant, text = _whole(tokenizer, conversation, options)
     check_tokens(tokens, tokenizer, options.vocab_size, conversation.where)
     if options.mask_reasoning:
         assistant = without_reasoning(tokenizer, tokens, assistant)
     limit = options.limit
-    return Rendered(tokens[:limit], assistant[:limit], max(len(tokens) - limit, 0))
+    return Rendered(tokens[:limit], assistant[:limit], max(len(tokens) - limit, 0)), text
 
 
-def _whole(tokenizer: Any, conversation: Conversation, options: ChatOptions) -> tuple[np.ndarray, np.ndarray]:
+def _whole(tokenizer: Any, conversation: Conversation, options: ChatOptions) -> tuple[np.ndarray, np.ndarray, str]:
     if conversation.tokens is not None:
         assert conversation.assistant is not None, "tokens come with their mask"
         assistant = conversation.assistant
-        return conversation.tokens, _last_run(assistant) if options.last_turn_only else assistant
+        return conversation.tokens, _last_run(assistant) if options.last_turn_only else assistant, ""
     chat, text = as_chat(tokenizer, conversation, options.template)
     tokens, starts = encode(tokenizer, text)
     assistant = np.zeros(len(tokens), bool)
     for begin, end in turns(chat, text, options.last_turn_only):
         assistant |= within(starts, begin, end)
-    return tokens, assistant
+    return tokens, assistant, text
 
 
 def _last_run(assistant: np.ndarray) -> np.ndarray:
@@ -123,7 +128,8 @@ def render_all(
         bad: is given the rows that cannot be rendered, beside those that could not be read.
 
     Raises:
-        InputError: see `render` and `BadRows.judge`; more than a share of `max_silent` rows supervise nothing, or there are no rows.
+        InputError: see `render` and `BadRows.judge`; more than a share of `max_silent` rows supervise nothing, or there
+            are no rows.
     """
     rows, silent, cut = [], 0, 0
     for conversation in conversations:

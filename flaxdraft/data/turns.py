@@ -9,9 +9,9 @@ both do, a turn is what both say, for marks often take in a header or a newline 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 from jinja2.exceptions import SecurityError, TemplateError
 
 from flaxdraft.data.chat_template import ChatTemplate
-from flaxdraft.data.conversations import Conversation
 from flaxdraft.data.reasoning import CLOSE, OPEN
 from flaxdraft.errors import InputError
 
@@ -93,9 +92,16 @@ def _habits(tokenizer: Any, template: ChatTemplate) -> _Habits:
     except InputError:
         return _Habits("", "", None)
     prompt = prompted[len(plain) :] if prompted.startswith(plain) else ""
-    at = len(os.path.commonprefix([one, two]))
+    at = len(_shared(one, two))
     lead = one[len(prompted) : at] if one.startswith(prompted) else ""
     return _Habits(prompt, lead, one[at + 1 :].rstrip())
+
+
+def _shared(one: str, other: str) -> str:
+    """What both begin with."""
+    return one[
+        : next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    ]
 
 
 def turns(chat: Chat, text: str, last_only: bool) -> list[Span]:
@@ -136,10 +142,8 @@ def _by_prefixes(chat: Chat, text: str, last_only: bool) -> list[Span]:
 def _begin(chat: Chat, text: str, i: int) -> int:
     before = None
     if i:
-        try:
+        with contextlib.suppress(InputError):  # some want a user's message last where they are to ask for an answer
             before = chat.text(chat.messages[:i], prompt=True)
-        except InputError:  # some templates want a user's message last where they are to ask for an answer
-            pass
     if before is None:
         before = _until_content(chat, i)
     if not text.startswith(before):
@@ -151,7 +155,7 @@ def _until_content(chat: Chat, i: int) -> str:
     """What the template writes before message `i`, up to the generation prompt that stands before its content."""
     habits = _habits(chat.tokenizer, chat.template)
     probes = [[*chat.messages[:i], {**chat.messages[i], "content": probe}] for probe in _PROBES]
-    shared = os.path.commonprefix([chat.text(probe) for probe in probes])
+    shared = _shared(*(chat.text(probe) for probe in probes))
     if habits.prompt:
         at = shared.rfind(habits.prompt)
         return shared[: at + len(habits.prompt)] if at >= 0 else shared + habits.prompt  # which is no prefix
@@ -173,7 +177,7 @@ def _trimmed(chat: Chat, text: str, span: Span) -> Span:
     begin, end = span
     prompt = _habits(chat.tokenizer, chat.template).prompt
     sizes = [
-        _whole_tokens(chat, prompt[at:], os.path.commonprefix([prompt[at:], text[begin:end]]))
+        _whole_tokens(chat, prompt[at:], _shared(prompt[at:], text[begin:end]))
         for at in range(len(prompt)) if text[:begin].endswith(prompt[:at])
     ]  # fmt: skip
     begin += max(sizes, default=0)
@@ -190,7 +194,7 @@ def _whole_tokens(chat: Chat, prompt: str, shared: str) -> int:
 
 
 def _unstable(chat: Chat, turn: int, what: str, prefix: str, text: str, last_only: bool) -> str:
-    at = next((k for k, (a, b) in enumerate(zip(prefix, text, strict=False)) if a != b), min(len(prefix), len(text)))
+    at = len(_shared(prefix, text))
     near = slice(max(at - _SHOWN // 2, 0), at + _SHOWN // 2)
     said = (
         f"{chat.where}: the chat template is not prefix-stable: {what} message {turn} it renders\n"
@@ -208,6 +212,6 @@ def _unstable(chat: Chat, turn: int, what: str, prefix: str, text: str, last_onl
     if last_only or turn == last:
         return f"{said}{answer[0].upper()}{answer[1:]}, or give a template with {{% generation %}} marks"
     return (
-        f"{said}Train on the last turn alone (data.last_turn_only=true, --last-turn-only), {answer}, or give a template "
-        "with {% generation %} marks"
+        f"{said}Train on the last turn alone (data.last_turn_only=true, --last-turn-only), {answer}, or give a "
+        "template with {% generation %} marks"
     )

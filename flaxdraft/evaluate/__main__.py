@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from flaxdraft.data.prompts import SPLITS, read_prompts
 from flaxdraft.errors import InputError
-from flaxdraft.run.chat_options import add_template_options, needed_tokenizer, template_inputs, template_of
+from flaxdraft.run.chat_options import add_template_options, template_inputs, template_of
 from flaxdraft.run.commands import ADDRESS, DTYPES, Command, call
-
 
 if TYPE_CHECKING:
     from flaxdraft.data.chat_template import ChatTemplate
@@ -164,13 +163,14 @@ def _template(a: argparse.Namespace) -> tuple[ChatTemplate, dict[str, Any]]:
     from flaxdraft.stages.claims import RECORD
 
     opened, trained = targets.open_target(a.target), recorded_template(a.draft)
-    tokenizer = needed_tokenizer(opened, with_template=True)
+    tokenizer = opened.needed_tokenizer(with_template=True)
     opened.needed_stop_tokens()
     if trained and not a.template:
         a.template = [*trained.items()]
     if trained is not None and dict(a.template) != trained:
         raise InputError(
-            f"--template: found {dict(a.template)}, the draft was trained with {trained}; leave it out, which takes those"
+            f"--template: found {dict(a.template)}, the draft was trained with {trained}; leave it out, which takes "
+            "those"
         )
     template = template_of(a, tokenizer, a.out / RECORD)
     return template, template_inputs(template, tokenizer)

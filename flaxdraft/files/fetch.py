@@ -89,7 +89,8 @@ def fetch(address: str, sha256: str | None) -> Path:
 
 def content_of(address: str, sha256: str | None) -> str:
     """What a model is, for telling two runs apart, over every byte of what decides it: the sha256 of a file; of several
-    parts, and of a directory (a hub's too), a digest of the names and sha256 of its weights, configuration and tokenizer files.
+    parts, and of a directory (a hub's too), a digest of the names and sha256 of its weights, configuration and
+    tokenizer files.
 
     Args:
         sha256: what the file must have, else None.

@@ -42,8 +42,8 @@ def write_json(path: Path, value: Any) -> None:
 def read_json_lines(
     path: Path, unit: str, on_bad: Callable[[InputError], None] | None = None
 ) -> Iterator[tuple[int, Any]]:  # fmt: skip
-    """Number (from 1) and value of every line that is not blank, one at a time. A file that is one JSON array of objects
-    is read as well, its items for lines.
+    """Number (from 1) and value of every line that is not blank, one at a time. A file that is one JSON array of
+    objects is read as well, its items for lines.
 
     Args:
         unit: what a line is called where one is broken.

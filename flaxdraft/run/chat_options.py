@@ -13,8 +13,6 @@ from flaxdraft.config import iso_date
 from flaxdraft.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
     from flaxdraft.data.bad_rows import BadRows
     from flaxdraft.data.chat_template import ChatTemplate
     from flaxdraft.data.templates import ChatOptions
@@ -100,20 +98,6 @@ def chat_options(arguments: argparse.Namespace, opened: OpenedTarget, template: 
         arguments.max_length, arguments.last_turn_only, arguments.mask_reasoning, template, config.context,
         config.vocab_size,
     )  # fmt: skip
-
-
-def needed_tokenizer(opened: OpenedTarget, with_template: bool = False) -> PreTrainedTokenizerFast:
-    """
-    Raises:
-        InputError: the target has none, or none with a chat template.
-    """
-    tokenizer = opened.tokenizer
-    if tokenizer is None or (with_template and not tokenizer.chat_template):
-        raise InputError(
-            f"{opened.path}: has no {'tokenizer' if tokenizer is None else 'chat template'}, which it takes to ask the "
-            "target; put the model's tokenizer.json and tokenizer_config.json there"
-        )
-    return tokenizer
 
 
 def bad_rows(arguments: argparse.Namespace) -> BadRows:

@@ -9,7 +9,6 @@ import jax
 
 from flaxdraft import targets
 from flaxdraft.data.chat_template import ChatTemplate, now
-from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Target
 from flaxdraft.nn.precision import Precision
 from flaxdraft.progress import CONSOLE
@@ -70,13 +69,7 @@ class RunTarget:
         Raises:
             InputError: there is none, or it has no chat template.
         """
-        tokenizer = self.opened.tokenizer
-        if tokenizer is None or not tokenizer.chat_template:
-            raise InputError(
-                f"target.path: {self.opened.path} has no {'tokenizer' if tokenizer is None else 'chat template'}, "
-                "which it takes to ask the target; put the model's tokenizer.json and tokenizer_config.json there"
-            )
-        return tokenizer
+        return self.opened.needed_tokenizer(with_template=True)
 
     @functools.cached_property
     def template(self) -> ChatTemplate:

@@ -73,8 +73,8 @@ def advice(template: Mapping[str, Any]) -> list[str]:
 
 
 def recorded_template(path: Path) -> dict[str, Any] | None:
-    """The chat template's arguments that a draft was trained with: by the card of its directory, or by its run's folder.
-    None where neither says."""
+    """The chat template's arguments that a draft was trained with: by the card of its directory, or by its run's
+    folder. None where neither says."""
     for run in (path, path.parent, path.parent.parent):
         if data := _recorded(run, "inputs.json").get("data"):
             return dict(data.get("template") or {})

@@ -17,6 +17,7 @@ from flaxdraft.files.fetch import fetch
 from flaxdraft.files.gguf_file import GGUFCheckpoint
 from flaxdraft.files.hugging_face import HFDirectory
 from flaxdraft.files.name_tables import load_state
+from flaxdraft.files.slow_tokenizers import how_to_convert
 from flaxdraft.nn.precision import Precision
 from flaxdraft.plugins import find_by_architecture
 from flaxdraft.targets import decoder
@@ -66,6 +67,21 @@ class OpenedTarget:
         """
         return self.source.tokenizer()
 
+    def needed_tokenizer(self, with_template: bool = False) -> PreTrainedTokenizerFast:
+        """
+        Raises:
+            InputError: there is none, or none with a chat template.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None or (with_template and not tokenizer.chat_template):
+            how = how_to_convert(self.path) if tokenizer is None and self.path.is_dir() else ""
+            raise InputError(
+                f"target.path: {self.path} has no {'tokenizer' if tokenizer is None else 'chat template'}, which it "
+                "takes to ask the target; put the model's tokenizer.json and tokenizer_config.json there"
+                f"{'. ' * bool(how)}{how}"
+            )
+        return tokenizer
+
     @functools.cached_property
     def stop_tokens(self) -> list[int]:
         """What ends an answer: all that the configurations and the tokenizer name, as far as the target can write it.
@@ -83,8 +99,9 @@ class OpenedTarget:
         """
         if not self.stop_tokens:
             raise InputError(
-                f"target.path: {self.path} names no token that ends an answer; expected eos_token_id in its config.json "
-                "or generation_config.json, an eos_token of its tokenizer, or the ids of a GGUF file's metadata"
+                f"target.path: {self.path} names no token that ends an answer; expected eos_token_id in its "
+                "config.json or generation_config.json, an eos_token of its tokenizer, or the ids of a GGUF file's "
+                "metadata"
             )
         return self.stop_tokens
 

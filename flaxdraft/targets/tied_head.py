@@ -16,7 +16,7 @@ _ROWS = 4096  # compared at a time
 
 
 def say_which_head(opened: OpenedTarget) -> None:
-    """Serving engines take the embedding, transformers the head that is stored: whoever expects the latter must know."""
+    """Serving engines take the embedding, transformers the head that is stored: who expects the latter must know."""
     config = opened.config()
     names = {name.rpartition("model.")[2]: name for name in opened.source.names()}
     if not config.tie_word_embeddings or HEAD not in names:
@@ -25,8 +25,8 @@ def say_which_head(opened: OpenedTarget) -> None:
     if not _equal(opened, embedding, names[HEAD]):
         CONSOLE.print(
             f"{opened.path}: config.json says tie_word_embeddings, and the stored {names[HEAD]} differs from "
-            f"{embedding}. The embedding is used as head, as serving engines do; transformers takes the stored head. If "
-            "the target is meant to have that, set tie_word_embeddings to false in its config.json"
+            f"{embedding}. The embedding is used as head, as serving engines do; transformers takes the stored head. "
+            "If the target is meant to have that, set tie_word_embeddings to false in its config.json"
         )
 
 
