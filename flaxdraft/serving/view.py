@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from flaxdraft.errors import InputError
 from flaxdraft.files.gguf_file import GGUFCheckpoint
 from flaxdraft.files.hugging_face import INDEX, SINGLE
 from flaxdraft.files.json_files import read_json_object
-from flaxdraft.files.safetensors_file import SafetensorsFile
+from flaxdraft.files.safetensors_file import SafetensorsFile, load_tensor
 from flaxdraft.targets import open_target
 
 _NAMES = {
@@ -69,11 +68,7 @@ def view_of_directory(
             dtypes[name] = _NAMES.get(entry.dtype, entry.dtype)
 
     def read(name: str) -> np.ndarray:
-        try:
-            with safe_open(where[name], framework="numpy") as file:
-                return file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{where[name]}: {name} cannot be read ({error}); make the file again") from error
+        return load_tensor(where[name], name)
 
     return DraftView(config, shapes, dtypes, read, target, tuple(twice), target_rows)
 
