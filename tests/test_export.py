@@ -168,8 +168,9 @@ def test_config_says_what_servers_need(tmp_path, name):
         "draft_vocab_size": W, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 64,
         "rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     }  # fmt: skip
+    grouped = {"num_key_value_heads": KV_HEADS, "head_dim": WIDTH}
     own = {
-        **dict.fromkeys(("llama", "qwen3"), {"num_key_value_heads": KV_HEADS, "head_dim": WIDTH}),
+        "llama": grouped, "qwen3": grouped,
         "mla": {"q_lora_rank": Q_RANK, "kv_lora_rank": KV_RANK, "qk_nope_head_dim": NOPE, "qk_rope_head_dim": ROPE,
                 "v_head_dim": VALUE},
     }[name]  # fmt: skip

@@ -62,7 +62,8 @@ def test_every_trainers_layout_gives_the_same_draft(tmp_path, request, trainer):
     assert all(row.became or row.reason for row in report.rows)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert None not in written.values()
-    named = {"nemo": "nemo", "eagle": "eagle", "speculators": "speculators", "speculators qwen3": "speculators", "specforge mla": "specforge",
+    named = {"nemo": "nemo", "eagle": "eagle", "speculators": "speculators", "speculators qwen3": "speculators",
+             "specforge mla": "specforge",
              "nemo mla": "nemo"}  # fmt: skip
     assert report.trainer == named.get(trainer)
     if "nemo" in trainer:

@@ -117,5 +117,6 @@ def fused(source):
 TRAINERS = {
     "specforge": ("llama", specforge), "specforge mla": ("mla", specforge_mla), "torchspec": ("llama", torchspec),
     "torchspec mla": ("mla", torchspec), "nemo": ("llama", nemo), "nemo mla": ("mla", nemo), "eagle": ("llama", eagle),
-    "speculators": ("llama", speculators), "speculators qwen3": ("qwen3", speculators), "fused": ("llama", fused), "fused mla": ("mla", fused),
+    "speculators": ("llama", speculators), "speculators qwen3": ("qwen3", speculators), "fused": ("llama", fused),
+    "fused mla": ("mla", fused),
 }  # fmt: skip

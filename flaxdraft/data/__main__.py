@@ -123,7 +123,7 @@ def show(arguments: argparse.Namespace) -> None:
     opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
     tokenizer = opened.needed_tokenizer()
     options = chat_options(arguments, opened, template_of(arguments, tokenizer))
-    shown = total = supervised = silent = 0
+    shown = total = supervised = silent = cut = 0
     conversations = [*read_conversations(arguments.file, bad)]  # all of them, for all that is wrong with the file
     for conversation in conversations[: arguments.rows]:
         try:
@@ -132,8 +132,7 @@ def show(arguments: argparse.Namespace) -> None:
             bad.add(error)
             continue
         share = int(rendered.assistant.sum())
-        cut = f", {rendered.num_cut} cut off" if rendered.num_cut else ""
-        CONSOLE.rule(f"{conversation.where}, {len(rendered.tokens)} tokens{cut}, {share} supervised")
+        CONSOLE.rule(f"{conversation.where}, {len(rendered.tokens)} tokens, {share} supervised")
         text = Text()
         for begin, end, on in runs(rendered.assistant):
             piece = cast(str, tokenizer.decode(rendered.tokens[begin:end]))  # a list is of several rows
@@ -142,11 +141,12 @@ def show(arguments: argparse.Namespace) -> None:
             text.append(marked, "bold green" if on else "dim")
         CONSOLE.print(text)
         shown, total = shown + 1, total + len(rendered.tokens)
-        supervised, silent = supervised + share, silent + (share == 0)
+        supervised, silent, cut = supervised + share, silent + (share == 0), cut + (rendered.num_cut > 0)
     CONSOLE.rule()
     CONSOLE.print(
         f"{shown} rows, {total} tokens, {supervised} supervised"
         + (f"; {silent} rows supervise nothing" if silent else "")
+        + (f"; {cut} rows cut at {options.limit} tokens" if cut else "")
     )
     bad.judge()
 

@@ -14,8 +14,8 @@ _TIKTOKEN = (
     "    made = TikTokenConverter({path!r}, pattern=PATTERN, extra_special_tokens=SPECIAL)\n"
     "    made.converted().save({target!r})\n"
     "  PATTERN is the pat_str that the repository's tokenization_*.py writes down. SPECIAL is a list of the special "
-    "tokens in the order of their ids, the first one behind the last rank of the file: those of added_tokens_decoder in "
-    "tokenizer_config.json, and for an id that has none <|reserved_token_ID|>"
+    "tokens in the order of their ids, the first one behind the last rank of the file: those of added_tokens_decoder "
+    "in tokenizer_config.json, and for an id that has none <|reserved_token_ID|>"
 )
 _OTHERS = (
     "{file} lies there, of which tokenizer.json is made so (pip install {packages}; no code of the repository runs):\n"

@@ -91,7 +91,9 @@ def _speculators(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
             f"{origin}: transformer_layer_config.model_type {kind!r}, expected one of {', '.join(_DEFAULTS)}"
         )
     if layer.get("use_sliding_window") or "sliding_attention" in (layer.get("layer_types") or ()):
-        raise InputError(f"{origin}: transformer_layer_config asks for attention over a window; expected full attention")
+        raise InputError(
+            f"{origin}: transformer_layer_config asks for attention over a window; expected full attention"
+        )
     if "norm_before_residual" not in config:
         raise InputError(
             f"{origin}: no norm_before_residual, which engines read as true and the trainer as false: it says whether "
