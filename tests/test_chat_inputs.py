@@ -1,6 +1,7 @@
 """What a target's files and a user say beside conversations: end tokens, template arguments, dates, named templates,
 context, the head; and what commands make of a file of rows."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from small_drafts import config_of, random_params, vocab_of, write_export
+from test_contracts import DRAFTS, TARGET_HF, W
 from test_turns import ASKS, BODY, HELLO, HI, IM, Kind, tokenizer_of
 from tiny import TEMPLATE, write_tiny_gguf
 from tiny_runs import make_workspace
@@ -20,12 +23,14 @@ from flaxdraft.data.chat_template import ChatTemplate
 from flaxdraft.data.prompts import render_messages
 from flaxdraft.data.store import PLAN
 from flaxdraft.errors import InputError
+from flaxdraft.evaluate.__main__ import _template as template_of_draft
 from flaxdraft.files.fetch import content_of
 from flaxdraft.files.gguf_file import GGUFCheckpoint
 from flaxdraft.run.run import run
 from flaxdraft.run.setup import claim_folders, prepare
 from flaxdraft.run.target import RunTarget
 from flaxdraft.serving.card import recorded_template
+from flaxdraft.serving.trained_draft import Origin
 from flaxdraft.stages.claims import RECORD
 
 WIDTH, VOCAB = 8, 300
@@ -286,6 +291,34 @@ def test_a_capture_of_two_days_has_one_date(tmp_path, monkeypatch, capsys):
     assert json.loads((out / PLAN).read_text())["date"] == "2026-01-31T12:00"
     assert main([*call, "--date", "2026-02-01"]) == 2
     assert "date: there '2026-01-31T12:00', here '2026-02-01'" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_answers_with_other_arguments_are_refused(tmp_path, tiny_gguf):
+    root = make_workspace(tmp_path, tiny_gguf)
+    (tmp_path / "answers").mkdir()
+    file = rows_at(tmp_path / "answers" / "conversations.jsonl", {"messages": [HI, HELLO]})
+    (file.parent / RECORD).write_text(json.dumps({"max_new_tokens": 5, "template": {"mood": "kind"}}))
+    with pytest.raises(InputError, match=r"data.template: found {}, the target answered .* with {'mood': 'kind'}"):
+        run(load_config(str(root / "run.yaml"), [f"data.conversations={file}"]))
+
+
+def test_the_card_records_the_arguments_and_evaluation_takes_them(tmp_path):
+    config = config_of("llama")
+    write_export(
+        tmp_path / "draft", DRAFTS["llama"], config, random_params("llama", config), vocab_of(W), tap_layers=(1, 3, 4),
+        target=TARGET_HF, origin=Origin("T", None, None, {"mood": "kind"}),
+    )  # fmt: skip
+    card = (tmp_path / "draft" / "README.md").read_text()
+    assert card.count('"chat_template_kwargs": {"mood": "kind"}') == 1  # in requests
+    assert recorded_template(tmp_path / "draft") == {"mood": "kind"}
+    path = target_at(tmp_path / "t", MOOD + BODY + ASKS)
+    asked = lambda *given: argparse.Namespace(  # noqa: E731
+        draft=tmp_path / "draft", target=str(path), template=[*given], date=None, out=tmp_path / "out"
+    )
+    assert template_of_draft(asked())[0].arguments == {"mood": "kind"}
+    assert template_of_draft(asked(("mood", "kind")))[1] == {"template": {"mood": "kind"}}
+    with pytest.raises(InputError, match=r"--template: found {'mood': 'bad'}, the draft was trained with"):
+        template_of_draft(asked(("mood", "bad")))
 
 
 # What is refused before the first minute is spent.

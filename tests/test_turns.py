@@ -263,6 +263,15 @@ def test_arguments_are_given_as_the_template_takes_them(written, want, form):
     assert spans(tokenizer_of(template + ASKS, IM, Kind()), row_of(messages)) == [f"weather{want}<|im_end|>"]
 
 
+def test_functions_are_tools():
+    tool = {"name": "weather", "parameters": {}}
+    old, new = (
+        row_of([HI, HELLO], functions=[tool]),
+        row_of([HI, HELLO], tools=[{"type": "function", "function": tool}]),
+    )
+    assert old.tools == new.tools
+
+
 @pytest.mark.parametrize("arguments", ["{", "[1]", "3", [1]])
 def test_arguments_that_are_no_object(arguments):
     with pytest.raises(

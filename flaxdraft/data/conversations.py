@@ -29,7 +29,7 @@ _SPEAKERS = {
     "function": "tool", "observation": "tool",
 }  # fmt: skip
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_FIELDS = ("messages", "conversations", "input_ids", "loss_mask", "tools", "id", "category", "split")
+_FIELDS = ("messages", "conversations", "input_ids", "loss_mask", "tools", "functions", "id", "category", "split")
 SHAPES = "messages, conversations, or input_ids with loss_mask"
 
 
@@ -121,7 +121,7 @@ def parse(row: Any, where: str, default_id: str) -> Conversation:
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{where}: {key}: expected a non-empty list, found {_brief(messages)}")
     parsed = tuple(_message(message, f"{where}: {key}[{i}]") for i, message in enumerate(messages))
-    return Conversation(where, name, category, split, parsed, _tools(row.get("tools"), where))
+    return Conversation(where, name, category, split, parsed, _tools(row, where))
 
 
 def _text(value: Any, where: str, key: str) -> str:
@@ -180,8 +180,12 @@ def _from_json(value: Any, where: str) -> Any:
         raise InputError(f"{where}: not valid JSON ({error})") from error
 
 
-def _tools(tools: Any, where: str) -> tuple[dict[str, Any], ...] | None:
-    tools = _from_json(tools, f"{where}: tools")
+def _tools(row: dict[str, Any], where: str) -> tuple[dict[str, Any], ...] | None:
+    """Of the row; OpenAI's older `functions` are the same without a frame."""
+    tools = _from_json(row.get("tools"), f"{where}: tools")
+    functions = _from_json(row.get("functions"), f"{where}: functions")
+    if not tools and isinstance(functions, list):
+        tools = [{"type": "function", "function": function} for function in functions]
     if not tools:
         return None
     tools = [_from_json(tool, f"{where}: tools") for tool in tools] if isinstance(tools, list) else tools

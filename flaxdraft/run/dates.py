@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from flaxdraft.config import RunConfig
 from flaxdraft.data.chat_template import now
@@ -16,7 +17,7 @@ from flaxdraft.stages.claims import RECORD
 
 def dated(config: RunConfig) -> RunConfig:
     """The configuration with `data.date`: as it was given, or recorded by the run that this one goes on with, or that
-    of the store it trains on; else this minute. All processes get that of the first one.
+    of the store or the answers it trains on; else this minute. All processes get that of the first one.
 
     It stays unset where the template writes none, and where an earlier version made the folders: nobody knows the day.
 
@@ -38,4 +39,16 @@ def _recorded(config: RunConfig) -> str | None:
         data = found.get("data") if isinstance(found, dict) else None
         return data.get("date") if isinstance(data, dict) else None
     stored = None if config.data.store is None else FeatureStore(config.data.store).date
-    return stored or now()
+    return stored or answers_of(config.data.conversations).get("date") or now()
+
+
+def answers_of(conversations: str | None) -> dict[str, Any]:
+    """What `python -m flaxdraft.data regenerate` recorded beside the conversations that it wrote; nothing where
+    somebody else did."""
+    if conversations is None:
+        return {}
+    try:
+        found = json.loads((Path(conversations).expanduser().parent / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and "max_new_tokens" in found else {}

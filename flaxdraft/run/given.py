@@ -9,7 +9,9 @@ from flaxdraft.data.documents import Documents
 from flaxdraft.data.online import open_conversations
 from flaxdraft.data.store import FeatureStore
 from flaxdraft.data.templates import tokenizer_digest
+from flaxdraft.errors import InputError
 from flaxdraft.files.fetch import content_of
+from flaxdraft.run.dates import answers_of
 from flaxdraft.run.setup import Setup
 from flaxdraft.run.target import RunTarget
 
@@ -19,10 +21,17 @@ def given_documents(setup: Setup, target: RunTarget) -> Documents | None:
     """None where it trains on the answers.
 
     Raises:
-        InputError: the store is of another target, tokenizer or template; conversations cannot be read or rendered.
+        InputError: the store or the answers are of another target, tokenizer or template; conversations cannot be read
+            or rendered.
     """
     data = setup.config.data
     if data.conversations is not None:
+        template = answers_of(data.conversations).get("template", data.template)
+        if template != data.template:
+            raise InputError(
+                f"data.template: found {data.template}, the target answered {data.conversations} with {template}; give "
+                "the same, or let it answer again"
+            )
         return open_conversations(data, target.tokenizer, target.config, target.template)
     if data.store is None:
         return None
