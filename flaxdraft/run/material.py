@@ -13,7 +13,6 @@ from flaxdraft.data.templates import tokenizer_digest
 from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
 from flaxdraft.progress import CONSOLE
 from flaxdraft.run.answers import Answers
-from flaxdraft.run.given import given_documents
 from flaxdraft.run.setup import Setup
 from flaxdraft.run.target import RunTarget
 from flaxdraft.targets.embedding_and_head import EmbeddingAndHeadWeights
@@ -36,14 +35,15 @@ def gather(setup: Setup, target: RunTarget, answers: Answers) -> Material:
         InputError: the store is of another target or tokenizer; conversations cannot be read or rendered; the draft
             vocabulary cannot be chosen or read.
     """
-    documents = _documents(setup, target, answers)
+    documents = _documents(target, answers)
     vocab = _vocabulary(setup, target, answers, documents)
     return Material(target, answers, documents, vocab, _outer(setup, target, documents))
 
 
-def _documents(setup: Setup, target: RunTarget, answers: Answers) -> Documents:
-    given = given_documents(setup, target)
-    return AnsweredPrompts(answers.rows("train"), target.config.vocab_size) if given is None else given
+def _documents(target: RunTarget, answers: Answers) -> Documents:
+    if target.given is not None:
+        return target.given
+    return AnsweredPrompts(answers.rows("train"), target.config.vocab_size)
 
 
 def _vocabulary(setup: Setup, target: RunTarget, answers: Answers, documents: Documents) -> VocabMap:

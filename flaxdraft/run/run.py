@@ -13,7 +13,6 @@ from flaxdraft.progress import CONSOLE, process_log
 from flaxdraft.run.answers import answer_prompts
 from flaxdraft.run.draft import check_draft, draft_config
 from flaxdraft.run.estimate import estimate
-from flaxdraft.run.given import given_documents
 from flaxdraft.run.material import gather
 from flaxdraft.run.results import evaluate_draft, export_draft, finished, report_run
 from flaxdraft.run.setup import claim_data, claim_draft, claim_folders, lock, prepare
@@ -37,7 +36,7 @@ def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
             claim_draft(setup)
         target = RunTarget(setup)
         if hosts.agree(hosts.is_main() and not finished(setup)):
-            given_documents(setup, target)  # what cannot be used is refused before the target is asked
+            _ = target.given  # what cannot be used is refused before the target is asked
         with hosts.main_first("data"), lock(setup.data_dir):  # other drafts share the answers
             claim_data(setup)
             answers = answer_prompts(setup, target)

@@ -9,9 +9,11 @@ import jax
 
 from flaxdraft import targets
 from flaxdraft.data.chat_template import ChatTemplate, now
+from flaxdraft.data.documents import Documents
 from flaxdraft.interfaces import Target
 from flaxdraft.nn.precision import Precision
 from flaxdraft.progress import CONSOLE
+from flaxdraft.run.given import open_given
 from flaxdraft.run.init_from import check_target
 from flaxdraft.run.saying import say
 from flaxdraft.run.setup import Setup
@@ -82,6 +84,11 @@ class RunTarget:
         template = ChatTemplate(data.template, data.date or now())
         template.check(self.tokenizer, "data.template")
         return template
+
+    @functools.cached_property
+    def given(self) -> Documents | None:
+        """See `open_given`."""
+        return open_given(self._setup.config, self.opened, self.config, self.template)
 
     @functools.cached_property
     def loaded(self) -> targets.LoadedTarget:

@@ -89,8 +89,9 @@ class OpenedTarget:
         Raises:
             InputError: a configuration names no ids.
         """
-        ends = {*self.source.end_tokens()} | ({None} if self.tokenizer is None else {self.tokenizer.eos_token_id})
-        return sorted(end for end in ends if end is not None and end < self.config().vocab_size)
+        named = None if self.tokenizer is None else self.tokenizer.eos_token_id
+        ends = [*self.source.end_tokens(), *(named if isinstance(named, list) else [named])]
+        return sorted({end for end in ends if isinstance(end, int) and end < self.config().vocab_size})
 
     def needed_stop_tokens(self) -> list[int]:
         """
