@@ -227,6 +227,16 @@ def test_a_template_that_asks_for_an_answer_to_a_user_alone():
     assert spans(tokenizer, row_of([HI, HELLO, HELLO])) == ["hello<|im_end|>", "hello<|im_end|>"]
 
 
+def test_an_end_of_text_behind_the_last_turn():
+    """Phi-3's template writes it wherever a conversation ends; no target writes it behind its end of turn."""
+    footer = ASKS.replace("{% endif %}", "{% else %}{{ '<|endoftext|>' }}{% endif %}")
+    tokenizer = tokenizer_of(BODY + footer, IM, Kind(named=False))
+    stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<eos>"])
+    messages = [HI, HELLO, HI, HELLO]
+    assert spans(tokenizer, row_of(messages), stop_tokens=stops) == ["hello<|im_end|>"] * 2
+    assert spans(tokenizer, row_of(messages), stop_tokens=stops, last_turn_only=True) == ["hello<|im_end|>"]
+
+
 CALLED = {"role": "assistant", "content": None}
 TOOLED = (
     "{% for m in messages %}"

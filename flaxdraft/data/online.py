@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from flaxdraft.config import DataConfig
 from flaxdraft.data.bad_rows import BadRows
@@ -17,7 +17,7 @@ from flaxdraft.data.conversations import read_conversations
 from flaxdraft.data.documents import Conversations
 from flaxdraft.data.templates import ChatOptions, render_all
 from flaxdraft.progress import CONSOLE
-from flaxdraft.targets.decoder import DecoderConfig
+from flaxdraft.targets import OpenedTarget
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -37,15 +37,17 @@ def one_ahead(items: Iterable[In], prepare: Callable[[In], Out]) -> Iterator[Out
 
 
 def open_conversations(
-    data: DataConfig, tokenizer: Any, target: DecoderConfig, template: ChatTemplate
+    data: DataConfig, opened: OpenedTarget, template: ChatTemplate
 ) -> Conversations:  # fmt: skip
     """The rendered rows of data.conversations; says how many are left out, and how many cut.
 
     Raises:
         InputError: see `templates.render_all`.
     """
+    tokenizer, target = opened.needed_tokenizer(with_template=True), opened.config()
     options = ChatOptions(
-        data.max_length, data.last_turn_only, data.mask_reasoning, template, target.context, target.vocab_size
+        data.max_length, data.last_turn_only, data.mask_reasoning, template, target.context, target.vocab_size,
+        opened.stop_tokens,
     )  # fmt: skip
     assert data.conversations is not None
     bad = BadRows(data.conversations, data.on_bad_row, "data.on_bad_row=")

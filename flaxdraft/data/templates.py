@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,6 +57,7 @@ class ChatOptions:
     template: ChatTemplate = dataclasses.field(default_factory=ChatTemplate)
     context: int | None = None  # of the target, beyond which rows are cut whatever `max_length` is
     vocab_size: int | None = None  # rows of the target's embedding
+    stop_tokens: Sequence[int] = ()  # that end an answer of the target
 
     @property
     def limit(self) -> int:
@@ -89,7 +90,7 @@ def _whole(tokenizer: Any, conversation: Conversation, options: ChatOptions) -> 
         assert conversation.assistant is not None, "tokens come with their mask"
         assistant = conversation.assistant
         return conversation.tokens, _last_run(assistant) if options.last_turn_only else assistant, ""
-    chat, text = as_chat(tokenizer, conversation, options.template)
+    chat, text = as_chat(tokenizer, conversation, options.template, options.stop_tokens)
     tokens, starts = encode(tokenizer, text)
     assistant = np.zeros(len(tokens), bool)
     for begin, end in turns(chat, text, options.last_turn_only):

@@ -8,6 +8,7 @@ null is left out wherever it stands, so that a row is the same from JSON lines a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,8 +21,13 @@ from flaxdraft.errors import InputError
 Message = dict[str, Any]
 
 
-def as_chat(tokenizer: Any, conversation: Conversation, template: ChatTemplate) -> tuple[Chat, str]:
+def as_chat(
+    tokenizer: Any, conversation: Conversation, template: ChatTemplate, stop_tokens: Sequence[int] = ()
+) -> tuple[Chat, str]:  # fmt: skip
     """The conversation as its template takes it, and what the template makes of it.
+
+    Args:
+        stop_tokens: that end an answer of the target.
 
     Raises:
         InputError: the template refuses it, or writes nothing of its tools.
@@ -29,7 +35,8 @@ def as_chat(tokenizer: Any, conversation: Conversation, template: ChatTemplate) 
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(f"{conversation.where}: the target's tokenizer has no chat template")
     objects = [_with_arguments(message, _as_object) for message in conversation.messages]
-    chat = Chat(tokenizer, template, conversation.where, objects, conversation.tools)
+    stops = tuple(stop for stop in tokenizer.convert_ids_to_tokens([*stop_tokens]) if stop)
+    chat = Chat(tokenizer, template, conversation.where, objects, conversation.tools, stops)
     try:
         text = chat.text(objects)
         refused = None
@@ -39,7 +46,7 @@ def as_chat(tokenizer: Any, conversation: Conversation, template: ChatTemplate) 
         texts = [_with_arguments(message, _as_text) for message in conversation.messages]
         try:
             text = chat.text(texts)
-            chat, refused = Chat(tokenizer, template, conversation.where, texts, conversation.tools), None
+            chat, refused = dataclasses.replace(chat, messages=texts), None
         except InputError as error:
             refused = refused or error
     if refused is not None:

@@ -39,6 +39,7 @@ class Chat:
     where: str  # for messages
     messages: Sequence[dict[str, Any]]
     tools: Sequence[dict[str, Any]] | None
+    stops: tuple[str, ...] = ()  # what ends an answer, as text
 
     def text(self, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
         """The rendering of some messages, the generation prompt behind them where it is asked for.
@@ -132,7 +133,7 @@ def _by_prefixes(chat: Chat, text: str, last_only: bool) -> list[Span]:
     spans = []
     for i in numbers[-1:] if last_only else numbers:
         begin = _begin(chat, text, i)
-        after = chat.text(chat.messages[: i + 1])
+        after = _without_footer(chat, chat.text(chat.messages[: i + 1]))
         if not text.startswith(after):
             raise InputError(_unstable(chat, i, "up to and with", after, text, last_only))
         spans.append((begin, max(_end(chat, text, begin, len(after)), begin)))
@@ -162,9 +163,25 @@ def _until_content(chat: Chat, i: int) -> str:
     return shared.removesuffix(habits.lead)
 
 
+def _marker(chat: Chat) -> str | None:
+    """What ends every turn, up to the first token behind which the target would write nothing."""
+    marker = _habits(chat.tokenizer, chat.template).end
+    ends = [marker.find(stop) + len(stop) for stop in chat.stops if stop in marker] if marker else ()
+    return marker[: min(ends, default=len(marker))] if marker else marker
+
+
+def _without_footer(chat: Chat, text: str) -> str:
+    """Some templates write an end of text behind the last turn, wherever that is."""
+    whole, marker = _habits(chat.tokenizer, chat.template).end, _marker(chat)
+    kept = text.rstrip()
+    if not whole or not marker or whole == marker or not kept.endswith(whole):
+        return text
+    return kept.removesuffix(whole) + marker
+
+
 def _end(chat: Chat, text: str, begin: int, end: int) -> int:
     """Where a turn ends: behind its end of turn, before what the template writes after that."""
-    marker = _habits(chat.tokenizer, chat.template).end
+    marker = _marker(chat)
     if marker == "":  # white space alone ends a turn, or nothing does
         return end
     kept = text[begin:end].rstrip()

@@ -96,7 +96,7 @@ def chat_options(arguments: argparse.Namespace, opened: OpenedTarget, template: 
     config = opened.config()
     return ChatOptions(
         arguments.max_length, arguments.last_turn_only, arguments.mask_reasoning, template, config.context,
-        config.vocab_size,
+        config.vocab_size, opened.stop_tokens,
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def open_given(
                 f"data.template: found {data.template}, the target answered {data.conversations} with {answered}; give "
                 "the same, or let it answer again"
             )
-        return open_conversations(data, tokenizer, target, template)
+        return open_conversations(data, opened, template)
     if data.store is None:
         return None
     expected = {
