@@ -192,7 +192,7 @@ def _without_thought(text, written):
 
 
 @given(cases())
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 def test_supervised_is_what_the_target_would_write(case):
     family, marked, messages, last_only, mask_reasoning, kind = case
     bos, end, others = SPECIAL[family]
@@ -201,7 +201,9 @@ def test_supervised_is_what_the_target_would_write(case):
         assert spans(tokenizer, row_of(messages)) == []
         return
     want = expected(family, messages, last_only, mask_reasoning)
-    assert spans(tokenizer, row_of(messages), last_turn_only=last_only, mask_reasoning=mask_reasoning) == want
+    stops = tokenizer.convert_tokens_to_ids([end, "<eos>"])
+    how = {"last_turn_only": last_only, "mask_reasoning": mask_reasoning, "stop_tokens": stops}
+    assert spans(tokenizer, row_of(messages), **how) == want
 
 
 # A template of three lines, with what its author might have written otherwise.
