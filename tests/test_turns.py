@@ -229,6 +229,16 @@ def test_a_template_that_asks_for_an_answer_to_a_user_alone():
     assert spans(tokenizer, row_of([HI, HELLO, HELLO])) == ["hello<|im_end|>", "hello<|im_end|>"]
 
 
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_tokens_of_white_space_alone_are_where_they_are(trimmed):
+    """Trimmed, the offsets of such a token say that it ends where it begins: behind itself."""
+    template = (
+        "{% for m in messages %}{{ m.role + ':  ' + m.content + '  ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:  ' }}{% endif %}"
+    )
+    assert spans(tokenizer_of(template, IM, Kind(trimmed=trimmed)), row_of([HI, HELLO, HI, HELLO])) == ["hello  "] * 2
+
+
 def test_an_end_of_text_behind_the_last_turn():
     """Phi-3's template writes it wherever a conversation ends; no target writes it behind its end of turn."""
     footer = ASKS.replace("{% endif %}", "{% else %}{{ '<|endoftext|>' }}{% endif %}")

@@ -130,7 +130,7 @@ MASKS = (
           wire("data.last_turn_only")),
     Break("mask_reasoning is ignored", ", data.mask_reasoning,", ", False,", wire("data.mask_reasoning")),
     Break("offsets are those that a tokenizer may trim", "inner.post_processor = None", "pass",
-          of("test_turns", "would_write")),
+          of("test_turns", "white_space")),
     Break("white space behind an end of turn is supervised", "return begin + len(kept) if any(", "return end if any(",
           of("test_turns", "would_write")),
     Break("marks alone say what was generated", "both = [(max(a, c), min(b, d)) for a, b in found for c, d in marks]",
