@@ -20,7 +20,7 @@ from flaxdraft.config import load_config
 from flaxdraft.data import chat_template
 from flaxdraft.data.__main__ import main
 from flaxdraft.data.chat_template import ChatTemplate
-from flaxdraft.data.prompts import render_messages
+from flaxdraft.data.prompts import Prompt, render_messages
 from flaxdraft.data.store import PLAN
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.__main__ import _template as template_of_draft
@@ -313,12 +313,15 @@ def test_the_card_records_the_arguments_and_evaluation_takes_them(tmp_path):
     assert recorded_template(tmp_path / "draft") == {"mood": "kind"}
     path = target_at(tmp_path / "t", MOOD + BODY + ASKS)
     asked = lambda *given: argparse.Namespace(  # noqa: E731
-        draft=tmp_path / "draft", target=str(path), template=[*given], date=None, out=tmp_path / "out"
-    )
-    assert template_of_draft(asked())[0].arguments == {"mood": "kind"}
-    assert template_of_draft(asked(("mood", "kind")))[1] == {"template": {"mood": "kind"}}
+        draft=tmp_path / "draft", target=str(path), template=[*given], date=None, out=tmp_path / "out",
+        max_new_tokens=500,
+    )  # fmt: skip
+    assert template_of_draft(asked(), [])[0].arguments == {"mood": "kind"}
+    assert template_of_draft(asked(("mood", "kind")), [])[1] == {"template": {"mood": "kind"}}
     with pytest.raises(InputError, match=r"--template: found {'mood': 'bad'}, the draft was trained with"):
-        template_of_draft(asked(("mood", "bad")))
+        template_of_draft(asked(("mood", "bad")), [])
+    with pytest.raises(InputError, match=r"--max-new-tokens: found 500; after turn 1 of prompt 'x' .* context of 512"):
+        template_of_draft(asked(), [Prompt("x", "c", "held_out", ("hi",))])
 
 
 # What is refused before the first minute is spent.
@@ -331,6 +334,20 @@ def test_bad_conversations_are_refused_before_the_target_is_asked(tmp_path, tiny
     config = load_config(str(root / "run.yaml"), [f"data.conversations={tmp_path / 'chats.jsonl'}"])
     with pytest.raises(InputError, match=r"1 bad row; mend them, or leave them out with data.on_bad_row=skip"):
         run(config)
+
+
+def test_conversations_that_cannot_be_asked_are_refused_before_the_target_is_loaded(tmp_path, capsys, monkeypatch):
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    path = target_at(tmp_path / "t", refusing + BODY + ASKS)
+    monkeypatch.setattr(targets, "from_pretrained", lambda *args, **how: pytest.fail("it was loaded"))
+    system = {"role": "system", "content": "s"}
+    rows = {"messages": [HI]}, {"messages": [system, HI]}, {"input_ids": [1, 2], "loss_mask": [0, 1]}
+    file, out = rows_at(tmp_path / "c.jsonl", *rows), str(tmp_path / "out")
+    limits = ["--max-prompt-tokens", "100", "--max-new-tokens", "9"]
+    assert main(["regenerate", str(file), out, "--target", str(path), *limits]) == 2
+    error = capsys.readouterr().err
+    for words in ("2 bad rows", "row 2: the chat template refuses", "row 3: is tokenised already"):
+        assert words in error
 
 
 # The target itself.

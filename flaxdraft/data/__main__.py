@@ -162,7 +162,7 @@ def runs(mask):
 def answer_all(arguments: argparse.Namespace) -> None:
     from flaxdraft import targets
     from flaxdraft.data.conversations import read_conversations
-    from flaxdraft.data.regenerate import FILE, Answering, regenerate
+    from flaxdraft.data.regenerate import FILE, Answering, answerable, regenerate
     from flaxdraft.files.fetch import content_of, sha256_of
     from flaxdraft.nn.precision import of_both
     from flaxdraft.progress import CONSOLE
@@ -181,7 +181,7 @@ def answer_all(arguments: argparse.Namespace) -> None:
             f"{context}"
         )
     template = template_of(arguments, tokenizer, arguments.output_dir / RECORD)
-    conversations = [*read_conversations(arguments.file, bad)]
+    conversations = answerable(read_conversations(arguments.file, bad), tokenizer, template, bad)
     bad.judge()
     inputs = {
         "target": arguments.target, "content": content_of(arguments.target, None), "dtype": arguments.dtype,

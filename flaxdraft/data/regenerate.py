@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxdraft.data.bad_rows import BadRows
 from flaxdraft.data.chat_template import ChatTemplate
 from flaxdraft.data.conversations import Conversation
 from flaxdraft.data.prompts import render_messages
@@ -56,6 +57,28 @@ class _Talk:
     prompt: list[int] = dataclasses.field(default_factory=list)  # of the last turn
     answers: list[list[int]] = dataclasses.field(default_factory=list)
     ended: str = ""  # why nothing follows, where turns are left out
+
+
+def answerable(
+    conversations: Iterable[Conversation], tokenizer: Any, template: ChatTemplate, bad: BadRows
+) -> list[Conversation]:  # fmt: skip
+    """Those that can be asked, seen before anything is loaded.
+
+    Args:
+        bad: is given the others.
+    """
+    found = []
+    for conversation in conversations:
+        try:
+            if conversation.tokens is not None:
+                raise InputError(f"{conversation.where}: is tokenised already; the target can only answer messages")
+            for asked in _questions(conversation)[:1]:
+                render_messages(tokenizer, asked, conversation.where, conversation.tools, template)
+        except InputError as error:
+            bad.add(error)
+        else:
+            found.append(conversation)
+    return found
 
 
 def regenerate(

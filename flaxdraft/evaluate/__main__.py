@@ -17,6 +17,7 @@ from flaxdraft.run.commands import ADDRESS, DTYPES, Command, call
 
 if TYPE_CHECKING:
     from flaxdraft.data.chat_template import ChatTemplate
+    from flaxdraft.data.prompts import Prompt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,7 +124,7 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     prompts = read_prompts(a.prompts, () if a.split == "all" else (a.split,), "--prompts")
     prompts = [prompt for prompt in prompts if a.split in ("all", prompt.split)][: a.limit]
     mesh = make_mesh(a.data) if a.data > 1 else None
-    template, of_template = _template(a)
+    template, of_template = _template(a, prompts)
     inputs = {
         "draft": {path.name: sha256_of(path) for path in serving_files(directory)},
         "target": {"address": a.target, "content": content_of(a.target, None)}, "prompts": sha256_of(a.prompts),
@@ -152,13 +153,14 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     print_evaluation(results, a.out)
 
 
-def _template(a: argparse.Namespace) -> tuple[ChatTemplate, dict[str, Any]]:
-    """What the chat template is given, and what the results record of it.
+def _template(a: argparse.Namespace, prompts: Sequence[Prompt]) -> tuple[ChatTemplate, dict[str, Any]]:
+    """What the chat template is given, and what the results record of it. Nothing is loaded for it.
 
     Raises:
-        InputError: the target cannot be asked, or the draft was trained with other arguments.
+        InputError: the target cannot be asked these prompts, or the draft was trained with other arguments.
     """
     from flaxdraft import targets
+    from flaxdraft.data.prompts import check_context, render_messages
     from flaxdraft.serving.card import recorded_template
     from flaxdraft.stages.claims import RECORD
 
@@ -173,6 +175,10 @@ def _template(a: argparse.Namespace) -> tuple[ChatTemplate, dict[str, Any]]:
             "those"
         )
     template = template_of(a, tokenizer, a.out / RECORD)
+    for prompt in prompts:
+        tokens = render_messages(tokenizer, prompt.first, f"prompt {prompt.id!r}", template=template)
+        what = f"turn 1 of prompt {prompt.id!r}"
+        check_context(len(tokens), what, a.max_new_tokens, "--max-new-tokens", opened.config().context)
     return template, template_inputs(template, tokenizer)
 
 
