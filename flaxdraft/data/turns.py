@@ -114,30 +114,36 @@ def turns(chat: Chat, text: str, last_only: bool) -> list[Span]:
     Raises:
         InputError: the template is not prefix-stable and has no marks (both renderings are shown).
     """
-    marks = chat.marks()
-    try:
-        found = _by_prefixes(chat, text, last_only)
-    except InputError:
-        if marks is None:
-            raise
-        spans = [_trimmed(chat, text, span) for span in marks]
-        return spans[-1:] if last_only else spans
-    if marks is None:
-        return found
-    both = [(max(a, c), min(b, d)) for a, b in found for c, d in marks]
-    return [(begin, end) for begin, end in both if begin < end]
-
-
-def _by_prefixes(chat: Chat, text: str, last_only: bool) -> list[Span]:
     numbers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    spans = []
+    found, unstable, marks = [], None, chat.marks()
     for i in numbers[-1:] if last_only else numbers:
-        begin = _begin(chat, text, i)
-        after = _without_footer(chat, chat.text(chat.messages[: i + 1]))
-        if not text.startswith(after):
-            raise InputError(_unstable(chat, i, "up to and with", after, text, last_only))
-        spans.append((begin, max(_end(chat, text, begin, len(after)), begin)))
-    return spans
+        try:
+            found.append(_by_prefixes(chat, text, i, last_only))
+        except InputError as error:
+            unstable = unstable or error
+    if marks is None:
+        if unstable is not None:
+            raise unstable
+        return found
+    if last_only and not found:
+        return [_trimmed(chat, text, span) for span in marks[-1:]]
+    return [span for mark in marks for span in _of_mark(chat, text, mark, found, trim=not last_only)]
+
+
+def _of_mark(chat: Chat, text: str, mark: Span, found: Sequence[Span], trim: bool) -> list[Span]:
+    """What a marked span and the turns that prefixes found have in common; where they found none there, the span
+    without what no target writes, if that is wanted."""
+    both = [(max(begin, mark[0]), min(end, mark[1])) for begin, end in found]
+    both = [(begin, end) for begin, end in both if begin < end]
+    return both or ([_trimmed(chat, text, mark)] if trim else [])
+
+
+def _by_prefixes(chat: Chat, text: str, i: int, last_only: bool) -> Span:
+    begin = _begin(chat, text, i)
+    after = _without_footer(chat, chat.text(chat.messages[: i + 1]))
+    if not text.startswith(after):
+        raise InputError(_unstable(chat, i, "up to and with", after, text, last_only))
+    return begin, max(_end(chat, text, begin, len(after)), begin)
 
 
 def _begin(chat: Chat, text: str, i: int) -> int:
