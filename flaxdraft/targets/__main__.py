@@ -63,6 +63,7 @@ def show(arguments: argparse.Namespace) -> None:
     for name, fact in facts.items():
         CONSOLE.print(f"{name:>11}  {fact}")
     if arguments.new_tokens == 0:
+        targets.say_which_head(opened)
         return
     if tokenizer is None or not tokenizer.chat_template:
         raise InputError(f"{opened.path}: no sample without a tokenizer and its chat template; give --new-tokens 0")
