@@ -5,6 +5,7 @@ Every field is used by exactly one part. Unknown keys are errors that name the n
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import importlib
 import re
@@ -40,6 +41,20 @@ Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 _INT32 = 2**31 - 1
 # PyYAML raises a bare ValueError for what looks like a date and is none.
 _BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
+
+
+def iso_date(value: Any) -> str:
+    """
+    Raises:
+        ValueError: it is no date and no moment.
+    """
+    # YAML reads a date as one.
+    text = value.isoformat() if isinstance(value, datetime.date) else value
+    try:
+        datetime.datetime.fromisoformat(text)
+    except (ValueError, TypeError) as error:
+        raise ValueError("expected a date like 2026-01-31, or a moment like 2026-01-31T12:00") from error
+    return text
 
 
 Beta = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
@@ -82,6 +97,11 @@ class DataConfig(_Section):
     max_length: int = Field(default=4096, ge=8)  # tokens, where conversations are cut
     last_turn_only: bool = False  # supervise the last assistant turn of a conversation alone
     mask_reasoning: bool = False  # do not supervise what stands between <think> and </think>
+    on_bad_row: Literal["stop", "skip"] = "stop"  # where a conversation cannot be used
+    template: dict[str, Any] = {}  # arguments of the chat template, as enable_thinking
+    date: Annotated[str, BeforeValidator(iso_date)] | None = (
+        None  # for templates that write it; null: when the run starts
+    )
     max_silent: Number = Field(default=0.5, ge=0, le=1)  # largest share of conversations that supervise nothing
     last_batch: Literal["fill", "drop"] = "fill"  # rows that fill no batch: fill it with empty ones, or leave them out
     prefetch: int = Field(default=4, ge=0)  # batches that are read ahead; bounds the pipeline's memory

@@ -34,7 +34,6 @@ with warnings.catch_warnings():
 from compiling import FAST  # noqa: E402 (devices are set first)
 from tiny import write_tiny_gguf  # noqa: E402
 
-
 # Compiled programs are millions of objects that stay; the collector would look through them again and again.
 gc.freeze()
 gc.set_threshold(50_000, 20, 50)

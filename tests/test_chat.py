@@ -78,21 +78,22 @@ def test_every_turn_of_a_conversation(name, with_system):
     assert supervised(tokenizer, row, last_turn_only=True) == [f"{lead}Bye.{end}"]
 
 
-# What these marks enclose beyond the assistant's own tokens: parts of the header, the newline after a turn.
+# What these marks enclose that no target writes: parts of the header, the newline after a turn.
 BEYOND = {"qwen2_5": {"\n"}, "llama3": set(), "gemma": {"\n"}, "deepseekv3": {"<｜Assistant｜>"}}
 
 
 @pytest.mark.parametrize("name", BEYOND)
 def test_prefixes_and_generation_marks_agree(name):
-    """The same template with and without marks; with marks, transformers' own mask."""
+    """The same template with and without marks: transformers' own mask without what no target writes."""
     marked = tokenizer_for(f"{name}_training")
     plain = deepseek_v3() if name == "deepseekv3" else tokenizer_for(name)
     theirs = marked.apply_chat_template(TURNS, return_dict=True, return_assistant_tokens_mask=True)
     by_marks, by_prefixes = (render(t, conversation(TURNS), ChatOptions(10_000)) for t in (marked, plain))
     assert by_marks.tokens.tolist() == by_prefixes.tokens.tolist() == theirs["input_ids"]
-    assert by_marks.assistant.tolist() == [bool(x) for x in theirs["assistant_masks"]]
-    assert not (by_prefixes.assistant & ~by_marks.assistant).any()
-    beyond = by_marks.tokens[by_marks.assistant & ~by_prefixes.assistant]
+    assert by_marks.assistant.tolist() == by_prefixes.assistant.tolist()
+    marked = np.array(theirs["assistant_masks"], bool)
+    assert not (by_prefixes.assistant & ~marked).any()
+    beyond = by_marks.tokens[marked & ~by_prefixes.assistant]
     assert {plain.decode([token]) for token in beyond} == BEYOND[name]
 
 
@@ -214,15 +215,17 @@ def test_truncation_inside_an_assistant_turn(name):
     assert cut.assistant[-1]
 
 
-def test_generation_marks_of_qwen3_are_transformers_own():
+def test_generation_marks_of_qwen3():
     """This variant of the template writes a thinking block into every turn."""
     tokenizer = tokenizer_for("qwen3_training")
     theirs = tokenizer.apply_chat_template(TURNS, return_dict=True, return_assistant_tokens_mask=True)
     ours = render(tokenizer, conversation(TURNS), ChatOptions(10_000))
     assert ours.tokens.tolist() == theirs["input_ids"]
-    assert ours.assistant.tolist() == [bool(x) for x in theirs["assistant_masks"]]
+    marked = np.array(theirs["assistant_masks"], bool)
+    assert not (ours.assistant & ~marked).any()
+    assert {tokenizer.decode([token]) for token in ours.tokens[marked & ~ours.assistant]} == {"\n"}
     empty = "<think>\n\n</think>\n\n"
-    assert [turn.rstrip("\n") for turn in supervised(tokenizer, conversation(TURNS))] == [
+    assert supervised(tokenizer, conversation(TURNS)) == [
         f"{empty}Oui ☕ 日本!<|im_end|>", f"{empty}Bye.<|im_end|>"
     ]  # fmt: skip
 
@@ -231,8 +234,7 @@ def test_generation_marks_of_qwen3_are_transformers_own():
 def test_reasoning_can_be_left_out_by_marks_and_by_prefixes(marks):
     tokenizer = tokenizer_for("qwen3_training" if marks else "qwen3")
     row = conversation([TURNS[0], {"role": "assistant", "content": "<think>\n日本\n</think>\n\nOui."}])
-    (kept,) = supervised(tokenizer, row, mask_reasoning=True)
-    assert kept.rstrip("\n") == "\n\nOui.<|im_end|>"
+    assert supervised(tokenizer, row, mask_reasoning=True) == ["\n\nOui.<|im_end|>"]
 
 
 def test_what_a_template_refuses_names_the_row():

@@ -114,10 +114,6 @@ FAULTS = {
     "one dialect, new": ("llama", both(drop("rope_theta"), field("rope_parameters", {"rope_theta": 5e5})), {
         "sglang-jax": ("wrong", "no rope_theta, so it turns with default RoPE of base 10000 instead of default, 5"),
     }),
-    "one dialect, old": ("llama", both(drop("rope_parameters"), field("rope_theta", 5e5)), {
-        "vllm": ("wrong", "no rope_parameters, so it turns with default RoPE of base 10000"),
-        "tpu-inference": ("wrong", "no rope_parameters"),
-    }),
     "another base than the target": (
         "llama", both(field("rope_theta", 5e5), field("rope_parameters", {"rope_type": "default", "rope_theta": 5e5})),
         {DIRECTORY: ("wrong", "rope_theta is 500000, the target's 10000")},
@@ -312,6 +308,28 @@ def on_disk(tmp_path, good):
         return [str(directory), "--target", str(tmp_path / "target")]
 
     return put
+
+
+def test_the_old_dialect_of_rope_is_read_by_all(good):
+    """vLLM, and tpu-inference with it, patches a top-level rope_theta into rope_parameters."""
+    change = both(drop("rope_parameters"), field("rope_theta", 5e5))
+    verdicts = verdicts_of(good, "llama", change, TARGET | {"rope_theta": 5e5})
+    for name, verdict in verdicts.items():
+        assert not [finding for finding in verdict.findings if "rope" in finding.what.lower()], name
+    assert lint.passes([*verdicts.values()], ["vllm", "sglang"])
+
+
+def test_an_embedding_that_is_not_the_targets_is_wrong(on_disk, tmp_path, capsys):
+    arguments = on_disk()
+    theirs = np.random.default_rng(0).normal(size=(V, TARGET_HF["hidden_size"])).astype(np.float32)
+    save_safetensors(Path(arguments[2]) / "model.safetensors", {"model.embed_tokens.weight": theirs})
+    for mine, code in ((theirs, 0), (theirs.astype(ml_dtypes.bfloat16), 0), (theirs[::-1].copy(), 1)):
+        changed = on_disk(change=tensor("embed_tokens.weight", mine))
+        capsys.readouterr()
+        assert check.main([*changed, "--json"]) == code
+        assert ("differs from the target's embedding in" in capsys.readouterr().out) == bool(code)
+    (Path(arguments[2]) / "model.safetensors").unlink()
+    assert check.main(on_disk(change=tensor("embed_tokens.weight", theirs[::-1].copy()))) == 0  # nobody can tell
 
 
 def test_exit_codes_are_for_scripts(on_disk, capsys):

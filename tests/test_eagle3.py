@@ -33,6 +33,10 @@ def brute_force_supervision(assistant, segments, num_steps):
     return mask
 
 
+# A Qwen3 draft is a Llama draft but for the norms of its heads, which these do not see.
+APART = [name for name in DRAFTS if name != "qwen3"]
+
+
 @pytest.mark.parametrize("num_steps", [1, 3, 20])
 def test_supervision_is_the_definition(num_steps):
     rng = np.random.default_rng(num_steps)
@@ -51,7 +55,7 @@ def test_the_row_before_the_answer_is_trained_and_the_last_two_are_not():
     assert supervised_rows(assistant, np.ones((1, T), np.int32)).tolist() == [[3, 4, 5, 6]]
 
 
-@pytest.mark.parametrize("name", DRAFTS)
+@pytest.mark.parametrize("name", APART)
 @pytest.mark.numeric
 def test_computing_only_supervised_rows_changes_nothing(name):
     algorithm, draft, full = make_algorithm(3), make_draft(DRAFTS[name]), example()

@@ -12,7 +12,7 @@ import sys
 import pytest
 from small_drafts import config_of, random_params, vocab_of, write_export
 from test_contracts import DEEPSEEK_FIELDS, DRAFTS, TARGET_HF, V, W, target_config
-from test_export import E, common, llama_attention, mla_attention
+from test_export import E, common, llama_attention, mla_attention, qwen3_attention
 
 from flaxdraft.algorithms import algorithm_of
 from flaxdraft.algorithms.eagle3 import draft, drafts
@@ -31,7 +31,8 @@ from flaxdraft.serving.view import read_config, view_of_directory
 
 DEFAULT_TAPS = (1, 3, 4)  # of the eight layers of TARGET_HF
 DEEPSEEK_HF = TARGET_HF | DEEPSEEK_FIELDS | {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
-ATTENTION = {"llama": llama_attention, "mla": mla_attention}
+ATTENTION = {"llama": llama_attention, "mla": mla_attention, "qwen3": qwen3_attention}
+PORTABLE_KINDS = ("llama", "mla")  # that SGLang and vLLM both serve
 FC_NORM = {f"fc_norm.{i}.weight": (E,) for i in range(3)}
 TABLES = {"d2t": (W,), "t2d": (V,)}
 FULL_TABLES = {"d2t": (V,), "t2d": (V,)}
@@ -73,11 +74,18 @@ EXPECTED = {
     ("tpu-inference", "mla"): dict.fromkeys(PORTABLE, "it serves no mla drafts"),
     ("hf", "llama"): PORTABLE | BEFORE_FC | BEFORE_RESIDUAL | {("plain", V): common() | FULL_HEAD | FULL_TABLES},
     ("hf", "mla"): PORTABLE | {("plain", V): common() | FULL_HEAD | FULL_TABLES},
+    ("vllm", "qwen3"): PORTABLE | BEFORE_FC | BEFORE_RESIDUAL,
+    ("hf", "qwen3"): PORTABLE | BEFORE_FC | BEFORE_RESIDUAL | {("plain", V): common() | FULL_HEAD | FULL_TABLES},
+    **{
+        (engine, "qwen3"): dict.fromkeys(PORTABLE, "it serves no qwen3 drafts")
+        for engine in ("sglang", "sglang-jax", "tpu-inference")
+    },
 }
 ARCHITECTURE = {
     ("tpu-inference", "llama"): "Eagle3LlamaForCausalLM",
     **{(name, "llama"): "LlamaForCausalLMEagle3" for name in ("sglang", "vllm", "sglang-jax", "hf")},
     **{(name, "mla"): "Eagle3DeepseekV2ForCausalLM" for name in ("sglang", "vllm", "hf")},
+    **{(name, "qwen3"): "Eagle3Qwen3ForCausalLM" for name in ("vllm", "hf")},
 }
 CASES = [(engine, kind, *case) for (engine, kind), cases in EXPECTED.items() for case in cases]
 
@@ -125,7 +133,7 @@ def test_every_key_and_shape(tmp_path, engine, kind, variant, vocab_size):
     assert weights(config, kind_of(config)) | tables == expected | ATTENTION[kind](hidden)
 
 
-@pytest.mark.parametrize(("kind", "variant", "vocab_size"), [(k, *case) for k in DRAFTS for case in PORTABLE])
+@pytest.mark.parametrize(("kind", "variant", "vocab_size"), [(k, *case) for k in PORTABLE_KINDS for case in PORTABLE])
 def test_one_directory_satisfies_all_that_can_be_satisfied(tmp_path, kind, variant, vocab_size):
     """The default export: SGLang and vLLM always, sglang-jax for Llama drafts without the switches."""
     out = write(tmp_path / "out", "sglang", kind, FIELDS[variant], vocab_size)
@@ -145,6 +153,8 @@ ROPES = {
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("engine", ["sglang", "hf"])
 def test_both_dialects_say_everything(tmp_path, kind, rope, engine):
+    if kind not in PORTABLE_KINDS and engine != "hf":
+        engine = "vllm"
     config = read_config(write(tmp_path / "o", engine, kind, {"rope": ROPES[rope]}) / "config.json")
     extra = {
         "default": {},

@@ -58,9 +58,16 @@ def mla_attention(hidden=D):
     }
 
 
-ATTENTION = {"llama": llama_attention, "mla": mla_attention}
-ARCHITECTURE = {"llama": "LlamaForCausalLMEagle3", "mla": "Eagle3DeepseekV2ForCausalLM"}
-MODEL_TYPE = {"llama": "llama", "mla": "deepseek_v3"}
+def qwen3_attention(hidden=D):
+    return llama_attention(hidden) | {f"midlayer.self_attn.{p}_norm.weight": (8,) for p in "qk"}
+
+
+ATTENTION = {"llama": llama_attention, "mla": mla_attention, "qwen3": qwen3_attention}
+ARCHITECTURE = {
+    "llama": "LlamaForCausalLMEagle3", "mla": "Eagle3DeepseekV2ForCausalLM", "qwen3": "Eagle3Qwen3ForCausalLM",
+}  # fmt: skip
+MODEL_TYPE = {"llama": "llama", "mla": "deepseek_v3", "qwen3": "qwen3"}
+ENGINE = {"llama": "sglang", "mla": "sglang", "qwen3": "vllm"}
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 both = pytest.mark.parametrize("name", ATTENTION)
@@ -74,7 +81,7 @@ def write(directory, name, draft, *, dtype="float32", tap_layers=TAPS, params=No
     ids = np.arange(draft.config.draft_vocab_size) * (2 if draft.config.draft_vocab_size < V else 1)
     write_export(
         directory / "export", DRAFTS[name], draft.config, params_of(draft) if params is None else params,
-        VocabMap(ids, V), tap_layers=tap_layers, target=TARGET_HF | target, dtype=dtype,
+        VocabMap(ids, V), tap_layers=tap_layers, target=TARGET_HF | target, dtype=dtype, engine=ENGINE[name],
     )  # fmt: skip
     config = json.loads((directory / "export" / "config.json").read_text())
     return load_safetensors(directory / "export" / "model.safetensors"), config
@@ -161,8 +168,9 @@ def test_config_says_what_servers_need(tmp_path, name):
         "draft_vocab_size": W, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 64,
         "rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     }  # fmt: skip
+    grouped = {"num_key_value_heads": KV_HEADS, "head_dim": WIDTH}
     own = {
-        "llama": {"num_key_value_heads": KV_HEADS, "head_dim": WIDTH},
+        "llama": grouped, "qwen3": grouped,
         "mla": {"q_lora_rank": Q_RANK, "kv_lora_rank": KV_RANK, "qk_nope_head_dim": NOPE, "qk_rope_head_dim": ROPE,
                 "v_head_dim": VALUE},
     }[name]  # fmt: skip

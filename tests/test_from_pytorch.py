@@ -34,6 +34,11 @@ def mla():
     return Source("mla")
 
 
+@pytest.fixture(scope="module")
+def qwen3():
+    return Source("qwen3")
+
+
 def assert_same(directory, source, vocab=None):
     loaded = from_pretrained(directory)
     assert loaded.module is source.module
@@ -57,7 +62,8 @@ def test_every_trainers_layout_gives_the_same_draft(tmp_path, request, trainer):
     assert all(row.became or row.reason for row in report.rows)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert None not in written.values()
-    named = {"nemo": "nemo", "eagle": "eagle", "speculators": "speculators", "specforge mla": "specforge",
+    named = {"nemo": "nemo", "eagle": "eagle", "speculators": "speculators", "speculators qwen3": "speculators",
+             "specforge mla": "specforge",
              "nemo mla": "nemo"}  # fmt: skip
     assert report.trainer == named.get(trainer)
     if "nemo" in trainer:

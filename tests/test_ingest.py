@@ -19,6 +19,7 @@ from tiny import write_tiny_gguf
 
 from flaxdraft.data.__main__ import main as data_main
 from flaxdraft.data.draft_vocabulary import read_map
+from flaxdraft.data.speculators_folder import SpeculatorsFolder
 from flaxdraft.data.store import FeatureStore
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch
@@ -219,3 +220,36 @@ def test_their_draft_vocabulary(tmp_path):
     np.save(tmp_path / "wide.npy", np.zeros((2, 2)))
     with pytest.raises(InputError, match=r"wide.npy holds no vector of integers"):
         read_map(str(tmp_path / "wide.npy"), V, 2)
+
+
+def as_float8(directory, with_scales=True):
+    """As hs-connectors keeps the states of row 0: a scale for each token."""
+    path = directory / "hidden_states" / "hs_0.safetensors"
+    tensors = load_file(path)
+    hidden = tensors["hidden_states"]
+    scales = np.abs(hidden).max(axis=(1, 2), keepdims=True) / float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
+    stored = (hidden / scales).astype(ml_dtypes.float8_e4m3fn)
+    tensors |= {"hidden_states": stored.view(np.uint8), "hidden_states_scales": scales.astype(np.float32)}
+    if not with_scales:
+        del tensors["hidden_states_scales"]
+    save_file(tensors, path)
+    raw = path.read_bytes()  # the safetensors package writes no float8 of numpy's
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header["hidden_states"]["dtype"] = "F8_E4M3"
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    return hidden, scales
+
+
+def test_float8_states_are_widened(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    hidden, scales = as_float8(copy)
+    found = SpeculatorsFolder(copy).states(0)
+    assert found.last_LE.dtype == found.taps_LKE.dtype == ml_dtypes.bfloat16
+    rounding = np.abs(hidden) * 2**-4 + scales * 2**-9  # of float8, and of bfloat16 behind it
+    got = np.concatenate([found.taps_LKE, found.last_LE[:, None]], axis=1).astype(np.float32)
+    assert (np.abs(got - hidden) <= rounding).all()
+    as_float8(shutil.copytree(folder, tmp_path / "other"), with_scales=False)
+    with pytest.raises(InputError, match=r"hs_0.safetensors: hidden_states are float8 and their scales .* not there"):
+        SpeculatorsFolder(tmp_path / "other").states(0)

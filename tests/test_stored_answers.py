@@ -20,6 +20,7 @@ from flaxdraft.run.target import RunTarget
 from flaxdraft.stages import same_inputs
 from flaxdraft.stages.claims import Stage, claim
 from flaxdraft.stages.directory_lock import directory_lock
+from flaxdraft.targets import OpenedTarget
 
 # Field -> another value, and whether stored answers and a draft depend on it.
 FIELDS = {
@@ -28,6 +29,7 @@ FIELDS = {
     "store": ("store", False, True), "conversations": ("chats.jsonl", False, True), "max_length": (64, False, True),
     "last_turn_only": (True, False, True), "mask_reasoning": (True, False, True), "max_silent": (0.1, False, True),
     "last_batch": ("drop", False, True), "prefetch": (1, False, False),
+    "on_bad_row": ("skip", False, False), "template": ("{mood: kind}", True, True), "date": ("2026-01-31", True, True),
 }  # fmt: skip
 FILES = ("prompts", "store", "conversations")
 
@@ -171,15 +173,19 @@ def test_a_folder_in_use_is_not_claimed(make_run, tmp_path):
     assert (holder.data_dir / "inputs.json").read_bytes() == before
 
 
+def test_a_target_without_an_end_token_is_refused_before_it_is_loaded(make_run, tmp_path, monkeypatch):
+    setup = make_run(f"output_dir={tmp_path}")
+    claim_folders(setup)
+    monkeypatch.setattr(OpenedTarget, "stop_tokens", [])
+    monkeypatch.setattr(RunTarget, "loaded", property(lambda target: pytest.fail("it was loaded")))
+    with pytest.raises(InputError, match=r"names no token that ends an answer; expected eos_token_id"):
+        answer_prompts(setup, RunTarget(setup))
+
+
 def test_answers_end_at_every_end_token_of_the_target(make_run, answered, tmp_path, monkeypatch):
     setup, asked = make_run(f"output_dir={tmp_path}"), []
     claim_folders(setup)
-    real = RunTarget.loaded.fget
-    ends = lambda target, stops: SimpleNamespace(**vars(real(target)) | {"stop_tokens": stops})  # noqa: E731
-    monkeypatch.setattr(RunTarget, "loaded", property(lambda target: ends(target, [])))
-    with pytest.raises(InputError, match=r"names no token that ends an answer; expected eos_token_id"):
-        answer_prompts(setup, RunTarget(setup))
-    monkeypatch.setattr(RunTarget, "loaded", property(lambda target: ends(target, [2, 7])))
+    monkeypatch.setattr(OpenedTarget, "stop_tokens", [2, 7])
     inner = answers_module.answer_greedily
     monkeypatch.setattr(answers_module, "answer_greedily", lambda *args: (asked.append(args[3]), inner(*args))[1])
     assert answer_prompts(setup, RunTarget(setup)).stops == [2, 7]

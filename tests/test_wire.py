@@ -20,7 +20,7 @@ import yaml
 from closeness import assert_close
 from pydantic import BaseModel
 from stand_ins import MEAN_MOVES
-from tiny import write_prompts, write_tiny_gguf
+from tiny import TEMPLATE, write_prompts, write_tiny_gguf
 from wiring import Command, Ended, First, algorithms, exported
 
 # In every value and override below, {here} is the folder of the module's files, {base} that of a run of `run.yaml` that
@@ -94,6 +94,7 @@ OTHER = {
     "export.step": "best",
 }  # fmt: skip
 CHATS = ("data.conversations={here}/chats.jsonl",)
+DATED = ("target.path={here}/dated.gguf",)  # whose chat template writes the day, and a mood
 PROCESSES = ("hosts.coordinator=localhost:1", "hosts.num_processes=2", "hosts.process_id=1")
 WSD, MEAN = ("train.schedule=wsd",), ("train.ema_decay=0.5",)
 EVERY_FOURTH = [*range(0, 256, 4)]
@@ -163,6 +164,9 @@ ROWS: dict[str, list] = {
     "data.last_turn_only": [Differs("batches", True, CHATS)],
     "data.mask_reasoning": [Differs("batches", True, CHATS)],
     "data.max_silent": [Says(0.0, r"1 of 7 conversations .* a share of 0.0 \(data.max_silent\)", CHATS)],
+    "data.on_bad_row": [Says("skip", "1 bad row left out", ("data.conversations={here}/bad.jsonl",), code=0)],
+    "data.template": [Differs("batches", {"mood": "kind"}, DATED)],
+    "data.date": [Differs("batches", "2026-01-31", (*DATED, "data.date=2026-01-30"))],
     "data.last_batch": [Differs("batches", "drop")],
     "data.prefetch": [Ends(lambda run, value: run.readers == {value == 0})],
     "data.num_prompts": [Ends(lambda run, value: len(run.prompts("train")) == (value or 10))],
@@ -277,11 +281,14 @@ def here(tmp_path_factory, tiny_gguf):
     root = tmp_path_factory.mktemp("wire")
     (root / "tiny.gguf").symlink_to(tiny_gguf)
     write_tiny_gguf(root / "another.gguf", seed=1)
+    dated = "{{ strftime_now('%d') }}{% if mood is defined %}{{ mood }}{% endif %}" + TEMPLATE
+    write_tiny_gguf(root / "dated.gguf", template=dated)
     write_prompts(root / "prompts.jsonl")
     (root / "others.jsonl").write_text((root / "prompts.jsonl").read_text().replace("prompt ", "words "))
     chats = [{"messages": [CHAT[0] | {"content": f"and {i}"}, *CHAT[1 : 4 if i < 2 else 2]]} for i in range(6)]
     chats.append({"messages": CHAT[:1]})  # supervises nothing
     (root / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    (root / "bad.jsonl").write_text((root / "chats.jsonl").read_text() + "{}\n")
     np.save(root / "d2t.npy", np.array(EVERY_FOURTH) - np.arange(64))
     (root / "run.yaml").write_text(yaml.safe_dump(BASE).replace("{here}", str(root)))
     return root

@@ -37,6 +37,7 @@ def write_tiny_gguf(
     ffn=64,
     architecture="llama",
     final_norm_noise=0.0,
+    template=TEMPLATE,
 ) -> Path:
     """Random weights of a scale that makes the next token depend on the text; Q8_0 feed-forward, float32 the rest."""
     tokens = [*CONTROL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
@@ -59,7 +60,7 @@ def write_tiny_gguf(
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
-    writer.add_chat_template(TEMPLATE)
+    writer.add_chat_template(template)
 
     rng = np.random.default_rng(seed)
 

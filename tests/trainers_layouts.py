@@ -87,7 +87,7 @@ def speculators(source):
     config = {
         "architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3", "draft_vocab_size": W,
         "norm_before_residual": False, "norm_before_fc": False,
-        "transformer_layer_config": nested | {"model_type": "llama"},
+        "transformer_layer_config": nested | {"model_type": source.hf["model_type"]},
         "eagle_aux_hidden_state_layer_ids": [2, 4, 5], "target_hidden_size": None,
         "speculators_config": {"algorithm": "eagle3"},
     }  # fmt: skip
@@ -117,5 +117,6 @@ def fused(source):
 TRAINERS = {
     "specforge": ("llama", specforge), "specforge mla": ("mla", specforge_mla), "torchspec": ("llama", torchspec),
     "torchspec mla": ("mla", torchspec), "nemo": ("llama", nemo), "nemo mla": ("mla", nemo), "eagle": ("llama", eagle),
-    "speculators": ("llama", speculators), "fused": ("llama", fused), "fused mla": ("mla", fused),
+    "speculators": ("llama", speculators), "speculators qwen3": ("qwen3", speculators), "fused": ("llama", fused),
+    "fused mla": ("mla", fused),
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """python -m flaxdraft.data: what comes before training.
 
+check        look at a whole file: what training would make of it; exit code 1 where that would be wrong
 show         print conversations as the target reads them, with what is supervised in colour
 regenerate   let the target answer them itself
 capture      run the target over them and keep its features in a store
@@ -13,12 +14,21 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
 from flaxdraft import algorithms
 from flaxdraft.errors import InputError
+from flaxdraft.run.chat_options import (
+    add_bad_row_option,
+    add_row_options,
+    add_template_options,
+    bad_rows,
+    chat_options,
+    template_inputs,
+    template_of,
+)
 from flaxdraft.run.commands import ADDRESS, Command, call_one_of
 from flaxdraft.run.target_options import add_target_options, dtype_or_default, on_all_hosts, target_mesh
 
@@ -26,6 +36,7 @@ from flaxdraft.run.target_options import add_target_options, dtype_or_default, o
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when done; 2 with one message for wrong input."""
     commands = {
+        "check": Command("look at a whole file as training would see it", _check_arguments, check_file),
         "show": Command("print rows with what is supervised in colour", _show_arguments, show),
         "regenerate": Command("replace every assistant turn by the target's own", _answer_arguments, answer_all),
         "capture": Command("run the target over conversations and keep its features", _capture_arguments, capture_all),
@@ -34,19 +45,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _file_and_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="conversations, .jsonl or .parquet")
+    parser.add_argument("file", type=Path, help="conversations: JSON lines, a JSON array, or .parquet")
     parser.add_argument("--target", required=True, help=ADDRESS)
 
 
-def _supervision(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-length", type=int, default=4096, help="tokens, where rows are cut")
-    parser.add_argument("--last-turn-only", action="store_true", help="supervise the last assistant turn alone")
-    parser.add_argument("--mask-reasoning", action="store_true", help="leave out what stands in <think> tags")
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    _file_and_target(parser)
+    add_row_options(parser)
+    parser.add_argument("--max-silent", type=float, default=0.5, help="largest share of rows that supervise nothing")
+    parser.add_argument("--out", type=Path, metavar="PNG", help="a picture of the rows' lengths")
 
 
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
     _file_and_target(parser)
-    _supervision(parser)
+    add_row_options(parser)
     parser.add_argument("--rows", type=int, default=3, help="from the beginning of the file")
 
 
@@ -55,6 +67,8 @@ def _answer_arguments(parser: argparse.ArgumentParser) -> None:
 
     _file_and_target(parser)
     add_target_options(parser)
+    add_template_options(parser)
+    add_bad_row_option(parser)
     parser.add_argument("output_dir", type=Path, help="a folder for the answers; the same one goes on")
     parser.add_argument("--rows", type=int, default=32, help="conversations answered together")
     for field in dataclasses.fields(Answering):
@@ -64,7 +78,7 @@ def _answer_arguments(parser: argparse.ArgumentParser) -> None:
 def _capture_arguments(parser: argparse.ArgumentParser) -> None:
     _file_and_target(parser)
     add_target_options(parser)
-    _supervision(parser)
+    add_row_options(parser)
     parser.add_argument("output_dir", type=Path, help="the store; the same one goes on")
     parser.add_argument("--algorithm", default=algorithms.DEFAULT, help="that the store is for; it chooses the layers")
     parser.add_argument("--tap-layers", type=int, nargs="+", metavar="LAYER", help="(0-based) in place of those")
@@ -84,21 +98,42 @@ def _part(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
+def check_file(arguments: argparse.Namespace) -> int:
+    from flaxdraft import targets
+    from flaxdraft.data.check import as_table, check, draw_lengths
+    from flaxdraft.data.conversations import read_conversations
+    from flaxdraft.progress import CONSOLE
+
+    opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
+    tokenizer, stops = opened.needed_tokenizer(), opened.needed_stop_tokens()
+    options = chat_options(arguments, opened, template_of(arguments, tokenizer))
+    found = check(read_conversations(arguments.file, bad), tokenizer, options, stops, bad)
+    CONSOLE.print(as_table(found, opened.special_tokens, opened.config().vocab_size, options.limit))
+    if arguments.out is not None:
+        draw_lengths(arguments.out, found, options.limit)
+        CONSOLE.print(f"{arguments.out}: the lengths")
+    return int(found.wrong(arguments.max_silent))
+
+
 def show(arguments: argparse.Namespace) -> None:
     from rich.text import Text
 
     from flaxdraft import targets
     from flaxdraft.data.conversations import read_conversations
-    from flaxdraft.data.templates import ChatOptions, render
+    from flaxdraft.data.templates import render
     from flaxdraft.progress import CONSOLE
 
-    tokenizer = targets.open_target(arguments.target).source.tokenizer()
-    if tokenizer is None:
-        raise InputError(f"{arguments.target}: has no tokenizer")
-    options = ChatOptions(arguments.max_length, arguments.last_turn_only, arguments.mask_reasoning)
-    shown = total = supervised = silent = 0
-    for conversation in islice(read_conversations(arguments.file), arguments.rows):
-        rendered = render(tokenizer, conversation, options)
+    opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
+    tokenizer = opened.needed_tokenizer()
+    options = chat_options(arguments, opened, template_of(arguments, tokenizer))
+    shown = total = supervised = silent = cut = 0
+    conversations = [*read_conversations(arguments.file, bad)]  # all of them, for all that is wrong with the file
+    for conversation in conversations[: arguments.rows]:
+        try:
+            rendered = render(tokenizer, conversation, options)
+        except InputError as error:
+            bad.add(error)
+            continue
         share = int(rendered.assistant.sum())
         CONSOLE.rule(f"{conversation.where}, {len(rendered.tokens)} tokens, {share} supervised")
         text = Text()
@@ -109,12 +144,14 @@ def show(arguments: argparse.Namespace) -> None:
             text.append(marked, "bold green" if on else "dim")
         CONSOLE.print(text)
         shown, total = shown + 1, total + len(rendered.tokens)
-        supervised, silent = supervised + share, silent + (share == 0)
+        supervised, silent, cut = supervised + share, silent + (share == 0), cut + (rendered.num_cut > 0)
     CONSOLE.rule()
     CONSOLE.print(
         f"{shown} rows, {total} tokens, {supervised} supervised"
         + (f"; {silent} rows supervise nothing" if silent else "")
+        + (f"; {cut} rows cut at {options.limit} tokens" if cut else "")
     )
+    bad.judge()
 
 
 def runs(mask):
@@ -132,34 +169,38 @@ def answer_all(arguments: argparse.Namespace) -> int:
 def _answer_all(arguments: argparse.Namespace) -> None:
     from flaxdraft import targets
     from flaxdraft.data.conversations import read_conversations
-    from flaxdraft.data.regenerate import FILE, Answering, regenerate
+    from flaxdraft.data.regenerate import FILE, Answering, answerable, regenerate
     from flaxdraft.files.fetch import content_of, sha256_of
     from flaxdraft.nn.precision import of_both
     from flaxdraft.progress import CONSOLE
-    from flaxdraft.stages.claims import claim_together
+    from flaxdraft.stages.claims import RECORD, claim_together
 
     options = Answering(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Answering)})
     if not arguments.file.is_file():
         raise InputError(f"{arguments.file}: no such file")
     dtype, mesh = dtype_or_default(arguments.dtype), target_mesh(arguments.mesh)
-    inputs = {
-        "target": arguments.target, "content": content_of(arguments.target, None), "dtype": dtype,
-        "conversations": sha256_of(arguments.file), **dataclasses.asdict(options),
-    }  # fmt: skip
-    claim_together(arguments.output_dir, inputs, "Give another folder, or remove it to start anew.")
-    loaded = targets.from_pretrained(arguments.target, precision=of_both(dtype), mesh=mesh)
-    tokenizer, context = loaded.tokenizer, loaded.model.config.max_position_embeddings
-    if tokenizer is None or not tokenizer.chat_template:
-        raise InputError(f"{arguments.target}: has no {'tokenizer' if tokenizer is None else 'chat template'}")
     longest = options.max_prompt_tokens + options.max_new_tokens
-    if longest > context:
+    opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
+    tokenizer = opened.needed_tokenizer(with_template=True)
+    opened.needed_stop_tokens()
+    if longest > (context := opened.config().context):
         raise InputError(
             f"--max-prompt-tokens and --max-new-tokens: found {longest} together, more than the target's context of "
             f"{context}"
         )
+    template = template_of(arguments, tokenizer, arguments.output_dir / RECORD)
+    conversations = answerable(read_conversations(arguments.file, bad), tokenizer, template, bad)
+    bad.judge()
+    inputs = {
+        "target": arguments.target, "content": content_of(arguments.target, None), "dtype": dtype,
+        "conversations": sha256_of(arguments.file), **dataclasses.asdict(options),
+        **template_inputs(template, tokenizer),
+    }  # fmt: skip
+    claim_together(arguments.output_dir, inputs, "Give another folder, or remove it to start anew.")
+    loaded = targets.from_pretrained(arguments.target, precision=of_both(dtype), mesh=mesh)
     counts = regenerate(
-        arguments.output_dir, read_conversations(arguments.file), loaded.model, tokenizer, loaded.stop_tokens,
-        options, arguments.rows,
+        arguments.output_dir, conversations, loaded.model, tokenizer, loaded.stop_tokens, options, arguments.rows,
+        template,
     )  # fmt: skip
     CONSOLE.print(f"{counts.pop('answered')} conversations answered: {arguments.output_dir / FILE}")
     for reason, count in sorted(counts.items()):
@@ -176,41 +217,41 @@ def _capture_all(arguments: argparse.Namespace) -> None:
     from flaxdraft import targets
     from flaxdraft.data.conversations import read_conversations
     from flaxdraft.data.draft_vocabulary import describe_sizes
-    from flaxdraft.data.store import Source
+    from flaxdraft.data.store import PLAN, Source
     from flaxdraft.data.store_capture import capture
     from flaxdraft.data.store_writer import make_plan, start
-    from flaxdraft.data.templates import ChatOptions, render_all, tokenizer_digest
+    from flaxdraft.data.templates import render_all, tokenizer_digest
     from flaxdraft.files.fetch import content_of
     from flaxdraft.nn.precision import of_both
     from flaxdraft.progress import CONSOLE
 
     dtype, mesh = dtype_or_default(arguments.dtype), target_mesh(arguments.mesh)
-    opened = targets.open_target(arguments.target)
-    tokenizer = opened.source.tokenizer()
-    if tokenizer is None:
-        raise InputError(f"{arguments.target}: has no tokenizer")
+    opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
+    tokenizer = opened.needed_tokenizer()
+    template = template_of(arguments, tokenizer, arguments.output_dir / PLAN)
     config = opened.config(algorithms.tap_layers(arguments.algorithm, opened.config(), arguments.tap_layers))
-    options = ChatOptions(arguments.max_length, arguments.last_turn_only, arguments.mask_reasoning)
+    options = chat_options(arguments, opened, template)
     documents = render_all(
-        read_conversations(arguments.file), tokenizer, options, arguments.max_silent
+        read_conversations(arguments.file, bad), tokenizer, options, arguments.max_silent, bad=bad
     )  # fmt: skip
     source = Source(
         target=content_of(str(opened.path), None), tokenizer=tokenizer_digest(tokenizer),
         data=documents.digest, compute_dtype=dtype, tap_layers=config.tap_layers,
         hidden_size=config.hidden_size, vocab_size=config.vocab_size, taps_dtype=arguments.taps_dtype,
-        last_dtype=arguments.last_dtype,
+        last_dtype=arguments.last_dtype, **template_inputs(template, tokenizer),
     )  # fmt: skip
     lengths = [len(row.tokens) for row in documents.rows]
     plan = make_plan(source, lengths, arguments.shard_tokens, config.tie_word_embeddings)
     supervised = sum(int(row.assistant.sum()) for row in documents.rows)
     CONSOLE.print(
         f"{len(documents.rows)} rows, {plan.num_tokens} tokens, {supervised} supervised, {documents.silent} rows left "
-        f"out that supervise nothing; {len(plan.first_rows) - 1} shards, {plan.num_bytes / 1e9:.2f} GB"
+        f"out that supervise nothing, {documents.cut} cut at {options.limit} tokens; {len(plan.first_rows) - 1} "
+        f"shards, {plan.num_bytes / 1e9:.2f} GB"
     )
     counts = np.bincount(
         np.concatenate([row.tokens[row.assistant] for row in documents.rows]), minlength=config.vocab_size
     )
-    CONSOLE.print(describe_sizes(counts, tokenizer.all_special_ids))
+    CONSOLE.print(describe_sizes(counts, opened.special_tokens))
     if arguments.plan:
         return
     missing = start(arguments.output_dir, plan)

@@ -1,4 +1,4 @@
-"""Conversations from files: JSON lines or Parquet, in the shapes that people have.
+"""Conversations from files: JSON (lines, or one array) or Parquet, in the shapes that people have.
 
 A row is one of
 - `messages`: a list of {role, content, ...} (OpenAI's and Hugging Face's shape; tool calls and reasoning pass through),
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxdraft.data.bad_rows import BadRows
 from flaxdraft.errors import InputError
 from flaxdraft.files.json_files import read_json_lines
 
@@ -28,7 +29,7 @@ _SPEAKERS = {
     "function": "tool", "observation": "tool",
 }  # fmt: skip
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_FIELDS = ("messages", "conversations", "input_ids", "loss_mask", "tools", "id", "category", "split")
+_FIELDS = ("messages", "conversations", "input_ids", "loss_mask", "tools", "functions", "id", "category", "split")
 SHAPES = "messages, conversations, or input_ids with loss_mask"
 
 
@@ -46,24 +47,34 @@ class Conversation:
     assistant: np.ndarray | None = None  # bool [L], true where the assistant produced the token
 
 
-def read_conversations(path: str | Path) -> Iterator[Conversation]:
-    """The rows of a .jsonl or .parquet file, one at a time.
+def read_conversations(path: str | Path, bad: BadRows | None = None) -> Iterator[Conversation]:
+    """The rows of a file of JSON lines, of one JSON array, or of a .parquet file, one at a time.
+
+    Args:
+        bad: is given the broken rows, which are then left out.
 
     Raises:
         InputError: the file cannot be read or holds no row, or a row is broken: it is named by its number, with what
             was found there.
     """
     path, number = Path(path).expanduser(), 0
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path, bad)
     for number, row in rows:
-        yield parse(row, f"{path} row {number}", f"{path.name}:{number}")
-    if number == 0:
+        try:
+            conversation = parse(row, f"{path} row {number}", f"{path.name}:{number}")
+        except InputError as error:
+            if bad is None:
+                raise
+            bad.add(error)
+        else:
+            yield conversation
+    if number == 0 and not (bad and bad.messages):
         raise InputError(f"{path}: holds no conversations; expected one a line, with {SHAPES}")
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+def _json_rows(path: Path, bad: BadRows | None) -> Iterator[tuple[int, Any]]:
     try:
-        yield from read_json_lines(path, "row")
+        yield from read_json_lines(path, "row", None if bad is None else bad.add)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
@@ -96,8 +107,7 @@ def parse(row: Any, where: str, default_id: str) -> Conversation:
     """
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object, found {type(row).__name__}")
-    # Parquet writes absent fields as nulls.
-    row = {key: value for key, value in row.items() if value is not None}
+    row = _without_nulls(row)
     labels = {"id": default_id, "category": "", "split": "train"}
     name, category, split = (_text(row.get(key, default), where, key) for key, default in labels.items())
     if "input_ids" in row:
@@ -111,7 +121,7 @@ def parse(row: Any, where: str, default_id: str) -> Conversation:
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{where}: {key}: expected a non-empty list, found {_brief(messages)}")
     parsed = tuple(_message(message, f"{where}: {key}[{i}]") for i, message in enumerate(messages))
-    return Conversation(where, name, category, split, parsed, _tools(row.get("tools"), where))
+    return Conversation(where, name, category, split, parsed, _tools(row, where))
 
 
 def _text(value: Any, where: str, key: str) -> str:
@@ -130,7 +140,6 @@ def _brief(value: Any) -> str:
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise InputError(f"{where}: expected an object, found {_brief(message)}")
-    message = {key: value for key, value in message.items() if value is not None}
     if "from" in message and "role" not in message:
         speaker = message.pop("from")
         if not isinstance(speaker, str) or speaker not in _SPEAKERS:
@@ -139,11 +148,10 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise InputError(f"{where}: role: found {_brief(role)}, expected one of {', '.join(ROLES)}")
-    calls = message.get("tool_calls") or []
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise InputError(f"{where}: tool_calls: expected a list of objects, found {_brief(calls)}")
-    if content is None and role == "assistant" and calls:
-        return {**message, "content": ""}
+    if calls := _calls(message, where):
+        message = {**message, "tool_calls": calls}
+        if content is None and role == "assistant":
+            return {**message, "content": ""}
     if isinstance(content, list) and all(
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
     ):
@@ -153,17 +161,59 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     return message
 
 
-def _tools(tools: Any, where: str) -> tuple[dict[str, Any], ...] | None:
-    if isinstance(tools, str):  # Parquet data sets keep them as JSON
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise InputError(f"{where}: tools: not valid JSON ({error})") from error
+def _without_nulls(value: Any) -> Any:
+    """Arrow writes fields that a row has not, at any depth, as nulls."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list) and any(isinstance(inner, (dict, list)) for inner in value):
+        return [_without_nulls(inner) for inner in value]
+    return value
+
+
+def _from_json(value: Any, where: str) -> Any:
+    """Parquet data sets keep as JSON text what has no common type; empty text is nothing."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({error})") from error
+
+
+def _tools(row: dict[str, Any], where: str) -> tuple[dict[str, Any], ...] | None:
+    """Of the row; OpenAI's older `functions` are the same without a frame."""
+    tools = _from_json(row.get("tools"), f"{where}: tools")
+    functions = _from_json(row.get("functions"), f"{where}: functions")
+    if not tools and isinstance(functions, list):
+        tools = [{"type": "function", "function": function} for function in functions]
     if not tools:
         return None
+    tools = [_from_json(tool, f"{where}: tools") for tool in tools] if isinstance(tools, list) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise InputError(f"{where}: tools: expected a list of objects, found {_brief(tools)}")
-    return tuple(tools)
+    return tuple(_without_nulls(tools))
+
+
+def _calls(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """The message's tool calls, whose arguments are checked; OpenAI's older single `function_call` is taken out of it.
+
+    Raises:
+        InputError: they are no calls, or their arguments are no JSON object.
+    """
+    calls = _from_json(message.pop("tool_calls", None), f"{where}: tool_calls") or []
+    if isinstance(called := message.get("function_call"), dict):
+        del message["function_call"]
+        calls = [{"type": "function", "function": called}]
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise InputError(f"{where}: tool_calls: expected a list of objects, found {_brief(calls)}")
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, dict):
+            raise InputError(f"{where}: tool_calls: function: expected an object, found {_brief(function)}")
+        arguments = _from_json(function.get("arguments"), f"{where}: tool_calls: arguments")
+        if not isinstance(arguments, (dict, type(None))):
+            raise InputError(f"{where}: tool_calls: arguments: expected a JSON object, found {_brief(arguments)}")
+    return calls
 
 
 def _tokens(row: dict[str, Any], where: str) -> tuple[np.ndarray, np.ndarray]:

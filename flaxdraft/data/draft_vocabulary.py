@@ -26,15 +26,23 @@ def choose_vocab(
         source: what the counts are of, see `source_of`.
 
     Raises:
-        InputError: the size is larger than the vocabulary or smaller than the number of forced tokens.
+        InputError: see `check_size`.
     """
     vocab_size = len(counts_V)
+    check_size(draft_vocab_size, forced_ids, vocab_size)
+    return VocabMap(np.sort(_ranked(counts_V, forced_ids)[:draft_vocab_size]), vocab_size, source)
+
+
+def check_size(draft_vocab_size: int, forced_ids: Sequence[int], vocab_size: int) -> None:
+    """
+    Raises:
+        InputError: the size is larger than the vocabulary or smaller than the number of forced tokens.
+    """
     if not len(forced_ids) <= draft_vocab_size <= vocab_size:
         raise InputError(
             f"draft.draft_vocab_size: found {draft_vocab_size}, expected {len(forced_ids)} (special tokens) to "
             f"{vocab_size} (the target's vocabulary)"
         )
-    return VocabMap(np.sort(_ranked(counts_V, forced_ids)[:draft_vocab_size]), vocab_size, source)
 
 
 def read_map(path: str, vocab_size: int, draft_vocab_size: int) -> VocabMap:

@@ -102,7 +102,7 @@ def plan_of(folder: Folder, opened: OpenedTarget, tap_layers: Sequence[int], sha
         target=content_of(str(opened.path), None), tokenizer="" if tokenizer is None else tokenizer_digest(tokenizer),
         data=rows_digest(folder.rows), compute_dtype=first.last_LE.dtype.name, tap_layers=config.tap_layers,
         hidden_size=config.hidden_size, vocab_size=config.vocab_size, taps_dtype=STORED[first.taps_LKE.dtype.name],
-        last_dtype=STORED[first.last_LE.dtype.name],
+        last_dtype=STORED[first.last_LE.dtype.name], template=None,
     )  # fmt: skip
     lengths = [len(row.tokens) for row in folder.rows]
     return make_plan(source, lengths, shard_tokens, config.tie_word_embeddings)

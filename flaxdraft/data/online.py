@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from flaxdraft.config import DataConfig
+from flaxdraft.data.bad_rows import BadRows
+from flaxdraft.data.chat_template import ChatTemplate
 from flaxdraft.data.conversations import read_conversations
 from flaxdraft.data.documents import Conversations
 from flaxdraft.data.templates import ChatOptions, render_all
 from flaxdraft.progress import CONSOLE
+from flaxdraft.targets import OpenedTarget
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -33,16 +36,25 @@ def one_ahead(items: Iterable[In], prepare: Callable[[In], Out]) -> Iterator[Out
     yield from ahead
 
 
-def open_conversations(data: DataConfig, tokenizer: Any, vocab_size: int) -> Conversations:
-    """The rendered rows of data.conversations; says how many are left out because they supervise nothing.
+def open_conversations(
+    data: DataConfig, opened: OpenedTarget, template: ChatTemplate
+) -> Conversations:  # fmt: skip
+    """The rendered rows of data.conversations; says how many are left out, and how many cut.
 
     Raises:
-        InputError: see `chat.render_all`.
+        InputError: see `templates.render_all`.
     """
-    options = ChatOptions(data.max_length, data.last_turn_only, data.mask_reasoning)
+    tokenizer, target = opened.needed_tokenizer(with_template=True), opened.config()
+    options = ChatOptions(
+        data.max_length, data.last_turn_only, data.mask_reasoning, template, target.context, target.vocab_size,
+        opened.stop_tokens,
+    )  # fmt: skip
     assert data.conversations is not None
-    rows = read_conversations(data.conversations)
-    rendered = render_all(rows, tokenizer, options, data.max_silent, "data.max_silent")
+    bad = BadRows(data.conversations, data.on_bad_row, "data.on_bad_row=")
+    rows = read_conversations(data.conversations, bad)
+    rendered = render_all(rows, tokenizer, options, data.max_silent, "data.max_silent", bad)
+    if rendered.cut:
+        CONSOLE.print(f"  {rendered.cut} conversations cut at {options.limit} tokens")
     if rendered.silent:
         CONSOLE.print(f"  {rendered.silent} conversations left out that supervise nothing")
-    return Conversations(rendered.rows, vocab_size)
+    return Conversations(rendered.rows, target.vocab_size)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flaxdraft.data.chat_template import ChatTemplate
 from flaxdraft.errors import InputError
 from flaxdraft.files.json_files import read_json_lines
 
@@ -87,30 +88,38 @@ def _question(row: dict[str, Any], where: str) -> Prompt:
 
 
 def render_messages(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str, tools: Sequence[Any] | None = None
-) -> list[int]:
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str, tools: Sequence[Any] | None = None,
+    template: ChatTemplate | None = None,
+) -> list[int]:  # fmt: skip
     """Token ids up to and including the assistant's header, where the answer begins.
 
     Args:
         where: the conversation is from, for messages.
+        template: what the chat template is given besides.
 
     Raises:
         InputError: the chat template refuses the conversation.
     """
-    more = {"tools": None if tools is None else list(tools), "add_generation_prompt": True, "return_dict": False}
+    more = {"add_generation_prompt": True, "return_dict": False}
+    more |= (template or ChatTemplate()).keywords(tokenizer, tools)
     try:
         return tokenizer.apply_chat_template(list(messages), **more)
     except Exception as error:  # templates raise whatever their author thought of
         raise InputError(f"{where}: the chat template refuses this conversation: {error}") from error
 
 
-def render_prompts(tokenizer: Any, prompts: Sequence[Prompt], max_tokens: int) -> dict[str, list[int]]:
+def render_prompts(
+    tokenizer: Any, prompts: Sequence[Prompt], max_tokens: int, template: ChatTemplate | None = None
+) -> dict[str, list[int]]:
     """The first turns, by id.
 
     Raises:
         InputError: see `render_messages`; one is longer than data.max_prompt_tokens.
     """
-    rendered = {prompt.id: render_messages(tokenizer, prompt.first, f"prompt {prompt.id!r}") for prompt in prompts}
+    rendered = {
+        prompt.id: render_messages(tokenizer, prompt.first, f"prompt {prompt.id!r}", template=template)
+        for prompt in prompts
+    }
     for id, tokens in rendered.items():
         if len(tokens) > max_tokens:
             raise InputError(

@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from flaxdraft.data.bad_rows import BadRows
+from flaxdraft.data.chat_template import ChatTemplate
 from flaxdraft.data.conversations import Conversation
 from flaxdraft.data.prompts import render_messages
 from flaxdraft.data.templates import ChatOptions, render
@@ -59,6 +61,28 @@ class _Talk:
     ended: str = ""  # why nothing follows, where turns are left out
 
 
+def answerable(
+    conversations: Iterable[Conversation], tokenizer: Any, template: ChatTemplate, bad: BadRows
+) -> list[Conversation]:  # fmt: skip
+    """Those that can be asked, seen before anything is loaded.
+
+    Args:
+        bad: is given the others.
+    """
+    found = []
+    for conversation in conversations:
+        try:
+            if conversation.tokens is not None:
+                raise InputError(f"{conversation.where}: is tokenised already; the target can only answer messages")
+            for asked in _questions(conversation)[:1]:
+                render_messages(tokenizer, asked, conversation.where, conversation.tools, template)
+        except InputError as error:
+            bad.add(error)
+        else:
+            found.append(conversation)
+    return found
+
+
 def regenerate(
     directory: Path,
     conversations: Iterable[Conversation],
@@ -67,6 +91,7 @@ def regenerate(
     stop_tokens: Sequence[int],
     options: Answering,
     num_rows: int,
+    template: ChatTemplate | None = None,
 ) -> Counter[str]:
     """Answers what the file does not hold yet; returns how many conversations were `answered`, and of those that were
     not, or not to their end, how many for each reason.
@@ -75,11 +100,12 @@ def regenerate(
 
     Args:
         num_rows: conversations answered together.
+        template: what the chat template is given besides.
 
     Raises:
         InputError: a conversation is tokenised already, or the chat template refuses it; two have one id.
     """
-    path, counts = directory / FILE, Counter()
+    path, counts, template = directory / FILE, Counter(), template or ChatTemplate()
     done = set(hosts.agree(sorted(_finished(path)) if hosts.is_main() else None))
     talks, seen = [], {}
     for number, conversation in enumerate(conversations):
@@ -104,12 +130,13 @@ def regenerate(
         size = num_rows * (GROUP if all(len(talk.asked) == 1 for talk in left) else 1)
         for at in range(0, len(left), size):
             group = left[at : at + size]
-            for talk in _answered(group, target, tokenizer, stop_tokens, options, num_rows):
+            for talk in _answered(group, target, tokenizer, stop_tokens, options, num_rows, template):
                 if talk.answers:
                     counts["answered"] += 1
                     made += sum(map(len, talk.answers))
                     if file is not None:
-                        file.write((json.dumps(_row(talk, tokenizer), ensure_ascii=False) + "\n").encode("utf-8"))
+                        line = json.dumps(_row(talk, tokenizer, template), ensure_ascii=False) + "\n"
+                        file.write(line.encode("utf-8"))
                         file.flush()
                 if talk.ended:
                     counts[talk.ended] += 1
@@ -147,7 +174,8 @@ def _questions(conversation: Conversation) -> list[list[dict[str, Any]]]:
 
 
 def _answered(
-    group: list[_Talk], target: Target, tokenizer: Any, stop_tokens: Sequence[int], options: Answering, num_rows: int
+    group: list[_Talk], target: Target, tokenizer: Any, stop_tokens: Sequence[int], options: Answering, num_rows: int,
+    template: ChatTemplate,
 ) -> Iterator[_Talk]:  # fmt: skip
     """Conversations as they come to their end, their turns answered: first turns first, then second ones."""
     how = Writing(options.max_new_tokens, stop_tokens, options.temperature, options.top_p)
@@ -157,7 +185,7 @@ def _answered(
             if talk.ended or turn >= len(talk.asked):
                 continue
             messages = [*talk.messages, *talk.asked[turn]]
-            prompt = render_messages(tokenizer, messages, talk.source.where, talk.source.tools)
+            prompt = render_messages(tokenizer, messages, talk.source.where, talk.source.tools, template)
             if len(prompt) > options.max_prompt_tokens:
                 talk.ended = f"longer than {options.max_prompt_tokens} tokens, ended before the turn that was"
                 yield talk
@@ -182,16 +210,16 @@ def _seed(seed: int, number: int, turn: int) -> int:
     return int(np.random.SeedSequence((seed, number, turn)).generate_state(1)[0])
 
 
-def _row(talk: _Talk, tokenizer: Any) -> dict[str, Any]:
+def _row(talk: _Talk, tokenizer: Any, template: ChatTemplate) -> dict[str, Any]:
     tokens = [*talk.prompt, *talk.answers[-1]]
-    mask = _earlier(talk, tokenizer) + [1] * len(talk.answers[-1])
+    mask = _earlier(talk, tokenizer, template) + [1] * len(talk.answers[-1])
     return {
         "id": talk.source.id, "category": talk.source.category, "split": talk.source.split, "messages": talk.messages,
         "input_ids": [int(token) for token in tokens], "loss_mask": mask,
     }  # fmt: skip
 
 
-def _earlier(talk: _Talk, tokenizer: Any) -> list[int]:
+def _earlier(talk: _Talk, tokenizer: Any, template: ChatTemplate) -> list[int]:
     """The mask of the last prompt: 1 where an earlier answer stands there just as the target produced it. Templates
     that rewrite earlier turns (thinking models drop their reasoning), and texts that are tokenised otherwise when they
     are read again, leave nothing of such a turn to learn from."""
@@ -199,7 +227,7 @@ def _earlier(talk: _Talk, tokenizer: Any) -> list[int]:
     if len(talk.answers) > 1:
         context = dataclasses.replace(talk.source, messages=tuple(talk.messages[:-1]))
         try:
-            rendered = render(tokenizer, context, ChatOptions(len(mask)))
+            rendered = render(tokenizer, context, ChatOptions(len(mask), template=template))
         except InputError:
             return mask.tolist()
         edges = np.flatnonzero(np.diff(np.concatenate([[0], rendered.assistant, [0]])))

@@ -2,7 +2,8 @@
 
 `DIR/` is a data set as Hugging Face's `save_to_disk` leaves it (state.json and Arrow streams) with the columns
 input_ids and loss_mask; `DIR/hidden_states/hs_{row}.safetensors` holds token_ids [L] and hidden_states [L, 4, E], the
-layers ascending and the last one the final residual stream before the target's final norm; `DIR/d2t.npy`, where it
+layers ascending and the last one the final residual stream before the target's final norm, or the same as float8 with
+hidden_states_scales; `DIR/d2t.npy`, where it
 is there, holds a draft vocabulary as offsets. (github.com/vllm-project/speculators, c05b95b)
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from flaxdraft.data.ingest import States, token_row
@@ -18,6 +20,7 @@ from flaxdraft.data.templates import Rendered
 from flaxdraft.errors import InputError
 from flaxdraft.files.safetensors_file import load_safetensors
 
+SCALES = "hidden_states_scales"
 _PREPARE = "give the folder that prepare_data.py wrote"
 
 
@@ -61,13 +64,32 @@ class SpeculatorsFolder:
                 f"{self.name(index)}: its token_ids are not the input_ids of row {self._numbers[index]} of the data "
                 "set; it was made from another one: make it again"
             )
-        hidden = tensors["hidden_states"]
+        hidden = _widened(tensors, self.name(index))
         if hidden.ndim != 3 or hidden.shape[1] != 4:
             raise InputError(
                 f"{self.name(index)}: hidden_states has shape {hidden.shape}, expected [L, 4, E]: three tapped layers "
                 "and the last one"
             )
         return States(hidden[:, :3], hidden[:, 3])
+
+
+def _widened(tensors: dict[str, np.ndarray], where: str) -> np.ndarray:
+    """hidden_states [L, 4, E]; bfloat16 of what is stored as float8 with scales."""
+    hidden = tensors["hidden_states"]
+    if not hidden.dtype.name.startswith("float8"):
+        return hidden
+    if SCALES not in tensors:
+        raise InputError(f"{where}: hidden_states are float8 and their scales ({SCALES}) are not there")
+    scales = tensors[SCALES].astype(np.float32)
+    while scales.ndim < hidden.ndim:  # of a token, or of a token's layer
+        scales = scales[..., None]
+    try:
+        return (hidden.astype(np.float32) * scales).astype(ml_dtypes.bfloat16)
+    except ValueError as error:
+        raise InputError(
+            f"{where}: {SCALES} has shape {tensors[SCALES].shape}, hidden_states {hidden.shape}; expected one scale "
+            "for each token, or for each of its layers"
+        ) from error
 
 
 def _read_rows(directory: Path):

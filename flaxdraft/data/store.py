@@ -21,7 +21,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,9 +58,13 @@ class Source:
     vocab_size: int
     taps_dtype: str  # bfloat16, float32, or fp8 with one scale for each tapped state of a token
     last_dtype: str  # bfloat16 or float32
+    # Arguments that the chat template was given; None where another program rendered the rows, and did not say.
+    template: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)
+    date: str | None = None  # that it wrote, if it writes one
 
     def as_json(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, "taps": TAP_CONVENTION, **dataclasses.asdict(self), "tap_layers": [*self.tap_layers]}
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if (name, value) != ("date", None)}
+        return {"schema": SCHEMA, "taps": TAP_CONVENTION, **fields, "tap_layers": [*self.tap_layers]}
 
 
 def shard_name(index: int) -> str:
@@ -190,10 +194,13 @@ class FeatureStore:
         self.directory = Path(directory).expanduser()
         self.manifest = _read_manifest(self.directory)
         for name, value in {"schema": SCHEMA, "taps": TAP_CONVENTION, **(expected or {})}.items():
+            if name == "template" and _template_of(self.manifest) in (None, value):
+                continue
             if self.manifest.get(name) != value:
                 raise InputError(
                     f"{self.directory / MANIFEST}: {name} is {self.manifest.get(name)!r}, expected {value!r}; "
-                    "the store was made by another version, or from another target or tokenizer: capture again"
+                    "the store was made by another version, or from another target, tokenizer or data.template: "
+                    "capture again"
                 )
         self._check_files()
         index = load_safetensors(self.directory / INDEX)
@@ -238,6 +245,11 @@ class FeatureStore:
     def digest(self) -> str:
         """Of the tokens and masks."""
         return self.manifest["data"]
+
+    @property
+    def date(self) -> str | None:
+        """That the chat template wrote into its rows, if it writes one."""
+        return self.manifest.get("date")
 
     @property
     def tap_layers(self) -> tuple[int, ...]:
@@ -292,6 +304,11 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     if not complete or not {INDEX, TARGET} <= set(manifest["files"]):
         raise InputError(f"{path}: not the manifest of a feature store; capture again")
     return manifest
+
+
+def _template_of(manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """Stores of earlier versions were made without arguments."""
+    return manifest.get("template", {})
 
 
 def _list(value: Any) -> list:

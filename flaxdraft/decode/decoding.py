@@ -112,7 +112,7 @@ class Decoding:
                 children than there are draft tokens.
         """
         self._settings, num = settings, len(prompts)
-        context = target.config.max_position_embeddings
+        context = target.config.context
         for i, prompt in enumerate(prompts):
             if not len(prompt):
                 raise InputError(f"prompts: number {i} is empty, expected at least one token")

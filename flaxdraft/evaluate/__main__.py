@@ -11,16 +11,19 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flaxdraft.data.prompts import SPLITS, read_prompts
 from flaxdraft.errors import InputError
+from flaxdraft.run.chat_options import add_template_options, template_inputs, template_of
 from flaxdraft.run.commands import ADDRESS, Command, call
 from flaxdraft.run.target_options import add_target_options, dtype_or_default, on_all_hosts, target_mesh
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from flaxdraft.data.chat_template import ChatTemplate
+    from flaxdraft.data.prompts import Prompt
     from flaxdraft.nn.precision import Precision
 
 
@@ -60,6 +63,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of sampling; each decodes everything once")
+    add_template_options(parser)
     parser.add_argument("--rows", type=int, default=8, help="conversations decoded together")
     add_target_options(parser)
 
@@ -132,11 +136,12 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     prompts = [prompt for prompt in prompts if a.split in ("all", prompt.split)][: a.limit]
     dtype, mesh = dtype_or_default(a.dtype), target_mesh(a.mesh)
     shape = {} if mesh is None else {name: size for name, size in mesh.shape.items() if size > 1}
+    template, of_template = _template(a, prompts)
     inputs = {
         "draft": {path.name: sha256_of(path) for path in serving_files(directory)},
         "target": {"address": a.target, "content": content_of(a.target, None)}, "prompts": sha256_of(a.prompts),
         "split": a.split, "limit": a.limit, "max_new_tokens": a.max_new_tokens, "temperature": a.temperature,
-        "top_p": a.top_p, "rows": a.rows, "dtype": dtype,
+        "top_p": a.top_p, "rows": a.rows, "dtype": dtype, **of_template,
         # Speed depends on the devices. Where the rows alone are shared out, these say it as older evaluations do.
         "data": shape.get("data", 1), "mesh": {name: size for name, size in shape.items() if name != "data"},
     }  # fmt: skip
@@ -147,7 +152,7 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
         f"tokens each; {', '.join(map(str, guesses))}; temperature {a.temperature:g}"
     )
     settings = Settings(a.max_new_tokens, 0, tuple(loaded.stop_tokens), a.temperature, a.top_p)
-    session = Session(loaded.model, draft, loaded.tokenizer, settings, "--max-new-tokens", a.rows)
+    session = Session(loaded.model, draft, loaded.tokenizer, settings, "--max-new-tokens", a.rows, template)
     runs = measure(session, prompts, guesses, a.seeds, a.out / "batches", inputs)
     results = guess_results(session, prompts, guesses, runs)
     axes = f" ({', '.join(f'{name} {size}' for name, size in shape.items())})" if shape else ""
@@ -165,11 +170,40 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     print_evaluation(results, a.out)
 
 
+def _template(a: argparse.Namespace, prompts: Sequence[Prompt]) -> tuple[ChatTemplate, dict[str, Any]]:
+    """What the chat template is given, and what the results record of it. Nothing is loaded for it.
+
+    Raises:
+        InputError: the target cannot be asked these prompts, or the draft was trained with other arguments.
+    """
+    from flaxdraft import targets
+    from flaxdraft.data.prompts import check_context, render_messages
+    from flaxdraft.serving.card import recorded_template
+    from flaxdraft.stages.claims import RECORD
+
+    opened, trained = targets.open_target(a.target), recorded_template(a.draft)
+    tokenizer = opened.needed_tokenizer(with_template=True)
+    opened.needed_stop_tokens()
+    if trained and not a.template:
+        a.template = [*trained.items()]
+    if trained is not None and dict(a.template) != trained:
+        raise InputError(
+            f"--template: found {dict(a.template)}, the draft was trained with {trained}; leave it out, which takes "
+            "those"
+        )
+    template = template_of(a, tokenizer, a.out / RECORD)
+    for prompt in prompts:
+        tokens = render_messages(tokenizer, prompt.first, f"prompt {prompt.id!r}", template=template)
+        what = f"turn 1 of prompt {prompt.id!r}"
+        check_context(len(tokens), what, a.max_new_tokens, "--max-new-tokens", opened.config().context)
+    return template, template_inputs(template, tokenizer)
+
+
 def _load(address: str, directory: Path, precision: Precision, mesh: Mesh | None):
     """The target with the layers that the draft taps, and the draft.
 
     Raises:
-        InputError: the target cannot be asked, or the two do not belong together.
+        InputError: the two do not belong together.
     """
     from flaxdraft import targets
     from flaxdraft.algorithms.loading import from_pretrained, tapped_layers
@@ -179,11 +213,6 @@ def _load(address: str, directory: Path, precision: Precision, mesh: Mesh | None
     named = tapped_layers(directory, opened.source.config)
     taps = draft.algorithm.tap_layers(opened.config().num_hidden_layers, None if named is None else tuple(named))
     loaded = targets.from_pretrained(address, tap_layers=taps, precision=precision, mesh=mesh)
-    if loaded.tokenizer is None or not loaded.tokenizer.chat_template:
-        raise InputError(
-            f"{address}: has no {'tokenizer' if loaded.tokenizer is None else 'chat template'}, which it takes to ask "
-            "the target; put the model's tokenizer.json and tokenizer_config.json there"
-        )
     return loaded, pair(directory, draft, loaded, precision)
 
 

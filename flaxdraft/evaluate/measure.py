@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxdraft.data.chat_template import ChatTemplate
 from flaxdraft.data.prompts import Prompt, check_context, render_messages
 from flaxdraft.decode.decoding import Decoded, Decoding, ReadyDraft, Settings, beside, padded_length
 from flaxdraft.decode.tree import Tree
@@ -95,6 +96,7 @@ class Session:
     settings: Settings  # its chain or tree is replaced by each in turn
     limit_field: str  # what `settings.max_new_tokens` is called where the user gave it
     num_rows: int  # conversations decoded together
+    template: ChatTemplate = dataclasses.field(default_factory=ChatTemplate)
 
     @functools.cached_property
     def ready(self) -> ReadyDraft:
@@ -106,9 +108,9 @@ class Session:
         Raises:
             InputError: the chat template refuses the conversation, or with an answer it leaves the target's context.
         """
-        tokens = render_messages(self.tokenizer, messages, f"prompt {prompt.id!r}")
+        tokens = render_messages(self.tokenizer, messages, f"prompt {prompt.id!r}", template=self.template)
         turn = f"turn {len(messages) // 2 + 1} of prompt {prompt.id!r}"
-        context = self.target.config.max_position_embeddings
+        context = self.target.config.context
         check_context(len(tokens), turn, self.settings.max_new_tokens, self.limit_field, context)
         return tokens
 

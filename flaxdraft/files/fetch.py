@@ -23,6 +23,7 @@ from pathlib import Path
 
 from flaxdraft.errors import InputError
 from flaxdraft.files.digests import digests_of
+from flaxdraft.files.gguf_parts import parts_of
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # The files of a directory that decide the model: weights and their index, configurations, tokenizer and chat template.
@@ -77,6 +78,10 @@ def fetch(address: str, sha256: str | None) -> Path:
             path = _fetch_hub(address)
     if sha256 is not None and path.is_dir():
         raise InputError(f"target.sha256: {path} is a directory; only a single file can be checked by its sha256")
+    if sha256 is not None and len(parts_of(path)) > 1:
+        raise InputError(
+            f"target.sha256: {path} is one of several parts; only a single file can be checked by its sha256"
+        )
     if sha256 is not None and (found := _digests([path])[0]) != sha256.lower():
         mend = f"remove {path} and run again" if match else "check the file, or correct target.sha256"
         raise InputError(f"{path}: sha256 is {found}, target.sha256 says {sha256}; the file was altered or cut; {mend}")
@@ -98,8 +103,9 @@ def fetch_description(address: str, sha256: str | None) -> Path:
 
 
 def content_of(address: str, sha256: str | None) -> str:
-    """What a model is, for telling two runs apart, over every byte of what decides it: the sha256 of a file; of a
-    directory (a hub's too) a digest of the names and sha256 of its weights, configuration and tokenizer files.
+    """What a model is, for telling two runs apart, over every byte of what decides it: the sha256 of a file; of several
+    parts, and of a directory (a hub's too), a digest of the names and sha256 of its weights, configuration and
+    tokenizer files.
 
     Args:
         sha256: what the file must have, else None.
@@ -110,10 +116,11 @@ def content_of(address: str, sha256: str | None) -> str:
     path = fetch(address, sha256)
     if sha256 is not None:
         return sha256.lower()  # checked by `fetch`
-    if not path.is_dir():
-        return _digests([path])[0]
-    files = _deciding_files(path)
-    names = [file.relative_to(path).as_posix() for file in files]
+    files = _deciding_files(path) if path.is_dir() else parts_of(path)
+    if files == [path]:
+        return _digests(files)[0]
+    root = path if path.is_dir() else path.parent
+    names = [file.relative_to(root).as_posix() for file in files]
     listed = json.dumps(dict(zip(names, _digests(files), strict=True)), sort_keys=True)
     return hashlib.sha256(listed.encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""GGUF files of the Llama family: configuration, weights under Hugging Face names, tokenizer.
+"""GGUF files of the Llama family, whole or in parts: configuration, weights under Hugging Face names, tokenizer.
 
 llama.cpp permutes the rows of q and k so that rotary pairs become neighbours; reading undoes it. Quantised blocks
 are dequantised by the `gguf` package to float32.
@@ -17,6 +17,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from flaxdraft.errors import InputError
+from flaxdraft.files.gguf_parts import parts_of
 from flaxdraft.nn.rope import RopeConfig, inverse_frequencies
 
 if TYPE_CHECKING:
@@ -57,25 +58,38 @@ _SPLITS = {
     "qwen2": _by_words(""),
 }
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_TEMPLATES = "tokenizer.chat_templates"  # names of those that stand beside the plain one
+_NEEDED = object()  # in place of a field's default
+_ENDS = ("eos", "eot", "eom")  # of a text, a turn, a message that calls a tool
 
 
 class GGUFCheckpoint:
-    """One open file; tensors are dequantised when asked for."""
+    """An open model, of one file or of all parts; tensors are dequantised when asked for."""
 
     def __init__(self, path: Path):
         """
         Raises:
-            InputError: not a GGUF file, truncated, or of another architecture.
+            InputError: not a GGUF file, truncated, or of another architecture; a part is missing.
         """
         self.path, self.origin = path, str(path)
         with self._readable():
-            self._reader = gguf.GGUFReader(path)
+            readers = [gguf.GGUFReader(part) for part in parts_of(path)]
+        self._reader = readers[0]  # the parts behind it hold tensors alone
+        if (count := self._field("split.count", 1)) not in (0, len(readers)):
+            raise InputError(
+                f"{path}: is one of {count} parts, found {len(readers)}; keep the names that they were made with "
+                f"(NAME-00001-of-{count:05d}.gguf), in one folder"
+            )
         architecture = self._field("general.architecture")
         if architecture != "llama":
             raise InputError(f"{path}: GGUF architecture {architecture!r} is not supported; supported: llama")
         with self._readable():
             self.config = self._read_config()
-        tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+        if (total := self._field("split.tensors.count", len(tensors))) != len(tensors):
+            raise InputError(
+                f"{path}: {len(tensors)} tensors in {len(readers)} parts, expected {total}; fetch it again"
+            )
         if (factors := tensors.pop("rope_freqs.weight", None)) is not None:
             self.config["rope_scaling"] = self._llama3_scaling(np.asarray(factors.data, np.float64).ravel())
         self._tensors = {self._hf_name(name): tensor for name, tensor in tensors.items()}
@@ -96,10 +110,10 @@ class GGUFCheckpoint:
         except (ValueError, LookupError, ArithmeticError, TypeError, OSError) as error:
             raise InputError(f"{self.path}: not a readable GGUF file ({error}); it is truncated or altered") from error
 
-    def _field(self, key: str, default: Any = None) -> Any:
+    def _field(self, key: str, default: Any = _NEEDED) -> Any:
         field = self._reader.get_field(key)
         if field is None:
-            if default is None:
+            if default is _NEEDED:
                 raise InputError(f"{self.path}: the GGUF metadata have no {key!r}")
             return default
         with self._readable():
@@ -121,12 +135,12 @@ class GGUFCheckpoint:
                 f"{self.path}: {heads} heads and {kv_heads} key/value heads do not divide a width of {hidden}; "
                 "the file is altered"
             )
-        if self._reader.get_field("llama.rope.scaling.type") is not None:
+        if self._field("llama.rope.scaling.type", "none") != "none":
             raise InputError(f"{self.path}: GGUF rope scaling is not supported yet")
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "vocab_size": self._field("llama.vocab_size"),
+            "vocab_size": self._field("llama.vocab_size", None) or len(self._field("tokenizer.ggml.tokens")),
             "hidden_size": hidden,
             "intermediate_size": self._field("llama.feed_forward_length"),
             "num_hidden_layers": self._field("llama.block_count"),
@@ -154,6 +168,11 @@ class GGUFCheckpoint:
         if width != self.config["head_dim"] or not np.allclose(found, factors, rtol=1e-4):
             raise InputError(f"{self.path}: rope_freqs.weight is not Llama 3.1's rotary scaling; it is not supported")
         return scaling
+
+    def end_tokens(self) -> list[int]:
+        """Ids that end an answer, by the metadata."""
+        found = [self._field(f"tokenizer.ggml.{name}_token_id", None) for name in _ENDS]
+        return [int(token) for token in found if token is not None]
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -216,19 +235,26 @@ class GGUFCheckpoint:
         inner = Tokenizer(bpe)
         inner.pre_tokenizer = pre_tokenizers.Sequence(_SPLITS[self._field("tokenizer.ggml.pre")])
         inner.decoder = decoders.ByteLevel()
-        kinds = self._field("tokenizer.ggml.token_type")
+        kinds = self._field("tokenizer.ggml.token_type", ())
         inner.add_special_tokens(
             [AddedToken(tokens[i], special=True, normalized=False) for i, k in enumerate(kinds) if k == _CONTROL]
         )
         inner.add_tokens([AddedToken(tokens[i], normalized=False) for i, k in enumerate(kinds) if k == _USER_DEFINED])
         return PreTrainedTokenizerFast(
             tokenizer_object=inner,
-            chat_template=self._field("tokenizer.chat_template"),
-            bos_token=tokens[self._field("tokenizer.ggml.bos_token_id")],
-            eos_token=tokens[self._field("tokenizer.ggml.eos_token_id")],
-            pad_token=tokens[self._field("tokenizer.ggml.padding_token_id")],
+            chat_template=self._chat_template(),
+            **{
+                f"{role}_token": tokens[self._field(key)]
+                for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+                if self._reader.get_field(key := f"tokenizer.ggml.{name}_token_id") is not None
+            },
             model_max_length=self.config["max_position_embeddings"],
         )
+
+    def _chat_template(self) -> str | dict[str, str] | None:
+        plain = self._field("tokenizer.chat_template", None)
+        named = {name: self._field(f"tokenizer.chat_template.{name}") for name in self._field(_TEMPLATES, ())}
+        return named | ({} if plain is None else {"default": plain}) if named else plain
 
 
 def unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from flaxdraft.files.safetensors_file import SafetensorsFile
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+GENERATION = "generation_config.json"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _SCALES = "_scale_inv"
 # What each float8 is: looking it up is quicker than ml_dtypes' conversion, and lets other threads work.
@@ -77,6 +78,27 @@ class HFDirectory:
             if tensor not in files[name].entries:
                 raise InputError(f"{index}: says that {tensor} is in {name}, which does not hold it; fetch it again")
         return {tensor: files[name] for tensor, name in held.items()}
+
+    def end_tokens(self) -> list[int]:
+        """Ids that end an answer, by config.json and generation_config.json.
+
+        Raises:
+            InputError: a file cannot be read, or what it names are no ids.
+        """
+        named = {"config.json": [self.config, self.config.get("text_config")]}
+        if (self.path / GENERATION).exists():
+            named[GENERATION] = [_read_json(self.path / GENERATION)]
+        found = []
+        for name, configs in named.items():
+            for config in configs:
+                value = config.get("eos_token_id") if isinstance(config, dict) else None
+                ids = value if isinstance(value, list) else [] if value is None else [value]
+                if not all(type(token) is int and token >= 0 for token in ids):
+                    raise InputError(
+                        f"{self.path / name}: eos_token_id: found {value!r}, expected a token id or a list"
+                    )
+                found += ids
+        return found
 
     def names(self) -> list[str]:
         return [name for name in self._files if not (self._block and name.endswith(_SCALES))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,33 +39,80 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def read_json_lines(path: Path, unit: str) -> Iterator[tuple[int, Any]]:
-    """Number (from 1) and value of every line that is not blank, one at a time.
+def read_json_lines(
+    path: Path, unit: str, on_bad: Callable[[InputError], None] | None = None
+) -> Iterator[tuple[int, Any]]:  # fmt: skip
+    """Number (from 1) and value of every line that is not blank, one at a time. A file that is one JSON array of
+    objects is read as well, its items for lines.
 
     Args:
         unit: what a line is called where one is broken.
+        on_bad: is given what is wrong with a line, which is then left out; where None, it is raised.
 
     Raises:
         OSError: the file cannot be read.
         InputError: a line is not JSON.
     """
+    array = _array(path)
+    for number, value in _lines(path) if array is None else enumerate(array, 1):
+        where = f"{path} {unit} {number}"
+        try:
+            row = _parse(value, where, unit) if isinstance(value, bytes) else _as_text(value, where)
+        except InputError as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
+        else:
+            yield number, row
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     # Read as bytes: text mode would also cut at separators that may stand inside JSON strings.
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)  # Windows' editors put it there
             if line.strip():
-                yield number, _parse(line, f"{path} {unit} {number}", unit)
+                yield number, line
+
+
+def _array(path: Path) -> list[dict[str, Any]] | None:
+    """The items of a file that is a JSON array of objects.
+
+    Raises:
+        InputError: it begins like one over many lines, and is none.
+    """
+    with path.open("rb") as file:
+        first = next((line for line in file if line.removeprefix(codecs.BOM_UTF8).strip()), b"")
+        first = first.removeprefix(codecs.BOM_UTF8).strip()
+        if not first.startswith(b"["):
+            return None
+        file.seek(0)
+        try:
+            value = json.loads(file.read().decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            if first.endswith(b"]"):  # lines that are lists
+                return None
+            raise InputError(f"{path}: begins like a JSON array and is none ({error}); write one row a line") from error
+    whole = isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+    return value if whole else None
 
 
 def _parse(line: bytes, where: str, unit: str) -> Any:
     try:
-        row = json.loads(line.decode("utf-8"))
-        json.dumps(row, ensure_ascii=False).encode("utf-8")  # JSON may name halves of characters, which are no text
+        return _as_text(json.loads(line.decode("utf-8")), where)
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 text (byte {error.start} of the {unit})") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not text in JSON ({error})") from error
+
+
+def _as_text(row: Any, where: str) -> Any:
+    """JSON may name halves of characters, which are no text."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not text in JSON ({error})") from error
     return row

@@ -100,10 +100,26 @@ def load_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Every tensor of one file.
 
     Raises:
-        InputError: no such file, or it is truncated or altered in its header.
+        InputError: no such file, it is truncated or altered in its header, or holds a type that numpy has not.
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            names = list(file.keys())
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error}); remove it and make it again") from error
+    return {name: load_tensor(path, name) for name in names}
+
+
+def load_tensor(path: Path, name: str) -> np.ndarray:
+    """One tensor of a file.
+
+    Raises:
+        InputError: see `load_safetensors`.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            if not str(file.get_slice(name).get_dtype()).startswith("F8"):
+                return file.get_tensor(name)
+    except (OSError, SafetensorError, TypeError, AttributeError) as error:  # of types that it does not know
+        raise InputError(f"{path}: {name} cannot be read ({error}); remove the file and make it again") from error
+    return SafetensorsFile(path).read(name, ()).copy()

@@ -10,6 +10,7 @@ import numpy as np
 
 from flaxdraft.data.answers import capture, is_captured, load_split, write_texts
 from flaxdraft.data.documents import Answer
+from flaxdraft.data.draft_vocabulary import check_size
 from flaxdraft.data.prompts import Prompt, check_context, render_prompts
 from flaxdraft.devices import hosts
 from flaxdraft.errors import InputError
@@ -59,15 +60,11 @@ def answer_prompts(setup: Setup, target: RunTarget) -> Answers:
     check_draft(setup, target)
     prompts = {split: _prompts(setup, split) for split in setup.splits}
     rendered = {split: _rendered(setup, target, split, prompts[split]) for split in setup.splits}
+    stops, special = target.opened.needed_stop_tokens(), target.opened.special_tokens
+    if setup.start is None and setup.config.draft.vocab_map is None and not setup.algorithm.full_vocabulary:
+        check_size(setup.config.draft.draft_vocab_size, special, target.config.vocab_size)
     loaded = target.loaded
-    stops = loaded.stop_tokens
-    if not stops:
-        raise InputError(
-            f"target.path: {setup.config.target.path} names no token that ends an answer; expected eos_token_id in its "
-            "config.json or an eos_token of its tokenizer"
-        )
     say("data", "the target answers the prompts")
-    special = sorted({*target.tokenizer.all_special_ids, *stops})
     for split in setup.splits:
         _, limit = _answer_limit(setup, split)
         dtype = data.feature_dtype if split == "train" else "float32"
@@ -110,8 +107,8 @@ def _rendered(setup: Setup, target: RunTarget, split: str, prompts: list[Prompt]
     Raises:
         InputError: a prompt is too long, or with its longest answer it would leave the target's context.
     """
-    rendered = render_prompts(target.tokenizer, prompts, setup.config.data.max_prompt_tokens)
+    rendered = render_prompts(target.tokenizer, prompts, setup.config.data.max_prompt_tokens, target.template)
     field, limit = _answer_limit(setup, split)
     longest = max(map(len, rendered.values()))
-    check_context(longest, "the longest prompt", limit, field, target.config.max_position_embeddings)
+    check_context(longest, "the longest prompt", limit, field, target.config.context)
     return rendered

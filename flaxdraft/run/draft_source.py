@@ -15,6 +15,7 @@ from flaxdraft.algorithms.loading import abstract_params, from_pretrained, servi
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.plugins import find_by_architecture
+from flaxdraft.serving.card import recorded_template
 from flaxdraft.serving.record import DraftRecord
 from flaxdraft.serving.trained_draft import AboutTarget, Origin, TrainedDraft
 from flaxdraft.serving.view import read_config
@@ -102,7 +103,9 @@ def open_draft(path: Path, *, step: str = "latest", target: Mapping[str, Any] | 
         raise InputError(f"{path}: config.json names no tapped layers; give --target, whose defaults they then are")
     # What stands there for the tokenizer came from the target.
     tokens = {name: written[name] for name in written if name.endswith("_token_id")}
-    return DraftSource(draft, AboutTarget(tokens | dict(target), taps), Origin("TARGET", None, None))
+    return DraftSource(
+        draft, AboutTarget(tokens | dict(target), taps), Origin("TARGET", None, None, recorded_template(path))
+    )
 
 
 def load_draft(path: Path) -> TrainedDraft:

@@ -8,10 +8,8 @@ import numpy as np
 
 from flaxdraft.data.documents import AnsweredPrompts, Documents
 from flaxdraft.data.draft_vocabulary import choose_vocab, coverage, describe_sizes, read_map, source_of
-from flaxdraft.data.online import open_conversations
 from flaxdraft.data.store import FeatureStore
 from flaxdraft.data.templates import tokenizer_digest
-from flaxdraft.files.fetch import content_of
 from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
 from flaxdraft.progress import CONSOLE
 from flaxdraft.run.answers import Answers
@@ -37,22 +35,15 @@ def gather(setup: Setup, target: RunTarget, answers: Answers) -> Material:
         InputError: the store is of another target or tokenizer; conversations cannot be read or rendered; the draft
             vocabulary cannot be chosen or read.
     """
-    documents = _documents(setup, target, answers)
+    documents = _documents(target, answers)
     vocab = _vocabulary(setup, target, answers, documents)
     return Material(target, answers, documents, vocab, _outer(setup, target, documents))
 
 
-def _documents(setup: Setup, target: RunTarget, answers: Answers) -> Documents:
-    data, vocab_size = setup.config.data, target.config.vocab_size
-    if data.conversations is not None:
-        return open_conversations(data, target.tokenizer, vocab_size)
-    if data.store is None:
-        return AnsweredPrompts(answers.rows("train"), vocab_size)
-    expected = {
-        "target": content_of(str(target.opened.path), setup.config.target.sha256),
-        "tokenizer": tokenizer_digest(target.tokenizer), "tap_layers": [*target.config.tap_layers],
-    }  # fmt: skip
-    return FeatureStore(data.store, expected)
+def _documents(target: RunTarget, answers: Answers) -> Documents:
+    if target.given is not None:
+        return target.given
+    return AnsweredPrompts(answers.rows("train"), target.config.vocab_size)
 
 
 def _vocabulary(setup: Setup, target: RunTarget, answers: Answers, documents: Documents) -> VocabMap:

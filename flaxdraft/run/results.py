@@ -111,7 +111,7 @@ def evaluate_draft(setup: Setup, trained: Trained | None) -> dict[str, Any]:
     draft = PairedDraft(setup.evaluation, untrained.graphdef, params, untrained.frozen, material.vocab)
     session = Session(
         target.loaded.model, draft, target.tokenizer, Settings(config.max_new_tokens, 0, tuple(material.answers.stops)),
-        "evaluate.max_new_tokens", min(setup.config.data.rows, len(prompts)),
+        "evaluate.max_new_tokens", min(setup.config.data.rows, len(prompts)), template=target.template,
     )  # fmt: skip
     guess, inputs = Guess(config.chain_length), _evaluation_inputs(setup) | {"checkpoint": chosen._asdict()}
     runs = measure(session, prompts, [guess], [0], setup.draft_dir / "evaluation", inputs)

@@ -33,6 +33,8 @@ def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
         with hosts.main_first("claim again"):
             claim_draft(setup)
         target = RunTarget(setup)
+        if hosts.agree(hosts.is_main() and not finished(setup)):
+            _ = target.given  # what cannot be used is refused before the target is asked
         with lock(setup.data_dir):  # other drafts share the answers
             with hosts.main_first("claim answers"):
                 claim_data(setup)

@@ -20,6 +20,7 @@ from flaxdraft.devices.mesh import make_mesh
 from flaxdraft.errors import InputError
 from flaxdraft.files.fetch import content_of, digest_of, sha256_of
 from flaxdraft.interfaces import Algorithm
+from flaxdraft.run.dates import dated
 from flaxdraft.run.init_from import load_start, start_files
 from flaxdraft.run.target_options import dtype_or_default, target_mesh
 from flaxdraft.serving.contract import find_engine
@@ -76,12 +77,15 @@ def prepare(config: RunConfig, allowed: Sequence[str] = ()) -> Setup:
             f"mesh: {setup.mesh.size} devices of {jax.device_count()}; a run of {jax.process_count()} processes uses "
             "all of them"
         )
+    config = dated(config)
     answer_inputs, draft_inputs = _inputs(config, setup.target_dtype)
     known = [*flatten(draft_inputs)]
     for field in allowed:
         if field not in known:
             raise InputError(f"--allow-change: no field {field!r}; {nearest(field, known)}")
-    return dataclasses.replace(setup, answer_inputs=answer_inputs, draft_inputs=draft_inputs, allowed=allowed)
+    return dataclasses.replace(
+        setup, config=config, answer_inputs=answer_inputs, draft_inputs=draft_inputs, allowed=allowed
+    )
 
 
 def parts(config: RunConfig, devices: Sequence[Any] | None = None) -> Setup:
@@ -167,6 +171,8 @@ def _inputs(config: RunConfig, dtype: str) -> tuple[dict[str, Any], dict[str, An
     """
     target = config.target.model_dump(exclude={"mesh"}) | {"dtype": dtype}
     data = config.data.model_dump(exclude={"prefetch"}) | {"prompts": sha256_of(Path(config.data.prompts))}
+    if config.data.date is None:  # folders of earlier versions do not name it
+        del data["date"]
     if config.data.conversations is not None:
         data["conversations"] = digest_of(config.data.conversations, "data.conversations")
     if config.data.store is not None:

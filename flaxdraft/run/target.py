@@ -6,10 +6,13 @@ import functools
 from typing import TYPE_CHECKING
 
 from flaxdraft import targets
+from flaxdraft.data.chat_template import ChatTemplate, now
+from flaxdraft.data.documents import Documents
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.nn.precision import of_both
 from flaxdraft.progress import CONSOLE
+from flaxdraft.run.given import open_given
 from flaxdraft.run.init_from import check_target
 from flaxdraft.run.saying import say
 from flaxdraft.run.setup import Setup
@@ -70,13 +73,24 @@ class RunTarget:
         Raises:
             InputError: there is none, or it has no chat template.
         """
-        tokenizer = self.opened.source.tokenizer()
-        if tokenizer is None or not tokenizer.chat_template:
-            raise InputError(
-                f"target.path: {self.opened.path} has no {'tokenizer' if tokenizer is None else 'chat template'}, "
-                "which it takes to ask the target; put the model's tokenizer.json and tokenizer_config.json there"
-            )
-        return tokenizer
+        return self.opened.needed_tokenizer(with_template=True)
+
+    @functools.cached_property
+    def template(self) -> ChatTemplate:
+        """What the chat template is given beside conversations.
+
+        Raises:
+            InputError: it knows no such argument.
+        """
+        data = self._setup.config.data
+        template = ChatTemplate(data.template, data.date or now())
+        template.check(self.tokenizer, "data.template")
+        return template
+
+    @functools.cached_property
+    def given(self) -> Documents | None:
+        """See `open_given`."""
+        return open_given(self._setup.config, self.opened, self.config, self.template)
 
     @property
     def loaded(self) -> targets.LoadedTarget:

@@ -10,6 +10,8 @@ from typing import Any
 from flaxdraft.serving.contract import Contract, Engine
 from flaxdraft.serving.trained_draft import AboutTarget, Origin, TrainedDraft
 
+NAME = "README.md"
+_TEMPLATE = "chat_template_kwargs"  # in the card's metadata, and in requests to SGLang and vLLM
 TOKENS = 3  # draft tokens a pass, where nothing was measured
 
 
@@ -30,6 +32,7 @@ def model_card(
     inputs = _recorded(origin.run, "inputs.json")
     evaluation = _recorded(origin.run, "evaluation.json").get("result", {})
     measured = evaluation.get("checkpoint", {"step": origin.step, "last": origin.step})
+    template = origin.template or inputs.get("data", {}).get("template") or {}
     facts = {
         # A path of this machine says nothing elsewhere.
         "target": f"`{Path(origin.target).name if Path(origin.target).is_absolute() else origin.target}`",
@@ -48,15 +51,41 @@ def model_card(
         same = measured["step"] == origin.step
         facts["checkpoint"] = describe_checkpoint(origin.step, measured["last"] if same else origin.step)
     title = f"# {contract.title} draft for {Path(origin.target).name}"
-    lines = ["---", f"tags: [{', '.join(contract.tags)}]", "---", "", title, ""]
+    metadata = [f"tags: [{', '.join(contract.tags)}]", *([f"{_TEMPLATE}: {json.dumps(template)}"] * bool(template))]
+    lines = ["---", *metadata, "---", "", title, ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())]
     lines += _figures(evaluation) if measured["step"] == origin.step else []
     for engine in takers:
         command = engine.command(".", evaluation.get("chain_length", TOKENS))
         lines += ["", f"{engine.title}, TARGET being the target's Hugging Face directory:", "", "```", command, "```"]
+    if template:
+        lines += ["", *advice(template)]
     if not takers:
         lines += ["", "No engine that flaxdraft knows serves this directory as it is."]
     return "\n".join([*lines, ""])
+
+
+def advice(template: Mapping[str, Any]) -> list[str]:
+    """How the target is to be asked where a draft was trained on what its chat template makes of arguments."""
+    return ["The draft learned from conversations that the chat template renders with these arguments. Requests must "
+            "give the same ones, or it is asked about other texts:", "", "```",
+            f'"{_TEMPLATE}": {json.dumps(template)}', "```"]  # fmt: skip
+
+
+def recorded_template(path: Path) -> dict[str, Any] | None:
+    """The chat template's arguments that a draft was trained with: by the card of its directory, or by its run's
+    folder. None where neither says."""
+    for run in (path, path.parent, path.parent.parent):
+        if data := _recorded(run, "inputs.json").get("data"):
+            return dict(data.get("template") or {})
+    for card in (path / NAME, path / "export" / NAME):
+        if not card.is_file():
+            continue
+        for line in card.read_text(encoding="utf-8").split("\n---", 1)[0].splitlines():
+            if line.startswith(f"{_TEMPLATE}:"):
+                return json.loads(line.partition(":")[2])
+        return {}
+    return None
 
 
 def _figures(evaluation: Mapping[str, Any]) -> list[str]:

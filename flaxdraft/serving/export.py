@@ -19,7 +19,7 @@ from flaxdraft.files.json_files import write_json
 from flaxdraft.files.name_tables import state_to_torch
 from flaxdraft.files.safetensors_file import save_safetensors
 from flaxdraft.interfaces import Algorithm, DraftConfig
-from flaxdraft.serving.card import model_card
+from flaxdraft.serving.card import NAME, model_card
 from flaxdraft.serving.contract import Contract, Engine, find_engine, of_engine
 from flaxdraft.serving.finding import Finding, first_fault
 from flaxdraft.serving.trained_draft import AboutTarget, Origin, TrainedDraft
@@ -72,7 +72,7 @@ def export(
         write_json(scratch / "config.json", config)
         if origin is not None:
             card = model_card(draft, config, target, origin, _takers(contract, view))
-            (scratch / "README.md").write_text(card, encoding="utf-8")
+            (scratch / NAME).write_text(card, encoding="utf-8")
 
 
 def _takers(contract: Contract, view: DraftView) -> list[Engine]:

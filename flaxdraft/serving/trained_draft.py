@@ -35,3 +35,4 @@ class Origin(NamedTuple):
     target: str  # the target's address
     run: Path | None  # the folder of its run; what that recorded of data, training and evaluation is shown
     step: int | None  # of the run's checkpoint; figures of another one are left out
+    template: Mapping[str, Any] | None = None  # arguments of the chat template, where no run says them

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from flaxdraft.errors import InputError
 from flaxdraft.files.gguf_file import GGUFCheckpoint
+from flaxdraft.files.hugging_face import INDEX, SINGLE
 from flaxdraft.files.json_files import read_json_object
-from flaxdraft.files.safetensors_file import SafetensorsFile
+from flaxdraft.files.safetensors_file import SafetensorsFile, load_tensor
+from flaxdraft.targets import open_target
 
 _NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -31,6 +32,7 @@ class DraftView:
     read: Callable[[str], np.ndarray]
     target: Mapping[str, Any] | None = None  # the target's config.json, where it is known
     twice: tuple[str, ...] = ()  # tensors that two files hold
+    target_rows: Callable[[slice], np.ndarray] | None = None  # of the target's embedding, where its weights are there
 
 
 def view_of_arrays(
@@ -41,7 +43,9 @@ def view_of_arrays(
     return DraftView(config, shapes, dtypes, tensors.__getitem__, target)
 
 
-def view_of_directory(directory: Path, target: Mapping[str, Any] | None = None) -> DraftView:
+def view_of_directory(
+    directory: Path, target: Mapping[str, Any] | None = None, target_rows: Callable[[slice], np.ndarray] | None = None
+) -> DraftView:
     """The headers are read, each tensor when a rule asks for it.
 
     Raises:
@@ -64,13 +68,9 @@ def view_of_directory(directory: Path, target: Mapping[str, Any] | None = None) 
             dtypes[name] = _NAMES.get(entry.dtype, entry.dtype)
 
     def read(name: str) -> np.ndarray:
-        try:
-            with safe_open(where[name], framework="numpy") as file:
-                return file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{where[name]}: {name} cannot be read ({error}); make the file again") from error
+        return load_tensor(where[name], name)
 
-    return DraftView(config, shapes, dtypes, read, target, tuple(twice))
+    return DraftView(config, shapes, dtypes, read, target, tuple(twice), target_rows)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -79,6 +79,20 @@ def read_config(path: Path) -> dict[str, Any]:
         InputError: missing, not JSON, or not an object.
     """
     return read_json_object(path, "expected a draft's config.json", "write it again")
+
+
+def read_target_rows(path: Path) -> Callable[[slice], np.ndarray] | None:
+    """Reads rows of a target's embedding; None where a directory holds no weights.
+
+    Raises:
+        InputError: the weights cannot be read, or are of no known family.
+    """
+    if path.is_dir() and not any((path / name).exists() for name in (SINGLE, INDEX)):
+        return None
+    opened = open_target(str(path))
+    (name,) = [name for part, name, _ in opened.family.name_table(opened.config()) if part == "embed"]
+    width = opened.source.shape(name)[1]
+    return lambda rows: opened.source.read(name, (rows, slice(0, width)))
 
 
 def read_target_config(path: Path) -> dict[str, Any]:

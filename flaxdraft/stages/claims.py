@@ -14,6 +14,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.files.json_files import write_json
 from flaxdraft.stages import same_inputs
 
+RECORD = "inputs.json"
 _NO_RESULT = ("lock", "logs")  # what every run leaves, also one that stopped at once
 
 
@@ -27,7 +28,7 @@ def claim(directory: Path, inputs: Mapping[str, Any], mend: str, allowed: Iterab
     Raises:
         InputError: it cannot be written, or holds another configuration (every differing field is listed).
     """
-    record = directory / "inputs.json"
+    record = directory / RECORD
     inputs = json.loads(json.dumps(inputs))
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def check_claimed(
     Raises:
         InputError: it holds another configuration, or what another process has written is not seen from here.
     """
-    record = directory / "inputs.json"
+    record = directory / RECORD
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
     except OSError as error:

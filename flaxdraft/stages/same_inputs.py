@@ -20,6 +20,8 @@ FREE = (
     # How often something is written, and what is kept of it.
     "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_latest", "train.keep_every",
     "train.resume", "train.max_skipped", "train.profile", "train.wandb", "data.prefetch",
+    # A run that went past it has no bad rows, or has left them out.
+    "data.on_bad_row",
     # Where an input lies; what it holds is compared by its digest.
     "target.path", "target.sha256",
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -16,15 +17,17 @@ from flaxdraft.files.fetch import fetch, fetch_description
 from flaxdraft.files.gguf_file import GGUFCheckpoint
 from flaxdraft.files.hugging_face import HFDirectory, read_config
 from flaxdraft.files.name_tables import load_state
+from flaxdraft.files.slow_tokenizers import how_to_convert
 from flaxdraft.nn.precision import Precision
 from flaxdraft.plugins import find_by_architecture
 from flaxdraft.targets import decoder
+from flaxdraft.targets.tied_head import say_which_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # Modules that are no family.
-SHARED = ("decoder", "embedding_and_head", "kv_cache", "pre_norm_layer", "target_attention")
+SHARED = ("decoder", "embedding_and_head", "kv_cache", "pre_norm_layer", "target_attention", "tied_head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +38,7 @@ class LoadedTarget:
     tokenizer: PreTrainedTokenizerFast | None  # None where the weights come without one
     hf_config: dict
     path: Path
-
-    @property
-    def stop_tokens(self) -> list[int]:
-        """What ends an answer: the configuration's end tokens, of which there may be several, and the tokenizer's."""
-        named = self.hf_config.get("eos_token_id")
-        ends = {*named} if isinstance(named, list) else {named}
-        if self.tokenizer is not None:
-            ends.add(self.tokenizer.eos_token_id)
-        return sorted(end for end in ends if end is not None)
+    stop_tokens: Sequence[int] = ()  # see `OpenedTarget`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +58,60 @@ class DescribedTarget:
             return self.family.Config.from_hf(self.hf_config, tap_layers)
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from error
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast | None:
+        """
+        Raises:
+            InputError: its files cannot be read.
+        """
+        return self.source.tokenizer()
+
+    def needed_tokenizer(self, with_template: bool = False) -> PreTrainedTokenizerFast:
+        """
+        Raises:
+            InputError: there is none, or none with a chat template.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None or (with_template and not tokenizer.chat_template):
+            how = how_to_convert(self.path) if tokenizer is None and self.path.is_dir() else ""
+            raise InputError(
+                f"target.path: {self.path} has no {'tokenizer' if tokenizer is None else 'chat template'}, which it "
+                "takes to ask the target; put the model's tokenizer.json and tokenizer_config.json there"
+                f"{'. ' * bool(how)}{how}"
+            )
+        return tokenizer
+
+    @functools.cached_property
+    def stop_tokens(self) -> list[int]:
+        """What ends an answer: all that the configurations and the tokenizer name, as far as the target can write it.
+
+        Raises:
+            InputError: a configuration names no ids.
+        """
+        named = None if self.tokenizer is None else self.tokenizer.eos_token_id
+        ends = [*self.source.end_tokens(), *(named if isinstance(named, list) else [named])]
+        return sorted({end for end in ends if isinstance(end, int) and end < self.config().vocab_size})
+
+    def needed_stop_tokens(self) -> list[int]:
+        """
+        Raises:
+            InputError: there are none, so that no answer would end.
+        """
+        if not self.stop_tokens:
+            raise InputError(
+                f"target.path: {self.path} names no token that ends an answer; expected eos_token_id in its "
+                "config.json or generation_config.json, an eos_token of its tokenizer, or the ids of a GGUF file's "
+                "metadata"
+            )
+        return self.stop_tokens
+
+    @property
+    def special_tokens(self) -> list[int]:
+        """What every draft vocabulary holds: the tokenizer's special tokens, and what ends an answer."""
+        named = () if self.tokenizer is None else self.tokenizer.all_special_ids
+        size = self.config().vocab_size
+        return sorted({*(token for token in named if token is not None and token < size), *self.stop_tokens})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,16 +171,19 @@ def from_pretrained(
     groups = family.groups(config, precision, sharding)
     _, abstract = decoder.abstract_state(config, groups, precision)
     places = None if mesh is None else decoder.weight_shardings(config, abstract, mesh, sharding)
-    tokenizer = source.tokenizer()
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+    tokenizer = opened.tokenizer
+    # Tokens that were added to it may lie behind the embedding; a row that has them is refused when it is read.
+    own = {} if tokenizer is None else tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    if (last := max(own.values(), default=0)) >= config.vocab_size:
         raise InputError(
-            f"{opened.path}: the tokenizer has {len(tokenizer)} tokens, the embedding {config.vocab_size} rows; they "
+            f"{opened.path}: the tokenizer has {last + 1} tokens, the embedding {config.vocab_size} rows; they "
             "belong to different models"
         )
+    say_which_head(opened)
     state = load_state(
         abstract, family.name_table(config), source, {group.name: group.layers for group in groups},
         family.num_experts(config), places, lambda name: family.ignored(config, name),
         f"loading {opened.path.name}",
     )  # fmt: skip
     target = decoder.build(config, groups, state, precision, mesh, sharding)
-    return LoadedTarget(target, tokenizer, source.config, opened.path)
+    return LoadedTarget(target, tokenizer, source.config, opened.path, opened.stop_tokens)

@@ -46,7 +46,7 @@ def show(arguments: argparse.Namespace) -> None:
     groups = family.groups(config, precision, Sharding.none())
     _, abstract = decoder.abstract_state(config, groups, precision)
     held = decoder.bytes_per_device(config, abstract, shape)
-    tokenizer = opened.source.tokenizer()
+    tokenizer = opened.tokenizer
     template = "with a chat template" if getattr(tokenizer, "chat_template", None) else "without a chat template"
     devices = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size > 1) or "one device"
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * (config.key_width + config.value_width)
@@ -57,7 +57,7 @@ def show(arguments: argparse.Namespace) -> None:
         "layers": ", ".join(f"{len(group.layers)} {group.name}" for group in groups),
         "width": f"{config.hidden_size}, {config.num_attention_heads} heads, {config.num_key_value_heads} of keys",
         "vocabulary": f"{config.vocab_size:,}, {'tied' if config.tie_word_embeddings else 'own'} head",
-        "context": f"{config.max_position_embeddings:,} tokens, {config.rope.rope_type} rotary embedding",
+        "context": f"{config.context:,} tokens, {config.rope.rope_type} rotary embedding",
         "tokenizer": f"{len(tokenizer):,} tokens, {template}" if tokenizer else "none found",
         "memory": f"{held / 1e9:.2f} GB of {dtype} weights a device ({devices}), "
                   f"{cache / 1e3:.1f} kB of cache a token in bfloat16",
@@ -65,11 +65,13 @@ def show(arguments: argparse.Namespace) -> None:
     for name, fact in facts.items():
         CONSOLE.print(f"{name:>11}  {fact}")
     if arguments.new_tokens == 0:
+        targets.say_which_head(opened)
         return
     if tokenizer is None or not tokenizer.chat_template:
         raise InputError(f"{opened.path}: no sample without a tokenizer and its chat template; give --new-tokens 0")
     from flaxdraft.decode.generation import generate
 
+    opened.needed_stop_tokens()
     loaded = targets.from_pretrained(arguments.address, precision=precision, mesh=target_mesh(arguments.mesh))
     chat = [{"role": "user", "content": arguments.prompt}]
     # transformers types what the template gives for every way of calling it.

@@ -65,6 +65,15 @@ class DecoderConfig:
         """Of a head's value in the cache."""
         return self.head_dim
 
+    @property
+    def context(self) -> int:
+        """Positions that the target reads, scaling of its rotary embedding considered. A config.json may name those of
+        before the scaling, as vLLM takes it to (config/model.py, _get_and_verify_max_len)."""
+        if self.rope.rope_type not in ("linear", "dynamic", "yarn") or self.rope.factor is None:
+            return self.max_position_embeddings
+        before = self.rope.original_max_position_embeddings if self.rope.rope_type == "yarn" else None
+        return max(self.max_position_embeddings, int((before or self.max_position_embeddings) * self.rope.factor))
+
     def before_layers(self, embeds_BTE: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """What the first layer reads, given rows of the embedding; a family may scale them."""
         return embeds_BTE

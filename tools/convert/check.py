@@ -9,8 +9,9 @@ The table has one block for the directory itself and one an engine: whether it l
     wrong    it serves, in silence, another network than the one that was trained (accept length falls),
     note     nothing comes of it, but it is worth knowing;
 
-and how to mend it. With --target (a model directory or a .gguf file, of which only the configuration is read) sizes,
-rotary embedding, context and tapped layers are compared with the target's.
+and how to mend it. With --target (a model directory or a .gguf file) sizes, rotary embedding, context and tapped layers
+are compared with the target's, and an embedding that lies in the draft's directory with the target's own, of whose
+weights nothing else is read.
 
 Exit code: 0 where the directory and the engines asked for (--engine, by default sglang and vllm) have nothing but
 notes, 1 where they have more, 2 where the directory cannot be read.
@@ -44,10 +45,12 @@ def _work(arguments: argparse.Namespace) -> int:
     from flaxdraft.progress import CONSOLE
     from flaxdraft.serving import lint
     from flaxdraft.serving.contract import find_engine
-    from flaxdraft.serving.view import read_target_config, view_of_directory
+    from flaxdraft.serving.view import read_target_config, read_target_rows, view_of_directory
 
-    target = None if arguments.target is None else read_target_config(arguments.target)
-    view = view_of_directory(arguments.directory, target)
+    target = rows = None
+    if arguments.target is not None:
+        target, rows = read_target_config(arguments.target), read_target_rows(arguments.target)
+    view = view_of_directory(arguments.directory, target, rows)
     contract = contract_of(view.config)
     for name in arguments.engine:
         if not find_engine(contract, name).serves:

@@ -17,11 +17,18 @@ _ARCHITECTURES: dict[str | None, Trainer] = {
     "LlamaEagle3DraftModel": "nemo", "DeepseekV3Eagle3DraftModel": "nemo",
     "DeepseekV3ForCausalLMEagle3": "specforge", "LlamaForCausalLM": "eagle",
 }  # fmt: skip
-# Of the layer inside a speculators config, which holds what differs from transformers' LlamaConfig alone.
-_LLAMA_DEFAULTS = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
-    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+# Of the layer inside a speculators config, which holds what differs from transformers' class of that type alone.
+_DEFAULTS = {
+    "llama": {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+    },
+    "qwen3": {
+        "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+    },
 }  # fmt: skip
+_SERVED_AS = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
 _SPECULATORS_TOP = (
     "draft_vocab_size", "target_hidden_size", "fc_norm", "norm_output", "norm_before_fc", "norm_before_residual",
     layer_ids.NAME,
@@ -78,17 +85,25 @@ def _speculators(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     layer = config.get("transformer_layer_config")
     if not isinstance(layer, dict):
         raise InputError(f"{origin}: no transformer_layer_config, expected the layer's configuration")
-    if layer.get("model_type", "llama") != "llama":
-        raise InputError(f"{origin}: transformer_layer_config.model_type {layer['model_type']!r}, expected 'llama'")
+    kind = layer.get("model_type", "llama")
+    if kind not in _DEFAULTS:
+        raise InputError(
+            f"{origin}: transformer_layer_config.model_type {kind!r}, expected one of {', '.join(_DEFAULTS)}"
+        )
+    if layer.get("use_sliding_window") or "sliding_attention" in (layer.get("layer_types") or ()):
+        raise InputError(
+            f"{origin}: transformer_layer_config asks for attention over a window; expected full attention"
+        )
     if "norm_before_residual" not in config:
         raise InputError(
             f"{origin}: no norm_before_residual, which engines read as true and the trainer as false: it says whether "
             "the residual stream starts from the normed state; write what the draft was trained with"
         )
     top = {name: config[name] for name in _SPECULATORS_TOP if name in config}
-    return (
-        _LLAMA_DEFAULTS | layer | top | {"model_type": "llama", "num_hidden_layers": layer.get("num_hidden_layers", 1)}
-    )
+    own = {
+        "model_type": kind, "architectures": [_SERVED_AS[kind]], "num_hidden_layers": layer.get("num_hidden_layers", 1),
+    }  # fmt: skip
+    return _DEFAULTS[kind] | {name: value for name, value in layer.items() if value is not None} | top | own
 
 
 def _switches(out: dict[str, Any], trainer: Trainer | None, recurrence, remarks: list[str], origin: str) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from flaxdraft.algorithms.eagle3.serving import layer_ids, tensors
 from flaxdraft.algorithms.eagle3.serving.kinds import View
+from flaxdraft.algorithms.eagle3.serving.target_embedding import embedding
 from flaxdraft.algorithms.eagle3.serving.terms import switch
 from flaxdraft.serving import rope_fields
 from flaxdraft.serving.finding import Finding, few
@@ -161,7 +162,7 @@ def tapped_layers(view: View) -> Iterator[Finding]:
 CONFIG_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
     nulls, post_norm, context, rope, target, tapped_layers,
 )  # fmt: skip
-TENSOR_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (shapes, values, vocabulary)
+TENSOR_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (shapes, values, vocabulary, embedding)
 
 
 def of_directory(view: View) -> list[Finding]:

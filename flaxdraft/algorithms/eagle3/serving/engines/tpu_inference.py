@@ -18,5 +18,5 @@ ENGINE = Engine(
     reads_tied_head=False,
     tap_fields=(),  # always 2, n//2 and n-3, counted by input
     target_types=("llama",),
-    rope_dialects=("rope_parameters",),
+    rope_dialects=("rope_parameters", "rope_theta"),  # vLLM's get_config patches the old one into the new
 )  # fmt: skip

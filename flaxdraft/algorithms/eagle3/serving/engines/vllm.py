@@ -34,6 +34,6 @@ ENGINE = Engine(
     # Its default runner reads the top level, and inside eagle_config another key.
     tap_fields=("eagle_aux_hidden_state_layer_ids", "eagle_config.layer_ids"),
     last_layer=True,
-    rope_dialects=("rope_parameters",),
+    rope_dialects=("rope_parameters", "rope_theta"),  # vLLM's get_config patches the old one into the new
     max_layers=None,
 )  # fmt: skip

@@ -1,0 +1,240 @@
+"""Which part of a rendered conversation the target would have written: the characters of each assistant turn.
+
+A turn begins where the conversation up to it, with the generation prompt, ends, and ends where the conversation with it
+ends, without the white space that the template writes behind its end of turn. That needs a template whose prefixes stay
+as they are when messages follow. Nothing stands before a first turn of the assistant; it begins behind the generation
+prompt that the template writes before its content. {% generation %} marks say the same where prefixes do not; where
+both do, a turn is what both say, for marks often take in a header or a newline that no target writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jinja2.exceptions import SecurityError, TemplateError
+
+from flaxdraft.data.chat_template import ChatTemplate
+from flaxdraft.data.reasoning import CLOSE, OPEN
+from flaxdraft.errors import InputError
+
+Span = tuple[int, int]
+REFUSALS = (TemplateError, SecurityError, TypeError, ValueError, LookupError, AttributeError)
+
+_MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_SHOWN = 160  # characters of a rendering in a message
+_PROBES = "Q", "Z"  # contents that begin differently
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A conversation before its template."""
+
+    tokenizer: Any
+    template: ChatTemplate
+    where: str  # for messages
+    messages: Sequence[dict[str, Any]]
+    tools: Sequence[dict[str, Any]] | None
+    stops: tuple[str, ...] = ()  # what ends an answer, as text
+
+    def text(self, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
+        """The rendering of some messages, the generation prompt behind them where it is asked for.
+
+        Raises:
+            InputError: the template refuses them.
+        """
+        return self._call(self._apply, messages, add_generation_prompt=prompt)
+
+    def marks(self) -> list[Span] | None:
+        """What the template marks as generated; None where it has no marks."""
+        if not _MARKS.search(self.template.text(self.tokenizer, self.tools) or ""):
+            return None
+        return self._call(self._tracked, self.messages)
+
+    def _call(self, render: Callable, *args: Any, **options: Any) -> Any:
+        try:
+            return render(*args, **options)
+        except REFUSALS as error:
+            raise InputError(f"{self.where}: the chat template refuses this conversation: {error}") from error
+
+    def _apply(self, messages, **options) -> str:
+        keywords = self.template.keywords(self.tokenizer, self.tools)
+        return self.tokenizer.apply_chat_template([*messages], tokenize=False, **options, **keywords)
+
+    def _tracked(self, messages) -> list[Span]:
+        from transformers.utils.chat_template_utils import render_jinja_template  # the import takes seconds
+
+        keywords = {"chat_template": self.template.text(self.tokenizer, self.tools)}
+        keywords |= self.tokenizer.special_tokens_map | self.template.keywords(self.tokenizer, self.tools)
+        # Its return type is that of its first versions.
+        found: Any = render_jinja_template([[*messages]], return_assistant_tokens_mask=True, **keywords)
+        return [(begin, end) for begin, end in found[1][0] if begin < end]
+
+
+class _Habits(NamedTuple):
+    """What a template writes around every turn of the assistant, as a short conversation shows."""
+
+    prompt: str  # that asks for an answer
+    lead: str  # between the prompt and the content
+    end: str | None  # that ends a turn, without white space behind it; None where the short conversation is refused
+
+
+@functools.lru_cache(maxsize=16)
+def _habits(tokenizer: Any, template: ChatTemplate) -> _Habits:
+    asked, answers = {"role": "user", "content": "?"}, [{"role": "assistant", "content": probe} for probe in _PROBES]
+    chat = Chat(tokenizer, template, "", (), None)
+    try:
+        plain, prompted = chat.text([asked]), chat.text([asked], prompt=True)
+        one, two = (chat.text([asked, answer]) for answer in answers)
+    except InputError:
+        return _Habits("", "", None)
+    prompt = prompted[len(plain) :] if prompted.startswith(plain) else ""
+    at = len(_shared(one, two))
+    lead = one[len(prompted) : at] if one.startswith(prompted) else ""
+    return _Habits(prompt, lead, one[at + 1 :].rstrip())
+
+
+def _shared(one: str, other: str) -> str:
+    """What both begin with."""
+    return one[
+        : next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    ]
+
+
+def turns(chat: Chat, text: str, last_only: bool) -> list[Span]:
+    """The spans of what the assistant wrote in the rendered conversation.
+
+    Args:
+        last_only: the last of them alone.
+
+    Raises:
+        InputError: the template is not prefix-stable and has no marks (both renderings are shown).
+    """
+    numbers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    found, unstable, marks = [], None, chat.marks()
+    for i in numbers[-1:] if last_only else numbers:
+        try:
+            found.append(_by_prefixes(chat, text, i, last_only))
+        except InputError as error:
+            unstable = unstable or error
+    if marks is None:
+        if unstable is not None:
+            raise unstable
+        return found
+    if last_only and not found:
+        return [_trimmed(chat, text, span) for span in marks[-1:]]
+    return [span for mark in marks for span in _of_mark(chat, text, mark, found, trim=not last_only)]
+
+
+def _of_mark(chat: Chat, text: str, mark: Span, found: Sequence[Span], trim: bool) -> list[Span]:
+    """What a marked span and the turns that prefixes found have in common; where they found none there, the span
+    without what no target writes, if that is wanted."""
+    both = [(max(begin, mark[0]), min(end, mark[1])) for begin, end in found]
+    both = [(begin, end) for begin, end in both if begin < end]
+    return both or ([_trimmed(chat, text, mark)] if trim else [])
+
+
+def _by_prefixes(chat: Chat, text: str, i: int, last_only: bool) -> Span:
+    begin = _begin(chat, text, i)
+    after = _without_footer(chat, chat.text(chat.messages[: i + 1]))
+    if not text.startswith(after):
+        raise InputError(_unstable(chat, i, "up to and with", after, text, last_only))
+    return begin, max(_end(chat, text, begin, len(after)), begin)
+
+
+def _begin(chat: Chat, text: str, i: int) -> int:
+    before = None
+    if i:
+        with contextlib.suppress(InputError):  # some want a user's message last where they are to ask for an answer
+            before = chat.text(chat.messages[:i], prompt=True)
+    if before is None:
+        before = _until_content(chat, i)
+    if not text.startswith(before):
+        raise InputError(_unstable(chat, i, "before", before, text, False))
+    return len(before)
+
+
+def _until_content(chat: Chat, i: int) -> str:
+    """What the template writes before message `i`, up to the generation prompt that stands before its content."""
+    habits = _habits(chat.tokenizer, chat.template)
+    probes = [[*chat.messages[:i], {**chat.messages[i], "content": probe}] for probe in _PROBES]
+    shared = _shared(*(chat.text(probe) for probe in probes))
+    if habits.prompt:
+        at = shared.rfind(habits.prompt)
+        return shared[: at + len(habits.prompt)] if at >= 0 else shared + habits.prompt  # which is no prefix
+    return shared.removesuffix(habits.lead)
+
+
+def _marker(chat: Chat) -> str | None:
+    """What ends every turn, up to the first token behind which the target would write nothing."""
+    marker = _habits(chat.tokenizer, chat.template).end
+    ends = [marker.find(stop) + len(stop) for stop in chat.stops if stop in marker] if marker else ()
+    return marker[: min(ends, default=len(marker))] if marker else marker
+
+
+def _without_footer(chat: Chat, text: str) -> str:
+    """Some templates write an end of text behind the last turn, wherever that is."""
+    whole, marker = _habits(chat.tokenizer, chat.template).end, _marker(chat)
+    kept = text.rstrip()
+    if not whole or not marker or whole == marker or not kept.endswith(whole):
+        return text
+    return kept.removesuffix(whole) + marker
+
+
+def _end(chat: Chat, text: str, begin: int, end: int) -> int:
+    """Where a turn ends: behind its end of turn, before what the template writes after that."""
+    marker = _marker(chat)
+    if marker == "":  # white space alone ends a turn, or nothing does
+        return end
+    kept = text[begin:end].rstrip()
+    markers = [*chat.tokenizer.get_added_vocab(), *([marker] if marker else ())]
+    return begin + len(kept) if any(kept.endswith(one) for one in markers) else end
+
+
+def _trimmed(chat: Chat, text: str, span: Span) -> Span:
+    """A marked span without what of the generation prompt, and of the white space behind the end of turn, is in it."""
+    begin, end = span
+    prompt = _habits(chat.tokenizer, chat.template).prompt
+    sizes = [
+        _whole_tokens(chat, prompt[at:], _shared(prompt[at:], text[begin:end]))
+        for at in range(len(prompt)) if text[:begin].endswith(prompt[:at])
+    ]  # fmt: skip
+    begin += max(sizes, default=0)
+    return begin, _end(chat, text, begin, end)
+
+
+def _whole_tokens(chat: Chat, prompt: str, shared: str) -> int:
+    """How much of the rest of a generation prompt stands there: all of it, or up to the end of an added token. An
+    answer may by chance begin like it."""
+    if shared == prompt:
+        return len(shared)
+    ends = [shared.rfind(token) + len(token) for token in chat.tokenizer.get_added_vocab() if token in shared]
+    return max(ends, default=0)
+
+
+def _unstable(chat: Chat, turn: int, what: str, prefix: str, text: str, last_only: bool) -> str:
+    at = len(_shared(prefix, text))
+    near = slice(max(at - _SHOWN // 2, 0), at + _SHOWN // 2)
+    said = (
+        f"{chat.where}: the chat template is not prefix-stable: {what} message {turn} it renders\n"
+        f"    ...{prefix[near]!r}\n  but the whole conversation there reads\n    ...{text[near]!r}\n"
+        "  so what the assistant produced cannot be told. "
+    )
+    answer = "let the target answer the file itself (python -m flaxdraft.data regenerate), which keeps its tokens"
+    tail = prefix[-_SHOWN:]
+    if what == "before" and tail.rfind(OPEN) > tail.rfind(CLOSE):
+        return (
+            f"{said}The generation prompt opens {OPEN}, and finished turns are written without it. {answer[0].upper()}"
+            f"{answer[1:]}, or give a template with {{% generation %}} marks"
+        )
+    last = max(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
+    if last_only or turn == last:
+        return f"{said}{answer[0].upper()}{answer[1:]}, or give a template with {{% generation %}} marks"
+    return (
+        f"{said}Train on the last turn alone (data.last_turn_only=true, --last-turn-only), {answer}, or give a "
+        "template with {% generation %} marks"
+    )

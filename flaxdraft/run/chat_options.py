@@ -1,0 +1,108 @@
+"""How commands are told what a chat template is given, and how rows become tokens: the same options everywhere."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from flaxdraft.config import iso_date
+from flaxdraft.errors import InputError
+
+if TYPE_CHECKING:
+    from flaxdraft.data.bad_rows import BadRows
+    from flaxdraft.data.chat_template import ChatTemplate
+    from flaxdraft.data.templates import ChatOptions
+    from flaxdraft.targets import OpenedTarget
+
+
+def add_template_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--template", type=_argument, action="append", default=[], metavar="NAME=VALUE",
+        help="an argument of the chat template, as enable_thinking=false; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--date", help="that a chat template writes which writes the date, as 2026-01-31; today's, or what is recorded"
+    )
+
+
+def add_row_options(parser: argparse.ArgumentParser) -> None:
+    """With those of the template."""
+    add_template_options(parser)
+    parser.add_argument("--max-length", type=int, default=4096, help="tokens, where rows are cut")
+    parser.add_argument("--last-turn-only", action="store_true", help="supervise the last assistant turn alone")
+    parser.add_argument("--mask-reasoning", action="store_true", help="leave out what stands in <think> tags")
+    add_bad_row_option(parser)
+
+
+def add_bad_row_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--on-bad-row", choices=("stop", "skip"), default="stop", help="where a row cannot be used")
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    try:
+        return name, yaml.safe_load(value) if equals and name.isidentifier() else _no_argument(text)
+    except yaml.YAMLError:
+        return _no_argument(text)
+
+
+def _no_argument(text: str) -> Any:
+    raise argparse.ArgumentTypeError(f"found {text!r}, expected NAME=VALUE as in enable_thinking=false")
+
+
+def template_of(arguments: argparse.Namespace, tokenizer: Any, record: Path | None = None) -> ChatTemplate:
+    """All processes of a command get the date of the first one.
+
+    Args:
+        record: a JSON file in which an earlier call recorded its `date`, which then holds.
+
+    Raises:
+        InputError: the template knows no such argument, or the date is none.
+    """
+    from flaxdraft.data.chat_template import ChatTemplate, now
+    from flaxdraft.devices import hosts
+
+    try:
+        date = iso_date(arguments.date or hosts.agree(recorded_date(record) or now()))
+    except ValueError as error:
+        raise InputError(f"--date: found {arguments.date!r}; {error}") from error
+    template = ChatTemplate(dict(arguments.template), date)
+    template.check(tokenizer, "--template")
+    return template
+
+
+def recorded_date(record: Path | None) -> str | None:
+    try:
+        found = None if record is None else json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    date = found.get("date") if isinstance(found, dict) else None
+    return date if isinstance(date, str) else None
+
+
+def template_inputs(template: ChatTemplate, tokenizer: Any) -> dict[str, Any]:
+    """What a folder records of a template."""
+    return {"template": dict(template.arguments)} | (
+        {"date": template.date} if template.writes_date(tokenizer) else {}
+    )  # fmt: skip
+
+
+def chat_options(arguments: argparse.Namespace, opened: OpenedTarget, template: ChatTemplate) -> ChatOptions:
+    """How rows become tokens that this target reads."""
+    from flaxdraft.data.templates import ChatOptions
+
+    config = opened.config()
+    return ChatOptions(
+        arguments.max_length, arguments.last_turn_only, arguments.mask_reasoning, template, config.context,
+        config.vocab_size, opened.stop_tokens,
+    )  # fmt: skip
+
+
+def bad_rows(arguments: argparse.Namespace) -> BadRows:
+    from flaxdraft.data.bad_rows import BadRows
+
+    return BadRows(str(arguments.file), arguments.on_bad_row)

@@ -1,0 +1,54 @@
+"""The date that a run's chat template writes: chosen when the run starts, recorded in its folders, and kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flaxdraft.config import RunConfig
+from flaxdraft.data.chat_template import now
+from flaxdraft.data.store import FeatureStore
+from flaxdraft.devices import hosts
+from flaxdraft.files.fetch import fetch
+from flaxdraft.files.template_text import may_write_date
+from flaxdraft.stages.claims import RECORD
+
+
+def dated(config: RunConfig) -> RunConfig:
+    """The configuration with `data.date`: as it was given, or recorded by the run that this one goes on with, or that
+    of the store or the answers it trains on; else this minute. All processes get that of the first one.
+
+    It stays unset where the template writes none, and where an earlier version made the folders: nobody knows the day.
+
+    Raises:
+        InputError: there is no such target or store.
+    """
+    if config.data.date is not None or not may_write_date(fetch(config.target.path, config.target.sha256)):
+        return config
+    date = hosts.agree(_recorded(config))
+    return config.model_copy(update={"data": config.data.model_copy(update={"date": date})})
+
+
+def _recorded(config: RunConfig) -> str | None:
+    for directory in (Path(config.output_dir) / "data", config.draft_dir):
+        try:
+            found = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # there is none; what is damaged is refused when the folder is claimed
+            continue
+        data = found.get("data") if isinstance(found, dict) else None
+        return data.get("date") if isinstance(data, dict) else None
+    stored = None if config.data.store is None else FeatureStore(config.data.store).date
+    return stored or answers_of(config.data.conversations).get("date") or now()
+
+
+def answers_of(conversations: str | None) -> dict[str, Any]:
+    """What `python -m flaxdraft.data regenerate` recorded beside the conversations that it wrote; nothing where
+    somebody else did."""
+    if conversations is None:
+        return {}
+    try:
+        found = json.loads((Path(conversations).expanduser().parent / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and "max_new_tokens" in found else {}
