@@ -18,10 +18,11 @@ from safetensors.numpy import load_file
 from flaxdraft.algorithms.dflash import anchors
 from flaxdraft.algorithms.dflash.drafts import qwen3
 from flaxdraft.algorithms.dflash.layout import wanted
-from flaxdraft.algorithms.dflash.objective import weights
+from flaxdraft.algorithms.dflash.objective import summed, weights
 from flaxdraft.files.name_tables import state_to_torch
 from flaxdraft.interfaces import Batch, Example, Features
 from flaxdraft.nn.layers import Frozen
+from flaxdraft.ops.cross_entropy import cross_entropy
 
 pytestmark = pytest.mark.numeric
 
@@ -89,34 +90,39 @@ def test_labels_and_weights_are_the_references(example, golden, meta):
 
 
 @pytest.fixture(scope="module", params=["dense", "chunked"])
-def way(request):
-    return {"attention": request.param, "attention_chunk": 8, "loss_chunk": 5, "block_size": 4}
-
-
-@pytest.fixture(scope="module")
-def passed(way, draft, example):
-    """form -> loss, sums, gradients by PyTorch name."""
+def passed(request, draft, example):
+    """The head's input; and by form: loss, sums, gradients by PyTorch name."""
     graphdef, params, frozen = nnx.split(draft, nnx.Param, Frozen)
-    found = {}
-    for form, (settings, _) in FORMS.items():
-        algorithm = dflash.algorithm(**way, **settings)
+    algorithms = {form: dflash.algorithm(block_size=4, attention=request.param, attention_chunk=8, **settings)
+                  for form, (settings, _) in FORMS.items()}  # fmt: skip
+    layout = algorithms["main"].layout
 
-        def loss(params, algorithm=algorithm):
-            sums = algorithm.sums(nnx.merge(graphdef, params, frozen), example, ())
-            numerator, count = sums.terms()
-            return numerator / count, sums
+    def losses(params):
+        draft = nnx.merge(graphdef, params, frozen)
+        states_BRD = algorithms["main"].states(draft, example)
+        label_BAS, asked_BAS = wanted(example.batch, example.chosen.anchor_BA, layout, stop_at_hole=False)
+        flat = lambda x: x.reshape(states_BRD.shape[:2])  # noqa: E731
+        scored = cross_entropy(5, states_BRD, draft.head_VD(), flat(label_BAS), flat(asked_BAS))
+        loss_BAS, hit_BAS = (x.reshape(label_BAS.shape) for x in scored)
+        sums = {form: summed(one.settings, layout, 3, asked_BAS, loss_BAS, hit_BAS) for form, one in algorithms.items()}
+        values = jnp.stack([jnp.divide(*one.terms()) for one in sums.values()])
+        return values, (states_BRD, values, sums)
 
-        (value, sums), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-        found[form] = value, sums, state_to_torch(gradients, qwen3.name_table(draft.config), np.float32)
-    return found
+    gradients, (states_BRD, values, sums) = jax.jit(jax.jacrev(losses, has_aux=True))(params)
+    by_form = {}
+    for i, form in enumerate(FORMS):
+        own = jax.tree.map(lambda x: x[i], gradients)  # noqa: B023
+        by_form[form] = values[i], sums[form], state_to_torch(own, qwen3.name_table(draft.config), np.float32)
+    return states_BRD, by_form
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_losses_and_hits(form, passed, meta):
-    value, sums, _ = passed[form]
+    value, sums, _ = passed[1][form]
     want = meta["results"][form]
     assert_close(float(value), want["loss"], rtol=1e-5)
-    assert_close([float(x) for x in sums.terms()], [want["loss_numerator"], want["loss_denominator"]], rtol=1e-5, of="each")
+    terms = [want["loss_numerator"], want["loss_denominator"]]
+    assert_close([float(x) for x in sums.terms()], terms, rtol=1e-5, of="each")
     assert int(sums.hit_Q.sum()) == want["accuracy_numerator"]
     assert int(sums.asked_Q.sum()) == want["accuracy_denominator"]
     assert_close(sums.figures()["mean_over_rows"], meta["results"]["helper_accept_len"], rtol=1e-6)
@@ -126,13 +132,11 @@ def test_losses_and_hits(form, passed, meta):
 def test_every_gradient(form, passed, golden):
     name = FORMS[form][1] + "."
     wanted = {key.removeprefix(name): value for key, value in golden.items() if key.startswith(name)}
-    got = passed[form][2]
+    got = passed[1][form][2]
     assert len(wanted) in (2, len(got))
     assert_close({key: got[key] for key in wanted}, wanted, rtol=1e-4, of="norm")
 
 
-def test_hidden_states(way, draft, example, golden):
-    algorithm = dflash.algorithm(**way)
-    hidden = jax.jit(lambda: algorithm.states(draft, example))()
+def test_hidden_states(passed, golden):
     keep = np.repeat(golden["sample.keep"] > 0, 4, axis=1)
-    assert_close(np.asarray(hidden)[keep], golden["out.hidden"][keep], rtol=1e-5)
+    assert_close(np.asarray(passed[0])[keep], golden["out.hidden"][keep], rtol=1e-5)
