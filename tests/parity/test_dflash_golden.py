@@ -51,7 +51,9 @@ def meta():
 def example(golden, meta):
     tokens = golden["in.input_ids"]
     num_batch, length = tokens.shape
-    batch = Batch(tokens, golden["in.loss_mask"] > 0.5, np.ones_like(tokens), np.tile(np.arange(length), (num_batch, 1)))
+    batch = Batch(
+        tokens, golden["in.loss_mask"] > 0.5, np.ones_like(tokens), np.tile(np.arange(length), (num_batch, 1))
+    )
     found = anchors.lowest(golden["sample.rand"], anchors.possible(batch), meta["options"]["num_anchors"])
     taps = golden["in.hidden_states"].reshape(num_batch, length, 3, -1)
     return jax.tree.map(jnp.asarray, Example(batch, Features(taps), found, ()))
@@ -86,7 +88,9 @@ def test_labels_and_weights_are_the_references(example, golden, meta):
     for form in ("dpace", "dpace_confidence", "dpace_continuation"):
         settings = dflash.algorithm(objective=form, block_size=4).settings
         got = weights(settings, algorithm.layout, found.asked_BAS, jnp.asarray(golden["out.ce"]))
-        assert_close(np.where(keep_BA1, got, 0), np.where(keep_BA1 & asked, golden[f"mid.{form}_weights"], 0), rtol=1e-5)
+        assert_close(
+            np.where(keep_BA1, got, 0), np.where(keep_BA1 & asked, golden[f"mid.{form}_weights"], 0), rtol=1e-5
+        )
 
 
 @pytest.fixture(scope="module", params=["dense", "chunked"])

@@ -9,7 +9,7 @@ import dataclasses
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from flaxdraft.interfaces import AnyArray, Batch, Draw
 

@@ -5,8 +5,8 @@ without ever holding [slots, text] scores; what is inside a block is small and i
 L = logaddexp(L_text, L_block), O = exp(L_text - L) O_text + exp(s - L) v. The kernel's backward pass with the merged O
 and L gives the gradients of the joint softmax.
 
-Shape letters: B batch, A blocks, S slots of a block (Y where they are keys), R = A S query rows, T key rows of the text,
-N query heads, K key/value heads (G = N / K share one), H query/key width, C value width.
+Shape letters: B batch, A blocks, S slots of a block (Y where they are keys), R = A S query rows, T key rows of the
+text, N query heads, K key/value heads (G = N / K share one), H query/key width, C value width.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Fields of config.json by which drafters of the family differ, and which no draft here has yet: such a draft is refused
-by name, since without the field's meaning it would propose nonsense."""
+"""Fields of config.json by which drafters of the family differ, and which no draft here has: such a draft is refused by
+name, since without the field's meaning it would propose nonsense."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def wanted(batch: Batch, anchor_BA: Int[Array, "B A"], layout: Layout, *, stop_a
 
     Args:
         anchor_BA: entries >= T are padding.
-        stop_at_hole: after a token that is not the assistant's nothing is asked; otherwise that token alone is left out.
+        stop_at_hole: ask nothing after a token that is not the assistant's; otherwise that token alone is left out.
     """
     (num_batch, num_blocks), size = anchor_BA.shape, layout.block_size
     place_S = jnp.arange(size)
