@@ -95,7 +95,9 @@ def test_a_family_has_its_weights_named(name):
 
 
 def test_unknown_names_list_what_there_is():
-    with pytest.raises(InputError, match=r"draft.architecture: no 'mamba'.*llama, mla.*eagle3.drafts, see CONTRIBUTING"):
+    with pytest.raises(
+        InputError, match=r"draft.architecture: no 'mamba'.*llama, mla.*eagle3.drafts, see CONTRIBUTING"
+    ):
         find_by_name("flaxdraft.algorithms.eagle3.drafts", "mamba", "draft.architecture")
     with pytest.raises(InputError, match=r"MambaForCausalLM.*supported are.*LlamaForCausalLM"):
         find_by_architecture(["flaxdraft.targets"], {"architectures": ["MambaForCausalLM"]}, "config.json")
