@@ -19,6 +19,7 @@ SIGHTS = {
     "sliding": Sight(S, causal=True, window=3),
     "sliding both ways": Sight(S, causal=False, window=6),
 }
+REST = ("causal", "sliding both ways")
 
 
 def visible(sight: Sight, b: int, a: int, k: int) -> tuple[list[int], list[int]]:
@@ -52,7 +53,7 @@ def plain(q, text, own, sight):
     return jnp.einsum("bnrt,btnh->brnh", jax.nn.softmax(scores, axis=-1), v)
 
 
-@pytest.mark.parametrize("name", SIGHTS)
+@pytest.mark.parametrize("name", ["full", "sliding", *(pytest.param(x, marks=pytest.mark.slow) for x in REST)])
 def test_value_and_gradients_are_those_of_one_softmax(name):
     sight, arrays = SIGHTS[name], make()
     seen = sight.text(jnp.asarray(ANCHOR), jnp.asarray(FIRST))

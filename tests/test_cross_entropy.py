@@ -27,7 +27,7 @@ def plain(states, head, label, asked):
     return jnp.where(asked, loss, 0), (jnp.argmax(logits, axis=-1) == label) & asked
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 64])
+@pytest.mark.parametrize("chunk", [4, pytest.param(64, marks=pytest.mark.slow)])
 def test_values_and_gradients_are_the_plain_ones(chunk):
     states, head, label, asked = make()
     weight = jnp.linspace(-1, 2, B * R).reshape(B, R)

@@ -104,7 +104,10 @@ SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_wind
 
 @pytest.mark.parametrize(
     ("settings", "fields"),
-    [({"block_size": 4}, {}), ({"block_size": 3, "sample_from_anchor": True}, SLIDING)],
+    [
+        ({"block_size": 4}, {}),
+        pytest.param({"block_size": 3, "sample_from_anchor": True}, SLIDING, marks=pytest.mark.slow),
+    ],
     ids=["dflash", "from the anchor, sliding"],
 )
 def test_the_walk_is_greedy_decoding(settings, fields, models):
@@ -127,6 +130,7 @@ def test_the_walk_is_greedy_decoding(settings, fields, models):
     assert forced.yields == [one.yields for one in decoded]
 
 
+@pytest.mark.slow
 def test_sampled_answers_are_distributed_as_the_targets(models):
     target, make = models
     draft, num = make(block_size=4), 12_000

@@ -79,8 +79,9 @@ def train(shape: tuple[tuple[str, int], ...], num_microbatches: int) -> Trained:
     return Trained(losses, sums, jax.device_get(state.params), compiled.as_text())
 
 
+pytestmark = pytest.mark.slow
 MESHES = [pytest.param({"data": 2, "fsdp": 2, "tensor": 2})]
-MESHES += [pytest.param(shape, marks=pytest.mark.slow) for shape in ({"data": 8}, {"fsdp": 8}, {"tensor": 4})]
+MESHES += [pytest.param(shape) for shape in ({"data": 8}, {"fsdp": 8}, {"tensor": 4})]
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
