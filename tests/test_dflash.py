@@ -99,6 +99,7 @@ def models():
     return target, draft
 
 
+SCALES = {"attention_value_scale": 1.5, "output_multiplier": 0.8, "final_logit_softcapping": 2.0, "is_causal": True}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
 
 
@@ -106,7 +107,7 @@ SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_wind
     ("settings", "fields"),
     [
         ({"block_size": 4}, {}),
-        pytest.param({"block_size": 3, "sample_from_anchor": True}, SLIDING, marks=pytest.mark.slow),
+        pytest.param({"block_size": 3, "sample_from_anchor": True}, SLIDING | SCALES, marks=pytest.mark.slow),
     ],
     ids=["dflash", "from the anchor, sliding"],
 )

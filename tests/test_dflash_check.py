@@ -155,7 +155,7 @@ def test_a_checkpoint_of_another_trainer_is_read(good, tmp_path):
     [
         (nested(projector_type="domino", shift_label=True), "dflash_config.projector_type 'domino'"),
         (nested(attention_mode="mla"), "dflash_config.attention_mode 'mla': drafts of this kind are not supported"),
-        (field(final_logit_softcapping=30.0), "final_logit_softcapping 30.0"),
+        (field(attention_sink_bias=True), "attention_sink_bias True"),
         (field(is_neox_style=False), "is_neox_style False"),
         (drop("dflash_config"), "no dflash_config, expected an object with mask_token_id and target_layer_ids"),
         (field(layer_types=["linear_attention"] * 2), "layer_types: found"),

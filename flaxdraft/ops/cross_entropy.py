@@ -23,7 +23,27 @@ from flaxdraft.devices.per_device import per_device
 from flaxdraft.devices.sharding import gradient_spec, partitions_of, spec_of
 from flaxdraft.ops import vocabulary_axis
 
-DEFAULT_CHUNK = 512
+
+class Logits(NamedTuple):
+    """What is made of states and head before the softmax: multiplier * product, or cap * tanh of that / cap."""
+
+    multiplier: float = 1.0
+    cap: float | None = None
+
+    def of(self, product: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        scaled = product if self.multiplier == 1 else product * self.multiplier
+        return scaled if self.cap is None else self.cap * jnp.tanh(scaled / self.cap)
+
+    def slope(self, logits: Float[Array, "*shape"]) -> Float[Array, "*shape"] | float:
+        """The derivative of each logit by its product."""
+        return self.multiplier * (1.0 if self.cap is None else 1 - jnp.square(logits / self.cap))
+
+
+class How(NamedTuple):
+    """What stays the same from call to call."""
+
+    chunk: int  # rows whose logits exist at a time
+    logits: Logits = Logits()
 
 
 class Scored(NamedTuple):
@@ -35,7 +55,7 @@ class Scored(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def cross_entropy(
-    chunk: int,
+    how: How,
     states_BRD: Float[Array, "B R D"],
     head_VD: Float[Array, "V D"],
     label_BR: Int[Array, "B R"],
@@ -44,23 +64,22 @@ def cross_entropy(
     """Losses and hits of the rows that are asked.
 
     Args:
-        chunk: rows whose logits exist at a time.
         states_BRD: the head's input, in the precision of the products.
         head_VD: frozen.
     """
-    return _walk(chunk, False, states_BRD, head_VD, label_BR, asked_BR)[0]
+    return _walk(how, False, states_BRD, head_VD, label_BR, asked_BR)[0]
 
 
-def _walk(chunk, want_gradient, states, head, label, asked):
+def _walk(how: How, want_gradient, states, head, label, asked):
     rows_spec, vocabulary = spec_of(states).partitions[:2], partitions_of(spec_of(head))[0]
     out_specs = Scored(jax.P(*rows_spec), jax.P(*rows_spec)), gradient_spec(states) if want_gradient else ()
-    local = partial(_walk_shard, chunk, vocabulary, want_gradient)
+    local = partial(_walk_shard, how, vocabulary, want_gradient)
     return per_device(local, out_specs, states, head, label, asked)
 
 
-def _walk_shard(size, axis, want_gradient, states_BRD, head_VD, label_BR, asked_BR):
+def _walk_shard(how: How, axis, want_gradient, states_BRD, head_VD, label_BR, asked_BR):
     (num_batch, num_rows), width = label_BR.shape, states_BRD.shape[-1]
-    total, wide = num_batch * num_rows, jnp.promote_types(states_BRD.dtype, jnp.float32)
+    total, size, wide = num_batch * num_rows, how.chunk, jnp.promote_types(states_BRD.dtype, jnp.float32)
     states_MD, head_VD = states_BRD.reshape(total, width), head_VD.astype(states_BRD.dtype)
     label_M, asked_M = label_BR.ravel(), asked_BR.ravel()
     # Asked rows first, in their order; what fills the last chunk lies past the end, and reads 0.
@@ -70,7 +89,8 @@ def _walk_shard(size, axis, want_gradient, states_BRD, head_VD, label_BR, asked_
 
     def one(i, carry):
         at_C = lax.dynamic_slice_in_dim(order, i * size, size)
-        scored, back = _rows(take(states_MD, at_C), head_VD, take(label_M, at_C), axis, want_gradient)
+        rows = take(states_MD, at_C), head_VD, take(label_M, at_C)
+        scored, back = _rows(how.logits, axis, want_gradient, *rows)
         place = partial(lax.dynamic_update_slice_in_dim, start_index=i * size, axis=0)
         return jax.tree.map(place, carry, (*scored, back))
 
@@ -85,10 +105,10 @@ def _walk_shard(size, axis, want_gradient, states_BRD, head_VD, label_BR, asked_
     return Scored(loss, hit), back
 
 
-def _rows(state_CD, head_VD, label_C, axis, want_gradient):
+def _rows(logits: Logits, axis, want_gradient, state_CD, head_VD, label_C):
     """Loss, hit, and this device's part of the gradient of each row's loss by its state, of one chunk."""
     wide = jnp.promote_types(state_CD.dtype, jnp.float32)
-    logits_CV = jnp.einsum("cd,vd->cv", state_CD, head_VD, preferred_element_type=wide)
+    logits_CV = logits.of(jnp.einsum("cd,vd->cv", state_CD, head_VD, preferred_element_type=wide))
     top_C = vocabulary_axis.highest(logits_CV, axis)
     hit_C = vocabulary_axis.first_at(logits_CV, top_C, axis) == label_C
     total_C = vocabulary_axis.total(jnp.sum(jnp.exp(logits_CV - top_C[:, None]), axis=-1), axis)
@@ -99,15 +119,16 @@ def _rows(state_CD, head_VD, label_C, axis, want_gradient):
     own_C = label_C if axis is None else label_C - lax.axis_index(axis) * head_VD.shape[0]
     right_CV = jnp.arange(head_VD.shape[0])[None] == own_C[:, None]
     slope_CV = jnp.exp(logits_CV - logsumexp_C[:, None]) - right_CV
+    slope_CV = slope_CV * logits.slope(logits_CV)
     back_CD = jnp.einsum("cv,vd->cd", slope_CV.astype(head_VD.dtype), head_VD, preferred_element_type=wide)
     return scored, back_CD.astype(state_CD.dtype)
 
 
-def _forward(chunk, states, head, label, asked):
-    return _walk(chunk, True, states, head, label, asked)
+def _forward(how, states, head, label, asked):
+    return _walk(how, True, states, head, label, asked)
 
 
-def _backward(chunk, back_BRD, cotangent):
+def _backward(how, back_BRD, cotangent):
     return (back_BRD * cotangent.loss_BR[..., None]).astype(back_BRD.dtype), None, None, None
 
 

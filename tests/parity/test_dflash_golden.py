@@ -22,7 +22,7 @@ from flaxdraft.algorithms.dflash.objective import summed, weights
 from flaxdraft.files.name_tables import state_to_torch
 from flaxdraft.interfaces import Batch, Example, Features
 from flaxdraft.nn.layers import Frozen
-from flaxdraft.ops.cross_entropy import cross_entropy
+from flaxdraft.ops.cross_entropy import How, cross_entropy
 
 pytestmark = pytest.mark.numeric
 
@@ -106,7 +106,7 @@ def passed(request, draft, example):
         states_BRD = algorithms["main"].states(draft, example)
         label_BAS, asked_BAS = wanted(example.batch, example.chosen.anchor_BA, layout, stop_at_hole=False)
         flat = lambda x: x.reshape(states_BRD.shape[:2])  # noqa: E731
-        scored = cross_entropy(5, states_BRD, draft.head_VD(), flat(label_BAS), flat(asked_BAS))
+        scored = cross_entropy(How(5), states_BRD, draft.head_VD(), flat(label_BAS), flat(asked_BAS))
         loss_BAS, hit_BAS = (x.reshape(label_BAS.shape) for x in scored)
         sums = {form: summed(one.settings, layout, 3, asked_BAS, loss_BAS, hit_BAS) for form, one in algorithms.items()}
         values = jnp.stack([jnp.divide(*one.terms()) for one in sums.values()])

@@ -27,7 +27,7 @@ from flaxdraft.algorithms.dflash.taps import default_taps
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Draw, EmbeddingAndHead, Example, VocabMap
 from flaxdraft.ops.attention import document_ranges
-from flaxdraft.ops.cross_entropy import cross_entropy
+from flaxdraft.ops.cross_entropy import How, cross_entropy
 from flaxdraft.ops.range_attention import Chunks
 from flaxdraft.ops.rows import take_rows
 from flaxdraft.serving.contract import Contract
@@ -126,7 +126,9 @@ class Algorithm:
         label_BAS, asked_BAS = wanted(example.batch, anchor_BA, layout, stop_at_hole=stop_at_hole)
         asked_BAS = asked_BAS & (jnp.arange(layout.block_size) < counted.stop)[None, None]
         flat = lambda x: x.reshape(states_BRD.shape[:2])  # noqa: E731
-        scored = cross_entropy(settings.loss_chunk, states_BRD, draft.head_VD(), flat(label_BAS), flat(asked_BAS))
+        scored = cross_entropy(
+            How(settings.loss_chunk, draft.made_of), states_BRD, draft.head_VD(), flat(label_BAS), flat(asked_BAS)
+        )
         loss_BAS, hit_BAS = (x.reshape(shape) for x in scored)
         return summed(settings, layout, num, asked_BAS, loss_BAS, hit_BAS), hit_BAS[:, :, counted]
 

@@ -3,7 +3,8 @@
     context = hidden_norm(fc(taps)), once; each layer makes keys and values of it by its own k_proj and v_proj
     x = x + attn(input_layernorm(x), context); x = x + mlp(post_attention_layernorm(x)); logits = head(norm(x))
 
-The context does not pass input_layernorm. Embedding and head are the target's, frozen.
+The context does not pass input_layernorm. Embedding and head are the target's, frozen. Three switches that engines read
+scale all values, scale the logits and cap them.
 
 Shape letters: B batch, T rows of the text, A blocks, R = A S rows of blocks of S slots, K tapped layers or key/value
 heads, H head width, D width (the target's as well), E target width, V vocabulary.
@@ -27,6 +28,7 @@ from flaxdraft.nn.layers import Frozen, GatedMLP, RMSNorm, column
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.self_attention import Heads
 from flaxdraft.nn.vocabulary import lookup
+from flaxdraft.ops.cross_entropy import Logits
 
 REMAT = {
     "projections": jax.checkpoint_policies.save_from_both_policies(
@@ -52,7 +54,7 @@ class Layer(nnx.Module):
         self, config: Any, attention: Heads, sight: Sight, precision: Precision, sharding: Sharding, rngs: nnx.Rngs
     ):
         c = config
-        self.sight = sight
+        self.sight, self.value_scale = sight, c.attention_value_scale
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
         self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
@@ -70,6 +72,8 @@ class Layer(nnx.Module):
         q, own = attention.query(projected, positions_BR), Keys(*attention.key_value(projected, positions_BR))
         seen = self.sight.text(places.anchor_BA, places.first_BA)
         heads = block_attention(q, text, own, seen, self.sight, attention.softmax_scale, way)
+        if self.value_scale != 1:  # of all values, hence of what they add up to
+            heads = heads * self.value_scale
         hidden_BRD = hidden_BRD + attention.output(heads)
         return hidden_BRD + self.mlp(self.post_attention_layernorm(hidden_BRD))
 
@@ -144,6 +148,11 @@ class BlockDraft(nnx.Module):
             hidden_BRD = (run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat]))(hidden_BRD, keys)
         return self.norm(hidden_BRD)
 
+    @property
+    def made_of(self) -> Logits:
+        """How logits come of the head's products."""
+        return Logits(self.config.output_multiplier, self.config.final_logit_softcapping)
+
     def head_VD(self) -> Float[Array, "V D"]:
         """The target's head, whole along fsdp."""
         return gathered(self.head[...], self.sharding.weight_ve)
@@ -152,4 +161,4 @@ class BlockDraft(nnx.Module):
         """At least float32."""
         wide = jnp.promote_types(self.precision.compute, jnp.float32)
         head_VD = self.head_VD().astype(self.precision.compute)
-        return jnp.einsum("brd,vd->brv", hidden_BRD, head_VD, preferred_element_type=wide)
+        return self.made_of.of(jnp.einsum("brd,vd->brv", hidden_BRD, head_VD, preferred_element_type=wide))

@@ -10,8 +10,7 @@ from flaxdraft.errors import InputError
 
 # Name -> the values at which a field changes nothing.
 TOP: dict[str, tuple[Any, ...]] = {
-    "attention_sink_bias": (False,), "attention_value_scale": (1, 1.0), "output_multiplier": (1, 1.0),
-    "final_logit_softcapping": (), "is_neox_style": (True,), "use_swa": (False,), "swa_window_size": (),
+    "attention_sink_bias": (False,), "is_neox_style": (True,), "use_swa": (False,), "swa_window_size": (),
     "input_embedding_scale": (1, 1.0), "mlp_bias": (False,), "kv_lora_rank": (),
 }  # fmt: skip
 NESTED: dict[str, tuple[Any, ...]] = {

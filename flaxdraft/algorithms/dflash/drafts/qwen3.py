@@ -29,6 +29,7 @@ _EXPECTED = {
     bool | None: Expected("true, false or null", bool | None),
     int: SIZE,
     int | None: Expected("a positive integer or null", Size | None),
+    float | None: Expected("a positive number or null", Positive | None),
     float: Expected("a positive number (YAML reads 1e-6 as text; write 1.0e-6)", Positive),
 }
 # Fields that stand in config.json as they are.
@@ -36,6 +37,8 @@ _PLAIN = (
     "hidden_size", "intermediate_size", "vocab_size", "rms_norm_eps", "num_attention_heads", "num_key_value_heads",
     "head_dim", "num_hidden_layers", "block_size", "attention_bias",
 )  # fmt: skip
+# The same, left out where they change nothing.
+_SCALES = {"attention_value_scale": 1.0, "output_multiplier": 1.0, "final_logit_softcapping": None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,7 @@ class Config:
 
     layer_types: one of LAYER_TYPES for each layer; empty: full attention everywhere.
     is_causal: in the block, of all layers; None: of sliding layers alone, as engines have it.
+    final_logit_softcapping: the cap of the logits, after `output_multiplier`; None: none.
     """
 
     hidden_size: int
@@ -65,6 +69,9 @@ class Config:
     is_causal: bool | None = None
     sliding_window: int | None = None
     layer_types: tuple[str, ...] = ()
+    attention_value_scale: float = 1.0
+    output_multiplier: float = 1.0
+    final_logit_softcapping: float | None = None
 
     def __post_init__(self):
         for name, kind in get_type_hints(type(self)).items():
@@ -138,7 +145,7 @@ class Config:
             "num_key_value_heads": kv_heads, "head_dim": width, "rope": rope, "num_hidden_layers": 2,
             "num_taps": len(target.tap_layers or default_taps(target.num_hidden_layers)),
             "mask_token_id": target.vocab_size - 1, "attention_bias": False, "is_causal": None,
-            "sliding_window": None, "layer_types": (),
+            "sliding_window": None, "layer_types": (), **_SCALES,
         }  # fmt: skip
 
     @classmethod
@@ -158,6 +165,7 @@ class Config:
             "head_dim": config.get("head_dim") or hidden // heads,
             "attention_bias": bool(config.get("attention_bias")),
             "block_size": config.get("block_size") or nested["block_size"],
+            **{name: usual if config.get(name) is None else config[name] for name, usual in _SCALES.items()},
         }
         return cls(
             **{name: config[name] for name in _PLAIN if name not in derived}, **derived,
@@ -182,6 +190,7 @@ class Config:
         }  # fmt: skip
         if self.sliding_window is not None:
             out |= {"sliding_window": self.sliding_window, "use_sliding_window": True}
+        out |= {name: getattr(self, name) for name, usual in _SCALES.items() if getattr(self, name) != usual}
         return out if self.is_causal is None else out | {"is_causal": self.is_causal}
 
 

@@ -35,7 +35,7 @@ _FIELDS = {
         ("draft_vocab_size", "target_hidden_size", "head_dim", "num_key_value_heads", "max_position_embeddings",
          "num_target_layers", "sliding_window"), SIZE,
     ),
-    "rope_theta": POSITIVE,
+    **dict.fromkeys(("rope_theta", "attention_value_scale", "output_multiplier", "final_logit_softcapping"), POSITIVE),
     "block_size": Expected("an integer of at least 2", Annotated[int, Field(gt=1)]),
     **dict.fromkeys(("model_type", "torch_dtype", "dtype"), TEXT),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "is_causal", "use_sliding_window"), FLAG),
