@@ -236,7 +236,7 @@ ROWS: dict[str, list] = {
 # The fields of each algorithm's section. (Rows of one that is not in `run.yaml` give `algorithm.name`.)
 SETTINGS: dict[str, dict[str, list]] = {
     "eagle3": {
-        "name": [Says("none", "algorithm.name: no 'none' .* found eagle3")],
+        "name": [Says("none", "algorithm.name: no 'none' .* found dflash, eagle3")],
         "ttt_length": [Differs("step", 2)],
         "step_decay": [Differs("step", 0.5, ("algorithm.ttt_length=2",))],
         "objective": [Differs("step", "lk_lambda")],

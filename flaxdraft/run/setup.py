@@ -119,8 +119,11 @@ def _inputs(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         data["conversations"] = digest_of(config.data.conversations, "data.conversations")
     if config.data.store is not None:
         data["store"] = sha256_of(FeatureStore(config.data.store).directory / MANIFEST)
+    target = config.target.model_dump() | {"content": content_of(config.target.path, config.target.sha256)}
+    if config.target.tap_layers is None and config.algorithm.name != algorithms.DEFAULT:
+        target["tap_layers"] = f"those of {config.algorithm.name}"  # features are of its layers
     answers = {
-        "target": config.target.model_dump() | {"content": content_of(config.target.path, config.target.sha256)},
+        "target": target,
         "data": {name: value for name, value in data.items() if f"data.{name}" not in NOT_OF_ANSWERS},
         "evaluate": {"max_new_tokens": config.evaluate.max_new_tokens},
     }  # fmt: skip
