@@ -12,7 +12,7 @@ Shape letters: B batch, R rows, M = B R, C rows of a chunk, D width, V vocabular
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,6 @@ class Scored(NamedTuple):
     hit_BR: Bool[Array, "B R"]  # the label has the highest logit, the first of several
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def cross_entropy(
     how: How,
     states_BRD: Float[Array, "B R D"],
@@ -67,14 +66,21 @@ def cross_entropy(
         states_BRD: the head's input, in the precision of the products.
         head_VD: frozen.
     """
-    return _walk(how, False, states_BRD, head_VD, label_BR, asked_BR)[0]
+    # JAX types a custom_vjp that has options as giving anything.
+    return cast(Scored, _scored(how, states_BRD, head_VD, label_BR, asked_BR))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scored(how: How, states, head, label, asked) -> Scored:
+    return _walk(how, False, states, head, label, asked)[0]
 
 
 def _walk(how: How, want_gradient, states, head, label, asked):
     rows_spec, vocabulary = spec_of(states).partitions[:2], partitions_of(spec_of(head))[0]
-    out_specs = Scored(jax.P(*rows_spec), jax.P(*rows_spec)), gradient_spec(states) if want_gradient else ()
+    out_specs = jax.P(*rows_spec), jax.P(*rows_spec), gradient_spec(states) if want_gradient else ()
     local = partial(_walk_shard, how, vocabulary, want_gradient)
-    return per_device(local, out_specs, states, head, label, asked)
+    loss_BR, hit_BR, back = per_device(local, out_specs, states, head, label, asked)
+    return Scored(loss_BR, hit_BR), back
 
 
 def _walk_shard(how: How, axis, want_gradient, states_BRD, head_VD, label_BR, asked_BR):
@@ -102,7 +108,7 @@ def _walk_shard(how: How, axis, want_gradient, states_BRD, head_VD, label_BR, as
     loss, hit, back = jax.tree.map(lambda x: take(x, place_M).reshape(num_batch, num_rows, *x.shape[1:]), walked)
     if want_gradient and axis is not None:
         back = lax.psum(back, axis)
-    return Scored(loss, hit), back
+    return loss, hit, back
 
 
 def _rows(logits: Logits, axis, want_gradient, state_CD, head_VD, label_C):
@@ -132,4 +138,4 @@ def _backward(how, back_BRD, cotangent):
     return (back_BRD * cotangent.loss_BR[..., None]).astype(back_BRD.dtype), None, None, None
 
 
-cross_entropy.defvjp(_forward, _backward)
+_scored.defvjp(_forward, _backward)

@@ -135,7 +135,7 @@ def merged(q_BRNH, text: Keys, own: Keys, seen: KeyRange, sight: Sight, scale: f
 
 def _merged(q, text, own, seen, sight, scale, chunks):
     def local(q, text, own, seen):
-        out, logsumexp = range_attention.forward(q, *text, seen, scale, chunks)
+        out, logsumexp = range_attention.forward(q, text.k_BTKH, text.v_BTKC, seen, scale, chunks)
         scores = _own_scores(q, own.k_BTKH, sight, scale)
         joint = jnp.logaddexp(logsumexp, jax.nn.logsumexp(scores, axis=-1).reshape(logsumexp.shape))
         weights = jnp.exp(scores - joint.reshape(scores.shape[:-1])[..., None])
@@ -160,7 +160,7 @@ def _backward(sight, scale, chunks, residuals, grad):
 
     def local(q, text, own, seen, joint, grad):
         wide = joint.logsumexp_BRN.dtype
-        dq, *dtext = range_attention.backward(q, *text, seen, joint, grad, scale, chunks)
+        dq, *dtext = range_attention.backward(q, text.k_BTKH, text.v_BTKC, seen, joint, grad, scale, chunks)
         dtext = [added_up(x.astype(text.k_BTKH.dtype), keys_spec, rows_axes) for x in dtext]
         scores = _own_scores(q, own.k_BTKH, sight, scale)
         by_block = lambda x: x.reshape(*scores.shape[:-1], *x.shape[3:])  # noqa: E731

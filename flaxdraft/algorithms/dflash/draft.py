@@ -12,6 +12,7 @@ heads, H head width, D width (the target's as well), E target width, V vocabular
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ class BlockDraft(nnx.Module):
     """See `interfaces.Draft`; an architecture gives the config and each layer's attention."""
 
     def __init__(
-        self, config: Any, attentions: list[Heads], vocab: VocabMap, target: EmbeddingAndHead, *,
+        self, config: Any, attentions: Sequence[Heads], vocab: VocabMap, target: EmbeddingAndHead, *,
         precision: Precision, sharding: Sharding, rngs: nnx.Rngs,
     ):  # fmt: skip
         """

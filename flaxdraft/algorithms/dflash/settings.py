@@ -16,7 +16,7 @@ class Settings(AlgorithmConfig):
     name: Literal["dflash"] = "dflash"  # pyright: ignore[reportIncompatibleVariableOverride]
     block_size: int = Field(default=8, ge=2)  # the newest token and the mask tokens behind it
     sample_from_anchor: bool = False  # slot k predicts the token behind its own place, the newest token's slot too
-    num_anchors: int = Field(default=16, ge=1)  # blocks that a step draws from a batch row
+    num_anchors: int = Field(default=8, ge=1)  # blocks that a step draws from a batch row
     decay_gamma: Number | None = Field(default=4.0, gt=0)  # slot i of those that predict weighs exp(-i / gamma), from 0
     # d-pace weighs by the draft's own confidence along the block (arXiv 2605.18810), the other two by a factor of it.
     objective: Literal["decay", "dpace", "dpace_confidence", "dpace_continuation"] = "decay"

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from flaxdraft.algorithms.dflash.serving import rules, tensors
+from flaxdraft.algorithms.dflash.serving import rules
+from flaxdraft.algorithms.dflash.serving import tensors as layout
 from flaxdraft.algorithms.dflash.serving.sanity import of_directory as of_directory
 from flaxdraft.algorithms.dflash.serving.sanity import of_sizes as of_sizes
 from flaxdraft.algorithms.dflash.serving.sanity import unreadable as unreadable
@@ -51,11 +52,11 @@ def tables(vocab: VocabMap, engine: Engine) -> dict[str, np.ndarray]:
 
 
 def flat_name(key: str) -> str | None:
-    name = tensors.flat_name(key)
-    return None if tensors.PASSED_OVER.search(name) else name
+    name = layout.flat_name(key)
+    return None if layout.PASSED_OVER.search(name) else name
 
 
-def take_vocab(found: dict[str, np.ndarray], config: Any, origin: str) -> VocabMap:
+def take_vocab(tensors: dict[str, np.ndarray], config: Any, origin: str) -> VocabMap:
     return VocabMap(np.arange(config.vocab_size), config.vocab_size)
 
 
