@@ -11,6 +11,7 @@ from flax import nnx
 from test_contracts import TARGET_HF
 from test_rejection import PROMPT, TOKENS, V, exact, excess, fill
 
+from flaxdraft.algorithms.dflash import algorithm as algorithm_module
 from flaxdraft.algorithms.dflash import anchors
 from flaxdraft.algorithms.dflash.drafts import qwen3
 from flaxdraft.algorithms.dflash.layout import Layout, layout_of, wanted
@@ -111,7 +112,7 @@ SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_wind
     ],
     ids=["dflash", "from the anchor, sliding"],
 )
-def test_the_walk_is_greedy_decoding(settings, fields, models):
+def test_the_walk_is_greedy_decoding(settings, fields, models, monkeypatch):
     """Pass by pass, over runs of every length."""
     target, make = models
     algorithm, draft, chain, rng = dflash.algorithm(**settings), make(**settings, **fields), 3, np.random.default_rng(0)
@@ -126,6 +127,7 @@ def test_the_walk_is_greedy_decoding(settings, fields, models):
     rows = featured(target, texts, len(texts), 32)
     graphdef, params, frozen = split_draft(draft)
     evaluation = algorithm.drafting(chain)
+    monkeypatch.setattr(algorithm_module, "SLOTS_AT_ONCE", 6 * 48 * draft.config.block_size)  # six blocks of a row
     accepted = make_accepted(graphdef, evaluation, frozen, ())(params)
     forced = evaluate_teacher_forced(accepted, rows, evaluation, len(rows))
     assert forced.yields == [one.yields for one in decoded]

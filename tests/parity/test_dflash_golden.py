@@ -103,8 +103,9 @@ def passed(request, draft, example):
 
     def losses(params):
         draft = nnx.merge(graphdef, params, frozen)
-        states_BRD = algorithms["main"].states(draft, example)
-        label_BAS, asked_BAS = wanted(example.batch, example.chosen.anchor_BA, layout, stop_at_hole=False)
+        text, anchor_BA = algorithms["main"].read(draft, example), example.chosen.anchor_BA
+        states_BRD = algorithms["main"].states(draft, example.batch, text, anchor_BA)
+        label_BAS, asked_BAS = wanted(example.batch, anchor_BA, layout, stop_at_hole=False)
         flat = lambda x: x.reshape(states_BRD.shape[:2])  # noqa: E731
         scored = cross_entropy(How(5), states_BRD, draft.head_VD(), flat(label_BAS), flat(asked_BAS))
         loss_BAS, hit_BAS = (x.reshape(label_BAS.shape) for x in scored)

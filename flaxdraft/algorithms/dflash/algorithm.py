@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from flaxdraft.algorithms.dflash import anchors
-from flaxdraft.algorithms.dflash.block_attention import Way, choose
+from flaxdraft.algorithms.dflash.block_attention import Keys, Way, choose
 from flaxdraft.algorithms.dflash.draft import BlockDraft, Places
 from flaxdraft.algorithms.dflash.drafter import BlockDrafter
 from flaxdraft.algorithms.dflash.layout import Layout, layout_of, wanted
@@ -31,6 +31,8 @@ from flaxdraft.ops.cross_entropy import How, cross_entropy
 from flaxdraft.ops.range_attention import Chunks
 from flaxdraft.ops.rows import take_rows
 from flaxdraft.serving.contract import Contract
+
+SLOTS_AT_ONCE = 2**15  # of all batch rows, in evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,48 +106,66 @@ class Algorithm:
     def next_carry(self, carry: tuple[()], sums: BlockSums, step: Int[Array, ""]) -> tuple[()]:
         return carry
 
-    def states(self, draft: BlockDraft, example: Example) -> Float[Array, "B R D"]:
-        """The head's input at every slot of the chosen blocks."""
-        batch, anchor_BA = example.batch, example.chosen.anchor_BA
+    def read(self, draft: BlockDraft, example: Example) -> list[Keys]:
+        """Each layer's keys and values of the text."""
         assert example.features is not None, "an example has the features that `needs` names"
+        return draft.read(example.features.taps_BTKE, example.batch.positions_BT)
+
+    def states(
+        self, draft: BlockDraft, batch: Batch, text: list[Keys], anchor_BA: Int[Array, "B A"]
+    ) -> Float[Array, "B R D"]:
+        """The head's input at every slot of some blocks."""
         num_rows = batch.tokens_BT.shape[1]
         first_BA = take_rows(document_ranges(batch.segments_BT).first_BR, anchor_BA)
         # What is padding begins behind its end, and sees nothing of the text.
         first_BA = jnp.where(anchor_BA < num_rows, first_BA, num_rows)
         places = Places(anchor_BA, first_BA, take_rows(batch.positions_BT, anchor_BA))
-        text = draft.read(example.features.taps_BTKE, batch.positions_BT)
         return draft(take_rows(batch.tokens_BT, anchor_BA), text, places, self.way, self.settings.remat)
 
-    def _blocks(self, draft: BlockDraft, example: Example) -> tuple[BlockSums, Bool[Array, "B A Q"]]:
+    def _blocks(
+        self, draft: BlockDraft, batch: Batch, text: list[Keys], anchor_BA: Int[Array, "B A"]
+    ) -> tuple[BlockSums, Bool[Array, "B A Q"]]:
         """Sums, and which slots that predict are right."""
         settings, layout, num = self.settings, self.layout, self.num_tokens or self.layout.num_predicted
-        training, anchor_BA = self.num_tokens is None, example.chosen.anchor_BA
         counted = slice(layout.first, layout.first + num)
-        states_BRD, shape = self.states(draft, example), (*anchor_BA.shape, layout.block_size)
-        stop_at_hole = settings.stop_at_hole or not training
-        label_BAS, asked_BAS = wanted(example.batch, anchor_BA, layout, stop_at_hole=stop_at_hole)
+        states_BRD, shape = self.states(draft, batch, text, anchor_BA), (*anchor_BA.shape, layout.block_size)
+        stop_at_hole = settings.stop_at_hole or self.num_tokens is not None
+        label_BAS, asked_BAS = wanted(batch, anchor_BA, layout, stop_at_hole=stop_at_hole)
         asked_BAS = asked_BAS & (jnp.arange(layout.block_size) < counted.stop)[None, None]
         flat = lambda x: x.reshape(states_BRD.shape[:2])  # noqa: E731
-        scored = cross_entropy(
-            How(settings.loss_chunk, draft.made_of), states_BRD, draft.head_VD(), flat(label_BAS), flat(asked_BAS)
-        )
+        how = How(settings.loss_chunk, draft.made_of)
+        scored = cross_entropy(how, states_BRD, draft.head_VD(), flat(label_BAS), flat(asked_BAS))
         loss_BAS, hit_BAS = (x.reshape(shape) for x in scored)
         return summed(settings, layout, num, asked_BAS, loss_BAS, hit_BAS), hit_BAS[:, :, counted]
 
     def sums(self, draft: BlockDraft, example: Example, carry: tuple[()]) -> BlockSums:
-        return self._blocks(draft, example)[0]
+        return self._blocks(draft, example.batch, self.read(draft, example), example.chosen.anchor_BA)[0]
 
     def accepted(self, draft: BlockDraft, example: Example) -> tuple[BlockSums, Int[Array, "B T"]]:
         """The sums, and for each row of the batch how many draft tokens greedy verification would accept there: those
         of the block whose newest token is in the row after it. Exact on the target's own greedy answers, since a block
-        does not depend on what comes after its newest token."""
-        sums, hit_BAQ = self._blocks(draft, example)
-        count_BA = jnp.sum(jnp.cumprod(hit_BAQ, axis=2, dtype=jnp.int32), axis=2, dtype=jnp.int32)
+        does not depend on what comes after its newest token.
+
+        Blocks stand behind every token here, so they are gone through some at a time.
+        """
+        batch, text, anchor_BA = example.batch, self.read(draft, example), example.chosen.anchor_BA
+        (num_batch, num_blocks), length = anchor_BA.shape, batch.tokens_BT.shape[1]
+        size = max(SLOTS_AT_ONCE // (num_batch * self.layout.block_size), 1)
+        padded_BA = jnp.pad(anchor_BA, ((0, 0), (0, -num_blocks % size)), constant_values=length)
+        part_GBA = jnp.moveaxis(padded_BA.reshape(num_batch, -1, size), 1, 0)
+
+        def one(sums, anchor_BA):
+            more, hit_BAQ = self._blocks(draft, batch, text, anchor_BA)
+            return sums + more, jnp.sum(jnp.cumprod(hit_BAQ, axis=2, dtype=jnp.int32), axis=2, dtype=jnp.int32)
+
+        like = jax.eval_shape(lambda: self._blocks(draft, batch, text, part_GBA[0])[0])
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        sums, count_GBA = jax.lax.scan(one, zeros, part_GBA)
+        count_BA = jnp.moveaxis(count_GBA, 0, 1).reshape(padded_BA.shape)
         scatter = jax.vmap(lambda row, at, value: row.at[at].set(value, mode="drop"))
-        empty_BT = jnp.zeros_like(example.batch.tokens_BT)
         # An anchor is at least the second token of its row, or nothing was read before it and no pass begins there.
-        before_BA = jnp.where(example.chosen.anchor_BA > 0, example.chosen.anchor_BA - 1, empty_BT.shape[1])
-        return sums, scatter(empty_BT, before_BA, count_BA)
+        before_BA = jnp.where(padded_BA > 0, padded_BA - 1, length)
+        return sums, scatter(jnp.zeros_like(batch.tokens_BT), before_BA, count_BA)
 
     def describe(self, draft: BlockDraft, example: Example) -> str:
         """How sums of such an example are computed, for the log."""
