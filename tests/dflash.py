@@ -1,5 +1,6 @@
 """DFlash for tests: the algorithm with some settings, drafts from PyTorch weights."""
 
+import sys
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -7,7 +8,6 @@ import numpy as np
 from flax import nnx
 
 from flaxdraft.algorithms.dflash.algorithm import Algorithm
-from flaxdraft.algorithms.dflash.drafts import qwen3
 from flaxdraft.algorithms.dflash.settings import Settings
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.files.name_tables import state_from_torch
@@ -29,11 +29,12 @@ def target_of(embedding_VE, head_VE):
 
 def make_draft(config, target, weights=None):
     """With fresh weights, or with those of PyTorch names."""
-    draft = qwen3.make(
+    module = sys.modules[type(config).__module__]
+    draft = module.make(
         config, VocabMap(np.arange(config.vocab_size), config.vocab_size), target, precision=Precision(),
         sharding=Sharding.none(), rngs=nnx.Rngs(0),
     )  # fmt: skip
     if weights is not None:
         params = nnx.state(draft, nnx.Param)
-        nnx.update(draft, state_from_torch(params, qwen3.name_table(config), weights, "weights"))
+        nnx.update(draft, state_from_torch(params, module.name_table(config), weights, "weights"))
     return draft

@@ -13,7 +13,7 @@ from test_rejection import PROMPT, TOKENS, V, exact, excess, fill
 
 from flaxdraft.algorithms.dflash import algorithm as algorithm_module
 from flaxdraft.algorithms.dflash import anchors
-from flaxdraft.algorithms.dflash.drafts import qwen3
+from flaxdraft.algorithms.dflash.drafts import mla, qwen3
 from flaxdraft.algorithms.dflash.layout import Layout, layout_of, wanted
 from flaxdraft.algorithms.dflash.objective import weights
 from flaxdraft.decode.decoding import Decoding, ReadyDraft, Settings
@@ -92,8 +92,8 @@ def models():
     _, state = decoder.abstract_state(config, groups, Precision())
     target = decoder.build(config, groups, fill(state, 0, 1.5), Precision())
 
-    def draft(**fields):
-        made = dflash.make_draft(qwen3.Config(**qwen3.Config.for_target(config, V) | fields), target)
+    def draft(module=qwen3, **fields):
+        made = dflash.make_draft(module.Config(**module.Config.for_target(config, V) | fields), target)
         nnx.update(made, fill(nnx.state(made, nnx.Param), 1, 1.5))
         return made
 
@@ -109,8 +109,9 @@ SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_wind
     [
         ({"block_size": 4}, {}),
         pytest.param({"block_size": 3, "sample_from_anchor": True}, SLIDING | SCALES, marks=pytest.mark.slow),
+        pytest.param({"block_size": 4}, {"module": mla}, marks=pytest.mark.slow),
     ],
-    ids=["dflash", "from the anchor, sliding"],
+    ids=["dflash", "from the anchor, sliding", "mla"],
 )
 def test_the_walk_is_greedy_decoding(settings, fields, models, monkeypatch):
     """Pass by pass, over runs of every length."""

@@ -106,6 +106,10 @@ FAULTS = {
     "a weight that is not finite": (
         lambda tensors, config: tensors.update({NORM: np.full(8, np.nan, np.float32)}), {DIRECTORY: ("wrong", "NaN")},
     ),
+    "latent attention": (
+        field(kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
+        {"sglang": ("refused", "no drafts with latent"), "vllm": ("refused", "as no released engine does")},
+    ),
     "another target": (field(hidden_size=16, head_dim=4), {DIRECTORY: ("refused", "hidden_size is 16")}),
 }  # fmt: skip
 
@@ -154,7 +158,7 @@ def test_a_checkpoint_of_another_trainer_is_read(good, tmp_path):
     ("change", "message"),
     [
         (nested(projector_type="domino", shift_label=True), "dflash_config.projector_type 'domino'"),
-        (nested(attention_mode="mla"), "dflash_config.attention_mode 'mla': drafts of this kind are not supported"),
+        (nested(attention_mode="sparse"), "dflash_config.attention_mode 'sparse': drafts of this kind are not"),
         (field(attention_sink_bias=True), "attention_sink_bias True"),
         (field(is_neox_style=False), "is_neox_style False"),
         (drop("dflash_config"), "no dflash_config, expected an object with mask_token_id and target_layer_ids"),

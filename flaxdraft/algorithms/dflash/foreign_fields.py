@@ -11,10 +11,10 @@ from flaxdraft.errors import InputError
 # Name -> the values at which a field changes nothing.
 TOP: dict[str, tuple[Any, ...]] = {
     "attention_sink_bias": (False,), "is_neox_style": (True,), "use_swa": (False,), "swa_window_size": (),
-    "input_embedding_scale": (1, 1.0), "mlp_bias": (False,), "kv_lora_rank": (),
+    "input_embedding_scale": (1, 1.0), "mlp_bias": (False,),
 }  # fmt: skip
 NESTED: dict[str, tuple[Any, ...]] = {
-    "projector_type": ("dflash",), "attention_mode": ("gqa", "mha"), "conv_kernel_size": (), "selector_rank": (),
+    "projector_type": ("dflash",), "attention_mode": ("gqa", "mha", "mla"), "conv_kernel_size": (), "selector_rank": (),
     "selector_top_k": (), "markov_rank": (), "shift_label": (False,), "lilicorr_rank": (),
 }  # fmt: skip
 

@@ -74,7 +74,8 @@ def of_tensors(engine: Engine, view: DraftView) -> list[Finding]:
 
 def describe(config: Mapping[str, Any]) -> str:
     layers, size = config["num_hidden_layers"], config.get("block_size") or config[CONFIG]["block_size"]
-    return f"DFlash, {layers} Qwen3 layer{'s' * (layers > 1)} of width {config['hidden_size']}, blocks of {size}"
+    kind = "DeepSeek-MLA" if layout.is_latent(config) else "Qwen3"
+    return f"DFlash, {layers} {kind} layer{'s' * (layers > 1)} of width {config['hidden_size']}, blocks of {size}"
 
 
 def describe_training(settings: Mapping[str, Any]) -> str:

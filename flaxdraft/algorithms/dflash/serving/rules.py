@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from flaxdraft.algorithms.dflash.drafts.qwen3 import SERVING_ARCHITECTURE
 from flaxdraft.algorithms.dflash.serving import tensors
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, TAPS, Engine
+from flaxdraft.algorithms.dflash.sizes import SERVING_ARCHITECTURE
 from flaxdraft.serving import sanity
 from flaxdraft.serving.finding import Finding, few
 from flaxdraft.serving.view import DraftView
@@ -19,7 +19,12 @@ def architecture(engine: Engine, view: DraftView) -> Iterator[Finding]:
     if named != SERVING_ARCHITECTURE:
         yield Finding("refused", f"architectures names {named!r}, it knows {SERVING_ARCHITECTURE}",
                       f'write "architectures": ["{SERVING_ARCHITECTURE}"]')  # fmt: skip
-    if view.config.get("model_type") != "qwen3":
+    if not engine.serves:
+        return
+    if tensors.is_latent(view.config):
+        yield Finding("refused", "it serves no drafts with latent attention, as no released engine does",
+                      "train with grouped queries (draft.architecture=qwen3)")  # fmt: skip
+    elif view.config.get("model_type") != "qwen3":
         yield Finding("refused", f"model_type is {view.config.get('model_type')!r}, whose configuration lacks what it "
                       "reads", 'write "model_type": "qwen3"')  # fmt: skip
 

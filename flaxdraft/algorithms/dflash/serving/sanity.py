@@ -33,7 +33,7 @@ _SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads
 _FIELDS = {
     **dict.fromkeys(
         ("draft_vocab_size", "target_hidden_size", "head_dim", "num_key_value_heads", "max_position_embeddings",
-         "num_target_layers", "sliding_window"), SIZE,
+         "num_target_layers", "sliding_window", "q_lora_rank", "kv_lora_rank"), SIZE,
     ),
     **dict.fromkeys(("rope_theta", "attention_value_scale", "output_multiplier", "final_logit_softcapping"), POSITIVE),
     "block_size": Expected("an integer of at least 2", Annotated[int, Field(gt=1)]),
@@ -54,7 +54,8 @@ def unreadable(view: DraftView) -> list[Finding]:
     if found := unknown_fields(view.config):
         return [Finding("refused", f"config.json has {few(found)}: another drafter of the family, or a switch that "
                         "flaxdraft does not have", "nothing is known of such a draft here")]  # fmt: skip
-    required = dict.fromkeys(_SIZES, SIZE) | {"rms_norm_eps": POSITIVE}
+    latent = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim") if tensors.is_latent(view.config) else ()
+    required = dict.fromkeys((*_SIZES, *latent), SIZE) | {"rms_norm_eps": POSITIVE}
     required[CONFIG] = Expected("an object with mask_token_id and target_layer_ids", _DFlashConfig)
     bad = [*wrong(view.config, required), *malformed(view.config, _FIELDS)]
     if "block_size" not in view.config and "block_size" not in (view.config.get(CONFIG) or {}):
