@@ -284,8 +284,23 @@ def _override(raw: dict[str, Any], text: str) -> None:
         raise InputError(f"override {text!r}: {value!r} is not a YAML value") from error
 
 
+def _leave_aside(raw: dict[str, Any], overrides: list[str]) -> None:
+    """Where an override names another algorithm than the file, the file's sections `algorithm` and `draft` are for a
+    draft that is not made, and go; overrides of their fields stay."""
+    section = raw.get("algorithm")
+    named = section.get("name") if isinstance(section, dict) else None
+    wanted = [text.partition("=")[2].strip() for text in overrides if text.startswith("algorithm.name=")]
+    if wanted and wanted[-1] != (named or importlib.import_module("flaxdraft.algorithms").DEFAULT):
+        raw.pop("algorithm", None)
+        raw.pop("draft", None)
+
+
 def load_config(path: str, overrides: list[str]) -> RunConfig:
     """Reads and checks a run configuration.
+
+    Args:
+        overrides: `section.field=value`. Of a file for another algorithm than `algorithm.name=...` says, the sections
+            `algorithm` and `draft` are left aside.
 
     Raises:
         InputError: the file is missing or not YAML; a key is unknown or missing; a value has the wrong type or
@@ -300,6 +315,7 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
     if not isinstance(raw, dict):
         found = "nothing" if raw is None else type(raw).__name__
         raise InputError(f"{path}: expected a mapping of sections (target, data, train, ...), found {found}")
+    _leave_aside(raw, overrides)
     for text in overrides:
         _override(raw, text)
     model = _with_algorithm(raw)

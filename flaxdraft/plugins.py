@@ -82,7 +82,8 @@ def settings_of(algorithm: str) -> type[AlgorithmConfig]:
 
 
 def find_by_architecture(packages: list[str], config: dict[str, Any], origin: str) -> ModuleType:
-    """The part that declares the config's `architectures` (first) or `model_type`.
+    """The part that declares the config's `architectures` (first) or `model_type`. Parts that declare the same name
+    have a function `claims(config)`, and one of them claims it.
 
     Raises:
         InputError: none declares it, or two do.
@@ -95,7 +96,8 @@ def find_by_architecture(packages: list[str], config: dict[str, Any], origin: st
                 if module not in (modules := known.setdefault(declared, [])):
                     modules.append(module)
     for key in wanted:
-        if len(found := known.get(key, [])) > 1:
+        declared = known.get(key, [])
+        if len(found := [part for part in declared if getattr(part, "claims", lambda _: True)(config)]) > 1:
             raise InputError(f"{origin}: {' and '.join(module.__name__ for module in found)} both declare {key!r}")
         if found:
             return found[0]

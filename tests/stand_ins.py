@@ -81,7 +81,7 @@ def answer(target, prompts, max_new_tokens, stop_tokens, num_rows, on_step) -> l
 def evaluated(params: nnx.State, rows, algorithm, batch, multiple=32, *, told: list[set[int]]) -> walk.TeacherForced:
     """As of a draft that is always right; the loss shows which weights were evaluated."""
     told.append({row.num_answer for row in rows})
-    length = algorithm.settings.ttt_length
+    length = _positions(algorithm)
     yields = [walk.walk([length] * len(row.tokens), row.num_prompt, row.num_answer) for row in rows]
     passes, gained = np.int64(sum(map(len, yields))), np.int64(sum(map(sum, yields)))
     loss = np.full(length, np.mean(jax.device_get(jax.tree.leaves(params)[0])))
@@ -89,9 +89,15 @@ def evaluated(params: nnx.State, rows, algorithm, batch, multiple=32, *, told: l
     return walk.TeacherForced(walk.Part(sums, passes, gained), yields)
 
 
+def _positions(algorithm) -> int:
+    """Draft tokens of a pass, where the algorithm says it."""
+    return getattr(algorithm, "num_tokens", None) or getattr(algorithm.settings, "ttt_length", 1)
+
+
 def _no_sums(algorithm, xp=jnp) -> StepSums:
-    zeros, none = (xp.zeros(algorithm.settings.ttt_length, dtype) for dtype in (xp.float32, xp.int32))
-    return StepSums(zeros, none, none, none, none, zeros, algorithm.step_weights)
+    length = _positions(algorithm)
+    zeros, none = (xp.zeros(length, dtype) for dtype in (xp.float32, xp.int32))
+    return StepSums(zeros, none, none, none, none, zeros, (1.0,) * length)
 
 
 class Call(NamedTuple):

@@ -49,6 +49,21 @@ def test_sections_left_out_take_their_defaults(load):
     assert load(SMALLEST, "draft.architecture=mla").draft_dir == Path("out/mla")
 
 
+def test_another_algorithm_leaves_the_sections_of_the_files_own_aside(load):
+    """Whatever comes first on the command line; a file's own algorithm keeps them."""
+    text = SMALLEST + "draft: {architecture: llama, draft_vocab_size: 9}\nalgorithm: {ttt_length: 2}\n"
+    for overrides in (
+        ("algorithm.block_size=4", "algorithm.name=dflash"),
+        ("algorithm.name=dflash", "algorithm.block_size=4"),
+    ):
+        config = load(text, *overrides)
+        assert (config.algorithm.block_size, config.draft.architecture) == (4, "qwen3")
+        assert "draft_vocab_size" not in config.draft.model_fields_set
+    config = load(text, "algorithm.name=eagle3")
+    assert (config.algorithm.ttt_length, config.draft.draft_vocab_size) == (2, 9)
+    assert load(text.replace("{ttt", "{name: dflash, ttt"), "algorithm.name=eagle3").algorithm.ttt_length == 7
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("1e-3", 1e-3), ("3E-4", 3e-4), ("1.5e-3", 1.5e-3), ("2.e-2", 2e-2), ("+1e-2", 1e-2), ("1", 1.0), ("0.25", 0.25)],

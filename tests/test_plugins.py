@@ -39,3 +39,10 @@ def test_two_parts_of_one_architecture_are_refused_and_no_others(tmp_path, monke
         find_by_architecture([package], {"architectures": ["LlamaForCausalLMEagle3"]}, "config.json")
     found = find_by_architecture([package], {"architectures": ["Eagle3DeepseekV2ForCausalLM"]}, "config.json")
     assert found is not llama
+
+
+def test_parts_of_one_architecture_may_say_whose_a_config_is(tmp_path, monkeypatch):
+    package, named = "flaxdraft.algorithms.eagle3.drafts", {"architectures": ["LlamaForCausalLMEagle3"]}
+    claims = "ARCHITECTURES = ('LlamaForCausalLMEagle3',)\nMODEL_TYPES = ()\nclaims = lambda config: False\n"
+    install(tmp_path, monkeypatch, "modest", package, claims)
+    assert find_by_architecture([package], named, "config.json") is llama

@@ -48,6 +48,8 @@ def claimed(workspace):
     [
         ("train.learning_rate=0.5", r"train.learning_rate: there 0.002, here 0.5.*name="),
         ("data.max_answer_tokens=13", r"data.max_answer_tokens: there 12, here 13.*output_dir"),
+        # Features that lie beside answers are of an algorithm's own layers.
+        ("algorithm.name=dflash", r"target.tap_layers: there None, here 'those of dflash'.*output_dir"),
     ],
 )
 @pytest.mark.usefixtures("claimed")

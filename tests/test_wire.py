@@ -96,6 +96,8 @@ OTHER = {
 CHATS = ("data.conversations={here}/chats.jsonl",)
 DATED = ("target.path={here}/dated.gguf",)  # whose chat template writes the day, and a mood
 PROCESSES = ("hosts.coordinator=localhost:1", "hosts.num_processes=2", "hosts.process_id=1")
+DFLASH = ("algorithm.name=dflash", "draft.fields={num_hidden_layers: 1}")
+DPACE = (*DFLASH, "algorithm.objective=dpace")
 WSD, MEAN = ("train.schedule=wsd",), ("train.ema_decay=0.5",)
 EVERY_FOURTH = [*range(0, 256, 4)]
 SERVED_AS = {"sglang": "LlamaForCausalLMEagle3", "tpu-inference": "Eagle3LlamaForCausalLM"}
@@ -244,7 +246,7 @@ ROWS: dict[str, list] = {
 # The fields of each algorithm's section. (Rows of one that is not in `run.yaml` give `algorithm.name`.)
 SETTINGS: dict[str, dict[str, list]] = {
     "eagle3": {
-        "name": [Says("none", "algorithm.name: no 'none' .* found eagle3")],
+        "name": [Says("none", "algorithm.name: no 'none' .* found dflash, eagle3")],
         "ttt_length": [Differs("step", 2)],
         "step_decay": [Differs("step", 0.5, ("algorithm.ttt_length=2",))],
         "objective": [Differs("step", "lk_lambda")],
@@ -253,6 +255,22 @@ SETTINGS: dict[str, dict[str, list]] = {
         "attention_chunk": [Differs("step", 16, ("algorithm.attention=chunked",))],
         "remat": [Differs("step", "full")],
         "loss_chunk": [Differs("step", 16)],
+    },
+    "dflash": {
+        "name": [Begins("dflash", lambda first, _: "layer_1/self_attn/q_norm/scale" in first.weights)],
+        "block_size": [Differs("step", 4, DFLASH)],
+        "sample_from_anchor": [Differs("step", True, (*DFLASH, "export.engine=hf"))],
+        "num_anchors": [Differs("batches", 2, DFLASH)],
+        "decay_gamma": [Differs("step", None, DFLASH)],
+        "objective": [Differs("step", "dpace", DFLASH), Differs("step", "dpace_continuation", DPACE)],
+        "dpace_alpha": [Differs("step", 0.3, DPACE)],
+        "stop_at_hole": [Differs("step", True, DFLASH)],
+        "denominator": [Differs("step", "rows", DFLASH)],
+        # The same figures, laid out in another way: tests/test_block_attention.py, tests/test_cross_entropy.py.
+        "attention": [Differs("step", "chunked", DFLASH)],
+        "attention_chunk": [Differs("step", 16, (*DFLASH, "algorithm.attention=chunked"))],
+        "remat": [Differs("step", "full", DFLASH)],
+        "loss_chunk": [Differs("step", 16, DFLASH)],
     },
 }
 

@@ -169,7 +169,6 @@ def _inputs(config: RunConfig, dtype: str) -> tuple[dict[str, Any], dict[str, An
     Args:
         dtype: of the target.
     """
-    target = config.target.model_dump(exclude={"mesh"}) | {"dtype": dtype}
     data = config.data.model_dump(exclude={"prefetch"}) | {"prompts": sha256_of(Path(config.data.prompts))}
     if config.data.date is None:  # folders of earlier versions do not name it
         del data["date"]
@@ -177,8 +176,13 @@ def _inputs(config: RunConfig, dtype: str) -> tuple[dict[str, Any], dict[str, An
         data["conversations"] = digest_of(config.data.conversations, "data.conversations")
     if config.data.store is not None:
         data["store"] = sha256_of(FeatureStore(config.data.store).directory / MANIFEST)
+    target = config.target.model_dump(exclude={"mesh"}) | {
+        "dtype": dtype, "content": content_of(config.target.path, config.target.sha256),
+    }  # fmt: skip
+    if config.target.tap_layers is None and config.algorithm.name != algorithms.DEFAULT:
+        target["tap_layers"] = f"those of {config.algorithm.name}"  # features are of its layers
     answers = {
-        "target": target | {"content": content_of(config.target.path, config.target.sha256)},
+        "target": target,
         "data": {name: value for name, value in data.items() if f"data.{name}" not in NOT_OF_ANSWERS},
         "evaluate": {"max_new_tokens": config.evaluate.max_new_tokens},
     }  # fmt: skip

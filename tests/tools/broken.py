@@ -210,4 +210,33 @@ HOSTS = (
           "supervised(type(config.hosts)(), work)", wire("hosts.coordinator")),
 )  # fmt: skip
 
-BREAKS = (*OPTIMIZER, *SCHEDULE, *BEGINNING, *SHARDING, *RESUME, *MASKS, *EXPORT, *EVALUATION, *HOSTS)
+GOLDEN = ("tests/parity/test_dflash_golden.py",)
+BLOCKS = (
+    Break("a block sees its anchor among the text", "anchor_BA[:, :, None] - 1, begin_BAS.shape",
+          "anchor_BA[:, :, None], begin_BAS.shape", of("test_block_attention")),
+    Break("a window is counted from the anchor",
+          "anchor_BA[:, :, None] + jnp.arange(self.size)[None, None] - (self.window - 1)",
+          "anchor_BA[:, :, None] - self.window", of("test_block_attention")),
+    Break("every block is causal", "near & ((ahead <= 0) | (not self.causal))", "near & (ahead <= 0)",
+          of("test_block_attention")),
+    Break("the context passes the layer's input norm", "self.self_attn.project(context_BTD)",
+          "self.self_attn.project(self.input_layernorm(context_BTD))", GOLDEN),
+    Break("labels are shifted by one", "Layout(block_size, shift=0, first=1)", "Layout(block_size, shift=1, first=1)",
+          of("test_dflash", "predicts")),
+    Break("blocks see other documents", "first_BA = take_rows(document_ranges(batch.segments_BT).first_BR, anchor_BA)",
+          "first_BA = anchor_BA * 0", of("test_dflash", "packed")),
+    Break("blocks predict other documents", "assistant & (segment == of_anchor_BA1) & (of_anchor_BA1 > 0)",
+          "assistant & (of_anchor_BA1 > 0)", of("test_dflash", "predicts")),
+    Break("weights by confidence have a gradient", "jnp.exp(-jax.lax.stop_gradient(loss_BAS))", "jnp.exp(-loss_BAS)",
+          GOLDEN),
+    Break("the decay begins at the anchor", "jnp.maximum(jnp.arange(layout.block_size) - layout.first, 0)",
+          "jnp.arange(layout.block_size)", of("test_dflash", "weighs_one")),
+    Break("the highest numbers are drawn", "np.where(possible_BT[:, :-1], uniform_BT, np.inf)",
+          "np.where(possible_BT[:, :-1], -uniform_BT, np.inf)", GOLDEN),
+    Break("every step draws the same anchors", "np.random.default_rng((draw.seed, draw.step, draw.first_row + i))",
+          "np.random.default_rng((draw.seed, 0, draw.first_row + i))", of("test_dflash", "every_step")),
+    Break("the anchor's slot proposes", "hidden_BSD[:, first : first + num_tokens]", "hidden_BSD[:, :num_tokens]",
+          ("tests/parity/test_dflash_decoding.py",)),
+)  # fmt: skip
+
+BREAKS = (*OPTIMIZER, *SCHEDULE, *BEGINNING, *SHARDING, *RESUME, *MASKS, *EXPORT, *EVALUATION, *HOSTS, *BLOCKS)

@@ -7,8 +7,8 @@ from typing import Any
 
 from flaxdraft.algorithms.eagle3.serving import layer_ids
 from flaxdraft.algorithms.eagle3.serving.kinds import kind_of
-from flaxdraft.algorithms.eagle3.serving.sanity import MARK
 from flaxdraft.algorithms.eagle3.serving.terms import Engine
+from flaxdraft.serving.sanity import MARK
 from flaxdraft.serving.trained_draft import AboutTarget
 
 # Their angles do not depend on the context's length, so that the target's own can be written.

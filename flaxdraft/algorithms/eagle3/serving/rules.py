@@ -8,7 +8,7 @@ from typing import Any
 from flaxdraft.algorithms.eagle3.serving import layer_ids, tensors
 from flaxdraft.algorithms.eagle3.serving.kinds import View
 from flaxdraft.algorithms.eagle3.serving.terms import SWITCHES, Engine, switch
-from flaxdraft.serving import rope_fields
+from flaxdraft.serving import rope_fields, sanity
 from flaxdraft.serving.finding import Finding, few
 
 Rule = Callable[[Engine, View], Iterator[Finding]]
@@ -185,19 +185,9 @@ def _captured(engine: Engine, view: View, num_layers: int, deepseek: bool) -> li
 
 
 def rope(engine: Engine, view: View) -> Iterator[Finding]:
-    meant, read = (rope_fields.parameters(view.config, d) for d in (rope_fields.DIALECTS, engine.rope_dialects))
-    if (meant["rope_type"], meant["rope_theta"]) != (read["rope_type"], read["rope_theta"]):
-        missing = " nor ".join(engine.rope_dialects)
-        yield Finding("wrong", f"config.json has no {missing}, so it turns with {read['rope_type']} RoPE of base "
-                      f"{read['rope_theta']:g} instead of {meant['rope_type']}, {meant['rope_theta']:g}",
-                      "write both dialects (rope_parameters; rope_theta and rope_scaling)")  # fmt: skip
-        return
-    if meant["rope_type"] not in engine.rope_types:
-        why = ": it stretches the base at every length, training only beyond the window" * (
-            meant["rope_type"] == "dynamic"
-        )
-        yield Finding("wrong", f"rope_type {meant['rope_type']!r} is not what was trained{why}", "train with another")
-    if meant["rope_type"] == "yarn" and engine.serves:
+    yield from sanity.rope_as_read(view, engine.rope_dialects, engine.rope_types)
+    meant = rope_fields.parameters(view.config)
+    if meant["rope_type"] == "yarn" and engine.serves and sanity.reads_rope(view, engine.rope_dialects):
         yield from _yarn(meant)
         yield from view.kind.yarn(meant)
 

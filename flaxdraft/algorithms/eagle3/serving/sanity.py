@@ -10,12 +10,8 @@ from flaxdraft.algorithms.eagle3.serving import layer_ids, tensors
 from flaxdraft.algorithms.eagle3.serving.kinds import View
 from flaxdraft.algorithms.eagle3.serving.target_embedding import embedding
 from flaxdraft.algorithms.eagle3.serving.terms import switch
-from flaxdraft.serving import rope_fields
+from flaxdraft.serving import sanity
 from flaxdraft.serving.finding import Finding, few
-
-WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
-SHORT_CONTEXT = 2048  # what trainers write when they mean the length of their rows
-MARK = "draft_trainer"  # what an export of this project says of itself
 
 
 def shapes(view: View) -> Iterator[Finding]:
@@ -30,30 +26,6 @@ def shapes(view: View) -> Iterator[Finding]:
         yield Finding("refused", f"config.json and weights differ in size: {few(wrong)}", "correct config.json")
     if view.twice:
         yield Finding("wrong", f"two files hold {few([*view.twice])}", "remove one of them")
-
-
-def nulls(view: View) -> Iterator[Finding]:
-    found = [name for name, value in view.config.items() if value is None]
-    if found:
-        yield Finding("note", f"null in config.json: {few(found)}", "leave the fields out")
-
-
-def values(view: View) -> Iterator[Finding]:
-    """Every weight is finite and of a type that engines load."""
-    bad, kinds = [], {}
-    for key, dtype in view.dtypes.items():
-        if tensors.flat_name(key) in ("d2t", "t2d") or tensors.BUFFERS.search(key):
-            continue
-        kinds.setdefault(dtype, []).append(key)
-        if dtype in WEIGHT_DTYPES and not np.isfinite(view.read(key).astype(np.float32)).all():
-            bad.append(key)
-    if bad:
-        yield Finding("wrong", f"NaN or infinity in {few(bad)}", "export from a checkpoint before the loss broke")
-    for dtype in kinds.keys() - set(WEIGHT_DTYPES):
-        yield Finding("wrong", f"{few(kinds[dtype])} stored as {dtype}", f"write {', '.join(WEIGHT_DTYPES)}")
-    said = view.config.get("torch_dtype") or view.config.get("dtype")
-    if said is not None and len(kinds) == 1 and said not in kinds:
-        yield Finding("note", f"config.json says {said}, the weights are {next(iter(kinds))}", "make them agree")
 
 
 def vocabulary(view: View) -> Iterator[Finding]:
@@ -90,40 +62,15 @@ def vocabulary(view: View) -> Iterator[Finding]:
                       "convert with tools/convert/from_pytorch.py, which sorts them")  # fmt: skip
 
 
+def values(view: View) -> Iterator[Finding]:
+    return sanity.values(view, lambda key: tensors.flat_name(key) in ("d2t", "t2d") or tensors.BUFFERS.search(key))
+
+
 def post_norm(view: View) -> Iterator[Finding]:
-    if switch(view.config, "norm_output") and MARK not in view.config:
+    if switch(view.config, "norm_output") and sanity.MARK not in view.config:
         yield Finding("wrong", "norm_output is true: engines feed the normed state back, while SpecForge trains on "
                       "the state before the norm whatever the field says (there it means a norm before the head)",
                       "remove norm_output if SpecForge trained the draft; else nothing is to do")  # fmt: skip
-
-
-def context(view: View) -> Iterator[Finding]:
-    length = view.config.get("max_position_embeddings")
-    target = (view.target or {}).get("max_position_embeddings")
-    if length is None:
-        yield Finding("wrong", "no max_position_embeddings: readers take 2048", "write the target's")
-    elif target is not None and length < target:
-        yield Finding("wrong", f"max_position_embeddings is {length}, the target's {target}: positions beyond are "
-                      "clamped and acceptance dies there", f"write {target}")  # fmt: skip
-    elif target is None and length <= SHORT_CONTEXT:
-        yield Finding("note", f"max_position_embeddings is {length}, which some trainers write for the length of "
-                      "their rows", "give --target to compare")  # fmt: skip
-
-
-def rope(view: View) -> Iterator[Finding]:
-    """The target's base is what a draft should have been trained with, and nearly always was."""
-    if view.target is None:
-        if not rope_fields.spoken(view.config):
-            yield Finding("note", "no RoPE parameters in either dialect: base 10000", "give --target to compare")
-        return
-    ours, theirs = rope_fields.parameters(view.config), rope_fields.parameters(view.target)
-    if ours["rope_theta"] != theirs["rope_theta"]:
-        yield Finding("wrong", f"rope_theta is {ours['rope_theta']:g}, the target's {theirs['rope_theta']:g}",
-                      "write the base that the draft was trained with; some trainers use 10000 whatever the config "
-                      "says, such a draft keeps it")  # fmt: skip
-    elif ours["rope_type"] != theirs["rope_type"]:
-        yield Finding("note", f"rope_type is {ours['rope_type']!r}, the target's {theirs['rope_type']!r}",
-                      "check that the draft was trained so")  # fmt: skip
 
 
 def target(view: View) -> Iterator[Finding]:
@@ -160,7 +107,7 @@ def tapped_layers(view: View) -> Iterator[Finding]:
 
 
 CONFIG_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (
-    nulls, post_norm, context, rope, target, tapped_layers,
+    sanity.nulls, post_norm, sanity.context, sanity.rope, target, tapped_layers,
 )  # fmt: skip
 TENSOR_RULES: tuple[Callable[[View], Iterator[Finding]], ...] = (shapes, values, vocabulary, embedding)
 

@@ -1,0 +1,207 @@
+"""DFlash as an algorithm: what `interfaces.Algorithm` asks for.
+
+Shape letters: B batch, T time, A blocks, R = A S rows of blocks of S slots, Q slots that predict, D draft
+width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from flaxdraft.algorithms.dflash import anchors
+from flaxdraft.algorithms.dflash.block_attention import Keys, Way, choose
+from flaxdraft.algorithms.dflash.draft import BlockDraft, Places
+from flaxdraft.algorithms.dflash.drafter import BlockDrafter
+from flaxdraft.algorithms.dflash.layout import Layout, layout_of, wanted
+from flaxdraft.algorithms.dflash.objective import summed
+from flaxdraft.algorithms.dflash.settings import Settings
+from flaxdraft.algorithms.dflash.sums import BlockSums
+from flaxdraft.algorithms.dflash.taps import default_taps
+from flaxdraft.errors import InputError
+from flaxdraft.interfaces import Batch, Draw, EmbeddingAndHead, Example, VocabMap
+from flaxdraft.ops.attention import document_ranges
+from flaxdraft.ops.cross_entropy import How, cross_entropy
+from flaxdraft.ops.range_attention import Chunks
+from flaxdraft.ops.rows import take_rows
+from flaxdraft.serving.contract import Contract
+
+SLOTS_AT_ONCE = 2**15  # of all batch rows, in evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """Blocks behind drawn anchors; in evaluation behind every one."""
+
+    settings: Settings
+    packed: bool = True
+    num_tokens: int | None = None  # proposed a pass in evaluation; None: training, of all
+
+    full_vocabulary = True
+    needs = ("taps_BTKE",)
+
+    @property
+    def layout(self) -> Layout:
+        return layout_of(self.settings.block_size, self.settings.sample_from_anchor)
+
+    @property
+    def way(self) -> Way:
+        """Of the attention."""
+        return Way(self.settings.attention, Chunks(self.settings.attention_chunk, self.settings.attention_chunk))
+
+    def tap_layers(self, num_layers: int, chosen: tuple[int, ...] | None) -> tuple[int, ...]:
+        """`chosen`, or the default.
+
+        Raises:
+            InputError: they are not ascending layers of the model.
+        """
+        taps = default_taps(num_layers) if chosen is None else chosen
+        if not taps or [*taps] != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < num_layers:
+            raise InputError(
+                f"target.tap_layers: {[*taps]} are not ascending layers of a {num_layers}-layer target; give some of "
+                f"0..{num_layers - 1}, for instance {[*default_taps(max(num_layers, 4))]}"
+            )
+        return taps
+
+    def teacher(self, target: EmbeddingAndHead, vocab: VocabMap, dtype: Any) -> tuple[()]:
+        """The loss asks for the tokens themselves; embedding and head are the draft's own."""
+        return ()
+
+    def check_answers(self, longest: int) -> None:
+        """
+        Raises:
+            InputError: no answer is long enough for every slot of a block.
+        """
+        if self.layout.num_predicted > longest - 1:
+            raise InputError(
+                f"algorithm.block_size: found {self.settings.block_size}, but the longest answer has {longest} tokens, "
+                f"so that the last slot would never be trained; expected at most {longest - 1 + self.layout.first}"
+            )
+
+    def choose(self, batch: Batch, most_supervised: int, draw: Draw) -> anchors.Anchors:
+        if self.num_tokens is not None:
+            return anchors.every(batch, most_supervised)
+        return anchors.drawn(batch, min(self.settings.num_anchors, most_supervised), draw)
+
+    def share(self, example: Example, num_shards: int) -> tuple[Example, Example]:
+        """
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            f"mesh.sequence: found {num_shards}, but dflash does not share the rows of a batch row; leave it at 1 and "
+            "take mesh.data, mesh.fsdp or mesh.tensor"
+        )
+
+    def first_carry(self) -> tuple[()]:
+        """Nothing depends on the steps before."""
+        return ()
+
+    def next_carry(self, carry: tuple[()], sums: BlockSums, step: Int[Array, ""]) -> tuple[()]:
+        return carry
+
+    def read(self, draft: BlockDraft, example: Example) -> list[Keys]:
+        """Each layer's keys and values of the text."""
+        assert example.features is not None, "an example has the features that `needs` names"
+        return draft.read(example.features.taps_BTKE, example.batch.positions_BT)
+
+    def states(
+        self, draft: BlockDraft, batch: Batch, text: list[Keys], anchor_BA: Int[Array, "B A"]
+    ) -> Float[Array, "B R D"]:
+        """The head's input at every slot of some blocks."""
+        num_rows = batch.tokens_BT.shape[1]
+        first_BA = take_rows(document_ranges(batch.segments_BT).first_BR, anchor_BA)
+        # What is padding begins behind its end, and sees nothing of the text.
+        first_BA = jnp.where(anchor_BA < num_rows, first_BA, num_rows)
+        places = Places(anchor_BA, first_BA, take_rows(batch.positions_BT, anchor_BA))
+        return draft(take_rows(batch.tokens_BT, anchor_BA), text, places, self.way, self.settings.remat)
+
+    def _blocks(
+        self, draft: BlockDraft, batch: Batch, text: list[Keys], anchor_BA: Int[Array, "B A"]
+    ) -> tuple[BlockSums, Bool[Array, "B A Q"]]:
+        """Sums, and which slots that predict are right."""
+        settings, layout, num = self.settings, self.layout, self.num_tokens or self.layout.num_predicted
+        counted = slice(layout.first, layout.first + num)
+        states_BRD, shape = self.states(draft, batch, text, anchor_BA), (*anchor_BA.shape, layout.block_size)
+        stop_at_hole = settings.stop_at_hole or self.num_tokens is not None
+        label_BAS, asked_BAS = wanted(batch, anchor_BA, layout, stop_at_hole=stop_at_hole)
+        asked_BAS = asked_BAS & (jnp.arange(layout.block_size) < counted.stop)[None, None]
+        flat = lambda x: x.reshape(states_BRD.shape[:2])  # noqa: E731
+        how = How(settings.loss_chunk, draft.made_of)
+        scored = cross_entropy(how, states_BRD, draft.head_VD(), flat(label_BAS), flat(asked_BAS))
+        loss_BAS, hit_BAS = (x.reshape(shape) for x in scored)
+        return summed(settings, layout, num, asked_BAS, loss_BAS, hit_BAS), hit_BAS[:, :, counted]
+
+    def sums(self, draft: BlockDraft, example: Example, carry: tuple[()]) -> BlockSums:
+        return self._blocks(draft, example.batch, self.read(draft, example), example.chosen.anchor_BA)[0]
+
+    def accepted(self, draft: BlockDraft, example: Example) -> tuple[BlockSums, Int[Array, "B T"]]:
+        """The sums, and for each row of the batch how many draft tokens greedy verification would accept there: those
+        of the block whose newest token is in the row after it. Exact on the target's own greedy answers, since a block
+        does not depend on what comes after its newest token.
+
+        Blocks stand behind every token here, so they are gone through some at a time.
+        """
+        batch, text, anchor_BA = example.batch, self.read(draft, example), example.chosen.anchor_BA
+        (num_batch, num_blocks), length = anchor_BA.shape, batch.tokens_BT.shape[1]
+        size = max(SLOTS_AT_ONCE // (num_batch * self.layout.block_size), 1)
+        padded_BA = jnp.pad(anchor_BA, ((0, 0), (0, -num_blocks % size)), constant_values=length)
+        part_GBA = jnp.moveaxis(padded_BA.reshape(num_batch, -1, size), 1, 0)
+
+        def one(sums, anchor_BA):
+            more, hit_BAQ = self._blocks(draft, batch, text, anchor_BA)
+            return sums + more, jnp.sum(jnp.cumprod(hit_BAQ, axis=2, dtype=jnp.int32), axis=2, dtype=jnp.int32)
+
+        like = jax.eval_shape(lambda: self._blocks(draft, batch, text, part_GBA[0])[0])
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        sums, count_GBA = jax.lax.scan(one, zeros, part_GBA)
+        count_BA = jnp.moveaxis(count_GBA, 0, 1).reshape(padded_BA.shape)
+        scatter = jax.vmap(lambda row, at, value: row.at[at].set(value, mode="drop"))
+        # An anchor is at least the second token of its row, or nothing was read before it and no pass begins there.
+        before_BA = jnp.where(padded_BA > 0, padded_BA - 1, length)
+        return sums, scatter(jnp.zeros_like(batch.tokens_BT), before_BA, count_BA)
+
+    def describe(self, draft: BlockDraft, example: Example) -> str:
+        """How sums of such an example are computed, for the log."""
+        s, (num_batch, num_blocks) = self.settings, example.chosen.anchor_BA.shape
+        num_queries, num_keys = num_batch * num_blocks * s.block_size, example.batch.tokens_BT.shape[1]
+        attention = choose(s.attention, num_queries, draft.config.num_attention_heads, num_keys)
+        chunks = f" ({s.attention_chunk} x {s.attention_chunk})" if attention == "chunked" else ""
+        return (
+            f"{num_blocks} blocks of {s.block_size} a row, attention {attention}{chunks}, loss in chunks of "
+            f"{s.loss_chunk} slots, rematerialisation {s.remat}"
+        )
+
+    def flops(self, params: nnx.State, frozen: nnx.State, teacher: Any, num_rows: int) -> float:
+        """Of rows as if each were one block's slot: the layers read it, and the head, which is frozen and has one
+        gradient product, not two; `fc` and the context's keys and values are made once a row of the text, about as
+        often in long rows."""
+        per_row = 4.0 * math.prod(frozen["head"].shape)
+        for path, variable in nnx.to_flat_state(params):
+            if len(variable.shape) > 1:
+                twice = path[-2] in ("k_proj", "v_proj")  # of the slots, and of the text
+                per_row += 6.0 * math.prod(variable.shape) * (2 if twice else 1)
+        return num_rows * per_row
+
+    def warm_start(self, draft: BlockDraft, target: EmbeddingAndHead, vocab: VocabMap) -> None:
+        """The norm that stands before the target's head."""
+        draft.norm.scale[...] = target.final_norm().astype(draft.norm.scale.dtype)
+
+    def drafting(self, num_tokens: int) -> Algorithm:
+        """`num_tokens` of each block, rows of one document."""
+        return Algorithm(self.settings, packed=False, num_tokens=num_tokens)
+
+    def drafter(self) -> BlockDrafter:
+        return BlockDrafter(self.layout)
+
+    def serving(self) -> Contract:
+        """The contract of its exports."""
+        from flaxdraft.algorithms.dflash.serving import contract  # tables and rules that training never reads
+
+        return contract

@@ -1,0 +1,102 @@
+"""Layers with multi-head latent attention (DeepSeek and Kimi family), as SpecForge trains them under
+`dflash_config.attention_mode: mla`. No released engine serves such drafts: those published for such targets have
+grouped queries, and so has the default draft."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from flaxdraft.algorithms.dflash.draft import BlockDraft
+from flaxdraft.algorithms.dflash.sizes import SERVING_ARCHITECTURE, BlockSizes, common_names, of_attention
+from flaxdraft.devices.sharding import Sharding
+from flaxdraft.errors import InputError
+from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
+from flaxdraft.nn.mla import MLA, MLAConfig
+from flaxdraft.nn.precision import Precision
+
+ARCHITECTURES = (SERVING_ARCHITECTURE,)
+MODEL_TYPES = ()
+_OWN = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+def claims(config: Mapping[str, Any]) -> bool:
+    """Of the drafts under one architecture name."""
+    return bool(config.get("kv_lora_rank"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(BlockSizes):
+    """Sizes of a draft; names as in DeepSeek's config.json."""
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.qk_rope_head_dim % 2:
+            raise InputError(f"draft.fields.qk_rope_head_dim: found {self.qk_rope_head_dim}, expected an even width")
+
+    @classmethod
+    def for_target(cls, target: Any, draft_vocab_size: int) -> dict[str, Any]:
+        """Defaults next to a target: its width and heads, DeepSeek's proportions between the ranks; the ranks and
+        widths of a target that has latent attention itself."""
+        ranks = {
+            "q_lora_rank": max(target.hidden_size // 3 // 64 * 64, 64),
+            "kv_lora_rank": max(target.hidden_size // 4 // 64 * 64, 64),
+            "qk_nope_head_dim": target.head_dim, "qk_rope_head_dim": target.head_dim // 2,
+            "v_head_dim": target.head_dim,
+        }  # fmt: skip
+        own = {name: getattr(target, name, None) or usual for name, usual in ranks.items()}
+        return cls.sizes_for_target(target, draft_vocab_size) | own
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Config:
+        """Reads a draft's config.json; see `BlockSizes.from_hf_sizes`.
+
+        Raises:
+            InputError: also where rotary pairs are not interleaved, or projections have biases.
+        """
+        for name, wanted in (("rope_interleave", True), ("attention_bias", False)):
+            if bool(config.get(name, wanted)) != wanted:
+                raise InputError(f"draft config: {name} is {config[name]}, expected {str(wanted).lower()}")
+        return cls(**cls.from_hf_sizes(config), **{name: config.get(name) for name in _OWN})
+
+    def to_hf(self) -> dict[str, Any]:
+        """config.json fields, without the target's layer ids."""
+        out = self.to_hf_sizes("deepseek_v3") | {name: getattr(self, name) for name in _OWN}
+        nested = out["dflash_config"] | {"attention_mode": "mla"}
+        return out | {"rope_interleave": True, "num_key_value_heads": self.num_attention_heads, "dflash_config": nested}
+
+
+def name_table(config: Config):
+    """(JAX path, PyTorch key, transform) of what is trained."""
+    rows, plain = common_names(config.num_hidden_layers), config.q_lora_rank is None
+    kernels = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj", *(("q_proj",) if plain else ("q_a_proj", "q_b_proj")))
+    scales = ("kv_a_layernorm", *(() if plain else ("q_a_layernorm",)))
+    for i in range(config.num_hidden_layers):
+        rows += [of_attention(i, name, "kernel") for name in kernels]
+        rows += [of_attention(i, name, "scale") for name in scales]
+    return tuple(rows)
+
+
+def make(
+    config: Config, vocab: VocabMap, target: EmbeddingAndHead, *, precision: Precision, sharding: Sharding,
+    rngs: nnx.Rngs,
+) -> BlockDraft:  # fmt: skip
+    """A draft with fresh weights; see `BlockDraft`."""
+    c = config
+    heads = MLAConfig(
+        c.num_attention_heads, c.q_lora_rank, c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim,
+        c.rms_norm_eps, c.rope,
+    )  # fmt: skip
+    attentions = [
+        MLA(heads, c.hidden_size, c.hidden_size, precision, rngs, sharding) for _ in range(c.num_hidden_layers)
+    ]
+    return BlockDraft(c, attentions, vocab, target, precision=precision, sharding=sharding, rngs=rngs)

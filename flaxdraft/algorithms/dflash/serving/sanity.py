@@ -1,0 +1,163 @@
+"""What is wrong with a draft's directory whatever reads it: one function a question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flaxdraft.algorithms.dflash.foreign_fields import unknown_fields
+from flaxdraft.algorithms.dflash.serving import tensors
+from flaxdraft.algorithms.dflash.serving.terms import CONFIG, INPUT_TAPS, TAPS
+from flaxdraft.serving import sanity
+from flaxdraft.serving.fields import FLAG, NAMES, POSITIVE, ROPE, SIZE, TEXT, Expected, malformed, wrong
+from flaxdraft.serving.finding import Finding, few
+from flaxdraft.serving.view import DraftView
+
+_Id = Annotated[int, Field(ge=0, lt=2**31)]
+_Ids = Annotated[list[_Id], Field(min_length=1)]
+
+
+class _DFlashConfig(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    mask_token_id: _Id
+    target_layer_ids: _Ids
+    block_size: Annotated[int, Field(gt=1)] | None = None
+    causal: bool | None = None
+    sample_from_anchor: bool | None = None
+
+
+_SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_hidden_layers")
+_FIELDS = {
+    **dict.fromkeys(
+        ("draft_vocab_size", "target_hidden_size", "head_dim", "num_key_value_heads", "max_position_embeddings",
+         "num_target_layers", "sliding_window", "q_lora_rank", "kv_lora_rank"), SIZE,
+    ),
+    **dict.fromkeys(("rope_theta", "attention_value_scale", "output_multiplier", "final_logit_softcapping"), POSITIVE),
+    "block_size": Expected("an integer of at least 2", Annotated[int, Field(gt=1)]),
+    **dict.fromkeys(("model_type", "torch_dtype", "dtype"), TEXT),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "is_causal", "use_sliding_window"), FLAG),
+    **dict.fromkeys(("architectures", "layer_types"), NAMES),
+    **dict.fromkeys(INPUT_TAPS, Expected("a list of layer ids", _Ids)),
+    "rope_parameters": ROPE,
+    "rope_scaling": ROPE,
+}  # fmt: skip
+
+
+def unreadable(view: DraftView) -> list[Finding]:
+    """What makes every further question meaningless."""
+    if "speculators_model_type" in view.config:
+        return [Finding("refused", "config.json is in the speculators form, which vLLM alone reads", "write the fields "
+                        "of transformer_layer_config at the top level, with dflash_config")]  # fmt: skip
+    if found := unknown_fields(view.config):
+        return [Finding("refused", f"config.json has {few(found)}: another drafter of the family, or a switch that "
+                        "flaxdraft does not have", "nothing is known of such a draft here")]  # fmt: skip
+    latent = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim") if tensors.is_latent(view.config) else ()
+    required = dict.fromkeys((*_SIZES, *latent), SIZE) | {"rms_norm_eps": POSITIVE}
+    required[CONFIG] = Expected("an object with mask_token_id and target_layer_ids", _DFlashConfig)
+    bad = [*wrong(view.config, required), *malformed(view.config, _FIELDS)]
+    if "block_size" not in view.config and "block_size" not in (view.config.get(CONFIG) or {}):
+        bad.append("no block_size")
+    return [Finding("refused", f"config.json: {few(bad)}", "write it again")] if bad else []
+
+
+def shapes(view: DraftView) -> Iterator[Finding]:
+    """Sizes in config.json against the weights."""
+    expected = tensors.weights(view.config)
+    bad = [
+        f"{key} {found}, config.json says {expected[name]}"
+        for key, found in view.shapes.items()
+        if (name := tensors.flat_name(key)) in expected and found != expected[name]
+    ]
+    if bad:
+        yield Finding("refused", f"config.json and weights differ in size: {few(bad)}", "correct config.json")
+    if view.twice:
+        yield Finding("wrong", f"two files hold {few([*view.twice])}", "remove one of them")
+
+
+def values(view: DraftView) -> Iterator[Finding]:
+    return sanity.values(view, lambda key: tensors.PASSED_OVER.search(tensors.flat_name(key)))
+
+
+def target(view: DraftView) -> Iterator[Finding]:
+    """The target's embedding and head are the draft's."""
+    if view.target is None:
+        return
+    hidden = view.config["hidden_size"]
+    for name, ours in (("hidden_size", hidden), ("vocab_size", view.config["vocab_size"])):
+        if (theirs := view.target.get(name)) is not None and ours != theirs:
+            yield Finding("refused", f"{name} is {ours}, the target's {theirs}", "this draft is for another target")
+
+
+def mask_token(view: DraftView) -> Iterator[Finding]:
+    mask, vocab_size = view.config[CONFIG]["mask_token_id"], view.config["vocab_size"]
+    if mask >= vocab_size:
+        yield Finding("refused", f"mask_token_id is {mask}, beyond the vocabulary of {vocab_size}",
+                      "write the token that the draft was trained with")  # fmt: skip
+    ends = (view.target or {}).get("eos_token_id")
+    if mask in (ends if isinstance(ends, list) else [ends]):
+        yield Finding("note", f"mask_token_id {mask} is a token that ends the target's answers", "check that the "
+                      "draft was trained so")  # fmt: skip
+
+
+def tapped_layers(view: DraftView) -> Iterator[Finding]:
+    """One order, one way of counting."""
+    outputs, num_layers = view.config[CONFIG][TAPS], (view.target or {}).get("num_hidden_layers")
+    num_layers = num_layers or view.config.get("num_target_layers")
+    if sorted(set(outputs)) != outputs:
+        yield Finding("wrong", f"{TAPS} {outputs} do not ascend: engines hand the states over in layer order",
+                      "write ascending ids, and fc's columns in that order")  # fmt: skip
+    elif num_layers is not None and outputs[-1] >= num_layers:
+        yield Finding("refused", f"{TAPS} {outputs} of a target of {num_layers} layers: they count outputs from 0, as "
+                      "if another convention's ids, one higher, stood here", "write each less one")  # fmt: skip
+    for place in (view.config, view.config[CONFIG]):
+        for name in INPUT_TAPS:
+            inputs = place.get(name)
+            if inputs is not None and [layer - 1 for layer in inputs] != outputs:
+                yield Finding("wrong", f"{TAPS} names the outputs of {outputs}, {name} the inputs of {inputs}: "
+                              "different states, one layer apart where the numbers are equal",
+                              f"write the layers that the draft was trained on in {TAPS}, and no {name}")  # fmt: skip
+
+
+def block(view: DraftView) -> Iterator[Finding]:
+    top, nested = view.config.get("block_size"), view.config[CONFIG].get("block_size")
+    if top is not None and nested is not None and top != nested:
+        yield Finding("wrong", f"block_size is {top}, in {CONFIG} {nested}", "write the one of training in both")
+    top, nested = view.config.get("is_causal"), view.config[CONFIG].get("causal")
+    if top is not None and nested is not None and top != nested:
+        yield Finding("wrong", f"is_causal is {top}, {CONFIG}.causal {nested}", "write the one of training in both")
+    anchor = view.config.get("sample_from_anchor")
+    if anchor is not None and anchor != bool(view.config[CONFIG].get("sample_from_anchor")):
+        yield Finding("wrong", f"sample_from_anchor is {anchor} at the top level and not in {CONFIG}: what a slot "
+                      "predicts is shifted by one", "write the one of training in both")  # fmt: skip
+
+
+def layer_types(view: DraftView) -> Iterator[Finding]:
+    kinds, count = view.config.get("layer_types"), view.config["num_hidden_layers"]
+    if kinds and len(kinds) != count:
+        yield Finding("refused", f"layer_types names {len(kinds)} of {count} layers", "name each")
+    if "sliding_attention" in (kinds or ()) and view.config.get("sliding_window") is None:
+        yield Finding("refused", "layer_types has sliding_attention, and there is no sliding_window", "write it")
+
+
+def code(view: DraftView) -> Iterator[Finding]:
+    if "auto_map" in view.config:
+        yield Finding("note", "auto_map names code of another trainer, which engines do not run and which may stop "
+                      "them", "leave auto_map out")  # fmt: skip
+
+
+CONFIG_RULES: tuple[Callable[[DraftView], Iterator[Finding]], ...] = (
+    sanity.nulls, sanity.context, sanity.rope, target, mask_token, tapped_layers, block, layer_types, code,
+)  # fmt: skip
+TENSOR_RULES: tuple[Callable[[DraftView], Iterator[Finding]], ...] = (shapes, values)
+
+
+def of_directory(view: DraftView) -> list[Finding]:
+    return [finding for rule in (*TENSOR_RULES, *CONFIG_RULES) for finding in rule(view)]
+
+
+def of_sizes(view: DraftView) -> list[Finding]:
+    found: list[Any] = [*shapes(view), *target(view)]
+    return found

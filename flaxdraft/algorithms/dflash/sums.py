@@ -1,0 +1,37 @@
+"""What the loss is made of. Shape letters: Q slots of a block that predict."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockSums:
+    """Sums over blocks."""
+
+    loss: Float[Array, ""]  # weighted cross entropies
+    weight: Float[Array, ""]  # what they are divided by: the weights, or as many as there are batch rows
+    asked_Q: Int[Array, " Q"]  # slots for which there is a right token
+    hit_Q: Int[Array, " Q"]
+    prefix_hit_Q: Int[Array, " Q"]  # hits here and at all before
+    num_blocks: Int[Array, ""]  # of which anything is asked
+
+    def __add__(self, other: BlockSums) -> BlockSums:
+        return jax.tree.map(jnp.add, self, other)
+
+    def terms(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        return self.loss, jnp.maximum(self.weight, 1.0)
+
+    def figures(self) -> dict[str, float | list[float]]:
+        """accuracy: of each slot. mean_over_rows: 1 + the slots that are right from the first on, mean over blocks;
+        larger than the walk, since decoding begins more blocks at hard places."""
+        return {
+            "accuracy": (self.hit_Q / np.maximum(self.asked_Q, 1)).tolist(),
+            "mean_over_rows": float(1 + self.prefix_hit_Q.sum() / max(int(self.num_blocks), 1)),
+        }

@@ -1,0 +1,40 @@
+"""DFlash for tests: the algorithm with some settings, drafts from PyTorch weights."""
+
+import sys
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flaxdraft.algorithms.dflash.algorithm import Algorithm
+from flaxdraft.algorithms.dflash.settings import Settings
+from flaxdraft.devices.sharding import Sharding
+from flaxdraft.files.name_tables import state_from_torch
+from flaxdraft.interfaces import VocabMap
+from flaxdraft.nn.precision import Precision
+
+
+def algorithm(packed: bool = True, **settings) -> Algorithm:
+    return Algorithm(Settings(**settings), packed)
+
+
+def target_of(embedding_VE, head_VE):
+    """What stands before and behind a target's layers, from given arrays."""
+    return SimpleNamespace(
+        embedding=lambda: jnp.asarray(embedding_VE), head=lambda: jnp.asarray(head_VE),
+        final_norm=lambda: jnp.ones(embedding_VE.shape[1]),
+    )  # fmt: skip
+
+
+def make_draft(config, target, weights=None):
+    """With fresh weights, or with those of PyTorch names."""
+    module = sys.modules[type(config).__module__]
+    draft = module.make(
+        config, VocabMap(np.arange(config.vocab_size), config.vocab_size), target, precision=Precision(),
+        sharding=Sharding.none(), rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    if weights is not None:
+        params = nnx.state(draft, nnx.Param)
+        nnx.update(draft, state_from_torch(params, module.name_table(config), weights, "weights"))
+    return draft
