@@ -59,6 +59,13 @@ class DescribedTarget:
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from error
 
+
+@dataclasses.dataclass(frozen=True)
+class OpenedTarget(DescribedTarget):
+    """Weights that can be read; nothing is loaded yet."""
+
+    source: HFDirectory | GGUFCheckpoint
+
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
         """
@@ -112,13 +119,6 @@ class DescribedTarget:
         named = () if self.tokenizer is None else self.tokenizer.all_special_ids
         size = self.config().vocab_size
         return sorted({*(token for token in named if token is not None and token < size), *self.stop_tokens})
-
-
-@dataclasses.dataclass(frozen=True)
-class OpenedTarget(DescribedTarget):
-    """Weights that can be read; nothing is loaded yet."""
-
-    source: HFDirectory | GGUFCheckpoint
 
 
 def describe_target(address: str, sha256: str | None = None) -> DescribedTarget:

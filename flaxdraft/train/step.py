@@ -100,7 +100,8 @@ def summed_gradients(
     else:
         parts = jax.tree.map(lambda x: _in_parts(x, num), moving)
         first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=_without_first(x)), parts)
-        sums_like = jax.eval_shape(lambda *part: terms(params, Example(*part, teacher))[1], *first)
+        sums_of = lambda batch, features, chosen: terms(params, Example(batch, features, chosen, teacher))[1]  # noqa: E731
+        sums_like = jax.eval_shape(sums_of, *first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums_like)
         empty = zeros, jax.tree.map(_no_gradient, params, work)
         add = lambda carry, part: (jax.tree.map(jnp.add, carry, one(*part)), None)  # noqa: E731
