@@ -166,6 +166,8 @@ def write_results(workdir: Path) -> None:
         columns = [name for name in rows[0] if name != "case"]
         text += [f"## {case}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
         text += ["| " + " | ".join(str(row.get(name, "")) for name in columns) + " |" for row in rows] + [""]
+    notes = HERE / "notes.md"  # by hand, what the numbers do not say
+    text += [notes.read_text().rstrip(), ""] if notes.exists() else []
     (HERE / "results.md").write_text("\n".join(text))
 
 
