@@ -72,7 +72,7 @@ def test_tokens_a_second_are_those_of_training_whatever_comes_between_two_logs(
     checkpoints.best_score.return_value = 9.0
     checkpoints.save = lambda *_: away(70)
     log = Mock()
-    run = _Run(trainer, None, evaluate, checkpoints, log, None)
+    run = _Run(trainer, None, evaluate, checkpoints, log, None, Mock())
     one = meters.Meters(log, Mock(done=0), Mock(), Mock(), 0)
     for done, _ in zip(range(1, 13), one.waiting(batches()), strict=False):
         unfinished[0] += 0.5

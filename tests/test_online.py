@@ -9,12 +9,11 @@ from test_pipeline import assert_equal
 
 from flaxdraft.config import DataConfig
 from flaxdraft.data.__main__ import main
+from flaxdraft.data.chat_template import ChatTemplate
 from flaxdraft.data.online import one_ahead, open_conversations
 from flaxdraft.data.store import FeatureStore
 from flaxdraft.errors import InputError
-from flaxdraft.targets import from_pretrained
-
-VOCAB = 266
+from flaxdraft.targets import open_target
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +38,8 @@ def store(file, tiny_gguf, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def conversations(file, tiny_gguf):
-    tokenizer = from_pretrained(str(tiny_gguf)).tokenizer
-    return open_conversations(DataConfig(prompts="none", conversations=str(file)), tokenizer, VOCAB)
+    data = DataConfig(prompts="none", conversations=str(file))
+    return open_conversations(data, open_target(str(tiny_gguf)), ChatTemplate())
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +91,12 @@ def test_one_batch_is_prepared_ahead_and_not_more():
 
 
 def test_too_many_silent_rows_are_an_error(file, tiny_gguf, tmp_path, capsys):
-    tokenizer = from_pretrained(str(tiny_gguf)).tokenizer
+    target = open_target(str(tiny_gguf))
     silent = json.dumps({"messages": [{"role": "user", "content": "hello?"}]}) + "\n"
     path = tmp_path / "c.jsonl"
     path.write_text(file.read_text() + silent * 2)
     data = DataConfig(prompts="none", conversations=str(path))
-    assert len(open_conversations(data, tokenizer, VOCAB).lengths) == 8
+    assert len(open_conversations(data, target, ChatTemplate()).lengths) == 8
     assert "2 conversations left out that supervise nothing" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"2 of 10 conversations .* a share of 0.1 \(data.max_silent\)"):
-        open_conversations(data.model_copy(update={"max_silent": 0.1}), tokenizer, VOCAB)
+        open_conversations(data.model_copy(update={"max_silent": 0.1}), target, ChatTemplate())
