@@ -66,8 +66,8 @@ class Config(BlockSizes):
         for name, wanted in (("rope_interleave", True), ("attention_bias", False)):
             if bool(config.get(name, wanted)) != wanted:
                 raise InputError(f"draft config: {name} is {config[name]}, expected {str(wanted).lower()}")
-        fields: dict[str, Any] = cls.from_hf_sizes(config) | {name: config.get(name) for name in _OWN}
-        return cls(**fields)
+        own: dict[str, Any] = {name: config[name] for name in _OWN if name != "q_lora_rank"}
+        return cls(**cls.from_hf_sizes(config), **own, q_lora_rank=config.get("q_lora_rank"))
 
     def to_hf(self) -> dict[str, Any]:
         """config.json fields, without the target's layer ids."""
