@@ -30,7 +30,7 @@ def cases():
     """A draft and a mesh each."""
     for name in DRAFTS:
         for shape in SHAPES:
-            marks = () if shape in DEFAULT[name] else pytest.mark.slow
+            marks = () if shape in DEFAULT.get(name, ()) else pytest.mark.slow
             yield pytest.param(name, shape, id=f"{name}-{shape}", marks=marks)
 
 
