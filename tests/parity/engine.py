@@ -146,6 +146,8 @@ class Draft:
         kv_heads = self.config.get("num_key_value_heads", heads)
         q, k, v = (self.linear(x, f"{at}{p}_proj").unflatten(-1, (n, -1)) for p, n in
                    (("q", heads), ("k", kv_heads), ("v", kv_heads)))  # fmt: skip
+        if f"{at}q_norm.weight" in self.w:  # Qwen3's, of each head
+            q, k = self.norm(q, f"{at}q_norm"), self.norm(k, f"{at}k_norm")
         q, k = (rotate(part, positions_T, self.frequency, self.factor, interleaved=False) for part in (q, k))
         k, v = (part.repeat_interleave(heads // kv_heads, dim=1) for part in self.remember(k, v))
         weights = self.weights_of(torch.einsum("tnh,snh->nts", q, k), positions_T)
