@@ -63,7 +63,7 @@ class Setup:
 def setup(name: str, shape: dict[str, int], head_WE: np.ndarray, compute=jnp.float32, float8=False, **fields) -> Setup:
     """A draft with eight heads on a mesh of that shape; to be used inside `jax.set_mesh`."""
     mesh, module = make_mesh(**shape), DRAFTS[name]
-    heads = {"num_attention_heads": 8} | ({"num_key_value_heads": 8} if name == "llama" else {})
+    heads = {"num_attention_heads": 8} | ({} if name == "mla" else {"num_key_value_heads": 8})
     config = module.Config(**module.Config.for_target(target_config(), W) | heads | fields)
     check_heads(config, SHARDING, mesh.shape)
     rng = np.random.default_rng(1)
