@@ -289,8 +289,14 @@ def _leave_aside(raw: dict[str, Any], overrides: list[str]) -> None:
     draft that is not made, and go; overrides of their fields stay."""
     section = raw.get("algorithm")
     named = section.get("name") if isinstance(section, dict) else None
-    wanted = [text.partition("=")[2].strip() for text in overrides if text.startswith("algorithm.name=")]
-    if wanted and wanted[-1] != (named or importlib.import_module("flaxdraft.algorithms").DEFAULT):
+    wanted = [text.partition("=")[2] for text in overrides if text.startswith("algorithm.name=")]
+    if not wanted:
+        return
+    try:
+        name = yaml.safe_load(wanted[-1])
+    except _BAD_YAML:
+        return  # refused where the override is made
+    if name != (named or importlib.import_module("flaxdraft.algorithms").DEFAULT):
         raw.pop("algorithm", None)
         raw.pop("draft", None)
 

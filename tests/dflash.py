@@ -3,6 +3,7 @@
 import sys
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -11,12 +12,22 @@ from flaxdraft.algorithms.dflash.algorithm import Algorithm
 from flaxdraft.algorithms.dflash.settings import Settings
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.files.name_tables import state_from_torch
-from flaxdraft.interfaces import VocabMap
+from flaxdraft.interfaces import Batch, Example, Features, VocabMap
 from flaxdraft.nn.precision import Precision
 
 
 def algorithm(packed: bool = True, **settings) -> Algorithm:
     return Algorithm(Settings(**settings), packed)
+
+
+def example_of(config, num_rows: int = 2, length: int = 12) -> Example:
+    """Rows of one document, whose features are random; without anchors."""
+    rng, shape = np.random.default_rng(0), (num_rows, length)
+    positions = np.tile(np.arange(length, dtype=np.int32), (num_rows, 1))
+    tokens = rng.integers(0, config.vocab_size, shape).astype(np.int32)
+    taps = rng.normal(size=(*shape, config.num_taps, config.target_hidden_size)).astype(np.float32)
+    batch = Batch(tokens, positions > 2, np.ones_like(tokens), positions)
+    return jax.tree.map(jnp.asarray, Example(batch, Features(taps), None, ()))
 
 
 def target_of(embedding_VE, head_VE):

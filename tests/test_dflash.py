@@ -1,5 +1,7 @@
 """DFlash: what slots predict, which anchors are drawn, packed rows as separate ones, the walk as decoding."""
 
+import dataclasses
+
 import dflash
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from test_rejection import PROMPT, TOKENS, V, exact, excess, fill
 
 from flaxdraft.algorithms.dflash import algorithm as algorithm_module
 from flaxdraft.algorithms.dflash import anchors
+from flaxdraft.algorithms.dflash.block_attention import Sight
 from flaxdraft.algorithms.dflash.drafts import mla, qwen3
 from flaxdraft.algorithms.dflash.layout import Layout, layout_of, wanted
 from flaxdraft.algorithms.dflash.objective import weights
@@ -61,6 +64,89 @@ def test_the_first_slot_that_predicts_weighs_one(layout, exponents):
     asked = jnp.arange(4)[None, None] >= layout.first
     got = weights(dflash.algorithm(decay_gamma=3.0).settings, layout, asked, jnp.ones((1, 1, 4)))
     assert_close(np.asarray(got)[0, 0, layout.first :], np.exp(-np.array(exponents, np.float32) / 3), ulp=4)
+
+
+def test_a_long_block_that_nobody_foresees_has_finite_weights():
+    """The product of so many small probabilities is 0."""
+    settings = dflash.algorithm(objective="dpace_continuation", dpace_alpha=0, block_size=16).settings
+    layout = layout_of(16, sample_from_anchor=False)
+    asked, probability = jnp.arange(16)[None, None] >= layout.first, np.exp(-12.0)
+    got = weights(settings, layout, asked, jnp.full((1, 1, 16), 12.0))[0, 0]
+    assert got[0] == 0
+    assert_close(got[1:], np.array([sum(probability**i for i in range(16 - k)) for k in range(1, 16)]), rtol=1e-5)
+
+
+def test_what_each_layer_sees(models):
+    """Sliding layers are causal where nothing else is said, as engines have it."""
+    sights = lambda **fields: models[1](block_size=4, **SLIDING, **fields).config.sights()  # noqa: E731
+    assert sights() == [Sight(4, True, 5), Sight(4, False, None)]
+    assert sights(is_causal=True) == [Sight(4, True, 5), Sight(4, True, None)]
+    assert sights(is_causal=False) == [Sight(4, False, 5), Sight(4, False, None)]
+
+
+def test_a_block_of_one_slot_is_refused(models):
+    with pytest.raises(InputError, match=r"draft.fields.block_size: found 1, expected at least 2"):
+        models[1](block_size=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sample_from_anchor": True}, "sample_from_anchor differs from the one in dflash_config"),
+        ({"use_sliding_window": True, "layer_types": None}, "use_sliding_window is true without layer_types"),
+    ],
+)
+def test_a_config_that_engines_would_read_otherwise_is_refused(models, changes, message):
+    config = models[1](block_size=4).config.to_hf() | changes
+    config["dflash_config"] = config["dflash_config"] | {"target_layer_ids": [0, 2, 3], "sample_from_anchor": False}
+    with pytest.raises(InputError, match=message):
+        qwen3.Config.from_hf(config)
+
+
+def test_causality_is_read_from_either_place(models):
+    config = models[1](block_size=4).config.to_hf() | {"is_causal": None}
+    config["dflash_config"] = config["dflash_config"] | {"target_layer_ids": [0, 2, 3], "causal": True}
+    assert qwen3.Config.from_hf(config).is_causal is True
+
+
+def test_values_and_logits_are_scaled_and_capped(models):
+    """A scale of all values is one of the layer's outputs; logits are what the loss is computed from."""
+    _, make = models
+    plain, scaled = make(block_size=4), make(block_size=4, attention_value_scale=1.5)
+    for layer in plain.layers:
+        layer.self_attn.o_proj.kernel[...] *= 1.5
+    algorithm, example = dflash.algorithm(block_size=4, num_anchors=4), dflash.example_of(plain.config)
+    example = dataclasses.replace(example, chosen=algorithm.choose(example.batch, 12, Draw(0, 0, 0)))
+    text = [algorithm.read(draft, example) for draft in (plain, scaled)]
+    anchors_BA = example.chosen.anchor_BA
+    got, want = (
+        algorithm.states(draft, example.batch, keys, anchors_BA)
+        for draft, keys in zip((scaled, plain), text, strict=True)
+    )
+    assert_close(got, want, ulp=32)
+    capped = make(block_size=4, output_multiplier=0.8, final_logit_softcapping=2.0)
+    label_BAS, asked_BAS = wanted(example.batch, anchors_BA, algorithm.layout, stop_at_hole=False)
+    states_BRD = algorithm.states(capped, example.batch, algorithm.read(capped, example), anchors_BA)
+    logits_BRV = 2 * jnp.tanh(0.8 * (states_BRD @ capped.head[...].T) / 2)
+    by_label = jnp.take_along_axis(jax.nn.log_softmax(logits_BRV), label_BAS.reshape(*states_BRD.shape[:2], 1), axis=2)
+    weight_BAS = weights(algorithm.settings, algorithm.layout, asked_BAS, jnp.zeros(asked_BAS.shape))
+    loss = -jnp.sum(by_label.reshape(weight_BAS.shape) * weight_BAS)
+    assert_close(algorithm.sums(capped, example, ()).loss, loss, ulp=64)
+
+
+def test_a_loss_by_rows_depends_on_no_parts_and_no_empty_rows(models, monkeypatch):
+    draft, evaluation = models[1](block_size=4), dflash.algorithm(block_size=4, denominator="rows").drafting(3)
+    example = dflash.example_of(draft.config)
+    example = dataclasses.replace(example, chosen=evaluation.choose(example.batch, 12, Draw(0, 0, 0)))
+    whole, counts = evaluation.accepted(draft, example)
+    assert int(whole.terms()[1]) == len(counts)
+    empty = lambda x: jnp.concatenate([x, jnp.zeros_like(x[:1])])  # noqa: E731
+    chosen = evaluation.choose(jax.tree.map(empty, example.batch), 12, Draw(0, 0, 0))
+    more = Example(jax.tree.map(empty, example.batch), jax.tree.map(empty, example.features), chosen, ())
+    monkeypatch.setattr(algorithm_module, "SLOTS_AT_ONCE", len(chosen.anchor_BA) * 4 * 2)  # two blocks of a row
+    parted, parted_counts = evaluation.accepted(draft, more)
+    np.testing.assert_array_equal(parted_counts[:-1], counts)
+    assert_close(jnp.stack(parted.terms()), jnp.stack(whole.terms()), ulp=16, of="each")
 
 
 def test_anchors_are_pairs_of_the_assistants_tokens_in_one_document():

@@ -56,7 +56,7 @@ NORM = "layers.0.self_attn.q_norm.weight"
 THETA = {"rope_type": "default", "rope_theta": 1e6}
 # name: change, and {engine: (level, words)} that must be found.
 FAULTS = {
-    "taps counted by input": (nested(target_layer_ids=[4, 5, 6, 7, 8]), {DIRECTORY: ("refused", "outputs from 0")}),
+    "taps counted by input": (nested(target_layer_ids=[4, 5, 6, 7, 8]), {DIRECTORY: ("refused", "counted from 0")}),
     "taps that two places count differently": (
         field(aux_hidden_state_layer_ids=[1, 2, 3, 4, 5]), {DIRECTORY: ("wrong", "one layer apart")},
     ),
@@ -76,9 +76,10 @@ FAULTS = {
     "another base": (
         field(rope_theta=1e6, rope_parameters=THETA), {DIRECTORY: ("wrong", "rope_theta is 1e+06, the target's 10000")},
     ),
-    "one dialect": (both(drop("rope_parameters"), field(rope_theta=1e6)), {
-        "vllm": ("wrong", "RoPE of base 10000 instead of default, 1e+06"),
-    }),
+    "a nested section that is none": (field(dflash_config=[1]), {DIRECTORY: ("refused", "an object with mask")}),
+    "taps of another trainer that are none": (
+        nested(aux_hidden_state_layer_ids="abc"), {DIRECTORY: ("refused", "dflash_config")},
+    ),
     "another architecture": (field(architectures=["DFlash2DraftModel"]), {
         "sglang": ("refused", "names 'DFlash2DraftModel'"), "vllm": ("refused", "it knows DFlashDraftModel"),
     }),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +173,17 @@ def test_a_stopped_run_goes_on_and_a_finished_one_decodes_nothing(workspace, fin
     assert call(workspace, tiny_gguf, finished, *ALL) == 0
     assert set(decoded) == {(0, (2, 1))}
     assert json.loads(lost.read_text())["result"]["turns"] == whole
+
+
+def test_an_evaluation_keeps_its_mesh(workspace, finished, tiny_gguf, tmp_path, capfd):
+    """Speed is of the devices that it was measured on."""
+    shutil.copytree(finished, tmp_path / "out")
+    inputs = json.loads((tmp_path / "out" / "inputs.json").read_text())
+    (tmp_path / "out" / "inputs.json").write_text(json.dumps(inputs | {"target_mesh": {"fsdp": 2}}))
+    assert call(workspace, tiny_gguf, tmp_path / "out", *ALL, "--mesh", "tensor=2") == 2
+    said = " ".join(capfd.readouterr().err.split())
+    assert "target_mesh.fsdp: there 2" in said
+    assert re.search(r"target_mesh\.tensor: there \S+, here 2", said)
 
 
 @pytest.mark.slow

@@ -162,7 +162,7 @@ def test_the_command_says_it_and_writes_nothing(made, run_yaml, capfd, monkeypat
     assert sorted(run_yaml.parent.iterdir()) == before
     for option in ("--devices", "--rate"):
         assert main(["--config", str(run_yaml), option, "8 x H100"]) == 2
-        assert f"{option}: is what a plan is made for; give --plan, too" in capfd.readouterr().err
+        assert f"{option}: only a plan uses it; give --plan as well" in capfd.readouterr().err
 
 
 def test_a_target_is_described_by_its_configuration_alone(directory):

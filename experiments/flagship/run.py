@@ -201,7 +201,7 @@ def fitted(config: Any, *, export: bool) -> None:
     """A run's training, and its export; the evaluation is a stage of its own here."""
     from flaxdraft.run.answers import answer_prompts
     from flaxdraft.run.material import gather
-    from flaxdraft.run.results import export_draft
+    from flaxdraft.run.results import chosen_checkpoint, export_draft
     from flaxdraft.run.setup import claim_folders, prepare
     from flaxdraft.run.target import RunTarget
     from flaxdraft.run.training import train_draft
@@ -211,7 +211,7 @@ def fitted(config: Any, *, export: bool) -> None:
     target = RunTarget(setup)
     trained = train_draft(setup, gather(setup, target, answer_prompts(setup, target)))
     if export:
-        export_draft(setup, trained)
+        export_draft(setup, chosen_checkpoint(setup), trained)
 
 
 def trial(a: argparse.Namespace, shared: list[str], answers: Path) -> dict[str, Any]:

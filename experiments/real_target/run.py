@@ -15,7 +15,6 @@ regenerate  answers written per second
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import subprocess
 import sys
@@ -194,10 +193,10 @@ def main() -> None:
         ]  # fmt: skip
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         print(done.stdout[-3000:], flush=True)
-        with contextlib.suppress(IndexError, json.JSONDecodeError):
-            result = json.loads(done.stdout.splitlines()[-1])
-            with (given.workdir / "results.jsonl").open("a") as file:
-                file.write(json.dumps(result) + "\n")
+        if done.returncode:
+            raise SystemExit(f"{case} ended with {done.returncode}")
+        with (given.workdir / "results.jsonl").open("a") as file:
+            file.write(done.stdout.splitlines()[-1] + "\n")
     if given.write:
         write_results(given.workdir)
 

@@ -337,7 +337,7 @@ def generate_each(
         before_B, made_B, running_B = made_B, np.array(carry.made_B), np.asarray(carry.running_B)
         on_tokens(int((made_B - before_B).sum()))
         done = np.flatnonzero((owner_B >= 0) & ~running_B)
-        # Features are large and those of all rows come over together: once no prompt waits, they come at the very end.
+        # One read brings the features of all rows, which are large. Once no prompt waits, there is one, at the end.
         is_last = waiting == len(prompts) and not (writing.keep_features and running_B.any())
         if len(done) and (is_last or (~running_B).sum() >= enough_free):
             answers_BM, kept = jax.device_get((carry.answer_BM, carry.kept))

@@ -142,8 +142,8 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
         "target": {"address": a.target, "content": content_of(a.target, None)}, "prompts": sha256_of(a.prompts),
         "split": a.split, "limit": a.limit, "max_new_tokens": a.max_new_tokens, "temperature": a.temperature,
         "top_p": a.top_p, "rows": a.rows, "dtype": dtype, **of_template,
-        # Speed depends on the devices. Where the rows alone are shared out, these say it as older evaluations do.
-        "data": shape.get("data", 1), "mesh": {name: size for name, size in shape.items() if name != "data"},
+        # Speed depends on the devices. `data` alone is what older evaluations recorded.
+        "data": shape.get("data", 1), "target_mesh": {name: size for name, size in shape.items() if name != "data"},
     }  # fmt: skip
     claim_together(a.out, inputs, "Give another --out, or remove it to start anew.")
     loaded, draft = _load(a.target, directory, of_both(dtype), mesh)

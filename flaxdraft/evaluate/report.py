@@ -45,7 +45,10 @@ _FIRST_PASS = (
     "good as ever, is what a draft gives that was trained with an unshifted loss mask (tokens and labels moved on, the "
     "mask left where it was), or on few answers."
 )
-_SAMPLE = "The answer that saved most target passes, each token coloured by how many tokens its target pass yielded:"
+_SAMPLE = (
+    "The answer for which the draft saved the most target passes, each token coloured by how many tokens its target "
+    "pass yielded:"
+)
 
 
 class Sample(NamedTuple):

@@ -2,9 +2,10 @@
 inside one chunk.
 
 Rows that are asked are compacted on each device and the loop runs ceil(n / chunk) times, so [rows, V] is never held for
-all rows. The gradient of each row's loss by its own state is made in the same walk and kept unweighted: whoever weighs
-the losses, by whatever they are, weighs these rows. The head is frozen and gets no gradient. Where it is split by
-vocabulary, each device makes the logits of its part (ops/vocabulary_axis.py).
+all rows. The gradient of each row's loss by its own state is computed in the same pass over the chunks and kept without
+a weight; the backward pass multiplies it by the row's cotangent, so weights may depend on the losses. The head is
+frozen and gets no gradient. Where it is split by vocabulary, each device computes the logits of its part
+(ops/vocabulary_axis.py).
 
 Shape letters: B batch, R rows, M = B R, C rows of a chunk, D width, V vocabulary, or a device's part of it.
 """

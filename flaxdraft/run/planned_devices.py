@@ -83,7 +83,8 @@ def _known(text: str) -> str | None:
 
 def _visible() -> PlannedDevices:
     devices = jax.devices()
-    first, kind = devices[0], devices[0].device_kind
+    first = jax.local_devices()[0]  # no process asks another one's devices
+    kind = first.device_kind
     name = _KINDS.get(kind) or next((name for name in KNOWN if all(part in kind for part in name.split("-"))), None)
     limit = (first.memory_stats() or {}).get("bytes_limit")
     peak = None if name is None else KNOWN[name][1] * 1e12

@@ -35,7 +35,7 @@ from flaxdraft.train.resume import goes_back
 
 
 def chosen_checkpoint(setup: Setup) -> Chosen:
-    """The checkpoint that all of this is about."""
+    """The checkpoint that all of this is about, as one process sees it; the records of all are read for it."""
     config = setup.config
     return choose(setup.draft_dir / "checkpoints", config.export.step, config.train.num_steps)
 
@@ -46,13 +46,15 @@ def finished(setup: Setup) -> bool:
     Raises:
         InputError: see `goes_back`.
     """
-    back = goes_back(setup.config.train.resume, setup.draft_dir / "checkpoints")
-    return not back and _standing(setup, _evaluation_stage(setup)) is not None and _exported(setup)
+    if goes_back(setup.config.train.resume, setup.draft_dir / "checkpoints"):
+        return False
+    chosen = chosen_checkpoint(setup)
+    return _standing(_evaluation_stage(setup), chosen) is not None and _exported(setup, chosen)
 
 
-def _standing(setup: Setup, stage: Stage) -> dict[str, Any] | None:
-    """What a stage stored, where it is of the chosen checkpoint. Ones that were removed since are not missed."""
-    stored, chosen = stage.load(), chosen_checkpoint(setup)
+def _standing(stage: Stage, chosen: Chosen) -> dict[str, Any] | None:
+    """What a stage stored, where it is of the chosen checkpoint; also where the checkpoints were removed since."""
+    stored = stage.load()
     if stored is None or (chosen.sha256 is not None and stored["checkpoint"] != chosen._asdict()):
         return None
     return stored
@@ -88,7 +90,7 @@ def _evaluation_stage(setup: Setup) -> Stage:
     return Stage(setup.draft_dir / "evaluation.json", _evaluation_inputs(setup))
 
 
-def evaluate_draft(setup: Setup, trained: Trained | None) -> dict[str, Any]:
+def evaluate_draft(setup: Setup, chosen: Chosen, trained: Trained | None) -> dict[str, Any]:
     """The held-out result, in the target's dtype: what the evaluate command finds for one chain, of the run's own
     held-out prompts. Batches that were decoded before a stop are not decoded again. All processes of the run decode,
     and the first one keeps the result.
@@ -97,12 +99,12 @@ def evaluate_draft(setup: Setup, trained: Trained | None) -> dict[str, Any]:
         trained: None where the result stands.
     """
     config, stage = setup.config.evaluate, _evaluation_stage(setup)
-    result = hosts.agree(_standing(setup, stage))
+    result = hosts.agree(_standing(stage, chosen))
     if result is not None:
         say("evaluate", f"done before: {stage.path}")
         return result
     assert trained is not None
-    chosen, material = Chosen(*hosts.agree(chosen_checkpoint(setup))), trained.material
+    material = trained.material
     prompts = [prompt for prompt in setup.prompts if prompt.split == "held_out"]
     say("evaluate", f"{describe_checkpoint(chosen.step, chosen.last)}: {len(prompts)} held-out prompts, up to "
                     f"{config.max_new_tokens} tokens, chain of {config.chain_length}")  # fmt: skip
@@ -113,7 +115,10 @@ def evaluate_draft(setup: Setup, trained: Trained | None) -> dict[str, Any]:
         target.loaded.model, draft, target.tokenizer, Settings(config.max_new_tokens, 0, tuple(material.answers.stops)),
         "evaluate.max_new_tokens", min(setup.config.data.rows, len(prompts)), template=target.template,
     )  # fmt: skip
-    guess, inputs = Guess(config.chain_length), _evaluation_inputs(setup) | {"checkpoint": chosen._asdict()}
+    # Batches that a stopped run decoded on other devices were timed there.
+    where = {name: size for name, size in (setup.target_mesh.shape if setup.target_mesh else {}).items() if size > 1}
+    inputs = _evaluation_inputs(setup) | {"checkpoint": chosen._asdict(), "target_mesh": where}
+    guess = Guess(config.chain_length)
     runs = measure(session, prompts, [guess], [0], setup.draft_dir / "evaluation", inputs)
     (result,) = guess_results(session, prompts, [guess], runs)
     result |= {"checkpoint": chosen._asdict(), "sample": sample_of(session, runs[-1]), "dtype": setup.target_dtype}
@@ -127,9 +132,9 @@ def _export_stage(setup: Setup) -> Stage:
     return Stage(setup.draft_dir / "export.json", inputs)
 
 
-def _exported(setup: Setup) -> bool:
+def _exported(setup: Setup, chosen: Chosen) -> bool:
     """Whether the serving directory is there, as it was written."""
-    stored = _standing(setup, _export_stage(setup))
+    stored = _standing(_export_stage(setup), chosen)
     return stored is not None and stored["files"] == _digests(setup.draft_dir / "export")
 
 
@@ -139,18 +144,18 @@ def _digests(directory: Path) -> dict[str, str]:
     return {path.name: sha256_of(path) for path in files}
 
 
-def export_draft(setup: Setup, trained: Trained | None) -> Path:
+def export_draft(setup: Setup, chosen: Chosen, trained: Trained | None) -> Path:
     """The serving directory.
 
     Args:
         trained: None where the directory stands.
     """
     directory, stage, config = setup.draft_dir / "export", _export_stage(setup), setup.config
-    if _exported(setup):
+    if _exported(setup, chosen):
         say("export", f"done before: {directory}")
         return directory
     assert trained is not None
-    chosen, material = chosen_checkpoint(setup), trained.material
+    material = trained.material
     params = chosen_params(setup, trained, chosen)
     say("export", f"{describe_checkpoint(chosen.step, chosen.last)}: {directory}")
     stage.path.unlink(missing_ok=True)

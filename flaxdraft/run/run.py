@@ -12,11 +12,12 @@ from flaxdraft.evaluate.report import print_headline
 from flaxdraft.progress import process_log
 from flaxdraft.run.answers import answer_prompts
 from flaxdraft.run.material import gather
-from flaxdraft.run.results import evaluate_draft, export_draft, finished, report_run
+from flaxdraft.run.results import chosen_checkpoint, evaluate_draft, export_draft, finished, report_run
 from flaxdraft.run.setup import claim_data, claim_draft, claim_folders, lock, prepare
 from flaxdraft.run.target import RunTarget
 from flaxdraft.run.training import asks_the_target, train_draft
 from flaxdraft.serving.contract import find_engine
+from flaxdraft.train.chosen import Chosen
 
 
 def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
@@ -33,7 +34,8 @@ def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
         with hosts.main_first("claim again"):
             claim_draft(setup)
         target = RunTarget(setup)
-        if hosts.agree(hosts.is_main() and not finished(setup)):
+        unfinished = hosts.agree(hosts.is_main() and not finished(setup))
+        if unfinished:
             _ = target.given  # what cannot be used is refused before the target is asked
         with lock(setup.data_dir):  # other drafts share the answers
             with hosts.main_first("claim answers"):
@@ -42,12 +44,13 @@ def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
         if not asks_the_target(setup):
             target.release()
         trained = None
-        if hosts.agree(hosts.is_main() and not finished(setup)):
+        if unfinished:
             trained = train_draft(setup, gather(setup, target, answers))
-        evaluation = evaluate_draft(setup, trained)
+        chosen = Chosen(*hosts.agree(chosen_checkpoint(setup) if hosts.is_main() else None))
+        evaluation = evaluate_draft(setup, chosen, trained)
         with hosts.main_first("results"):
             if hosts.is_main():
-                export_dir = export_draft(setup, trained)
+                export_dir = export_draft(setup, chosen, trained)
                 report_dir = report_run(setup, evaluation)
                 engine = find_engine(setup.algorithm.serving(), config.engine)
                 print_headline(evaluation, export_dir, report_dir, config.target.path, engine)

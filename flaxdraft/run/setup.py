@@ -72,11 +72,6 @@ def prepare(config: RunConfig, allowed: Sequence[str] = ()) -> Setup:
     setup = parts(config)
     check_wandb(config.train.wandb)
     check_request(config.train.resume, config.draft_dir / "checkpoints")
-    if jax.process_count() > 1 and setup.mesh.size != jax.device_count():
-        raise InputError(
-            f"mesh: {setup.mesh.size} devices of {jax.device_count()}; a run of {jax.process_count()} processes uses "
-            "all of them"
-        )
     config = dated(config)
     answer_inputs, draft_inputs = _inputs(config, setup.target_dtype)
     known = [*flatten(draft_inputs)]
@@ -89,7 +84,7 @@ def prepare(config: RunConfig, allowed: Sequence[str] = ()) -> Setup:
 
 
 def parts(config: RunConfig, devices: Sequence[Any] | None = None) -> Setup:
-    """What a configuration names, without what identifies a run: neither weights nor data are read.
+    """What a configuration names, without the digests that identify a run. Of the target nothing is read.
 
     Args:
         devices: those of the mesh, which need not be there; None takes the visible ones.
@@ -119,6 +114,11 @@ def parts(config: RunConfig, devices: Sequence[Any] | None = None) -> Setup:
     prompts = read_prompts(config.data.prompts, splits)
     check_batch(config)
     mesh = make_mesh(**config.mesh.model_dump(), devices=devices)
+    if devices is None and jax.process_count() > 1 and mesh.size != jax.device_count():
+        raise InputError(
+            f"mesh: {mesh.size} devices of {jax.device_count()}; a run of {jax.process_count()} processes uses all of "
+            "them"
+        )
     of_target = _target_mesh(config, mesh, devices)
     most = algorithm.drafter().most_tokens
     if most is not None and config.evaluate.chain_length > most:
@@ -164,7 +164,7 @@ def _target_mesh(
 
 def _inputs(config: RunConfig, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the stored answers and what the trained draft are made from: the configuration, with digests of the files
-    that it names. Where the target lies is none of it.
+    that it names. The target's mesh is not among them.
 
     Args:
         dtype: of the target.

@@ -19,7 +19,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("address", help=ADDRESS)
     add_target_options(parser)
     parser.add_argument("--prompt", default=PROMPT, help="what the sample answers")
-    parser.add_argument("--new-tokens", type=int, default=48, help="of the sample; 0 loads no weights at all")
+    parser.add_argument("--new-tokens", type=int, default=48, help="of the sample; 0 puts no weights on a device")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

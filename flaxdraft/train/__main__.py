@@ -21,7 +21,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="go on with what is there although this field was another one; may be given several times",
     )  # fmt: skip
     parser.add_argument("--plan", action="store_true", help="say what it would take (memory, compute, time) and end")
-    parser.add_argument("--devices", help="to plan for: '8 x H100', or a TPU topology such as v5e:2x2; default: these")
+    parser.add_argument(
+        "--devices", help="to plan for: '8 x H100', or a TPU topology such as v5e:2x2; default: those that JAX sees"
+    )
     parser.add_argument("--rate", help="to plan with: '20000 tokens/s' in all or '300 TFLOP/s' a device")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="single fields of it, changed")
 
@@ -36,7 +38,7 @@ def _train(arguments: argparse.Namespace) -> int:
     wanted = {name: getattr(arguments, name) for name in ("devices", "rate")}
     for name, value in wanted.items():
         if value is not None and not arguments.plan:
-            raise InputError(f"--{name}: is what a plan is made for; give --plan, too")
+            raise InputError(f"--{name}: only a plan uses it; give --plan as well")
     if arguments.devices is not None:  # no process or device of this run is asked
         plan(config, **wanted)
         return 0

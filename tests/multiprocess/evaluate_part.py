@@ -56,7 +56,7 @@ with jax.set_mesh(mesh):
     place = lambda host: placed_rows(own_rows(host, mesh), mesh)  # noqa: E731
     accepted = make_accepted(graphdef, algorithm, frozen, head, place)(params)
     show(evaluate_teacher_forced(accepted, rows, algorithm, 4))
-    # Real decoding: each process takes some of the prompts.
+    # Real decoding: all processes decode all prompts, with a target in pieces on them.
     split = target if count == 1 else make_target(mesh=make_mesh(1, count))
     decoded = make_decoded_accept_length(split, own_draft, rows, 5, Settings(16, 3, (7,)))
     print(json.dumps({"decoded": decoded(params)}), flush=True)

@@ -109,7 +109,9 @@ def passed(request, draft, example):
         flat = lambda x: x.reshape(states_BRD.shape[:2])  # noqa: E731
         scored = cross_entropy(How(5), states_BRD, draft.head_VD(), flat(label_BAS), flat(asked_BAS))
         loss_BAS, hit_BAS = (x.reshape(label_BAS.shape) for x in scored)
-        sums = {form: summed(one.settings, layout, 3, asked_BAS, loss_BAS, hit_BAS) for form, one in algorithms.items()}
+        counted = slice(layout.first, layout.first + layout.num_predicted)
+        scored = counted, asked_BAS, loss_BAS, hit_BAS
+        sums = {form: summed(one.settings, layout, *scored) for form, one in algorithms.items()}
         values = jnp.stack([jnp.divide(*one.terms()) for one in sums.values()])
         return values, (states_BRD, values, sums)
 

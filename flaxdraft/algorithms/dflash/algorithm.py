@@ -37,11 +37,12 @@ SLOTS_AT_ONCE = 2**15  # of all batch rows, in evaluation
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """Blocks behind drawn anchors; in evaluation behind every one."""
+    """Training computes a block behind each of a few drawn anchors; evaluation one behind every possible anchor."""
 
     settings: Settings
-    packed: bool = True
-    num_tokens: int | None = None  # proposed a pass in evaluation; None: training, of all
+    packed: bool = True  # whether rows hold several documents; nothing here is faster without
+    # In evaluation, the tokens that a pass proposes; None in training, where every slot that predicts counts.
+    num_tokens: int | None = None
 
     full_vocabulary = True
     needs = ("taps_BTKE",)
@@ -117,29 +118,36 @@ class Algorithm:
         """The head's input at every slot of some blocks."""
         num_rows = batch.tokens_BT.shape[1]
         first_BA = take_rows(document_ranges(batch.segments_BT).first_BR, anchor_BA)
-        # What is padding begins behind its end, and sees nothing of the text.
+        # The document of a padding anchor is said to begin past the last row, so that its slots see no text.
         first_BA = jnp.where(anchor_BA < num_rows, first_BA, num_rows)
         places = Places(anchor_BA, first_BA, take_rows(batch.positions_BT, anchor_BA))
         return draft(take_rows(batch.tokens_BT, anchor_BA), text, places, self.way, self.settings.remat)
 
-    def _blocks(
-        self, draft: BlockDraft, batch: Batch, text: list[Keys], anchor_BA: Int[Array, "B A"]
-    ) -> tuple[BlockSums, Bool[Array, "B A Q"]]:
-        """Sums, and which slots that predict are right."""
-        settings, layout, num = self.settings, self.layout, self.num_tokens or self.layout.num_predicted
-        counted = slice(layout.first, layout.first + num)
+    def _scored(
+        self, draft: BlockDraft, head_VD: Float[Array, "V D"], batch: Batch, text: list[Keys],
+        anchor_BA: Int[Array, "B A"],
+    ) -> tuple[Bool[Array, "B A S"], Float[Array, "B A S"], Bool[Array, "B A S"]]:  # fmt: skip
+        """Which slots are asked for a token, the cross entropy of each, and whether it is right."""
+        settings, layout = self.settings, self.layout
         states_BRD, shape = self.states(draft, batch, text, anchor_BA), (*anchor_BA.shape, layout.block_size)
         stop_at_hole = settings.stop_at_hole or self.num_tokens is not None
         label_BAS, asked_BAS = wanted(batch, anchor_BA, layout, stop_at_hole=stop_at_hole)
-        asked_BAS = asked_BAS & (jnp.arange(layout.block_size) < counted.stop)[None, None]
+        asked_BAS = asked_BAS & (jnp.arange(layout.block_size) < self._counted.stop)[None, None]
         flat = lambda x: x.reshape(states_BRD.shape[:2])  # noqa: E731
         how = How(settings.loss_chunk, draft.made_of)
-        scored = cross_entropy(how, states_BRD, draft.head_VD(), flat(label_BAS), flat(asked_BAS))
-        loss_BAS, hit_BAS = (x.reshape(shape) for x in scored)
-        return summed(settings, layout, num, asked_BAS, loss_BAS, hit_BAS), hit_BAS[:, :, counted]
+        scored = cross_entropy(how, states_BRD, head_VD, flat(label_BAS), flat(asked_BAS))
+        return asked_BAS, *(x.reshape(shape) for x in scored)
+
+    @property
+    def _counted(self) -> slice:
+        """The slots of a block whose tokens are proposed."""
+        first = self.layout.first
+        return slice(first, first + (self.num_tokens or self.layout.num_predicted))
 
     def sums(self, draft: BlockDraft, example: Example, carry: tuple[()]) -> BlockSums:
-        return self._blocks(draft, example.batch, self.read(draft, example), example.chosen.anchor_BA)[0]
+        text, anchor_BA = self.read(draft, example), example.chosen.anchor_BA
+        scored = self._scored(draft, draft.head_VD(), example.batch, text, anchor_BA)
+        return summed(self.settings, self.layout, self._counted, *scored)
 
     def accepted(self, draft: BlockDraft, example: Example) -> tuple[BlockSums, Int[Array, "B T"]]:
         """The sums, and for each row of the batch how many draft tokens greedy verification would accept there: those
@@ -149,21 +157,18 @@ class Algorithm:
         Blocks stand behind every token here, so they are gone through some at a time.
         """
         batch, text, anchor_BA = example.batch, self.read(draft, example), example.chosen.anchor_BA
-        (num_batch, num_blocks), length = anchor_BA.shape, batch.tokens_BT.shape[1]
+        (num_batch, num_blocks), length, head_VD = anchor_BA.shape, batch.tokens_BT.shape[1], draft.head_VD()
         size = max(SLOTS_AT_ONCE // (num_batch * self.layout.block_size), 1)
         padded_BA = jnp.pad(anchor_BA, ((0, 0), (0, -num_blocks % size)), constant_values=length)
         part_GBA = jnp.moveaxis(padded_BA.reshape(num_batch, -1, size), 1, 0)
-
-        def one(sums, anchor_BA):
-            more, hit_BAQ = self._blocks(draft, batch, text, anchor_BA)
-            return sums + more, jnp.sum(jnp.cumprod(hit_BAQ, axis=2, dtype=jnp.int32), axis=2, dtype=jnp.int32)
-
-        like = jax.eval_shape(lambda: self._blocks(draft, batch, text, part_GBA[0])[0])
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        sums, count_GBA = jax.lax.scan(one, zeros, part_GBA)
-        count_BA = jnp.moveaxis(count_GBA, 0, 1).reshape(padded_BA.shape)
+        parts = jax.lax.map(lambda part_BA: self._scored(draft, head_VD, batch, text, part_BA), part_GBA)
+        joined = lambda x: jnp.moveaxis(x, 0, 1).reshape(*padded_BA.shape, self.layout.block_size)  # noqa: E731
+        asked_BAS, loss_BAS, hit_BAS = map(joined, parts)
+        sums = summed(self.settings, self.layout, self._counted, asked_BAS, loss_BAS, hit_BAS)
+        right_BAQ = jnp.cumprod(hit_BAS[:, :, self._counted], axis=2, dtype=jnp.int32)
+        count_BA = jnp.sum(right_BAQ, axis=2, dtype=jnp.int32)
         scatter = jax.vmap(lambda row, at, value: row.at[at].set(value, mode="drop"))
-        # An anchor is at least the second token of its row, or nothing was read before it and no pass begins there.
+        # The pass of a block with its anchor in row p is counted in row p - 1. No pass begins with an anchor in row 0.
         before_BA = jnp.where(padded_BA > 0, padded_BA - 1, length)
         return sums, scatter(jnp.zeros_like(batch.tokens_BT), before_BA, count_BA)
 

@@ -97,8 +97,9 @@ class BlockDraft(nnx.Module):
                 f"{c.draft_vocab_size} of {c.vocab_size}"
             )
         self.config, self.precision, self.sharding = config, precision, sharding
-        self.embed_tokens = Frozen(target.embedding(), place="weight_ve")
-        self.head = Frozen(target.head(), place="weight_ve")
+        # In the precision in which every step reads them.
+        self.embed_tokens = Frozen(target.embedding().astype(precision.compute), place="weight_ve")
+        self.head = Frozen(target.head().astype(precision.compute), place="weight_ve")
         self.target_ids = Frozen(jnp.arange(c.vocab_size, dtype=jnp.int32), place="whole")
         self.fc = column(c.num_taps * c.target_hidden_size, c.hidden_size, precision, rngs, sharding)
         self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
@@ -143,7 +144,7 @@ class BlockDraft(nnx.Module):
         slot_S = jnp.arange(self.config.block_size)[None, None]
         tokens_BAS = jnp.where(slot_S == 0, token_BA[:, :, None], self.config.mask_token_id)
         tokens_BR = tokens_BAS.reshape(token_BA.shape[0], -1)
-        hidden_BRD = lookup(self.embed_tokens[...], tokens_BR, self.sharding).astype(self.precision.compute)
+        hidden_BRD = lookup(self.embed_tokens[...], tokens_BR, self.sharding)
         for layer, keys in zip(self.layers, text, strict=True):
             run = partial(layer, places=places, way=way)
             hidden_BRD = (run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat]))(hidden_BRD, keys)
@@ -161,5 +162,5 @@ class BlockDraft(nnx.Module):
     def logits(self, hidden_BRD: Float[Array, "B R D"]) -> Float[Array, "B R V"]:
         """At least float32."""
         wide = jnp.promote_types(self.precision.compute, jnp.float32)
-        head_VD = self.head_VD().astype(self.precision.compute)
-        return self.made_of.of(jnp.einsum("brd,vd->brv", hidden_BRD, head_VD, preferred_element_type=wide))
+        product_BRV = jnp.einsum("brd,vd->brv", hidden_BRD, self.head_VD(), preferred_element_type=wide)
+        return self.made_of.of(product_BRV)

@@ -21,7 +21,8 @@ NESTED: dict[str, tuple[Any, ...]] = {
 
 def unknown_fields(config: Mapping[str, Any]) -> list[str]:
     """The fields that no draft here has, with their values."""
-    nested = config.get("dflash_config") or {}
+    nested = config.get("dflash_config")
+    nested = nested if isinstance(nested, Mapping) else {}
     places = (("", config, TOP), ("dflash_config.", nested, TOP), ("dflash_config.", nested, NESTED))
     return [
         f"{place}{name} {fields[name]!r}"

@@ -32,29 +32,42 @@ def weights(
         return asked * jnp.exp(-behind_S / settings.decay_gamma).astype(asked.dtype)[None, None]
     alpha = settings.dpace_alpha
     probability = jnp.exp(-jax.lax.stop_gradient(loss_BAS))
-    before_BAS = jnp.cumprod(jnp.where(asked_BAS, (1 - alpha) * probability + alpha, 1.0), axis=2)
-    after_BAS = jnp.flip(jnp.cumsum(jnp.flip(before_BAS * asked, 2), axis=2), 2)
-    chosen = {"dpace": after_BAS, "dpace_confidence": before_BAS, "dpace_continuation": after_BAS / before_BAS}
-    return chosen[settings.objective] * asked
+    q_BAS = jnp.where(asked_BAS, (1 - alpha) * probability + alpha, 1.0)
+    if settings.objective == "dpace_continuation":
+        return _continuation(asked, q_BAS) * asked
+    before_BAS = jnp.cumprod(q_BAS, axis=2)
+    if settings.objective == "dpace_confidence":
+        return before_BAS * asked
+    return jnp.flip(jnp.cumsum(jnp.flip(before_BAS * asked, 2), axis=2), 2) * asked
+
+
+def _continuation(asked_BAS: Float[Array, "B A S"], q_BAS: Float[Array, "B A S"]) -> Float[Array, "B A S"]:
+    """From the last slot to the first, since the products of a long block can be 0 and their quotient undefined."""
+    value_BA, values = jnp.zeros_like(q_BAS[:, :, 0]), []
+    for slot in reversed(range(q_BAS.shape[2])):
+        value_BA = asked_BAS[:, :, slot] + value_BA
+        values.append(value_BA)
+        value_BA = value_BA * q_BAS[:, :, slot]
+    return jnp.stack(values[::-1], axis=2)
 
 
 def summed(
-    settings: Settings, layout: Layout, num_predicted: int, asked_BAS: Bool[Array, "B A S"],
+    settings: Settings, layout: Layout, counted: slice, asked_BAS: Bool[Array, "B A S"],
     loss_BAS: Float[Array, "B A S"], hit_BAS: Bool[Array, "B A S"],
 ) -> BlockSums:  # fmt: skip
     """The sums of all blocks.
 
     Args:
-        num_predicted: slots that are counted, from the first that predicts.
+        counted: the slots of a block whose tokens are proposed.
     """
     weight_BAS = weights(settings, layout, asked_BAS, loss_BAS)
-    by_rows = settings.denominator == "rows"
-    counted = slice(layout.first, layout.first + num_predicted)
+    # Rows that fill a batch up hold no block, and are not divided by.
+    rows_B = jnp.any(asked_BAS, axis=(1, 2)).astype(weight_BAS.dtype)
     hit_BAQ, asked_BAQ = (hit_BAS & asked_BAS)[:, :, counted], asked_BAS[:, :, counted]
     prefix_BAQ = jnp.cumprod(hit_BAQ, axis=2, dtype=jnp.int32)
     count = lambda x: jnp.sum(x, axis=(0, 1), dtype=jnp.int32)  # noqa: E731
     return BlockSums(
         jnp.sum(weight_BAS * loss_BAS),
-        jnp.sum(jnp.ones_like(weight_BAS[:, 0, 0])) if by_rows else jnp.sum(weight_BAS),
+        jnp.sum(rows_B) if settings.denominator == "rows" else jnp.sum(weight_BAS),
         count(asked_BAQ), count(hit_BAQ), count(prefix_BAQ), count(jnp.any(asked_BAQ, axis=2)),
     )  # fmt: skip

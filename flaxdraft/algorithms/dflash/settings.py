@@ -17,11 +17,12 @@ class Settings(AlgorithmConfig):
     block_size: int = Field(default=8, ge=2)  # the newest token and the mask tokens behind it
     sample_from_anchor: bool = False  # slot k predicts the token behind its own place, the newest token's slot too
     num_anchors: int = Field(default=8, ge=1)  # blocks that a step draws from a batch row
-    decay_gamma: Number | None = Field(default=4.0, gt=0)  # slot i of those that predict weighs exp(-i / gamma), from 0
+    # Of `decay`: slots that predict weigh 1, exp(-1 / gamma), exp(-2 / gamma), ...
+    decay_gamma: Number | None = Field(default=4.0, gt=0)
     # d-pace weighs by the draft's own confidence along the block (arXiv 2605.18810), the other two by a factor of it.
     objective: Literal["decay", "dpace", "dpace_confidence", "dpace_continuation"] = "decay"
-    dpace_alpha: Number = Field(default=0.5, ge=0, le=1)  # confidence that a slot has at least
-    stop_at_hole: bool = False  # leave out what comes after a token that is not the assistant's, not that token alone
+    dpace_alpha: Number = Field(default=0.5, ge=0, le=1)  # of d-pace: the confidence that a slot has at least
+    stop_at_hole: bool = False  # whether nothing of a block is trained behind a token that is not the assistant's
     denominator: Literal["weights", "rows"] = "weights"  # what the loss is divided by; d-pace's authors: batch rows
     attention: Literal["auto", "dense", "chunked"] = "auto"  # chunked: memory linear in length
     remat: Literal["none", "projections", "full"] = "none"  # what the backward pass computes anew

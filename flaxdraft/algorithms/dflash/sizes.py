@@ -65,6 +65,11 @@ class BlockSizes:
             value, expected = getattr(self, name), _EXPECTED.get(kind)
             if name != "mask_token_id" and expected is not None and not expected.fits(value):
                 raise InputError(f"draft.fields.{name}: found {value!r}, expected {expected.phrase}")
+        if self.block_size < 2:
+            raise InputError(
+                f"draft.fields.block_size: found {self.block_size}, expected at least 2: the newest token and a mask "
+                "token behind it"
+            )
         self._check_target()
         self._check_layers()
 
@@ -128,16 +133,27 @@ class BlockSizes:
         """
         refuse_unknown(config)
         nested, kinds = config["dflash_config"], tuple(config.get("layer_types") or ())
+        if config.get("use_sliding_window") and not kinds:
+            raise InputError(
+                "draft config: use_sliding_window is true without layer_types, which say what layers slide; give both"
+            )
         if set(kinds) <= {LAYER_TYPES[0]}:
             kinds = ()
+        shifts = {bool(place.get("sample_from_anchor")) for place in (config, nested) if "sample_from_anchor" in place}
+        if len(shifts) > 1:
+            raise InputError(
+                "draft config: sample_from_anchor differs from the one in dflash_config, and shifts all slots by one; "
+                "write the one of training in both"
+            )
         return {
             **{name: config[name] for name in _PLAIN if name != "block_size"},
             "block_size": config.get("block_size") or nested["block_size"],
             "target_hidden_size": config.get("target_hidden_size") or config["hidden_size"],
             "draft_vocab_size": config.get("draft_vocab_size") or config["vocab_size"],
             "num_taps": nested.get("num_taps") or len(nested["target_layer_ids"]),
-            "mask_token_id": nested["mask_token_id"], "sample_from_anchor": bool(nested.get("sample_from_anchor")),
-            "is_causal": config.get("is_causal", nested.get("causal")), "layer_types": kinds,
+            "mask_token_id": nested["mask_token_id"], "sample_from_anchor": True in shifts,
+            "is_causal": nested.get("causal") if config.get("is_causal") is None else config["is_causal"],
+            "layer_types": kinds,
             "sliding_window": config.get("sliding_window") if kinds else None, "rope": RopeConfig.from_hf(config),
             **{name: usual if config.get(name) is None else config[name] for name, usual in _SCALES.items()},
         }  # fmt: skip

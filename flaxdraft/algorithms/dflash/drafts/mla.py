@@ -24,7 +24,7 @@ _OWN = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "
 
 
 def claims(config: Mapping[str, Any]) -> bool:
-    """Of the drafts under one architecture name."""
+    """Whether a config.json of the architecture name that all drafts share describes this attention."""
     return bool(config.get("kv_lora_rank"))
 
 

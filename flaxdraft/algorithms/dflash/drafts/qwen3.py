@@ -18,12 +18,12 @@ from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig
 
 ARCHITECTURES = (SERVING_ARCHITECTURE,)
-MODEL_TYPES = ()  # other drafters of the family are of the same model type
+MODEL_TYPES = ()  # configs of other drafters say model_type qwen3 as well
 _OWN = ("num_key_value_heads", "head_dim", "attention_bias")
 
 
 def claims(config: Mapping[str, Any]) -> bool:
-    """Of the drafts under one architecture name."""
+    """Whether a config.json of the architecture name that all drafts share describes this attention."""
     return not config.get("kv_lora_rank")
 
 

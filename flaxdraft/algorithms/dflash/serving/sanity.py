@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,6 +29,7 @@ class _DFlashConfig(BaseModel):
     sample_from_anchor: bool | None = None
 
 
+_FOREIGN_TAPS = dict.fromkeys(INPUT_TAPS, Expected("a list of layer ids", _Ids))
 _SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_hidden_layers")
 _FIELDS = {
     **dict.fromkeys(
@@ -40,7 +41,7 @@ _FIELDS = {
     **dict.fromkeys(("model_type", "torch_dtype", "dtype"), TEXT),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "is_causal", "use_sliding_window"), FLAG),
     **dict.fromkeys(("architectures", "layer_types"), NAMES),
-    **dict.fromkeys(INPUT_TAPS, Expected("a list of layer ids", _Ids)),
+    **_FOREIGN_TAPS,
     "rope_parameters": ROPE,
     "rope_scaling": ROPE,
 }  # fmt: skip
@@ -58,7 +59,10 @@ def unreadable(view: DraftView) -> list[Finding]:
     required = dict.fromkeys((*_SIZES, *latent), SIZE) | {"rms_norm_eps": POSITIVE}
     required[CONFIG] = Expected("an object with mask_token_id and target_layer_ids", _DFlashConfig)
     bad = [*wrong(view.config, required), *malformed(view.config, _FIELDS)]
-    if "block_size" not in view.config and "block_size" not in (view.config.get(CONFIG) or {}):
+    nested = view.config.get(CONFIG)
+    nested = nested if isinstance(nested, Mapping) else {}
+    bad += [f"{CONFIG}.{one}" for one in malformed(nested, _FOREIGN_TAPS)]
+    if "block_size" not in view.config and "block_size" not in nested:
         bad.append("no block_size")
     return [Finding("refused", f"config.json: {few(bad)}", "write it again")] if bad else []
 
@@ -110,8 +114,9 @@ def tapped_layers(view: DraftView) -> Iterator[Finding]:
         yield Finding("wrong", f"{TAPS} {outputs} do not ascend: engines hand the states over in layer order",
                       "write ascending ids, and fc's columns in that order")  # fmt: skip
     elif num_layers is not None and outputs[-1] >= num_layers:
-        yield Finding("refused", f"{TAPS} {outputs} of a target of {num_layers} layers: they count outputs from 0, as "
-                      "if another convention's ids, one higher, stood here", "write each less one")  # fmt: skip
+        yield Finding("refused", f"{TAPS} {outputs}: the target has {num_layers} layers, so that the largest id is "
+                      f"{num_layers - 1} (outputs, counted from 0); these look counted from 1",
+                      "write each less one")  # fmt: skip
     for place in (view.config, view.config[CONFIG]):
         for name in INPUT_TAPS:
             inputs = place.get(name)
