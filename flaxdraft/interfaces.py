@@ -101,6 +101,17 @@ class VocabMap:
     def draft_vocab_size(self) -> int:
         return int(self.target_ids_W.size)
 
+    def check_fits(self, config: DraftConfig) -> None:
+        """
+        Raises:
+            InputError: the draft's config is of another vocabulary.
+        """
+        if (self.draft_vocab_size, self.vocab_size) != (config.draft_vocab_size, config.vocab_size):
+            raise InputError(
+                f"vocabulary map: {self.draft_vocab_size} of {self.vocab_size} tokens, the draft config says "
+                f"{config.draft_vocab_size} of {config.vocab_size}"
+            )
+
     def d2t(self) -> np.ndarray:
         """int64 [W] OFFSETS, the servers' convention: target id = i + d2t[i]."""
         return self.target_ids_W.astype(np.int64) - np.arange(self.draft_vocab_size, dtype=np.int64)

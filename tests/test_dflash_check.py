@@ -76,6 +76,9 @@ FAULTS = {
     "another base": (
         field(rope_theta=1e6, rope_parameters=THETA), {DIRECTORY: ("wrong", "rope_theta is 1e+06, the target's 10000")},
     ),
+    "half of yarn": (field(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}), {
+        "sglang": ("refused", "yarn without original_max"),
+    }),
     "a nested section that is none": (field(dflash_config=[1]), {DIRECTORY: ("refused", "an object with mask")}),
     "taps of another trainer that are none": (
         nested(aux_hidden_state_layer_ids="abc"), {DIRECTORY: ("refused", "dflash_config")},

@@ -10,12 +10,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from flaxdraft.config import RunConfig
+from flaxdraft.data.answers import MULTIPLE, PREFILL_CHUNK
 from flaxdraft.data.store import Source
 from flaxdraft.data.store_writer import StorePlan
 from flaxdraft.devices.mesh import make_mesh
 from flaxdraft.errors import InputError
 from flaxdraft.files import streaming
 from flaxdraft.nn.precision import DTYPES
+from flaxdraft.ops.padding import round_up
 from flaxdraft.progress import CONSOLE
 from flaxdraft.run.draft import check_draft, draft_config
 from flaxdraft.run.estimate import Estimate, estimate
@@ -160,11 +162,22 @@ def made_plan(config: RunConfig, devices: PlannedDevices) -> Plan:
     step = estimate(setup, draft_config(setup, target), len(target.config.tap_layers))
     online = config.data.conversations is not None
     read = figures.flops * step.rows * step.length if online else 0.0
-    answering = {"target": figures.weight_bytes, "caches": figures.cache_bytes}
+    answering = {
+        "target": figures.weight_bytes, "caches": figures.cache_bytes, "answers' features": _told(setup, target),
+    }  # fmt: skip
     return Plan(
         config, dict(setup.mesh.shape), devices, step, _training(setup, step, figures), answering,
         _host(setup, step), read, _bytes_a_token(setup, target), _answered_tokens(setup),
     )  # fmt: skip
+
+
+def _told(setup: Setup, target: PlannedTarget) -> int:
+    """Bytes of the features of all answers at a time and of a chunk of their prompts, whole on every device."""
+    data, c = setup.config.data, target.config
+    longest = max(data.max_answer_tokens if "train" in setup.splits else 0, setup.config.evaluate.max_new_tokens)
+    chunk = min(PREFILL_CHUNK, round_up(data.max_prompt_tokens, MULTIPLE))
+    width = (len(c.tap_layers) + 1) * c.hidden_size * jnp.dtype(DTYPES[setup.target_dtype]).itemsize
+    return data.rows * (longest + chunk) * width
 
 
 def _training(setup: Setup, step: Estimate, figures: TargetFigures) -> dict[str, int]:

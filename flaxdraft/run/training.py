@@ -69,7 +69,7 @@ def train_draft(setup: Setup, material: Material) -> Trained:
         )  # fmt: skip
         trainer = Trainer(
             setup.draft_dir, config, setup.algorithm, setup.mesh, material.vocab, teacher, resume, data.prefetch,
-            _reader(setup, material),
+            _reader(setup, material), material.target.loaded.model if asks_the_target(setup) else None,
         )  # fmt: skip
         evaluate = make_held_out_figures((graphdef, frozen), setup.evaluation, teacher, held_out, setup.mesh, decoded)
         params = trainer.train(graphdef, params, frozen, pipeline, evaluate)

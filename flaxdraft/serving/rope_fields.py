@@ -7,6 +7,8 @@ from typing import Any
 
 DIALECTS = ("rope_parameters", "rope_theta")
 DEFAULT_THETA = 10000.0
+# Their angles do not depend on the context's length, so that the target's own can be written.
+_FREE_OF_LENGTH = ("default", "linear", "llama3", "yarn")
 
 
 def spoken(config: Mapping[str, Any]) -> list[str]:
@@ -29,3 +31,24 @@ def parameters(config: Mapping[str, Any], dialects: tuple[str, ...] = DIALECTS) 
             "rope_theta": DEFAULT_THETA if theta is None else float(theta),
         }
     return {"rope_type": "default", "rope_theta": DEFAULT_THETA}
+
+
+def for_context(config: dict[str, Any], context: int) -> None:
+    """A draft's config.json made for a target of that context, in place."""
+    _complete_yarn(config)
+    if config["rope_parameters"]["rope_type"] in _FREE_OF_LENGTH:
+        config["max_position_embeddings"] = max(config["max_position_embeddings"], context)
+
+
+def _complete_yarn(config: dict[str, Any]) -> None:
+    """Absent parameters of YaRN written out in both dialects, in place, since readers differ in their defaults; these
+    are the formula's own."""
+    if config["rope_parameters"]["rope_type"] != "yarn":
+        return
+    usual = {
+        "original_max_position_embeddings": config["max_position_embeddings"],
+        "mscale": 1.0,
+        "mscale_all_dim": 0.0,
+    }
+    for dialect in ("rope_parameters", "rope_scaling"):
+        config[dialect] = usual | config[dialect]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -91,3 +91,11 @@ def rope_as_read(view: DraftView, dialects: tuple[str, ...], types: tuple[str, .
             meant["rope_type"] == "dynamic"
         )
         yield Finding("wrong", f"rope_type {meant['rope_type']!r} is not what was trained{why}", "train with another")
+
+
+def yarn(meant: Mapping[str, Any]) -> Iterator[Finding]:
+    """What engines ask of YaRN, whose readers differ in their defaults."""
+    if "original_max_position_embeddings" not in meant:
+        yield Finding("refused", "yarn without original_max_position_embeddings", "write it")
+    if "attention_factor" in meant:
+        yield Finding("wrong", "it ignores yarn's attention_factor", "train without it")

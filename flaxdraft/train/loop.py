@@ -50,6 +50,7 @@ class Trainer:
     resume: Resume
     prefetch: int  # batches that are read ahead
     target: Target | None = None  # reads batches that come without features; on the same devices
+    held: Target | None = None  # is on the devices while the draft trains, whoever asks it
 
     def example(self, host: Example) -> Example:
         """A batch on the devices, with the features that it brings or those that the target is asked for here."""
@@ -97,7 +98,7 @@ class Trainer:
                 CONSOLE.print(f"  resuming at step {start}")
             resident, state = Resident(), arrays["state"]
             resident.note(
-                target=self.target, draft=(state.params, frozen, self.teacher), moments=(state.opt_state, state.ema)
+                target=self.held, draft=(state.params, frozen, self.teacher), moments=(state.opt_state, state.ema)
             )
             with MetricsLog(self.directory, start, config.wandb) as log, memory_advice(self.directory, resident):
                 if start == 0:

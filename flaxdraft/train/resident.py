@@ -18,6 +18,7 @@ HELP = {
     "moments": "split the optimizer's moments, which lie where the weights do, over more devices (mesh.fsdp)",
     "features": "lower train.batch_size, or the length of rows (train.pack_length, data.max_length)",
     "caches": "lower data.rows, the answers at a time",
+    "answers' features": "lower data.rows, the answers at a time",
     "batch": "lower train.batch_size, or the length of rows (train.pack_length, data.max_length)",
     "work": "raise train.accumulate, or set algorithm.remat=full",
     "other arrays": "end the run and start it again: stages that are done keep nothing on the device",

@@ -135,8 +135,8 @@ class Algorithm:
         asked_BAS = asked_BAS & (jnp.arange(layout.block_size) < self._counted.stop)[None, None]
         flat = lambda x: x.reshape(states_BRD.shape[:2])  # noqa: E731
         how = How(settings.loss_chunk, draft.made_of)
-        scored = cross_entropy(how, states_BRD, head_VD, flat(label_BAS), flat(asked_BAS))
-        return asked_BAS, *(x.reshape(shape) for x in scored)
+        loss_BR, hit_BR = cross_entropy(how, states_BRD, head_VD, flat(label_BAS), flat(asked_BAS))
+        return asked_BAS, loss_BR.reshape(shape), hit_BR.reshape(shape)
 
     @property
     def _counted(self) -> slice:

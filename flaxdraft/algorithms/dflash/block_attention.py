@@ -26,8 +26,8 @@ from flaxdraft.devices.sharding import axes_of, gradient_spec, spec_of
 from flaxdraft.ops import range_attention
 from flaxdraft.ops.attention import MASKED, KeyRange, grouped_scores
 from flaxdraft.ops.range_attention import DEFAULT_CHUNK, Chunks, Joint
+from flaxdraft.ops.remat import ATTENTION_OUTPUT
 
-ATTENTION_OUTPUT = "attention_output"  # what a rematerialisation policy may keep
 Backend = Literal["auto", "dense", "chunked"]
 # Scores of one layer up to which building them whole is as fast.
 DENSE_SCORES = 2**22

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.algorithms.dflash.block_attention import ATTENTION_OUTPUT, Keys, Sight, Way, block_attention
+from flaxdraft.algorithms.dflash.block_attention import Keys, Sight, Way, block_attention
 from flaxdraft.devices.sharding import Sharding, along, gathered
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
@@ -30,14 +30,7 @@ from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.self_attention import Heads
 from flaxdraft.nn.vocabulary import lookup
 from flaxdraft.ops.cross_entropy import Logits
-
-REMAT = {
-    "projections": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
-    ),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+from flaxdraft.ops.remat import POLICIES, Remat
 
 
 class Places(NamedTuple):
@@ -91,11 +84,7 @@ class BlockDraft(nnx.Module):
             InputError: the vocabulary map is not the target's whole vocabulary.
         """
         c = config
-        if (vocab.draft_vocab_size, vocab.vocab_size) != (c.draft_vocab_size, c.vocab_size):
-            raise InputError(
-                f"vocabulary map: {vocab.draft_vocab_size} of {vocab.vocab_size} tokens, the draft config says "
-                f"{c.draft_vocab_size} of {c.vocab_size}"
-            )
+        vocab.check_fits(c)
         self.config, self.precision, self.sharding = config, precision, sharding
         # In the precision in which every step reads them.
         self.embed_tokens = Frozen(target.embedding().astype(precision.compute), place="weight_ve")
@@ -134,7 +123,7 @@ class BlockDraft(nnx.Module):
         return [layer.read(context_BTD, positions_BT) for layer in self.layers]
 
     def __call__(
-        self, token_BA: Int[Array, "B A"], text: list[Keys], places: Places, way: Way, remat: str = "none"
+        self, token_BA: Int[Array, "B A"], text: list[Keys], places: Places, way: Way, remat: Remat = "none"
     ) -> Float[Array, "B R D"]:
         """The head's input at every slot of the blocks.
 
@@ -147,7 +136,7 @@ class BlockDraft(nnx.Module):
         hidden_BRD = lookup(self.embed_tokens[...], tokens_BR, self.sharding)
         for layer, keys in zip(self.layers, text, strict=True):
             run = partial(layer, places=places, way=way)
-            hidden_BRD = (run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat]))(hidden_BRD, keys)
+            hidden_BRD = (run if remat == "none" else jax.checkpoint(run, policy=POLICIES[remat]))(hidden_BRD, keys)
         return self.norm(hidden_BRD)
 
     @property

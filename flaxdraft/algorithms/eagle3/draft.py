@@ -193,11 +193,7 @@ class Eagle3Draft(nnx.Module):
             InputError: the vocabulary map or the embedding does not fit the config.
         """
         c = config
-        if (vocab.draft_vocab_size, vocab.vocab_size) != (c.draft_vocab_size, c.vocab_size):
-            raise InputError(
-                f"vocabulary map: {vocab.draft_vocab_size} of {vocab.vocab_size} tokens, the draft config says "
-                f"{c.draft_vocab_size} of {c.vocab_size}"
-            )
+        vocab.check_fits(c)
         if c.owns_embedding != (embedding_VD is None):
             raise InputError("draft embedding: the target's is used exactly where draft and target widths are equal")
         self.config = c

@@ -10,29 +10,20 @@ Shape letters: B batch, T time, R computed rows, J steps, D draft width, E targe
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from flaxdraft.algorithms.eagle3.suffix_attention import ATTENTION_OUTPUT, Backend, Suffix, Way, suffix_attention
+from flaxdraft.algorithms.eagle3.suffix_attention import Backend, Suffix, Way, suffix_attention
 from flaxdraft.algorithms.eagle3.surface import Draft
 from flaxdraft.devices.sharding import split_like, whole_in_time
 from flaxdraft.interfaces import AnyArray, Batch
 from flaxdraft.ops.attention import KeyRange, document_ranges
 from flaxdraft.ops.range_attention import DEFAULT_CHUNK, Chunks
+from flaxdraft.ops.remat import POLICIES, Remat
 from flaxdraft.ops.rows import take_rows
-
-Remat = Literal["none", "projections", "full"]
-REMAT = {
-    "projections": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
-    ),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 @jax.tree_util.register_dataclass
@@ -153,7 +144,7 @@ def unroll(
         return draft.finish(hidden, heads), suffix
 
     if options.remat != "none":
-        step = jax.checkpoint(step, policy=REMAT[options.remat], static_argnums=3)
+        step = jax.checkpoint(step, policy=POLICIES[options.remat], static_argnums=3)
     hidden = take_rows(hidden_BTD, rows_BR) if shared is None else draft.project(shared.taps_BRKE)
     suffix, outputs = Suffix(), []
     for j in range(num_steps):

@@ -26,8 +26,8 @@ from flaxdraft.ops import cudnn_attention, range_attention
 from flaxdraft.ops.attention import MASKED, KeyRange, grouped_scores
 from flaxdraft.ops.cudnn_attention import Shaped
 from flaxdraft.ops.range_attention import Chunks, Joint
+from flaxdraft.ops.remat import ATTENTION_OUTPUT
 
-ATTENTION_OUTPUT = "attention_output"  # what a rematerialisation policy may keep
 Backend = Literal["auto", "dense", "chunked", "cudnn"]
 # Scores of one step up to which building them whole is as fast (experiments/bench_step.py --attention dense chunked).
 DENSE_SCORES = 2**22

@@ -18,6 +18,7 @@ from flaxdraft.algorithms.dflash.serving.sanity import unreadable as unreadable
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, TAPS, Engine
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.plugins import parts_of
+from flaxdraft.serving import rope_fields
 from flaxdraft.serving.finding import Finding
 from flaxdraft.serving.sanity import MARK
 from flaxdraft.serving.trained_draft import AboutTarget
@@ -36,9 +37,7 @@ def config_json(draft: Mapping[str, Any], about: AboutTarget, dtype: str, engine
     target = about.config
     own = {name: value for name, value in draft[CONFIG].items() if name != "num_taps"}  # so many layer ids
     config = {**draft, "torch_dtype": dtype, CONFIG: own | {TAPS: [*about.tap_layers]}, MARK: "flaxdraft"}
-    if config["rope_parameters"]["rope_type"] != "dynamic":  # whose angles depend on it
-        context = target.get("max_position_embeddings", 0)
-        config["max_position_embeddings"] = max(config["max_position_embeddings"], context)
+    rope_fields.for_context(config, target.get("max_position_embeddings", 0))
     if target.get("num_hidden_layers") is not None:
         config["num_target_layers"] = target["num_hidden_layers"]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

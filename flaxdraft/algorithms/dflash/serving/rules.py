@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from flaxdraft.algorithms.dflash.serving import tensors
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, TAPS, Engine
 from flaxdraft.algorithms.dflash.sizes import SERVING_ARCHITECTURE
-from flaxdraft.serving import sanity
+from flaxdraft.serving import rope_fields, sanity
 from flaxdraft.serving.finding import Finding, few
 from flaxdraft.serving.view import DraftView
 
@@ -51,7 +51,10 @@ def tapped_layers(engine: Engine, view: DraftView) -> Iterator[Finding]:
 
 
 def rope(engine: Engine, view: DraftView) -> Iterator[Finding]:
-    return sanity.rope_as_read(view, engine.rope_dialects, engine.rope_types)
+    yield from sanity.rope_as_read(view, engine.rope_dialects, engine.rope_types)
+    meant = rope_fields.parameters(view.config)
+    if meant["rope_type"] == "yarn" and engine.serves and sanity.reads_rope(view, engine.rope_dialects):
+        yield from sanity.yarn(meant)
 
 
 def keys(engine: Engine, view: DraftView) -> Iterator[Finding]:

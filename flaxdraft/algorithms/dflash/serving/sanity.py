@@ -29,7 +29,7 @@ class _DFlashConfig(BaseModel):
     sample_from_anchor: bool | None = None
 
 
-_FOREIGN_TAPS = dict.fromkeys(INPUT_TAPS, Expected("a list of layer ids", _Ids))
+_FOREIGN_TAPS: dict[str, Expected] = dict.fromkeys(INPUT_TAPS, Expected("a list of layer ids", _Ids))
 _SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_hidden_layers")
 _FIELDS = {
     **dict.fromkeys(

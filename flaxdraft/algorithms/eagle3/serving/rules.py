@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from flaxdraft.algorithms.eagle3.serving import layer_ids, tensors
 from flaxdraft.algorithms.eagle3.serving.kinds import View
@@ -188,15 +187,8 @@ def rope(engine: Engine, view: View) -> Iterator[Finding]:
     yield from sanity.rope_as_read(view, engine.rope_dialects, engine.rope_types)
     meant = rope_fields.parameters(view.config)
     if meant["rope_type"] == "yarn" and engine.serves and sanity.reads_rope(view, engine.rope_dialects):
-        yield from _yarn(meant)
+        yield from sanity.yarn(meant)
         yield from view.kind.yarn(meant)
-
-
-def _yarn(meant: Mapping[str, Any]) -> Iterator[Finding]:
-    if "original_max_position_embeddings" not in meant:
-        yield Finding("refused", "yarn without original_max_position_embeddings", "write it")
-    if "attention_factor" in meant:
-        yield Finding("wrong", "it ignores yarn's attention_factor", "train without it")
 
 
 def widths(engine: Engine, view: View) -> Iterator[Finding]:
