@@ -157,7 +157,8 @@ def test_the_command_says_it_and_writes_nothing(made, run_yaml, capfd, monkeypat
     assert main(call) == 0
     said = capfd.readouterr().out
     for line in (
-        r"mesh       fsdp 2 x tensor 2 (4 of 8 x H100 (75% of 80 GB", "(work as compiled for CPUs in their place: an estimate)",
+        r"mesh       fsdp 2 x tensor 2 (4 of 8 x H100 (75% of 80 GB",
+        "(work as compiled for CPUs in their place: an estimate)",
         "steps      10", "hours at 20000 tokens/s (given)", "caches ",
     ):  # fmt: skip
         assert line in said

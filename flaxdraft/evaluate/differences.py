@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxdraft.devices import host_reads
-from flaxdraft.devices.sharding import Sharding, known
+from flaxdraft.devices.sharding import everywhere
 from flaxdraft.errors import WrongAnswersError
 from flaxdraft.evaluate.measure import Measured, Session, Turn
-from flaxdraft.interfaces import Batch
+from flaxdraft.interfaces import Batch, Target
 from flaxdraft.ops.padding import round_up
-from flaxdraft.targets.decoder import DecoderTarget
 
 MULTIPLE = 128  # of padded lengths, each of which compiles once
 # The distance of two logits is rounded in both answers: twice the root mean square, and four deviations of that.
@@ -93,14 +91,14 @@ def differences(session: Session, run: Measured, alone: Measured) -> list[Differ
 
 def _difference(session: Session, drafted: Turn, own: Turn, position: int, logits_V, rounding: float) -> Difference:
     pair = [turn.answer.tokens[position : position + 1] for turn in (own, drafted)]
-    choices = [
+    one, other = (
         Choice(tokens[0], session.tokenizer.decode(tokens), float(logits_V[tokens[0]])) if tokens else None
         for tokens in pair
-    ]
+    )
     highest = float(logits_V.max())
     unit = rounding_unit(abs(highest), session.target.precision.compute)
-    distance = (highest - min(choice.logit for choice in choices if choice is not None)) / unit
-    return Difference(own.question, own.turn, position, *choices, distance, rounding / unit)
+    distance = (highest - min(choice.logit for choice in (one, other) if choice is not None)) / unit
+    return Difference(own.question, own.turn, position, one, other, distance, rounding / unit)
 
 
 def rounding_unit(size: float, dtype: Any) -> float:
@@ -108,7 +106,7 @@ def rounding_unit(size: float, dtype: Any) -> float:
     return math.ldexp(1.0, math.frexp(max(size, float(jnp.finfo(dtype).tiny)))[1] - 1 - jnp.finfo(dtype).nmant)
 
 
-def _logits_of(target: DecoderTarget, texts: Sequence[Sequence[int]], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+def _logits_of(target: Target, texts: Sequence[Sequence[int]], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Logits behind the last token of each text, read at once, [rows, V]; and the root mean square of what they are
     apart from those of a last token that is read alone, as decoding does, [rows]."""
     slots = round_up(max(map(len, texts)), MULTIPLE)
@@ -118,25 +116,23 @@ def _logits_of(target: DecoderTarget, texts: Sequence[Sequence[int]], num_rows: 
         tokens_BT[i, : len(text)], length_B[i] = text, len(text)
     counted_BT = np.tile(np.arange(slots, dtype=np.int32), (num_rows, 1))
     inside_BT = counted_BT < length_B[:, None]
-    read = target.features(Batch(tokens_BT, inside_BT, inside_BT.astype(np.int32), counted_BT)).last_BTE
+    read = target.features(Batch(tokens_BT, inside_BT, inside_BT.astype(np.int32), counted_BT))
     cache = target.new_cache(num_rows, slots)
     before_BT = np.where(counted_BT < length_B[:, None] - 1, counted_BT, slots)
     cache, _ = target.extend(cache, tokens_BT, before_BT, "end")
     ends_B1 = np.take_along_axis(tokens_BT, length_B[:, None] - 1, axis=1)
     _, alone = target.extend(cache, ends_B1, length_B[:, None] - 1, "end")
     with target.on_mesh():
-        last_BE = _at(read, length_B - 1, target.sharding)
-    logits = [target.logits(x) for x in (last_BE, alone.last_BTE[:, 0])]
+        last_BE, other_BE = _at(read.last_BTE, length_B - 1), _at(alone.last_BTE, np.zeros_like(length_B))
+    logits = [target.logits(x) for x in (last_BE, other_BE)]
     logits_BV, other_BV = (np.asarray(x) for x in host_reads.read(logits))
     return logits_BV, np.sqrt(np.mean(np.square(logits_BV - other_BV), axis=1))
 
 
-@partial(jax.jit, static_argnames=("sharding",))
-def _at(x_BTE, at_B, sharding: Sharding):
-    """One position of each row. A sum of one term, so that every device stays with its own rows."""
-    at_B = at_B if sharding.act_b is None else jax.reshard(at_B, known(sharding.act_b))
-    is_it_BT = jnp.arange(x_BTE.shape[1])[None] == at_B[:, None]
-    return jnp.sum(jnp.where(is_it_BT[..., None], x_BTE, 0), axis=1)
+@jax.jit
+def _at(x_BTE, at_B):
+    """One position of each row."""
+    return everywhere(x_BTE)[jnp.arange(len(at_B)), at_B]
 
 
 def refuse_wrong_answers(results: Sequence[dict[str, Any]]) -> None:
