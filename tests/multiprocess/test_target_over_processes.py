@@ -19,7 +19,7 @@ from tiny_runs import make_workspace
 from flaxdraft.data.store import FeatureStore
 from flaxdraft.files.safetensors_file import load_safetensors
 
-# Beside it the default tests have one target over eight devices of a process, and two processes that train and evaluate.
+# The default tests have one target over eight devices of a process, and two processes that train and evaluate.
 pytestmark = pytest.mark.slow
 SCRIPT, MESH = Path(all_commands.__file__), "fsdp=2"
 SHORT = {"num_steps": 2, "eval_every": 2, "checkpoint_every": 2, "batch_size": 2, "length_buckets": 1}
