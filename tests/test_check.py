@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from commands import tool
+from draft_changes import both, drop, field, nan, nothing, rename, tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_contracts import DEEPSEEK_FIELDS, TARGET_HF, V, W
@@ -42,40 +43,6 @@ def good(tmp_path_factory):
         name: (load_safetensors(path / "model.safetensors"), json.loads((path / "config.json").read_text()))
         for name, path in made.items()
     }
-
-
-def rename(old, new):
-    def change(tensors, config):
-        for key in [key for key in tensors if key.startswith(old)]:
-            tensors[new + key.removeprefix(old)] = tensors.pop(key)
-
-    return change
-
-
-def tensor(name, value):
-    return lambda tensors, config: tensors.update({name: value(tensors) if callable(value) else value})
-
-
-def field(name, value):
-    return lambda tensors, config: config.update({name: value})
-
-
-def drop(*names):
-    return lambda tensors, config: [source.pop(name, None) for name in names for source in (tensors, config)]
-
-
-def both(*changes):
-    return lambda tensors, config: [change(tensors, config) for change in changes]
-
-
-def nothing(tensors, config):
-    """No change."""
-
-
-def nan(tensors):
-    array = tensors["fc.weight"].copy()
-    array[0, 0] = np.nan
-    return array
 
 
 def one_place(place):

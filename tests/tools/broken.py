@@ -141,7 +141,7 @@ MASKS = (
     Break("the date is today's", "datetime.fromisoformat(self.date)", "datetime.now()",
           of("test_chat_inputs", "date")),
     Break("the target's context is not looked at", "min(self.max_length, self.context)", "self.max_length",
-          of("test_chat_inputs", "context")),
+          of("test_target_files", "context")),
     Break("last_batch is ignored", '"last_batch": data.last_batch', '"last_batch": "fill"', wire("data.last_batch")),
     Break("prefetch is ignored", "teacher, resume, data.prefetch,", "teacher, resume, 4,", wire("data.prefetch")),
     Break("the answer begins a token early", "np.arange(len(row.tokens)) >= row.num_prompt",
