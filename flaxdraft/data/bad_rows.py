@@ -15,7 +15,7 @@ SHOWN = 10
 
 @dataclasses.dataclass
 class BadRows:
-    """What was said of each, the row's name first."""
+    """The message of each bad row, which begins with the row's name."""
 
     file: str
     policy: OnBadRow = "stop"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from flaxdraft.config import iso_date
+from flaxdraft.config import BAD_YAML, iso_date, template_arguments
 from flaxdraft.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,20 +21,37 @@ if TYPE_CHECKING:
     from flaxdraft.targets import OpenedTarget
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """Whole numbers from `least` on, as a `type` of argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: (what is returned) it is something else.
+    """
+
+    def number(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if (value := int(text)) >= least:
+                return value
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from {least} on")
+
+    return number
+
+
 def add_template_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template", type=_argument, action="append", default=[], metavar="NAME=VALUE",
         help="an argument of the chat template, as enable_thinking=false; may be given again",
     )  # fmt: skip
     parser.add_argument(
-        "--date", help="that a chat template writes which writes the date, as 2026-01-31; today's, or what is recorded"
-    )
+        "--date",
+        help="the date that the chat template writes, as 2026-01-31; if left out, the recorded one or today's",
+    )  # fmt: skip
 
 
 def add_row_options(parser: argparse.ArgumentParser) -> None:
-    """With those of the template."""
+    """Adds the template's options, too."""
     add_template_options(parser)
-    parser.add_argument("--max-length", type=int, default=4096, help="tokens, where rows are cut")
+    parser.add_argument("--max-length", type=at_least(8), default=4096, help="tokens, where rows are cut")
     parser.add_argument("--last-turn-only", action="store_true", help="supervise the last assistant turn alone")
     parser.add_argument("--mask-reasoning", action="store_true", help="leave out what stands in <think> tags")
     add_bad_row_option(parser)
@@ -45,13 +64,15 @@ def add_bad_row_option(parser: argparse.ArgumentParser) -> None:
 def _argument(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     try:
-        return name, yaml.safe_load(value) if equals and name.isidentifier() else _no_argument(text)
-    except yaml.YAMLError:
-        return _no_argument(text)
-
-
-def _no_argument(text: str) -> Any:
-    raise argparse.ArgumentTypeError(f"found {text!r}, expected NAME=VALUE as in enable_thinking=false")
+        parsed = yaml.safe_load(value)
+    except BAD_YAML:
+        equals = ""
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected NAME=VALUE as in enable_thinking=false")
+    try:
+        return name, template_arguments({name: parsed})[name]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def template_of(arguments: argparse.Namespace, tokenizer: Any, record: Path | None = None) -> ChatTemplate:

@@ -16,8 +16,8 @@ from flaxdraft.stages.claims import RECORD
 
 
 def dated(config: RunConfig) -> RunConfig:
-    """The configuration with `data.date`: as it was given, or recorded by the run that this one goes on with, or that
-    of the store or the answers it trains on; else this minute. All processes get that of the first one.
+    """The configuration with `data.date`: the given one; else the one recorded by the run that is continued; else that
+    of the store or answers it trains on; else this minute. All processes get that of the first one.
 
     It stays unset where the template writes none, and where an earlier version made the folders: nobody knows the day.
 
