@@ -185,10 +185,27 @@ def test_conversations_that_cannot_be_asked_are_refused_before_the_target_is_loa
     path = target_at(tmp_path / "t", refusing + BODY + ASKS)
     monkeypatch.setattr(targets, "from_pretrained", lambda *args, **how: pytest.fail("it was loaded"))
     system = {"role": "system", "content": "s"}
-    rows = {"messages": [HI]}, {"messages": [system, HI]}, {"input_ids": [1, 2], "loss_mask": [0, 1]}
+    tokens = {"input_ids": [1, 2], "loss_mask": [0, 1]}
+    rows = {"id": "a", "messages": [HI]}, {"messages": [system, HI]}, tokens, {"id": "a", "messages": [HI]}
     file, out = rows_at(tmp_path / "c.jsonl", *rows), str(tmp_path / "out")
     limits = ["--max-prompt-tokens", "100", "--max-new-tokens", "9"]
     assert main(["regenerate", str(file), out, "--target", str(path), *limits]) == 2
     error = capsys.readouterr().err
-    for words in ("2 bad rows", "row 2: the chat template refuses", "row 3: is tokenised already"):
+    for words in ("3 bad rows", "row 2: the chat template refuses", "row 3: is tokenised already",
+                  "row 4: id 'a' stands in"):  # fmt: skip
         assert words in error
+    assert f"{file} row 1 already" in error
+
+
+def test_every_turn_can_be_asked(tmp_path, capsys, monkeypatch):
+    refusing = "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('late') }}"
+    path = target_at(tmp_path / "t", refusing + "{% endif %}{% endfor %}" + BODY + ASKS)
+    monkeypatch.setattr(targets, "from_pretrained", lambda *args, **how: pytest.fail("it was loaded"))
+    tool = {"role": "tool", "content": "3"}  # such are left out, whatever the template makes of them
+    system = {"role": "system", "content": "s"}
+    rows = {"messages": [HI, HELLO, system, HI]}, {"messages": [HI, tool, HELLO, system, HI]}
+    file, out = rows_at(tmp_path / "c.jsonl", *rows), str(tmp_path / "out")
+    limits = ["--max-prompt-tokens", "100", "--max-new-tokens", "9"]
+    assert main(["regenerate", str(file), out, "--target", str(path), *limits]) == 2
+    assert "1 bad row; " in (error := capsys.readouterr().err)
+    assert "row 1: the chat template refuses this conversation: late" in error

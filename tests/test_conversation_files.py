@@ -7,6 +7,8 @@ from small_targets import packed, rows_at, said, target_at
 from test_turns import ASKS, BODY, HELLO, HI
 
 from flaxdraft.data.__main__ import main
+from flaxdraft.data.bad_rows import BadRows
+from flaxdraft.data.conversations import read_conversations
 
 GOOD = {"messages": [HI, HELLO]}
 
@@ -36,6 +38,16 @@ def test_a_json_array_is_read(tmp_path, capsys, indent):
     file.write_text(json.dumps([GOOD], indent=1)[:-3])
     assert main(["show", str(file), "--target", str(path)]) == 2
     assert "begins like a JSON array and is none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_items_of_an_array_that_are_no_objects(tmp_path, indent):
+    file, bad = tmp_path / "c.json", BadRows("c.json")
+    file.write_text(json.dumps([GOOD, None, "x", GOOD], indent=indent))
+    assert len([*read_conversations(file, bad)]) == 2
+    assert bad.messages == [
+        f"{file} row {number}: expected an object, found {kind}" for number, kind in ((2, "NoneType"), (3, "str"))
+    ]
 
 
 def test_a_file_is_checked_in_one_table(tmp_path, capsys):

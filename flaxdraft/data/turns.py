@@ -23,7 +23,9 @@ from flaxdraft.data.reasoning import CLOSE, OPEN
 from flaxdraft.errors import InputError
 
 Span = tuple[int, int]
-REFUSALS = (TemplateError, SecurityError, TypeError, ValueError, LookupError, AttributeError)
+REFUSALS = (
+    TemplateError, SecurityError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
 
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _SHOWN = 160  # characters of a rendering in a message

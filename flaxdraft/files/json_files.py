@@ -76,8 +76,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _array(path: Path) -> list[dict[str, Any]] | None:
-    """The items of a file that is a JSON array of objects.
+def _array(path: Path) -> list[Any] | None:
+    """The items of a file that is a JSON array of objects. One that is none stays: whoever reads the items names it.
 
     Raises:
         InputError: it begins like one over many lines, and is none.
@@ -94,7 +94,7 @@ def _array(path: Path) -> list[dict[str, Any]] | None:
             if first.endswith(b"]"):  # lines that are lists
                 return None
             raise InputError(f"{path}: begins like a JSON array and is none ({error}); write one row a line") from error
-    whole = isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+    whole = isinstance(value, list) and bool(value) and any(isinstance(item, dict) for item in value)
     return value if whole else None
 
 
