@@ -296,7 +296,16 @@ def test_an_embedding_that_is_not_the_targets_is_wrong(on_disk, tmp_path, capsys
         assert check.main([*changed, "--json"]) == code
         assert ("differs from the target's embedding in" in capsys.readouterr().out) == bool(code)
     (Path(arguments[2]) / "model.safetensors").unlink()
-    assert check.main(on_disk(change=tensor("embed_tokens.weight", theirs[::-1].copy()))) == 0  # nobody can tell
+    mine = tensor("embed_tokens.weight", theirs)
+    unknown = TARGET | {"architectures": ["OddForCausalLM"], "model_type": "odd"}
+    assert check.main([*on_disk(change=mine), "--json"]) == 0  # there are none
+    assert "with which it could not be compared" in capsys.readouterr().out
+    save_safetensors(Path(arguments[2]) / "model.safetensors", {"model.qweight": theirs})
+    for target in (unknown, TARGET | {"quantization_config": {"quant_method": "awq", "bits": 4}}):
+        assert check.main([*on_disk(change=mine, target=target), "--json"]) == 0
+        assert "with which it could not be compared" in capsys.readouterr().out
+        assert check.main([*on_disk(target=target), "--json"]) == 0
+        assert "could not be" not in capsys.readouterr().out
 
 
 def test_exit_codes_are_for_scripts(on_disk, capsys):

@@ -29,6 +29,7 @@ from flaxdraft.run.chat_options import (
     chat_options,
     template_inputs,
     template_of,
+    template_of_rows,
 )
 from flaxdraft.run.commands import ADDRESS, Command, call_one_of
 from flaxdraft.run.target_options import add_target_options, dtype_or_default, on_all_hosts, target_mesh
@@ -109,7 +110,7 @@ def check_file(arguments: argparse.Namespace) -> int:
 
     opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
     tokenizer, stops = opened.needed_tokenizer(), opened.needed_stop_tokens()
-    options = chat_options(arguments, opened, template_of(arguments, tokenizer))
+    options = chat_options(arguments, opened, template_of_rows(arguments, tokenizer))
     found = check(read_conversations(arguments.file, bad), tokenizer, options, stops, bad)
     CONSOLE.print(as_table(found, opened.special_tokens, opened.config().vocab_size, options.limit))
     if arguments.out is not None:
@@ -128,7 +129,7 @@ def show(arguments: argparse.Namespace) -> None:
 
     opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
     tokenizer = opened.needed_tokenizer()
-    options = chat_options(arguments, opened, template_of(arguments, tokenizer))
+    options = chat_options(arguments, opened, template_of_rows(arguments, tokenizer))
     shown = total = supervised = silent = cut = 0
     conversations = [*read_conversations(arguments.file, bad)]  # all of them, for all that is wrong with the file
     for conversation in conversations[: arguments.rows]:
@@ -231,7 +232,7 @@ def _capture_all(arguments: argparse.Namespace) -> None:
     dtype, mesh = dtype_or_default(arguments.dtype), target_mesh(arguments.mesh)
     opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
     tokenizer = opened.needed_tokenizer()
-    template = template_of(arguments, tokenizer, arguments.output_dir / PLAN)
+    template = template_of_rows(arguments, tokenizer, arguments.output_dir / PLAN)
     config = opened.config(algorithms.tap_layers(arguments.algorithm, opened.config(), arguments.tap_layers))
     options = chat_options(arguments, opened, template)
     documents = render_all(

@@ -75,11 +75,14 @@ def _argument(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def template_of(arguments: argparse.Namespace, tokenizer: Any, record: Path | None = None) -> ChatTemplate:
+def template_of(
+    arguments: argparse.Namespace, tokenizer: Any, record: Path | None = None, date: str | None = None
+) -> ChatTemplate:  # fmt: skip
     """All processes of a command get the date of the first one.
 
     Args:
         record: a JSON file in which an earlier call recorded its `date`, which then holds.
+        date: that holds where neither says one; None: this minute.
 
     Raises:
         InputError: the template knows no such argument, or the date is none.
@@ -88,12 +91,28 @@ def template_of(arguments: argparse.Namespace, tokenizer: Any, record: Path | No
     from flaxdraft.devices import hosts
 
     try:
-        date = iso_date(arguments.date or hosts.agree(recorded_date(record) or now()))
+        chosen = iso_date(arguments.date or hosts.agree(recorded_date(record) or date or now()))
     except ValueError as error:
         raise InputError(f"--date: found {arguments.date!r}; {error}") from error
-    template = ChatTemplate(dict(arguments.template), date)
+    template = ChatTemplate(dict(arguments.template), chosen)
     template.check(tokenizer, "--template")
     return template
+
+
+def template_of_rows(arguments: argparse.Namespace, tokenizer: Any, record: Path | None = None) -> ChatTemplate:
+    """See `template_of`; for commands that render a file of rows. Where the target answered it, what that recorded
+    holds here, too.
+
+    Raises:
+        InputError: see `template_of`; the file was answered with other arguments, or on another date.
+    """
+    from flaxdraft.run.dates import answers_of, check_answered_with, check_date
+
+    file = str(arguments.file)
+    date = answers_of(file).get("date")
+    check_answered_with(file, dict(arguments.template), "--template")
+    check_date(arguments.date, date, "--date", file)
+    return template_of(arguments, tokenizer, record, date)
 
 
 def recorded_date(record: Path | None) -> str | None:
