@@ -317,7 +317,7 @@ def _leave_aside(raw: dict[str, Any], overrides: list[str]) -> None:
         return
     try:
         name = yaml.safe_load(wanted[-1])
-    except _BAD_YAML:
+    except BAD_YAML:
         return  # refused where the override is made
     if name != (named or importlib.import_module("flaxdraft.algorithms").DEFAULT):
         raw.pop("algorithm", None)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
-from test_turns import ASKS, BODY, IM, Kind, tokenizer_of
+from small_chats import ASKS, BODY, IM, Kind, tokenizer_of
 
 WIDTH, VOCAB = 8, 300
 DATED = "{{'<|im_start|>system\nToday: ' + strftime_now(form or '%d %b %Y %H:%M') + '<|im_end|>\n'}}"

@@ -5,10 +5,10 @@ import argparse
 import json
 
 import pytest
+from small_chats import ASKS, BODY, HELLO, HI, IM, Kind, tokenizer_of
 from small_drafts import config_of, random_params, vocab_of, write_export
 from small_targets import DATED, MOOD, rows_at, said, target_at
 from test_contracts import DRAFTS, TARGET_HF, W
-from test_turns import ASKS, BODY, HELLO, HI, IM, Kind, tokenizer_of
 from tiny import TEMPLATE, write_tiny_gguf
 from tiny_runs import make_workspace
 

@@ -3,14 +3,18 @@
 import json
 
 import pytest
+from small_chats import ASKS, BODY, HELLO, HI
 from small_targets import packed, rows_at, said, target_at
-from test_turns import ASKS, BODY, HELLO, HI
 
 from flaxdraft.data.__main__ import main
 from flaxdraft.data.bad_rows import BadRows
 from flaxdraft.data.conversations import read_conversations
 
 GOOD = {"messages": [HI, HELLO]}
+
+
+def said_wrong(capsys) -> str:
+    return " ".join(capsys.readouterr().err.split())
 
 
 def test_all_bad_rows_of_a_file_are_counted(tmp_path, capsys):
@@ -38,6 +42,17 @@ def test_a_json_array_is_read(tmp_path, capsys, indent):
     file.write_text(json.dumps([GOOD], indent=1)[:-3])
     assert main(["show", str(file), "--target", str(path)]) == 2
     assert "begins like a JSON array and is none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_an_object_over_many_lines_is_said(tmp_path, capsys, num):
+    file, path = tmp_path / "c.json", target_at(tmp_path / "t")
+    file.write_text("\n".join(json.dumps(row, indent=1) for row in [GOOD] * num))
+    assert main(["show", str(file), "--target", str(path)]) == 2
+    assert "begins with a JSON object over many lines; write one row a line" in said_wrong(capsys)
+    file.write_text('{"messages": [\n' + json.dumps(GOOD))  # a row that was cut
+    assert main(["show", str(file), "--target", str(path)]) == 2
+    assert "1 bad row" in said_wrong(capsys)
 
 
 @pytest.mark.parametrize("indent", [None, 1])

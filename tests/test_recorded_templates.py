@@ -4,8 +4,8 @@ import argparse
 import json
 
 import pytest
+from small_chats import ASKS, BODY, HELLO, HI
 from small_targets import DATED, MOOD, rows_at, said, target_at
-from test_turns import ASKS, BODY, HELLO, HI
 from tiny import TEMPLATE, write_tiny_gguf
 from tiny_runs import make_workspace
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from small_chats import ASKS, BODY, HELLO, HI, IM, Kind, tokenizer_of
 from small_targets import VOCAB, WIDTH, rows_at, said, target_at
-from test_turns import ASKS, BODY, HELLO, HI, IM, Kind, tokenizer_of
 from tiny import TEMPLATE, write_tiny_gguf
 
 from flaxdraft import targets
@@ -64,7 +64,7 @@ def gguf_with(path, monkeypatch, add=(), drop=()):
 
     def header(self, *args, **how):
         for name, value in add:
-            getattr(self, name)(value)
+            getattr(self, name)(*value)
         return real(self, *args, **how)
 
     with monkeypatch.context() as patched:
@@ -75,14 +75,20 @@ def gguf_with(path, monkeypatch, add=(), drop=()):
 
 
 def test_gguf_ids(tmp_path, monkeypatch):
-    more = (("add_eot_token_id", 0), ("add_eom_token_id", 1))
+    more = (("add_eot_token_id", [0]), ("add_eom_token_id", [1]))
     assert targets.open_target(str(gguf_with(tmp_path / "a.gguf", monkeypatch, more))).stop_tokens == [0, 1, 2]
     less = ("add_pad_token_id", "add_bos_token_id", "add_eos_token_id", "add_chat_template", "add_token_types")
     tokenizer = GGUFCheckpoint(gguf_with(tmp_path / "b.gguf", monkeypatch, drop=less)).tokenizer()
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (None, None, None)
     assert tokenizer.chat_template is None
+    none = [("add_uint32", (f"tokenizer.ggml.{name}_token_id", 2**32 - 1)) for name in ("bos", "padding")]
+    without = gguf_with(tmp_path / "d.gguf", monkeypatch, none, less[:2])
+    tokenizer = GGUFCheckpoint(without).tokenizer()  # -1, as llama.cpp writes what there is not
+    assert (tokenizer.bos_token, tokenizer.pad_token) == (None, None)
     named = [{"name": "default", "template": TEMPLATE}, {"name": "tool_use", "template": "tools"}]
-    both = gguf_with(tmp_path / "c.gguf", monkeypatch, (("add_chat_template", named),), drop=())
+    bare = gguf_with(tmp_path / "e.gguf", monkeypatch, drop=("add_tokenizer_model", "add_tokenizer_pre"))
+    assert targets.open_target(str(bare)).tokenizer is None
+    both = gguf_with(tmp_path / "c.gguf", monkeypatch, (("add_chat_template", [named]),), drop=())
     assert GGUFCheckpoint(both).tokenizer().chat_template == {"default": TEMPLATE, "tool_use": "tools"}
 
 
@@ -166,13 +172,18 @@ def test_rows_are_cut_at_the_targets_context(tmp_path, capsys):
     assert "cut 1 rows at 40 tokens" in said(capsys)
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("tiktoken.model", "TikTokenConverter("), ("tokenizer.model", "AutoTokenizer.from_pretrained("),
+@pytest.mark.parametrize(("name", "text", "words"), [
+    ("tiktoken.model", "YQ== 0\n", "TikTokenConverter("), ("qwen.tiktoken", "IQ== 0\nIg== 1\n", "TikTokenConverter("),
+    ("tokenizer.model", "IQ== 0\n", "TikTokenConverter("),  # Llama 3's
+    ("tokenizer.model", "\n\x05\n\x03<s>", "pip install sentencepiece"),
+    ("sentencepiece.bpe.model", "\n\x05\n\x03<s>", "AutoTokenizer.from_pretrained("),
+    ("tokenizer.model.v3", "\n\x05\n\x03<s>", "AutoTokenizer.from_pretrained("),
+    ("vocab.json", "{}", "AutoTokenizer.from_pretrained("),
 ])  # fmt: skip
-def test_how_a_missing_tokenizer_is_made(tmp_path, capsys, name, words):
+def test_how_a_missing_tokenizer_is_made(tmp_path, capsys, name, text, words):
     path = target_at(tmp_path / "t")
     (path / "tokenizer.json").unlink()
-    (path / name).write_text("YQ== 0\n")
+    (path / name).write_text(text)
     assert main(["show", str(rows_at(tmp_path / "c.jsonl", {"messages": [HI]})), "--target", str(path)]) == 2
     error = capsys.readouterr().err
     assert "has no tokenizer" in error

@@ -3,13 +3,17 @@
 import datetime
 import json
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
-from test_turns import ASKS, BODY, HELLO, HI, IM, TOOLED, Kind, calls, row_of, spans, tokenizer_of
+from small_chats import ASKS, BODY, CALLED, FOOTER, HELLO, HI, IM, TOOLED, Kind, calls, row_of, spans, tokenizer_of
 
 from flaxdraft.data.chat_template import ChatTemplate
 from flaxdraft.data.conversations import parse, read_conversations
 from flaxdraft.data.prompts import render_messages
 from flaxdraft.data.regenerate import _earlier, _Talk
+from flaxdraft.data.templates import ChatOptions, render
 from flaxdraft.errors import InputError
 
 FUNCTION = {"name": "weather", "arguments": {"city": "Oslo"}}
@@ -21,6 +25,67 @@ def writing(arguments, name="c.function.name"):
 
 
 JSON, PLAIN = writing("c.function.arguments | tojson"), writing("c.function.arguments")
+
+
+@pytest.mark.parametrize(
+    ("written", "want"),
+    [
+        ("c.function.arguments | tojson", '{"city": "Oslo"}'),
+        ("c.function.arguments", '{"city":"Oslo"}'),  # as text alone: it would write an object as Python does
+        ("'```' + c.function.arguments", '```{"city":"Oslo"}'),  # which refuses an object
+        ("c.function.arguments | tojson if c.function.arguments is mapping else '?'", '{"city": "Oslo"}'),
+        ("c.function.arguments | items | first | join('=')", "city=Oslo"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["text", "object", "function_call"])
+def test_arguments_are_given_as_the_template_takes_them(written, want, form):
+    template = TOOLED.replace("@f", "weather{{ " + written + " }}")
+    messages = calls('{"city":"Oslo"}' if form != "object" else {"city": "Oslo"})
+    if form == "function_call":
+        messages = [HI, {**CALLED, "function_call": messages[1]["tool_calls"][0]["function"]}]
+    if form == "object":
+        want = want.replace('":"', '": "')
+    assert spans(tokenizer_of(template + ASKS, IM, Kind()), row_of(messages)) == [f"weather{want}<|im_end|>"]
+
+
+def test_functions_are_tools():
+    tool = {"name": "weather", "parameters": {}}
+    old, new = (
+        row_of([HI, HELLO], functions=[tool]),
+        row_of([HI, HELLO], tools=[{"type": "function", "function": tool}]),
+    )
+    assert old.tools == new.tools
+
+
+@pytest.mark.parametrize("arguments", ["{", "[1]", "3", [1]])
+def test_arguments_that_are_no_object(arguments):
+    with pytest.raises(
+        InputError, match=r"messages\[1\]: tool_calls: arguments: (not valid JSON|expected a JSON object)"
+    ):
+        row_of(calls(arguments))
+
+
+def test_a_row_is_the_same_from_json_lines_and_from_parquet(tmp_path):
+    """Arrow gives each row the keys of all."""
+    schema = lambda **more: [{"type": "function", "function": {"name": "weather", "parameters": {"p": more}}}]  # noqa: E731
+    rows = [
+        {"messages": calls({"city": "Oslo"}), "tools": schema(city="text")},
+        {"messages": calls({"day": 3}), "tools": schema(day="number")},
+        {"messages": [HI, HELLO]},
+    ]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
+    template = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" + TOOLED.replace(
+        "@f", "weather{{ c | tojson }}"
+    )
+    tokenizer = tokenizer_of(template + ASKS, IM, Kind())
+    lines, table = (
+        [render(tokenizer, row, ChatOptions(1000)) for row in read_conversations(tmp_path / name)]
+        for name in ("c.jsonl", "c.parquet")
+    )
+    for one, other in zip(lines, table, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_array_equal(one.assistant, other.assistant)
 
 
 @pytest.mark.parametrize("value", [datetime.datetime(2026, 1, 31), b"x"])
@@ -56,7 +121,7 @@ def test_what_people_say_does_not_decide_how_arguments_are_written():
     assert spans(PLAIN, row_of([said, *calls('{"city":"Oslo"}')])) == ['weather{"city":"Oslo"}<|im_end|>']
 
 
-@pytest.mark.parametrize("arguments", [{}, "", None])
+@pytest.mark.parametrize("arguments", [{}, "", None, "null", " {} "])
 def test_no_arguments(arguments):
     for tokenizer in (JSON, PLAIN, writing("'' + c.function.arguments")):
         assert spans(tokenizer, row_of(calls(arguments))) == ["weather{}<|im_end|>"]
@@ -121,8 +186,7 @@ def test_tools_in_json_text():
 def test_earlier_answers_are_learned_from_where_a_template_ends_in_an_end_of_text():
     """Phi-3's kind."""
     kind = Kind(named=False)
-    footer = ASKS.replace("{% endif %}", "{% else %}{{ '<|endoftext|>' }}{% endif %}")
-    for template in (BODY + footer, BODY + ASKS):
+    for template in (BODY + FOOTER, BODY + ASKS):
         tokenizer = tokenizer_of(template, IM, kind)
         stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<eos>"])
         answer = tokenizer("hello<|im_end|>", add_special_tokens=False)["input_ids"]

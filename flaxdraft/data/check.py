@@ -7,6 +7,7 @@ one table, `draw_lengths` shows the lengths.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -88,12 +89,12 @@ def check(
 
 
 def _dropped(conversation: Conversation, text: str) -> set[str]:
-    """What the template does not write of the messages."""
+    """What the template does not write of the messages. Some write a tool's result as JSON text."""
     kinds = set()
     for message in conversation.messages:
         content, role = message["content"].strip(), message["role"]
         who = "an assistant" if role == "assistant" else f"a {role}"
-        if content not in text:
+        if content not in text and not (role == "tool" and json.dumps(content, ensure_ascii=False)[1:-1] in text):
             answer = content.rpartition(CLOSE)[2].strip()
             kept = role == "assistant" and CLOSE in content and answer in text
             kinds.add(_DROPPED_REASONING if kept else f"what {who} says")

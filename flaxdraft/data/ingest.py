@@ -30,6 +30,7 @@ from flaxdraft.ops.padding import round_up
 from flaxdraft.progress import CONSOLE
 from flaxdraft.targets import OpenedTarget
 from flaxdraft.targets.embedding_and_head import EmbeddingAndHeadWeights
+from flaxdraft.targets.tied_head import say_which_head
 
 STORED = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}  # a dtype of a file, and of the store
 
@@ -122,6 +123,7 @@ def ingest(directory: Path, folder: Folder, opened: OpenedTarget, tap_layers: Se
         InputError: see `plan_of` and `store_writer.start`; a file is damaged, of another width, or not finite.
     """
     plan = plan_of(folder, opened, tap_layers, shard_tokens)
+    say_which_head(opened)
     weights = EmbeddingAndHeadWeights.of_target(opened, opened.config())
     CONSOLE.print(
         f"{len(folder.rows)} rows, {plan.num_tokens} tokens, taps of layers {list(plan.source.tap_layers)}, "

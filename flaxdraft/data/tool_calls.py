@@ -93,13 +93,13 @@ def _with_arguments(message: Message, form: Any) -> Message:
 
 def _as_object(arguments: Any) -> Any:
     if isinstance(arguments, str):
-        return json.loads(arguments) if arguments.strip() else {}
+        arguments = json.loads(arguments) if arguments.strip() else None
     return {} if arguments is None else arguments
 
 
 def _as_text(arguments: Any) -> str:
-    given = isinstance(arguments, str) and arguments.strip()
-    return arguments if given else json.dumps(_as_object(arguments), ensure_ascii=False)
+    found = _as_object(arguments)
+    return arguments if isinstance(arguments, str) and found else json.dumps(found, ensure_ascii=False)
 
 
 def _check_written(chat: Chat, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -80,11 +81,13 @@ def _array(path: Path) -> list[Any] | None:
     """The items of a file that is a JSON array of objects. One that is none stays: whoever reads the items names it.
 
     Raises:
-        InputError: it begins like one over many lines, and is none.
+        InputError: it begins like one over many lines, and is none; or with an object over many lines.
     """
     with path.open("rb") as file:
         first = next((line for line in file if line.removeprefix(codecs.BOM_UTF8).strip()), b"")
         first = first.removeprefix(codecs.BOM_UTF8).strip()
+        if first.startswith(b"{"):
+            _check_object(path, first)
         if not first.startswith(b"["):
             return None
         file.seek(0)
@@ -96,6 +99,24 @@ def _array(path: Path) -> list[Any] | None:
             raise InputError(f"{path}: begins like a JSON array and is none ({error}); write one row a line") from error
     whole = isinstance(value, list) and bool(value) and any(isinstance(item, dict) for item in value)
     return value if whole else None
+
+
+def _check_object(path: Path, first: bytes) -> None:
+    """
+    Args:
+        first: line of the file.
+
+    Raises:
+        InputError: an object begins there that ends in another line.
+    """
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(first)
+        return
+    try:
+        json.JSONDecoder().raw_decode(path.read_bytes().decode("utf-8-sig").lstrip())
+    except (ValueError, RecursionError):  # the line is broken, whatever follows
+        return
+    raise InputError(f"{path}: begins with a JSON object over many lines; write one row a line")
 
 
 def _parse(line: bytes, where: str, unit: str) -> Any:

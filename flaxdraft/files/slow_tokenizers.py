@@ -6,6 +6,7 @@ tokens) would have to be guessed, and a guess that is wrong is a tokenizer that 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 _TIKTOKEN = (
@@ -23,17 +24,23 @@ _OTHERS = (
     "    AutoTokenizer.from_pretrained({folder!r}).save_pretrained({folder!r})"
 )
 _PACKAGES = {
-    **dict.fromkeys(("tokenizer.model", "spiece.model", "*.spm"), "sentencepiece protobuf"),
+    **dict.fromkeys(("*.model", "*.model.v*", "*.spm"), "sentencepiece protobuf"),
     "tekken.json": "mistral-common", "vocab.json": "transformers", "vocab.txt": "transformers",
 }  # fmt: skip
 
 
 def how_to_convert(directory: Path) -> str:
     """What to do for a tokenizer.json; nothing where there is nothing to make it of."""
-    for pattern in ("tiktoken.model", "*.tiktoken"):
-        for file in sorted(directory.glob(pattern)):
+    for pattern in ("*.tiktoken", "*.model"):
+        for file in filter(_is_tiktoken, sorted(directory.glob(pattern))):
             return _TIKTOKEN.format(file=file.name, path=str(file), target=str(directory / "tokenizer.json"))
     for pattern, packages in _PACKAGES.items():
         for file in sorted(directory.glob(pattern)):
             return _OTHERS.format(file=file.name, packages=packages, folder=str(directory))
     return ""
+
+
+def _is_tiktoken(file: Path) -> bool:
+    """Lines of a token in base64 and its rank, whatever the file is called (Llama 3's is a tokenizer.model)."""
+    with file.open("rb") as lines:
+        return re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", lines.readline(4096)) is not None

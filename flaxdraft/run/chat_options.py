@@ -63,12 +63,13 @@ def add_bad_row_option(parser: argparse.ArgumentParser) -> None:
 
 def _argument(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
+    wrong = argparse.ArgumentTypeError(f"found {text!r}, expected NAME=VALUE as in enable_thinking=false")
+    if not equals or not name.isidentifier():
+        raise wrong
     try:
         parsed = yaml.safe_load(value)
-    except BAD_YAML:
-        equals = ""
-    if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected NAME=VALUE as in enable_thinking=false")
+    except BAD_YAML as error:
+        raise wrong from error
     try:
         return name, template_arguments({name: parsed})[name]
     except ValueError as error:
