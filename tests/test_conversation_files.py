@@ -55,6 +55,13 @@ def test_an_object_over_many_lines_is_said(tmp_path, capsys, num):
     assert "1 bad row" in said_wrong(capsys)
 
 
+def test_halves_of_characters_are_named_once(tmp_path):
+    bad = BadRows("c.jsonl")
+    file = rows_at(tmp_path / "c.jsonl", {"messages": [{**HI, "content": "\ud83d"}]}, GOOD)
+    assert len([*read_conversations(file, bad)]) == 1
+    assert bad.messages[0].count("row 1: not text in JSON") == 1
+
+
 @pytest.mark.parametrize("indent", [None, 1])
 def test_items_of_an_array_that_are_no_objects(tmp_path, indent):
     file, bad = tmp_path / "c.json", BadRows("c.json")

@@ -88,6 +88,20 @@ def test_a_row_is_the_same_from_json_lines_and_from_parquet(tmp_path):
         np.testing.assert_array_equal(one.assistant, other.assistant)
 
 
+def test_arguments_in_a_map(tmp_path):
+    """As Spark writes them."""
+    text = pyarrow.string()
+    function = pyarrow.struct([("name", text), ("arguments", pyarrow.map_(text, text))])
+    call = pyarrow.struct([("type", text), ("function", function)])
+    message = [("role", text), ("content", text), ("tool_calls", pyarrow.list_(call))]
+    schema = pyarrow.schema([("messages", pyarrow.list_(pyarrow.struct(message)))])
+    table = pyarrow.Table.from_pylist([{"messages": calls({"city": "Oslo"})}, {"messages": [HI, HELLO]}], schema=schema)
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+    first, second = read_conversations(tmp_path / "c.parquet")
+    assert spans(JSON, first) == [WRITTEN]
+    assert spans(JSON, second) == ["hello<|im_end|>"]
+
+
 @pytest.mark.parametrize("value", [datetime.datetime(2026, 1, 31), b"x"])
 def test_arguments_that_are_no_json_are_refused_by_row(value):
     for tokenizer in (JSON, PLAIN, writing("'```' + c.function.arguments")):

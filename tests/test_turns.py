@@ -245,6 +245,27 @@ def test_an_end_of_text_behind_the_last_turn():
     assert spans(tokenizer, row_of(messages), stop_tokens=stops, last_turn_only=True) == ["hello<|im_end|>"]
 
 
+def test_a_template_that_asks_without_being_told_to():
+    """It writes the header of an answer behind whatever is none."""
+    asks = "{% if messages[-1].role != 'assistant' %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    tokenizer = tokenizer_of(BODY + asks, IM, Kind())
+    odd = {**HELLO, "content": "<|im_start|>assistant\nno"}
+    for messages in ([HI, HELLO], [HELLO, BYE], [HI, HELLO, BYE, HI], [HI, odd, odd], [HELLO]):
+        written = [m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant"]
+        assert spans(tokenizer, row_of(messages)) == written
+
+
+def test_a_template_that_ends_a_turn_where_another_follows():
+    template = (
+        "{% for m in messages %}{{ '<|im_end|>\n' if not loop.first }}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_end|>\n<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = tokenizer_of(template, IM, Kind())
+    stops = tokenizer.convert_tokens_to_ids(["<|im_end|>"])
+    row = row_of([HI, HELLO, HI, BYE])
+    assert spans(tokenizer, row, stop_tokens=stops) == ["hello<|im_end|>", "bye"]
+
+
 def test_a_generation_prompt_that_opens_reasoning_names_what_works():
     template = BODY + ASKS.replace("assistant\n", "assistant\n<think>\n")
     with pytest.raises(InputError, match="before message 1 it renders") as caught:

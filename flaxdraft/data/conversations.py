@@ -175,7 +175,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Arrow writes fields that a row has not, at any depth, as nulls."""
+    """Arrow writes fields that a row has not, at any depth, as nulls, and maps as lists of pairs."""
+    if isinstance(value, list) and value and all(isinstance(inner, tuple) for inner in value):
+        value = dict(value)
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list) and any(isinstance(inner, (dict, list)) for inner in value):

@@ -94,6 +94,7 @@ class _Habits(NamedTuple):
     prompt: str  # that asks for an answer
     lead: str  # between the prompt and the content
     end: str | None  # that ends a turn, without white space behind it; None where the short conversation is refused
+    header: str = ""  # that asks for an answer without being told to, wherever an answer may follow
 
 
 @functools.lru_cache(maxsize=16)
@@ -108,7 +109,18 @@ def _habits(tokenizer: Any, template: ChatTemplate, with_tools: bool) -> _Habits
     prompt = prompted[len(plain) :] if prompted.startswith(plain) else ""
     at = len(_shared(one, two))
     lead = one[len(prompted) : at] if one.startswith(prompted) else ""
-    return _Habits(prompt, lead, one[at + 1 :].rstrip())
+    header = "" if prompt else _header(chat, asked, answers)
+    return _Habits(prompt, lead, one[at + 1 :].rstrip(), header if header and plain.endswith(header) else "")
+
+
+def _header(chat: Chat, asked: dict[str, Any], answers: Sequence[dict[str, Any]]) -> str:
+    """What stands before the second of two answers in a row."""
+    try:
+        before, one, two = (chat.text([asked, answers[0], *more]) for more in ((), answers[:1], answers[1:]))
+    except InputError:
+        return ""
+    shared = _shared(one, two)
+    return shared.removeprefix(before) if shared.startswith(before) else ""
 
 
 def _habits_of(chat: Chat) -> _Habits:
@@ -214,7 +226,8 @@ def _begin(chat: Chat, text: str, i: int) -> int:
         before = _until_content(chat, i)
     if not text.startswith(before):
         raise InputError(_unstable(chat, i, "before", before, text, False))
-    return len(before)
+    header = _habits_of(chat).header
+    return len(before) + (len(header) if not before.endswith(header) and text.startswith(header, len(before)) else 0)
 
 
 def _until_content(chat: Chat, i: int) -> str:
@@ -257,8 +270,9 @@ def _without_footer(chat: Chat, text: str) -> str:
 def _end(chat: Chat, text: str, begin: int, end: int) -> int:
     """Where a turn ends: behind its end of turn, before what the template writes after that."""
     marker = _marker(chat)
-    if marker == "":  # white space alone ends a turn, or nothing does
-        return end
+    if marker == "":  # white space alone ends a turn, or nothing does; some end a turn where another follows
+        stop = next((stop for stop in chat.stops if text.startswith(stop, end)), "")
+        return end if text[begin:end].endswith(chat.stops) else end + len(stop)
     kept = text[begin:end].rstrip()
     markers = [*chat.tokenizer.get_added_vocab(), *([marker] if marker else ())]
     return begin + len(kept) if any(kept.endswith(one) for one in markers) else end

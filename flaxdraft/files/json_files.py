@@ -121,13 +121,14 @@ def _check_object(path: Path, first: bytes) -> None:
 
 def _parse(line: bytes, where: str, unit: str) -> Any:
     try:
-        return _as_text(json.loads(line.decode("utf-8")), where)
+        value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 text (byte {error.start} of the {unit})") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not text in JSON ({error})") from error
+    return _as_text(value, where)
 
 
 def _as_text(row: Any, where: str) -> Any:
