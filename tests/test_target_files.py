@@ -178,7 +178,7 @@ def test_rows_are_cut_at_the_targets_context(tmp_path, capsys):
     ("tokenizer.model", "\n\x05\n\x03<s>", "pip install sentencepiece"),
     ("sentencepiece.bpe.model", "\n\x05\n\x03<s>", "AutoTokenizer.from_pretrained("),
     ("tokenizer.model.v3", "\n\x05\n\x03<s>", "AutoTokenizer.from_pretrained("),
-    ("vocab.json", "{}", "AutoTokenizer.from_pretrained("),
+    ("tekken.json", "{}", "convert_tekken_tokenizer("), ("vocab.json", "{}", "AutoTokenizer.from_pretrained("),
 ])  # fmt: skip
 def test_how_a_missing_tokenizer_is_made(tmp_path, capsys, name, text, words):
     path = target_at(tmp_path / "t")

@@ -62,7 +62,7 @@ class ChatTemplate:
         return held[name]
 
     def keywords(self, tokenizer: Any, tools: Sequence[Any] | None) -> dict[str, Any]:
-        """For `apply_chat_template`.
+        """Keyword arguments for `apply_chat_template`.
 
         Raises:
             InputError: see `text`.

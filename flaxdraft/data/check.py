@@ -31,7 +31,7 @@ _DROPPED_REASONING = "reasoning of an assistant"
 
 @dataclasses.dataclass
 class Found:
-    """In one file."""
+    """What was found in one file."""
 
     bad: BadRows
     lengths: list[int] = dataclasses.field(default_factory=list)  # of rows, as training would see them
@@ -58,7 +58,8 @@ def check(
     conversations: Iterable[Conversation], tokenizer: Any, options: ChatOptions, stop_tokens: Sequence[int],
     bad: BadRows,
 ) -> Found:  # fmt: skip
-    """
+    """Renders every row as training would and gathers what was found.
+
     Args:
         stop_tokens: that end an answer of the target.
         bad: of the file; is given the rows that cannot be rendered, too.
@@ -105,7 +106,8 @@ def _dropped(conversation: Conversation, text: str) -> set[str]:
 
 
 def as_table(found: Found, special: Sequence[int], vocab_size: int, limit: int) -> Table:
-    """
+    """What was found, for people.
+
     Args:
         special: tokens that every draft vocabulary holds.
         limit: tokens where rows are cut.
@@ -140,7 +142,7 @@ def as_table(found: Found, special: Sequence[int], vocab_size: int, limit: int) 
 
 
 def _edges(lengths: Sequence[int]) -> list[int]:
-    """Powers of two, and none that no length reaches."""
+    """The powers of two between which all lengths lie."""
     first, last = (max(length, 1).bit_length() for length in (min(lengths), max(lengths)))
     return [1 << bits for bits in range(first - 1, last + 1)]
 

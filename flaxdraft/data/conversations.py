@@ -175,7 +175,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Arrow writes fields that a row has not, at any depth, as nulls, and maps as lists of pairs."""
+    """Leaves out nulls at any depth, which Arrow writes for fields that a row has not, and makes objects of Arrow's
+    maps, which are lists of pairs."""
     if isinstance(value, list) and value and all(isinstance(inner, tuple) for inner in value):
         value = dict(value)
     if isinstance(value, dict):
@@ -186,7 +187,8 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _from_json(value: Any, where: str) -> Any:
-    """Parquet data sets keep as JSON text what has no common type; empty text is nothing."""
+    """Parses JSON text, in which Parquet data sets keep what has no common type; empty text is None. Any other value
+    stays."""
     if not isinstance(value, str):
         return value
     try:
@@ -196,7 +198,7 @@ def _from_json(value: Any, where: str) -> Any:
 
 
 def _tools(row: dict[str, Any], where: str) -> tuple[dict[str, Any], ...] | None:
-    """Of the row; OpenAI's older `functions` are the same without a frame."""
+    """The tools of a row. OpenAI's older `functions` are the same without a frame."""
     tools = _from_json(row.get("tools"), f"{where}: tools")
     functions = _from_json(row.get("functions"), f"{where}: functions")
     name, found = ("tools", tools) if tools or not functions else ("functions", functions)
@@ -218,7 +220,7 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _parsed(holder: dict[str, Any], key: str, where: str) -> dict[str, Any]:
-    """With what stands under a key, which may be JSON text."""
+    """The mapping with the value under a key parsed, where that is JSON text."""
     return {**holder, key: _from_json(holder[key], f"{where}: {key}")} if key in holder else holder
 
 
@@ -260,7 +262,7 @@ def _calls(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def _call(call: Any, where: str) -> Any:
-    """Some keep a call, or its function, as JSON text."""
+    """A tool call, parsed where it, or its function, is JSON text."""
     if isinstance(call, str) and call.lstrip().startswith("{"):
         call = _from_json(call, where)
     return _parsed(call, "function", where) if isinstance(call, dict) else call

@@ -50,7 +50,7 @@ class Answering:
 
 @dataclasses.dataclass
 class _Talk:
-    """A conversation on its way."""
+    """A conversation that is being answered."""
 
     number: int  # in the file, from 0
     source: Conversation
@@ -64,7 +64,7 @@ class _Talk:
 def answerable(
     conversations: Iterable[Conversation], tokenizer: Any, template: ChatTemplate, bad: BadRows
 ) -> list[Conversation]:  # fmt: skip
-    """Those that can be asked, seen before anything is loaded.
+    """The conversations that can be asked, which is seen before anything is loaded.
 
     Args:
         bad: is given the others.
@@ -85,7 +85,7 @@ def answerable(
 
 
 def _ask_all(conversation: Conversation, tokenizer: Any, template: ChatTemplate) -> None:
-    """Renders every turn's prompt, with some text for the answers that the target has yet to give.
+    """Renders every turn's prompt, with a placeholder for the answers that the target has yet to give.
 
     Raises:
         InputError: the chat template refuses one.
@@ -98,7 +98,8 @@ def _ask_all(conversation: Conversation, tokenizer: Any, template: ChatTemplate)
 
 
 def _has_tool_calls(conversation: Conversation) -> bool:
-    """Such are left out: the tools' results would not be those of the target's calls."""
+    """Whether tools are called. Such conversations are left out: the tools' results would not be those of the target's
+    calls."""
     return any(message["role"] == "tool" or message.get("tool_calls") for message in conversation.messages)
 
 
@@ -162,7 +163,7 @@ def regenerate(
 
 
 def _appended(path: Path) -> AbstractContextManager[BinaryIO | None]:
-    """The file, for the first process alone."""
+    """Opens the file to append, in the first process alone."""
     return path.open("ab") if hosts.is_main() else nullcontext()
 
 

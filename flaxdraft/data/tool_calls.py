@@ -70,7 +70,7 @@ def _writes_python(chat: Chat) -> bool:
 
 
 def _calls(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
-    """What each call says of its function."""
+    """Yields the function of each call: its name and arguments."""
     for message in messages:
         for call in message.get("tool_calls") or ():
             function = call.get("function", call)
@@ -103,8 +103,8 @@ def _as_text(arguments: Any) -> str:
 
 
 def _check_written(chat: Chat, text: str) -> None:
-    """Names may stand in what people say, too: one that is written stands there more often than without the calls, or
-    without the tools.
+    """Checks that the template writes every call and every tool by name. People may say such a name, too: one that is
+    written stands there more often than without the calls, or without the tools.
 
     Raises:
         InputError: the template leaves out a call or a tool.
@@ -117,7 +117,7 @@ def _check_written(chat: Chat, text: str) -> None:
 
 
 def _text_or_nothing(chat: Chat, messages: Sequence[Message]) -> str:
-    """Some templates refuse a tool's result to which there is no call."""
+    """The rendering; nothing where it is refused, as some templates refuse a tool's result to which there is no call."""
     try:
         return chat.text(messages)
     except InputError:

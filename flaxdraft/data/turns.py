@@ -45,7 +45,7 @@ _PROBES = "Q", "Z"  # contents that begin differently
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """A conversation before its template."""
+    """A conversation with what its chat template is given."""
 
     tokenizer: Any
     template: ChatTemplate
@@ -55,7 +55,7 @@ class Chat:
     stops: tuple[str, ...] = ()  # what ends an answer, as text
 
     def text(self, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
-        """The rendering of some messages, the generation prompt behind them where it is asked for.
+        """Renders some messages, with the generation prompt behind them where it is asked for.
 
         Raises:
             Refused: by the template.
@@ -124,13 +124,14 @@ def _header(chat: Chat, asked: dict[str, Any], answers: Sequence[dict[str, Any]]
 
 
 def _habits_of(chat: Chat) -> _Habits:
-    """Conversations with tools may have a template of their own, which is then asked without any."""
+    """The habits of the template that the conversation takes: conversations with tools may have one of their own, which
+    is then asked without any tools."""
     several = isinstance(chat.tokenizer.chat_template, dict)
     return _habits(chat.tokenizer, chat.template, several and chat.tools is not None)
 
 
 def _shared(one: str, other: str) -> str:
-    """What both begin with."""
+    """The beginning that both texts have in common."""
     return one[
         : next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     ]
@@ -169,9 +170,9 @@ def turns(chat: Chat, text: str, last_only: bool) -> list[Span]:
 
 
 def _of_mark(chat: Chat, text: str, mark: Span, found: Sequence[Span], trim: bool) -> list[Span]:
-    """The turns that prefixes found and the mark touches, or what of them is marked where the template writes no
-    generation prompt, so that prefixes take a header for the target's; where they found none there, the mark without
-    what no target writes, if that is wanted."""
+    """What a mark makes supervised: the turns that prefixes found and the mark touches. Where the template writes no
+    generation prompt, prefixes take a header for the target's, and only the marked part of these turns counts. Where
+    prefixes found no turn there, it is the mark itself, trimmed if that is wanted."""
     touched = [(begin, end) for begin, end in found if max(begin, mark[0]) < min(end, mark[1])]
     if touched and not _habits_of(chat).prompt:
         return [(max(begin, mark[0]), min(end, mark[1])) for begin, end in touched]
@@ -187,7 +188,8 @@ def _by_prefixes(chat: Chat, text: str, i: int, last_only: bool) -> Span:
 
 
 def _by_content(chat: Chat, text: str, i: int) -> Span:
-    """For templates that refuse what stands up to message `i` alone: the whole with another content there."""
+    """The span of message `i` where the template refuses the messages up to it: the part of the whole text that changes
+    when its content does, and the end of turn behind it."""
     silent = {key: value for key, value in chat.messages[i].items() if key != "tool_calls"}
     messages = [*chat.messages[:i], silent, *chat.messages[i + 1 :]]
     one, two = (chat.text(_with_content(messages, i, probe)) for probe in _PROBES)
@@ -203,8 +205,8 @@ def _with_content(messages: Sequence[dict[str, Any]], i: int, content: str) -> l
 
 
 def _widened(chat: Chat, text: str, mark: Span) -> Span:
-    """A mark with what the target writes around the content: what stands between the generation prompt and it (white
-    space alone, where there is no such prompt), and the end of turn."""
+    """Extends a mark to what the target writes around the content: what stands between the generation prompt and it
+    (white space alone, where there is no such prompt), and the end of turn."""
     (begin, end), habits = mark, _habits_of(chat)
     if (habits.prompt or not habits.lead.strip()) and text[:begin].endswith(habits.prompt + habits.lead):
         begin -= len(habits.lead)
@@ -212,7 +214,7 @@ def _widened(chat: Chat, text: str, mark: Span) -> Span:
 
 
 def _with_marker(chat: Chat, text: str, end: int) -> int:
-    """Behind the end of turn that stands there, if one does."""
+    """Moves the end of a span behind the end of turn, where one stands there."""
     marker = _marker(chat)
     return end + len(marker) if marker and text.startswith(marker, end) else end
 
@@ -259,7 +261,7 @@ def _marker(chat: Chat) -> str | None:
 
 
 def _without_footer(chat: Chat, text: str) -> str:
-    """Some templates write an end of text behind the last turn, wherever that is."""
+    """Cuts off the end of text that some templates write behind the last turn, wherever that is."""
     whole, marker = _habits_of(chat).end, _marker(chat)
     kept = text.rstrip()
     if not whole or not marker or whole == marker or not kept.endswith(whole):
@@ -279,7 +281,7 @@ def _end(chat: Chat, text: str, begin: int, end: int) -> int:
 
 
 def _trimmed(chat: Chat, text: str, span: Span) -> Span:
-    """A marked span without what of the generation prompt, and of the white space behind the end of turn, is in it."""
+    """Takes off a mark what it holds of the generation prompt, and of the white space behind the end of turn."""
     begin, end = span
     prompt = _habits_of(chat).prompt
     sizes = [

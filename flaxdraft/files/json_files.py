@@ -102,7 +102,8 @@ def _array(path: Path) -> list[Any] | None:
 
 
 def _check_object(path: Path, first: bytes) -> None:
-    """
+    """Refuses a file that begins with an object over many lines.
+
     Args:
         first: line of the file.
 

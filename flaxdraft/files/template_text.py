@@ -13,7 +13,8 @@ _METADATA = 64 << 20  # bytes at the beginning of a GGUF file, in which its meta
 
 
 def may_write_date(path: Path) -> bool:
-    """
+    """Whether a target's chat template may write the date.
+
     Args:
         path: a model directory or a file; of a split one, the first part holds the template.
 

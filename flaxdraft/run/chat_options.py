@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Whole numbers from `least` on, as a `type` of argparse.
+    """Makes a `type` of argparse that takes whole numbers from `least` on.
 
     Raises:
         argparse.ArgumentTypeError: (what is returned) it is something else.
@@ -79,7 +79,7 @@ def _argument(text: str) -> tuple[str, Any]:
 def template_of(
     arguments: argparse.Namespace, tokenizer: Any, record: Path | None = None, date: str | None = None
 ) -> ChatTemplate:  # fmt: skip
-    """All processes of a command get the date of the first one.
+    """The chat template with its arguments and its date, which all processes of a command get from the first one.
 
     Args:
         record: a JSON file in which an earlier call recorded its `date`, which then holds.
@@ -101,8 +101,8 @@ def template_of(
 
 
 def template_of_rows(arguments: argparse.Namespace, tokenizer: Any, record: Path | None = None) -> ChatTemplate:
-    """See `template_of`; for commands that render a file of rows. Where the target answered it, what that recorded
-    holds here, too.
+    """As `template_of`, for commands that render a file of rows. Where the target answered the file, the arguments and
+    the date that were recorded then hold here, too.
 
     Raises:
         InputError: see `template_of`; the file was answered with other arguments, or on another date.

@@ -45,7 +45,8 @@ def _recorded(config: RunConfig) -> str | None:
 
 
 def check_answered_with(file: str, arguments: Mapping[str, Any], field: str) -> None:
-    """
+    """Refuses other arguments of the chat template than the target answered a file with.
+
     Args:
         file: of conversations.
         arguments: of the chat template, and the field that they were given in.
@@ -62,7 +63,8 @@ def check_answered_with(file: str, arguments: Mapping[str, Any], field: str) -> 
 
 
 def check_date(date: str | None, recorded: str | None, field: str, made: str) -> None:
-    """
+    """Refuses another date than the recorded one.
+
     Args:
         recorded: the date that the conversations were rendered with, if any, and what was `made` of them.
 

@@ -18,7 +18,7 @@ from flaxdraft.targets.decoder import DecoderConfig
 def open_given(
     config: RunConfig, opened: OpenedTarget, target: DecoderConfig, template: ChatTemplate
 ) -> Documents | None:  # fmt: skip
-    """None where it trains on the answers.
+    """What a run trains on in place of the answers; None where it trains on them.
 
     Raises:
         InputError: the store or the answers are of another target, tokenizer or template; conversations cannot be read

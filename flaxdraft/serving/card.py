@@ -131,7 +131,7 @@ def _figures(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def _recorded(run: Path | None, name: str) -> dict[str, Any]:
-    """Nothing where the run holds no such file yet."""
+    """What a JSON file of the run holds; nothing where the file is not there yet."""
     if run is None or not (run / name).exists():
         return {}
     return json.loads((run / name).read_text(encoding="utf-8"))
