@@ -72,6 +72,31 @@ def test_items_of_an_array_that_are_no_objects(tmp_path, indent):
     ]
 
 
+SILENT = "{% for m in messages if m.role not in ('system', 'tool') %}" + BODY.removeprefix("{% for m in messages %}")
+THOUGHT = {**HELLO, "content": "<think>say yes</think>yes"}
+
+
+@pytest.mark.parametrize(
+    ("body", "row", "lost"),
+    [
+        (SILENT, {"messages": [{"role": "system", "content": "hi"}, HI, HELLO]}, "a system says"),
+        (SILENT, {"messages": [HI, HELLO, {"role": "tool", "content": "hello"}, HELLO]}, "a tool says"),
+        (BODY, {"messages": [HI, {**HELLO, "content": "hi hi"}, HI, {**HELLO, "content": "<think>hi</think>hi"}]}, ""),
+        (BODY.replace("m['content']", "m['content'].split('</think>')[-1]"),
+         {"messages": [HI, THOUGHT, HI, HELLO]}, "reasoning of an assistant"),
+        (BODY.replace("m['content']", "(m['content'] | tojson if m.role == 'tool' else m['content'])"),
+         {"messages": [HI, HELLO, {"role": "tool", "content": '{"a": "hi"}'}, HELLO]}, ""),
+        (BODY, {"messages": [HI, {**HELLO, "content": ""}, {**HI, "content": "aaa"}, {**HELLO, "content": "aa"}]}, ""),
+    ],
+)  # fmt: skip
+def test_what_a_template_leaves_out_is_found_though_others_say_the_same(tmp_path, capsys, body, row, lost):
+    path, file = target_at(tmp_path / "t", body + ASKS), rows_at(tmp_path / "c.jsonl", row)
+    assert main(["check", str(file), "--target", str(path)]) == int(bool(lost) and "reasoning" not in lost)
+    out = packed(said(capsys))
+    assert (packed("dropped") in out) == bool(lost)
+    assert packed(lost) in out
+
+
 def test_a_file_is_checked_in_one_table(tmp_path, capsys):
     path = target_at(tmp_path / "t", BODY.replace("m['content']", "m['content'].split('</think>')[-1]") + ASKS)
     picture = tmp_path / "lengths.png"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +90,31 @@ def check(
 
 
 def _dropped(conversation: Conversation, text: str) -> set[str]:
-    """What the template does not write of the messages. Some write a tool's result as JSON text."""
-    kinds = set()
+    """What the template does not write of the messages. What one says may stand in what others say, too: it is written
+    where it stands in the text as often as in all messages together."""
+    kinds, said = set(), "\0".join(map(_answer, conversation.messages))
+
+    def written(part: str) -> bool:
+        escaped = json.dumps(part, ensure_ascii=False)[1:-1]  # some write a tool's result as JSON text
+        found = text.count(part) + (text.count(escaped) if escaped != part else 0)
+        return not part or found >= max(said.count(part), 1)
+
     for message in conversation.messages:
-        content, role = message["content"].strip(), message["role"]
-        who = "an assistant" if role == "assistant" else f"a {role}"
-        if content not in text and not (role == "tool" and json.dumps(content, ensure_ascii=False)[1:-1] in text):
-            answer = content.rpartition(CLOSE)[2].strip()
-            kept = role == "assistant" and CLOSE in content and answer in text
-            kinds.add(_DROPPED_REASONING if kept else f"what {who} says")
+        content, role, answer = message["content"].strip(), message["role"], _answer(message)
+        if not written(answer):
+            kinds.add(f"what {'an assistant' if role == 'assistant' else f'a {role}'} says")
+        elif not written(content):
+            kinds.add(_DROPPED_REASONING)
         for name in ("reasoning_content", "reasoning", "thinking"):
             if isinstance(message.get(name), str) and message[name].strip() not in text:
                 kinds.add(_DROPPED_REASONING)
     return kinds
+
+
+def _answer(message: Mapping[str, Any]) -> str:
+    """What a message says without the reasoning before it, which templates may leave out."""
+    content = message["content"]
+    return (content.rpartition(CLOSE)[2] if message["role"] == "assistant" else content).strip()
 
 
 def as_table(found: Found, special: Sequence[int], vocab_size: int, limit: int) -> Table:

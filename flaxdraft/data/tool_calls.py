@@ -117,7 +117,7 @@ def _check_written(chat: Chat, text: str) -> None:
 
 
 def _text_or_nothing(chat: Chat, messages: Sequence[Message]) -> str:
-    """The rendering; nothing where it is refused, as some templates refuse a tool's result to which there is no call."""
+    """The rendering; nothing where it is refused. Some templates refuse a tool's result without its call."""
     try:
         return chat.text(messages)
     except InputError:
