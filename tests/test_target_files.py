@@ -10,12 +10,15 @@ from safetensors.numpy import save_file
 from small_chats import ASKS, BODY, HELLO, HI, IM, Kind, tokenizer_of
 from small_targets import VOCAB, WIDTH, rows_at, said, target_at
 from tiny import TEMPLATE, write_tiny_gguf
+from tiny_runs import make_workspace
 
 from flaxdraft import targets
+from flaxdraft.config import load_config
 from flaxdraft.data.__main__ import main
 from flaxdraft.errors import InputError
 from flaxdraft.files.fetch import content_of
 from flaxdraft.files.gguf_file import GGUFCheckpoint
+from flaxdraft.run.run import run
 
 # End tokens.
 
@@ -54,6 +57,10 @@ def test_no_end_token_is_refused_before_anything_is_loaded(tmp_path, capsys, mon
     assert main(["regenerate", str(file), str(tmp_path / "out"), "--target", str(path)]) == 2
     assert "names no token that ends an answer" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    root = make_workspace(tmp_path, without_eos(target_at(tmp_path / "deep", num_hidden_layers=8)))
+    file.write_text("{}\n")  # nor are conversations read
+    with pytest.raises(InputError, match="names no token that ends an answer"):
+        run(load_config(str(root / "run.yaml"), [f"data.conversations={file}"]))
 
 
 def gguf_with(path, monkeypatch, add=(), drop=()):

@@ -94,8 +94,9 @@ class RunTarget:
         Raises:
             InputError: no token ends an answer.
         """
+        config, template = self.config, self.template
         self.opened.needed_stop_tokens()
-        return open_given(self._setup.config, self.opened, self.config, self.template)
+        return open_given(self._setup.config, self.opened, config, template)
 
     @property
     def loaded(self) -> targets.LoadedTarget:
