@@ -95,6 +95,8 @@ def test_gguf_ids(tmp_path, monkeypatch):
     named = [{"name": "default", "template": TEMPLATE}, {"name": "tool_use", "template": "tools"}]
     bare = gguf_with(tmp_path / "e.gguf", monkeypatch, drop=("add_tokenizer_model", "add_tokenizer_pre"))
     assert targets.open_target(str(bare)).tokenizer is None
+    with pytest.raises(InputError, match=r"e.gguf has no tokenizer, .* give a file whose metadata hold it"):
+        targets.open_target(str(bare)).needed_tokenizer()
     both = gguf_with(tmp_path / "c.gguf", monkeypatch, (("add_chat_template", [named]),), drop=())
     assert GGUFCheckpoint(both).tokenizer().chat_template == {"default": TEMPLATE, "tool_use": "tools"}
 
