@@ -83,8 +83,8 @@ def token_row(tokens: np.ndarray, mask: np.ndarray, where: str) -> Rendered:
 def plan_of(folder: Folder, opened: OpenedTarget, tap_layers: Sequence[int], shard_tokens: int) -> StorePlan:
     """
     Raises:
-        InputError: the folder has no rows, its states are of another width or of a type that no store has, or a token
-            is outside the target's vocabulary.
+        InputError: the folder has no rows, its states are of another width or of a type that no store has, a token is
+            outside the target's vocabulary, or a row is longer than its context.
     """
     config, tokenizer = opened.config(tap_layers), opened.source.tokenizer()
     if not len(folder.rows):
@@ -94,6 +94,11 @@ def plan_of(folder: Folder, opened: OpenedTarget, tap_layers: Sequence[int], sha
             raise InputError(
                 f"{folder.name(index)}: token {row.tokens.max()} is outside the target's vocabulary of "
                 f"{config.vocab_size}; the folder is of another target"
+            )
+        if len(row.tokens) > config.context:
+            raise InputError(
+                f"{folder.name(index)}: {len(row.tokens)} tokens, the target's context is {config.context}; leave the "
+                "file out, or give the target with the config.json that it was served with"
             )
     first = folder.states(0)
     for name, found in (("taps", first.taps_LKE.dtype.name), ("last hidden state", first.last_LE.dtype.name)):
