@@ -16,7 +16,7 @@ from flaxdraft.serving.trained_draft import AboutTarget, Origin, TrainedDraft
 
 NAME = "README.md"
 _OURS = "flaxdraft"  # the tag that all our cards have
-_TEMPLATE = "chat_template_kwargs"  # in the card's metadata, and in requests to SGLang and vLLM
+TEMPLATE = "chat_template_kwargs"  # in the card's metadata, and in requests to SGLang and vLLM
 TOKENS = 3  # draft tokens a pass, where nothing was measured
 
 
@@ -57,7 +57,7 @@ def model_card(
         facts["checkpoint"] = describe_checkpoint(origin.step, measured["last"] if same else origin.step)
     title = f"# {contract.title} draft for {Path(origin.target).name}"
     metadata = [f"tags: [{', '.join((_OURS, *contract.tags))}]"]
-    metadata += [f"{_TEMPLATE}: {json.dumps(template)}"] * bool(template)
+    metadata += [f"{TEMPLATE}: {json.dumps(template)}"] * bool(template)
     lines = ["---", *metadata, "---", "", title, ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())]
     lines += _figures(evaluation) if measured["step"] == origin.step else []
@@ -75,7 +75,7 @@ def advice(template: Mapping[str, Any]) -> list[str]:
     """How the target is to be asked where a draft was trained on what its chat template makes of arguments."""
     return ["The draft learned from conversations that the chat template renders with these arguments. Requests must "
             "give the same ones, or it is asked about other texts:", "", "```",
-            f'"{_TEMPLATE}": {json.dumps(template)}', "```"]  # fmt: skip
+            f'"{TEMPLATE}": {json.dumps(template)}', "```"]  # fmt: skip
 
 
 def recorded_template(path: Path) -> dict[str, Any] | None:
@@ -96,21 +96,21 @@ def recorded_template(path: Path) -> dict[str, Any] | None:
 
 def _of_card(card: Path) -> dict[str, Any] | None:
     head = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
-    if not head.startswith("---") or (_TEMPLATE not in head and _OURS not in head):
+    if not head.startswith("---") or (TEMPLATE not in head and _OURS not in head):
         return None
     try:
         metadata = yaml.safe_load(head)
     except BAD_YAML as error:
         raise InputError(f"{card}: the metadata at its beginning are no YAML ({error}); mend them") from error
     metadata = metadata if isinstance(metadata, dict) else {}
-    if _TEMPLATE not in metadata:
+    if TEMPLATE not in metadata:
         return {} if _OURS in (metadata.get("tags") or ()) else None
-    arguments = metadata[_TEMPLATE]
+    arguments = metadata[TEMPLATE]
     try:
         return template_arguments(arguments)
     except (ValueError, AttributeError) as error:
         raise InputError(
-            f"{card}: {_TEMPLATE}: found {arguments!r}, expected a mapping as {{enable_thinking: false}}; correct it"
+            f"{card}: {TEMPLATE}: found {arguments!r}, expected a mapping as {{enable_thinking: false}}; correct it"
         ) from error
 
 
