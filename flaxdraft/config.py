@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import difflib
 import importlib
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -40,7 +41,7 @@ Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 _INT32 = 2**31 - 1
 # PyYAML raises a bare ValueError for what looks like a date and is none.
-_BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
+BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 
 def iso_date(value: Any) -> str:
@@ -55,6 +56,27 @@ def iso_date(value: Any) -> str:
     except (ValueError, TypeError) as error:
         raise ValueError("expected a date like 2026-01-31, or a moment like 2026-01-31T12:00") from error
     return text
+
+
+def template_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a chat template as folders record them, in JSON. YAML reads a date as one; templates take its text.
+
+    Raises:
+        ValueError: JSON has no such value.
+    """
+    kept = {}
+    for name, value in arguments.items():
+        text = value.isoformat() if isinstance(value, datetime.date) else value
+        try:
+            written = json.dumps(text, allow_nan=False, ensure_ascii=False)
+            written.encode("utf-8")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{name}: found {value!r}, expected what JSON can write: text, a finite number, true, false, null, or "
+                "a list or mapping of them"
+            ) from error
+        kept[name] = json.loads(written)
+    return kept
 
 
 Beta = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
@@ -98,7 +120,8 @@ class DataConfig(_Section):
     last_turn_only: bool = False  # supervise the last assistant turn of a conversation alone
     mask_reasoning: bool = False  # do not supervise what stands between <think> and </think>
     on_bad_row: Literal["stop", "skip"] = "stop"  # where a conversation cannot be used
-    template: dict[str, Any] = {}  # arguments of the chat template, as enable_thinking
+    # Arguments of the chat template, as enable_thinking.
+    template: Annotated[dict[str, Any], AfterValidator(template_arguments)] = {}
     date: Annotated[str, BeforeValidator(iso_date)] | None = (
         None  # for templates that write it; null: when the run starts
     )
@@ -280,7 +303,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
             raise InputError(f"override {text!r}: {section} is not a section")
     try:
         raw[last] = yaml.safe_load(value)
-    except _BAD_YAML as error:
+    except BAD_YAML as error:
         raise InputError(f"override {text!r}: {value!r} is not a YAML value") from error
 
 
@@ -294,7 +317,7 @@ def _leave_aside(raw: dict[str, Any], overrides: list[str]) -> None:
         return
     try:
         name = yaml.safe_load(wanted[-1])
-    except _BAD_YAML:
+    except BAD_YAML:
         return  # refused where the override is made
     if name != (named or importlib.import_module("flaxdraft.algorithms").DEFAULT):
         raw.pop("algorithm", None)
@@ -316,7 +339,7 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from error
-    except _BAD_YAML as error:
+    except BAD_YAML as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         found = "nothing" if raw is None else type(raw).__name__

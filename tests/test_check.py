@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from commands import tool
+from draft_changes import both, drop, field, nan, nothing, rename, tensor
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_contracts import DEEPSEEK_FIELDS, TARGET_HF, V, W
@@ -42,40 +43,6 @@ def good(tmp_path_factory):
         name: (load_safetensors(path / "model.safetensors"), json.loads((path / "config.json").read_text()))
         for name, path in made.items()
     }
-
-
-def rename(old, new):
-    def change(tensors, config):
-        for key in [key for key in tensors if key.startswith(old)]:
-            tensors[new + key.removeprefix(old)] = tensors.pop(key)
-
-    return change
-
-
-def tensor(name, value):
-    return lambda tensors, config: tensors.update({name: value(tensors) if callable(value) else value})
-
-
-def field(name, value):
-    return lambda tensors, config: config.update({name: value})
-
-
-def drop(*names):
-    return lambda tensors, config: [source.pop(name, None) for name in names for source in (tensors, config)]
-
-
-def both(*changes):
-    return lambda tensors, config: [change(tensors, config) for change in changes]
-
-
-def nothing(tensors, config):
-    """No change."""
-
-
-def nan(tensors):
-    array = tensors["fc.weight"].copy()
-    array[0, 0] = np.nan
-    return array
 
 
 def one_place(place):
@@ -331,7 +298,16 @@ def test_an_embedding_that_is_not_the_targets_is_wrong(on_disk, tmp_path, capsys
         assert check.main([*changed, "--json"]) == code
         assert ("differs from the target's embedding in" in capsys.readouterr().out) == bool(code)
     (Path(arguments[2]) / "model.safetensors").unlink()
-    assert check.main(on_disk(change=tensor("embed_tokens.weight", theirs[::-1].copy()))) == 0  # nobody can tell
+    mine = tensor("embed_tokens.weight", theirs)
+    unknown = TARGET | {"architectures": ["OddForCausalLM"], "model_type": "odd"}
+    assert check.main([*on_disk(change=mine), "--json"]) == 0  # there are none
+    assert "with which it could not be compared" in capsys.readouterr().out
+    save_safetensors(Path(arguments[2]) / "model.safetensors", {"model.qweight": theirs})
+    for target in (unknown, TARGET | {"quantization_config": {"quant_method": "awq", "bits": 4}}):
+        assert check.main([*on_disk(change=mine, target=target), "--json"]) == 0
+        assert "with which it could not be compared" in capsys.readouterr().out
+        assert check.main([*on_disk(target=target), "--json"]) == 0
+        assert "could not be" not in capsys.readouterr().out
 
 
 def test_exit_codes_are_for_scripts(on_disk, capsys):

@@ -232,10 +232,15 @@ def test_a_type_that_no_weight_has(tmp_path):
         from_pretrained(str(write(tmp_path / "m", tensors)))
 
 
-def test_a_tied_heads_copy_is_left_out(tmp_path):
+def test_a_tied_heads_copy_is_left_out(tmp_path, capsys):
     tensors = WEIGHTS | {"lm_head.weight": WEIGHTS["model.embed_tokens.weight"]}
     loaded = from_pretrained(str(write(tmp_path / "m", tensors)))
     np.testing.assert_array_equal(loaded.model.head(), WEIGHTS["model.embed_tokens.weight"])
+    assert "differs" not in capsys.readouterr().out
+    other = WEIGHTS | {"lm_head.weight": WEIGHTS["model.embed_tokens.weight"][::-1].copy()}
+    loaded = from_pretrained(str(write(tmp_path / "other", other)))
+    np.testing.assert_array_equal(loaded.model.head(), WEIGHTS["model.embed_tokens.weight"])
+    assert "lm_head.weight differs from model.embed_tokens.weight" in " ".join(capsys.readouterr().out.split())
 
 
 def save_tokenizer(directory, num_tokens):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -19,11 +20,13 @@ from tiny import write_tiny_gguf
 
 from flaxdraft.data.__main__ import main as data_main
 from flaxdraft.data.draft_vocabulary import read_map
+from flaxdraft.data.ingest import plan_of
 from flaxdraft.data.speculators_folder import SpeculatorsFolder
 from flaxdraft.data.store import FeatureStore
+from flaxdraft.data.templates import Rendered
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch
-from flaxdraft.targets import from_pretrained
+from flaxdraft.targets import from_pretrained, open_target
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "convert"))
 import features_from_speculators
@@ -162,6 +165,20 @@ def test_narrow_states_stay_as_they_are(folder, native, target, tmp_path):
     assert store.manifest["taps_dtype"] == store.manifest["last_dtype"] == "bfloat16"
     want = native.row(0).features.taps_BTKE.astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(store.row(0).features.taps_BTKE, want)
+
+
+def test_a_row_beyond_the_targets_context_is_refused(target):
+    long = Rendered(np.ones(129, np.int32), np.ones(129, bool))
+    folder = types.SimpleNamespace(rows=[long], name=lambda index: f"hs_{index}")
+    with pytest.raises(InputError, match="hs_0: 129 tokens, the target's context is 128; leave the file out"):
+        plan_of(folder, open_target(str(target)), [0, 1, 2], 100)
+
+
+def test_which_head_is_used_is_said(folder, target, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("flaxdraft.data.ingest.say_which_head", asked.append)
+    assert call(folder, tmp_path / "s", target) == 0
+    assert [opened.path for opened in asked] == [target]
 
 
 def rewrite(number, **changes):

@@ -100,3 +100,12 @@ def test_too_many_silent_rows_are_an_error(file, tiny_gguf, tmp_path, capsys):
     assert "2 conversations left out that supervise nothing" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"2 of 10 conversations .* a share of 0.1 \(data.max_silent\)"):
         open_conversations(data.model_copy(update={"max_silent": 0.1}), target, ChatTemplate())
+
+
+def test_rows_are_cut_at_the_targets_context(tiny_gguf, tmp_path, capsys):
+    target, path = open_target(str(tiny_gguf)), tmp_path / "c.jsonl"
+    messages = [{"role": "user", "content": "and"}, {"role": "assistant", "content": "inn " * 200}]
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    documents = open_conversations(DataConfig(prompts="none", conversations=str(path)), target, ChatTemplate())
+    assert documents.lengths.tolist() == [128] == [target.config().context]
+    assert "1 conversations cut at 128 tokens" in capsys.readouterr().out

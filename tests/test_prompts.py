@@ -67,6 +67,14 @@ def test_a_broken_line_is_named_by_its_number(read, line, message):
         read(GOOD | {"id": "first"}, "", HELD_OUT, line)
 
 
+def test_all_broken_lines_are_named_at_once(read):
+    with pytest.raises(InputError, match=r"p.jsonl: 3 bad rows; mend them:\n") as caught:
+        read(GOOD, "{", HELD_OUT, [1], GOOD)
+    for words in ("line 2: not valid JSON", "line 4: expected an object", "line 5: id "):
+        assert words in str(caught.value)
+    assert "skip" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("line", "split"), [(GOOD, "held_out"), (HELD_OUT, "train")], ids=["train", "held_out"])
 def test_both_splits_are_needed(read, line, split):
     with pytest.raises(

@@ -32,22 +32,31 @@ def typed(text: str) -> str:
     return " ".join(text.replace("\\\n", " ").split())
 
 
+def ended_with(name: str, template, capfd) -> str:
+    engine = find_engine(contract, name)
+    print_headline(EVALUATION, Path("out/export"), Path("out/report"), "ORG/target", engine, template)
+    return typed(capfd.readouterr().out)
+
+
 def test_every_engine_has_a_command():
     assert COMMANDS.keys() == {name for name, engine in engines().items() if engine.serves}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_run_ends_with_the_command_of_its_engine(capfd, name):
-    print_headline(EVALUATION, Path("out/export"), Path("out/report"), "ORG/target", find_engine(contract, name))
-    text = typed(capfd.readouterr().out)
+    text = ended_with(name, {}, capfd)
     assert f"serve {COMMANDS[name].format('out/export')}" in text
     assert "TARGET: the Hugging Face directory of ORG/target" in text
     assert ("sglang.launch_server" in text) == (name == "sglang")
 
 
+def test_a_run_ends_with_what_its_template_was_given(capfd):
+    assert '"chat_template_kwargs": {"mood": "kind"} in every request' in ended_with("vllm", {"mood": "kind"}, capfd)
+    assert "request" not in ended_with("vllm", {}, capfd)
+
+
 def test_a_layout_that_no_engine_was_asked_about_has_no_command_and_says_why(capfd):
-    print_headline(EVALUATION, Path("out/export"), Path("out/report"), "ORG/target", find_engine(contract, "hf"))
-    text = typed(capfd.readouterr().out)
+    text = ended_with("hf", {"mood": "kind"}, capfd)
     assert "serve no command: export.engine=hf is the layout for other trainers" in text
     assert "TARGET" not in text
 

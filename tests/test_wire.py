@@ -21,7 +21,21 @@ from closeness import assert_close
 from pydantic import BaseModel
 from stand_ins import MEAN_MOVES
 from tiny import TEMPLATE, write_prompts, write_tiny_gguf
-from wiring import Command, Ended, First, algorithms, exported
+from wiring import (
+    Command,
+    Ended,
+    First,
+    algorithms,
+    begins_with,
+    best,
+    chosen,
+    due,
+    kept,
+    lengths,
+    logged,
+    moved,
+    prompts_of,
+)  # fmt: skip
 
 # In every value and override below, {here} is the folder of the module's files, {base} that of a run of `run.yaml` that
 # has ended.
@@ -103,49 +117,6 @@ EVERY_FOURTH = [*range(0, 256, 4)]
 SERVED_AS = {"sglang": "LlamaForCausalLMEagle3", "tpu-inference": "Eagle3LlamaForCausalLM"}
 
 
-def due(every: int, run: Ended) -> list[int]:
-    """The multiples of a number of steps, and the last step."""
-    last = run.config.train.num_steps
-    return sorted({*range(every, last, every), last})
-
-
-def logged(run: Ended, kind: str) -> list[int]:
-    return [line["step"] for line in run.metrics(kind)]
-
-
-def best(run: Ended) -> int:
-    """The first evaluation after the beginning: the stand-in's score stays what it is."""
-    return logged(run, "held_out")[1]
-
-
-def kept(run: Ended, latest: int, every: int | None) -> bool:
-    stay = {step for step in run.saved if every is not None and step % every == 0}
-    return run.checkpoints() == sorted({*run.saved[-latest:], *stay, best(run)})
-
-
-def chosen(run: Ended) -> int:
-    """The step whose checkpoint was evaluated and exported."""
-    return run.evaluation()["checkpoint"]["step"]
-
-
-def moved(run: Ended, each: float) -> bool:
-    """Whether the exported weights are so far from where they began, every step."""
-    return bool((run.exported()["midlayer.hidden_norm.weight"] == 1 + each * chosen(run)).all())
-
-
-def lengths(run: Ended, split: str) -> set[int]:
-    """Tokens of the answers."""
-    return {row.num_answer for rows in run.answers(split) for row in rows}
-
-
-def prompts_of(path: str) -> set[str]:
-    return {row["prompt"] for row in map(json.loads, Path(path).read_text().splitlines())}
-
-
-def begins_with(first: First, directory: str) -> bool:
-    return np.array_equal(first.weights["lm_head/kernel"].T, exported(Path(directory))["lm_head.weight"])
-
-
 ROWS: dict[str, list] = {
     "output_dir": [Ends(lambda run, value: (Path(value) / "data" / "data.json") in run.files())],
     "name": [Ends(lambda run, value: run.file("export").parent.name == (value or "llama"))],
@@ -167,8 +138,10 @@ ROWS: dict[str, list] = {
     "data.mask_reasoning": [Differs("batches", True, CHATS)],
     "data.max_silent": [Says(0.0, r"1 of 7 conversations .* a share of 0.0 \(data.max_silent\)", CHATS)],
     "data.on_bad_row": [Says("skip", "1 bad row left out", ("data.conversations={here}/bad.jsonl",), code=0)],
-    "data.template": [Differs("batches", {"mood": "kind"}, DATED)],
-    "data.date": [Differs("batches", "2026-01-31", (*DATED, "data.date=2026-01-30"))],
+    "data.template": [Differs("batches", {"mood": "kind"}, given) for given in (DATED, (*DATED, *CHATS))],
+    "data.date": [
+        Differs("batches", "2026-01-31", (*DATED, *rows, "data.date=2026-01-30")) for rows in ((), CHATS)
+    ],
     "data.last_batch": [Differs("batches", "drop")],
     "data.prefetch": [Ends(lambda run, value: run.readers == {value == 0})],
     "data.num_prompts": [Ends(lambda run, value: len(run.prompts("train")) == (value or 10))],

@@ -308,3 +308,49 @@ class Command:
 
 def _by_path(state: nnx.State) -> dict[str, np.ndarray]:
     return {"/".join(map(str, path)): np.asarray(x.get_value()) for path, x in nnx.to_flat_state(state)}
+
+
+# What the tables of test_wire.py say of a run that ended, and of a first step.
+
+
+def due(every: int, run: Ended) -> list[int]:
+    """The multiples of a number of steps, and the last step."""
+    last = run.config.train.num_steps
+    return sorted({*range(every, last, every), last})
+
+
+def logged(run: Ended, kind: str) -> list[int]:
+    return [line["step"] for line in run.metrics(kind)]
+
+
+def best(run: Ended) -> int:
+    """The first evaluation after the beginning: the stand-in's score stays what it is."""
+    return logged(run, "held_out")[1]
+
+
+def kept(run: Ended, latest: int, every: int | None) -> bool:
+    stay = {step for step in run.saved if every is not None and step % every == 0}
+    return run.checkpoints() == sorted({*run.saved[-latest:], *stay, best(run)})
+
+
+def chosen(run: Ended) -> int:
+    """The step whose checkpoint was evaluated and exported."""
+    return run.evaluation()["checkpoint"]["step"]
+
+
+def moved(run: Ended, each: float) -> bool:
+    """Whether the exported weights are so far from where they began, every step."""
+    return bool((run.exported()["midlayer.hidden_norm.weight"] == 1 + each * chosen(run)).all())
+
+
+def lengths(run: Ended, split: str) -> set[int]:
+    """Tokens of the answers."""
+    return {row.num_answer for rows in run.answers(split) for row in rows}
+
+
+def prompts_of(path: str) -> set[str]:
+    return {row["prompt"] for row in map(json.loads, Path(path).read_text().splitlines())}
+
+
+def begins_with(first: First, directory: str) -> bool:
+    return np.array_equal(first.weights["lm_head/kernel"].T, exported(Path(directory))["lm_head.weight"])

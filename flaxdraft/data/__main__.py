@@ -24,10 +24,12 @@ from flaxdraft.run.chat_options import (
     add_bad_row_option,
     add_row_options,
     add_template_options,
+    at_least,
     bad_rows,
     chat_options,
     template_inputs,
     template_of,
+    template_of_rows,
 )
 from flaxdraft.run.commands import ADDRESS, Command, call_one_of
 from flaxdraft.run.target_options import add_target_options, dtype_or_default, on_all_hosts, target_mesh
@@ -59,7 +61,7 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
     _file_and_target(parser)
     add_row_options(parser)
-    parser.add_argument("--rows", type=int, default=3, help="from the beginning of the file")
+    parser.add_argument("--rows", type=at_least(1), default=3, help="from the beginning of the file")
 
 
 def _answer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,9 +72,11 @@ def _answer_arguments(parser: argparse.ArgumentParser) -> None:
     add_template_options(parser)
     add_bad_row_option(parser)
     parser.add_argument("output_dir", type=Path, help="a folder for the answers; the same one goes on")
-    parser.add_argument("--rows", type=int, default=32, help="conversations answered together")
+    parser.add_argument("--rows", type=at_least(1), default=32, help="conversations answered together")
     for field in dataclasses.fields(Answering):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+        whole = at_least(0 if field.name == "seed" else 1)
+        kind = whole if isinstance(field.default, int) else float
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
 
 
 def _capture_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,8 +89,8 @@ def _capture_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--taps-dtype", choices=("bfloat16", "float32", "fp8"), default="bfloat16", help="on disk")
     parser.add_argument("--last-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="on disk")
     parser.add_argument("--max-silent", type=float, default=0.5, help="largest share of rows that supervise nothing")
-    parser.add_argument("--shard-tokens", type=int, default=16384, help="of one file, about")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="of one forward pass")
+    parser.add_argument("--shard-tokens", type=at_least(1), default=16384, help="of one file, about")
+    parser.add_argument("--batch-tokens", type=at_least(1), default=8192, help="of one forward pass")
     parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="this host's share: 0/4, 1/4, ...")
     parser.add_argument("--plan", action="store_true", help="say what the store will take, and stop")
 
@@ -106,7 +110,7 @@ def check_file(arguments: argparse.Namespace) -> int:
 
     opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
     tokenizer, stops = opened.needed_tokenizer(), opened.needed_stop_tokens()
-    options = chat_options(arguments, opened, template_of(arguments, tokenizer))
+    options = chat_options(arguments, opened, template_of_rows(arguments, tokenizer))
     found = check(read_conversations(arguments.file, bad), tokenizer, options, stops, bad)
     CONSOLE.print(as_table(found, opened.special_tokens, opened.config().vocab_size, options.limit))
     if arguments.out is not None:
@@ -125,7 +129,7 @@ def show(arguments: argparse.Namespace) -> None:
 
     opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
     tokenizer = opened.needed_tokenizer()
-    options = chat_options(arguments, opened, template_of(arguments, tokenizer))
+    options = chat_options(arguments, opened, template_of_rows(arguments, tokenizer))
     shown = total = supervised = silent = cut = 0
     conversations = [*read_conversations(arguments.file, bad)]  # all of them, for all that is wrong with the file
     for conversation in conversations[: arguments.rows]:
@@ -159,7 +163,7 @@ def runs(mask):
     import numpy as np
 
     edges = [0, *(np.flatnonzero(np.diff(mask)) + 1), len(mask)]
-    return [(begin, end, bool(mask[begin])) for begin, end in pairwise(edges)]
+    return [(begin, end, bool(mask[begin])) for begin, end in pairwise(edges) if begin < end]
 
 
 def answer_all(arguments: argparse.Namespace) -> int:
@@ -228,7 +232,7 @@ def _capture_all(arguments: argparse.Namespace) -> None:
     dtype, mesh = dtype_or_default(arguments.dtype), target_mesh(arguments.mesh)
     opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
     tokenizer = opened.needed_tokenizer()
-    template = template_of(arguments, tokenizer, arguments.output_dir / PLAN)
+    template = template_of_rows(arguments, tokenizer, arguments.output_dir / PLAN)
     config = opened.config(algorithms.tap_layers(arguments.algorithm, opened.config(), arguments.tap_layers))
     options = chat_options(arguments, opened, template)
     documents = render_all(

@@ -15,11 +15,11 @@ SHOWN = 10
 
 @dataclasses.dataclass
 class BadRows:
-    """What was said of each, the row's name first."""
+    """The message of each bad row, which begins with the row's name."""
 
     file: str
     policy: OnBadRow = "stop"
-    field: str = "--on-bad-row "  # where the user may say otherwise
+    field: str | None = "--on-bad-row "  # where the user may say otherwise; None: nowhere
     messages: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, error: InputError) -> None:
@@ -38,7 +38,8 @@ class BadRows:
         if len(self.messages) > SHOWN:
             listed += f"\n  and {len(self.messages) - SHOWN} more"
         if self.policy == "stop":
-            raise InputError(f"{found}; mend them, or leave them out with {self.field}skip:{listed}")
+            otherwise = "" if self.field is None else f", or leave them out with {self.field}skip"
+            raise InputError(f"{found}; mend them{otherwise}:{listed}")
         CONSOLE.print(f"{found} left out:{listed}", markup=False)
 
     def by_kind(self) -> dict[str, list[str]]:

@@ -29,7 +29,7 @@ _STOPPED_CLOCK = (
     "{% macro strftime_now(format) %}{% set ns = namespace(text=format) %}{% for code in strftime_codes %}"
     "{% set ns.text = ns.text.replace(code, strftime_codes[code]) %}{% endfor %}{{ ns.text }}{% endmacro %}\n"
 )
-_LETTERS = "aAwdbBmyYHIpMSfzZjUWcxXGuVDFeRTkls"
+_LETTERS = "aAwdbBmyYHIpPMSfzZjUWcxXGgCuVDFeRrTkhlsnt"
 
 
 def now() -> str:
@@ -62,7 +62,7 @@ class ChatTemplate:
         return held[name]
 
     def keywords(self, tokenizer: Any, tools: Sequence[Any] | None) -> dict[str, Any]:
-        """For `apply_chat_template`.
+        """Keyword arguments for `apply_chat_template`.
 
         Raises:
             InputError: see `text`.

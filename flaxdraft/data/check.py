@@ -7,8 +7,9 @@ one table, `draw_lengths` shows the lengths.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ _DROPPED_REASONING = "reasoning of an assistant"
 
 @dataclasses.dataclass
 class Found:
-    """In one file."""
+    """What was found in one file."""
 
     bad: BadRows
     lengths: list[int] = dataclasses.field(default_factory=list)  # of rows, as training would see them
@@ -57,7 +58,8 @@ def check(
     conversations: Iterable[Conversation], tokenizer: Any, options: ChatOptions, stop_tokens: Sequence[int],
     bad: BadRows,
 ) -> Found:  # fmt: skip
-    """
+    """Renders every row as training would and gathers what was found.
+
     Args:
         stop_tokens: that end an answer of the target.
         bad: of the file; is given the rows that cannot be rendered, too.
@@ -88,23 +90,36 @@ def check(
 
 
 def _dropped(conversation: Conversation, text: str) -> set[str]:
-    """What the template does not write of the messages."""
-    kinds = set()
+    """What the template does not write of the messages. What one says may stand in what others say, too: it is written
+    where it stands in the text as often as in all messages together."""
+    kinds, said = set(), "\0".join(map(_answer, conversation.messages))
+
+    def written(part: str) -> bool:
+        escaped = json.dumps(part, ensure_ascii=False)[1:-1]  # some write a tool's result as JSON text
+        found = text.count(part) + (text.count(escaped) if escaped != part else 0)
+        return not part or found >= max(said.count(part), 1)
+
     for message in conversation.messages:
-        content, role = message["content"].strip(), message["role"]
-        who = "an assistant" if role == "assistant" else f"a {role}"
-        if content not in text:
-            answer = content.rpartition(CLOSE)[2].strip()
-            kept = role == "assistant" and CLOSE in content and answer in text
-            kinds.add(_DROPPED_REASONING if kept else f"what {who} says")
+        content, role, answer = message["content"].strip(), message["role"], _answer(message)
+        if not written(answer):
+            kinds.add(f"what {'an assistant' if role == 'assistant' else f'a {role}'} says")
+        elif not written(content):
+            kinds.add(_DROPPED_REASONING)
         for name in ("reasoning_content", "reasoning", "thinking"):
             if isinstance(message.get(name), str) and message[name].strip() not in text:
                 kinds.add(_DROPPED_REASONING)
     return kinds
 
 
+def _answer(message: Mapping[str, Any]) -> str:
+    """What a message says without the reasoning before it, which templates may leave out."""
+    content = message["content"]
+    return (content.rpartition(CLOSE)[2] if message["role"] == "assistant" else content).strip()
+
+
 def as_table(found: Found, special: Sequence[int], vocab_size: int, limit: int) -> Table:
-    """
+    """What was found, for people.
+
     Args:
         special: tokens that every draft vocabulary holds.
         limit: tokens where rows are cut.
@@ -139,7 +154,7 @@ def as_table(found: Found, special: Sequence[int], vocab_size: int, limit: int) 
 
 
 def _edges(lengths: Sequence[int]) -> list[int]:
-    """Powers of two, and none that no length reaches."""
+    """The powers of two between which all lengths lie."""
     first, last = (max(length, 1).bit_length() for length in (min(lengths), max(lengths)))
     return [1 << bits for bits in range(first - 1, last + 1)]
 

@@ -107,14 +107,22 @@ def parse(row: Any, where: str, default_id: str) -> Conversation:
     """
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object, found {type(row).__name__}")
-    row = _without_nulls(row)
+    try:
+        return _parse(row, where, default_id)
+    except RecursionError as error:
+        raise InputError(f"{where}: nested too deep to be read") from error
+
+
+def _parse(row: dict[str, Any], where: str, default_id: str) -> Conversation:
+    names = sorted(key for key in row if row[key] is not None)
+    row = _without_nulls({key: row[key] for key in _FIELDS if key in row})
     labels = {"id": default_id, "category": "", "split": "train"}
     name, category, split = (_text(row.get(key, default), where, key) for key, default in labels.items())
     if "input_ids" in row:
         tokens, assistant = _tokens(row, where)
         return Conversation(where, name, category, split, tokens=tokens, assistant=assistant)
     if ("messages" in row) == ("conversations" in row):
-        found = "both" if "messages" in row else f"only {', '.join(sorted(row)) or 'nothing'}"
+        found = "both" if "messages" in row else f"only {', '.join(names) or 'nothing'}"
         raise InputError(f"{where}: expected one of {SHAPES}; found {found}")
     key = "messages" if "messages" in row else "conversations"
     messages = row[key]
@@ -144,7 +152,12 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         speaker = message.pop("from")
         if not isinstance(speaker, str) or speaker not in _SPEAKERS:
             raise InputError(f"{where}: from: found {_brief(speaker)}, expected one of {', '.join(_SPEAKERS)}")
-        message = {"role": _SPEAKERS[speaker], "content": message.pop("value", None), **message}
+        content = {"content": message.pop("value", None)}
+        if speaker == "function_call":  # what is called, in JSON
+            content = {"content": None, "tool_calls": _spoken_calls(content["content"], f"{where}: value")}
+        message = {"role": _SPEAKERS[speaker], **content, **message}
+    if message.get("role") == "function":  # OpenAI's older name
+        message = {**message, "role": "tool"}
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise InputError(f"{where}: role: found {_brief(role)}, expected one of {', '.join(ROLES)}")
@@ -162,7 +175,10 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Arrow writes fields that a row has not, at any depth, as nulls."""
+    """Leaves out nulls at any depth, which Arrow writes for fields that a row has not, and makes objects of Arrow's
+    maps, which are lists of pairs."""
+    if isinstance(value, list) and value and all(isinstance(inner, tuple) for inner in value):
+        value = dict(value)
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list) and any(isinstance(inner, (dict, list)) for inner in value):
@@ -171,7 +187,8 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _from_json(value: Any, where: str) -> Any:
-    """Parquet data sets keep as JSON text what has no common type; empty text is nothing."""
+    """Parses JSON text, in which Parquet data sets keep what has no common type; empty text is None. Any other value
+    stays."""
     if not isinstance(value, str):
         return value
     try:
@@ -181,17 +198,41 @@ def _from_json(value: Any, where: str) -> Any:
 
 
 def _tools(row: dict[str, Any], where: str) -> tuple[dict[str, Any], ...] | None:
-    """Of the row; OpenAI's older `functions` are the same without a frame."""
+    """The tools of a row. OpenAI's older `functions` are the same without a frame."""
     tools = _from_json(row.get("tools"), f"{where}: tools")
     functions = _from_json(row.get("functions"), f"{where}: functions")
-    if not tools and isinstance(functions, list):
-        tools = [{"type": "function", "function": function} for function in functions]
-    if not tools:
+    name, found = ("tools", tools) if tools or not functions else ("functions", functions)
+    if not found:
         return None
-    tools = [_from_json(tool, f"{where}: tools") for tool in tools] if isinstance(tools, list) else tools
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise InputError(f"{where}: tools: expected a list of objects, found {_brief(tools)}")
-    return tuple(_without_nulls(tools))
+    found = [_from_json(item, f"{where}: {name}") for item in found] if isinstance(found, list) else found
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise InputError(f"{where}: {name}: expected a list of objects, found {_brief(found)}")
+    if name == "functions":
+        found = [*map(_framed, found)]
+    return tuple(_without_nulls([_tool(tool, f"{where}: {name}") for tool in found]))
+
+
+def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
+    tool = _parsed(tool, "function", where)
+    if isinstance(function := tool.get("function"), dict):
+        return {**tool, "function": _parsed(function, "parameters", where)}
+    return _parsed(tool, "parameters", where)
+
+
+def _parsed(holder: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    """The mapping with the value under a key parsed, where that is JSON text."""
+    return {**holder, key: _from_json(holder[key], f"{where}: {key}")} if key in holder else holder
+
+
+def _spoken_calls(value: Any, where: str) -> list[Any]:
+    """ShareGPT's calls: {name, arguments} or a list of them."""
+    called = _from_json(value, where)
+    calls = called if isinstance(called, list) else [called]
+    return [call if isinstance(call, dict) and "function" in call else _framed(call) for call in calls]
+
+
+def _framed(function: Any) -> dict[str, Any]:
+    return {"type": "function", "function": function}
 
 
 def _calls(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
@@ -201,9 +242,13 @@ def _calls(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
         InputError: they are no calls, or their arguments are no JSON object.
     """
     calls = _from_json(message.pop("tool_calls", None), f"{where}: tool_calls") or []
-    if isinstance(called := message.get("function_call"), dict):
-        del message["function_call"]
-        calls = [{"type": "function", "function": called}]
+    called = _from_json(message.pop("function_call", None), f"{where}: function_call")
+    if isinstance(called, dict):
+        calls = [_framed(called)]
+    elif called is not None:
+        raise InputError(f"{where}: function_call: expected an object, found {_brief(called)}")
+    if isinstance(calls, list):
+        calls = [_call(call, f"{where}: tool_calls") for call in calls]
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise InputError(f"{where}: tool_calls: expected a list of objects, found {_brief(calls)}")
     for call in calls:
@@ -214,6 +259,13 @@ def _calls(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
         if not isinstance(arguments, (dict, type(None))):
             raise InputError(f"{where}: tool_calls: arguments: expected a JSON object, found {_brief(arguments)}")
     return calls
+
+
+def _call(call: Any, where: str) -> Any:
+    """A tool call, parsed where it, or its function, is JSON text."""
+    if isinstance(call, str) and call.lstrip().startswith("{"):
+        call = _from_json(call, where)
+    return _parsed(call, "function", where) if isinstance(call, dict) else call
 
 
 def _tokens(row: dict[str, Any], where: str) -> tuple[np.ndarray, np.ndarray]:

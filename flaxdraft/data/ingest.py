@@ -30,6 +30,7 @@ from flaxdraft.ops.padding import round_up
 from flaxdraft.progress import CONSOLE
 from flaxdraft.targets import OpenedTarget
 from flaxdraft.targets.embedding_and_head import EmbeddingAndHeadWeights
+from flaxdraft.targets.tied_head import say_which_head
 
 STORED = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}  # a dtype of a file, and of the store
 
@@ -82,8 +83,8 @@ def token_row(tokens: np.ndarray, mask: np.ndarray, where: str) -> Rendered:
 def plan_of(folder: Folder, opened: OpenedTarget, tap_layers: Sequence[int], shard_tokens: int) -> StorePlan:
     """
     Raises:
-        InputError: the folder has no rows, its states are of another width or of a type that no store has, or a token
-            is outside the target's vocabulary.
+        InputError: the folder has no rows, its states are of another width or of a type that no store has, a token is
+            outside the target's vocabulary, or a row is longer than its context.
     """
     config, tokenizer = opened.config(tap_layers), opened.source.tokenizer()
     if not len(folder.rows):
@@ -93,6 +94,11 @@ def plan_of(folder: Folder, opened: OpenedTarget, tap_layers: Sequence[int], sha
             raise InputError(
                 f"{folder.name(index)}: token {row.tokens.max()} is outside the target's vocabulary of "
                 f"{config.vocab_size}; the folder is of another target"
+            )
+        if len(row.tokens) > config.context:
+            raise InputError(
+                f"{folder.name(index)}: {len(row.tokens)} tokens, the target's context is {config.context}; leave the "
+                "file out, or give the target with the config.json that it was served with"
             )
     first = folder.states(0)
     for name, found in (("taps", first.taps_LKE.dtype.name), ("last hidden state", first.last_LE.dtype.name)):
@@ -122,6 +128,7 @@ def ingest(directory: Path, folder: Folder, opened: OpenedTarget, tap_layers: Se
         InputError: see `plan_of` and `store_writer.start`; a file is damaged, of another width, or not finite.
     """
     plan = plan_of(folder, opened, tap_layers, shard_tokens)
+    say_which_head(opened)
     weights = EmbeddingAndHeadWeights.of_target(opened, opened.config())
     CONSOLE.print(
         f"{len(folder.rows)} rows, {plan.num_tokens} tokens, taps of layers {list(plan.source.tap_layers)}, "

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flaxdraft.data.bad_rows import BadRows
 from flaxdraft.data.chat_template import ChatTemplate
 from flaxdraft.errors import InputError
 from flaxdraft.files.json_files import read_json_lines
@@ -41,22 +42,25 @@ def read_prompts(path: str | Path, needed: Sequence[str] = SPLITS, field: str = 
         field: what names the file, for messages.
 
     Raises:
-        InputError: the file is missing or has no prompts; a line is broken (its number is given); an id repeats.
+        InputError: the file is missing or has no prompts; lines are broken, or their ids repeat (all are named).
     """
-    prompts, seen, parse = [], {}, None
+    found: dict[str, tuple[int, Prompt]] = {}
+    bad, parse = BadRows(str(path), field=None), None
     try:
-        for number, row in read_json_lines(Path(path), "line"):
+        for number, row in read_json_lines(Path(path), "line", bad.add):
             where = f"{path} line {number}"
-            if not isinstance(row, dict):
-                raise InputError(f"{where}: expected an object, found {type(row).__name__}")
-            parse = parse or (_question if "turns" in row else _prompt)
-            prompt = parse(row, where)
-            if prompt.id in seen:
-                raise InputError(f"{where}: id {prompt.id!r} stands in line {seen[prompt.id]} already")
-            seen[prompt.id] = number
-            prompts.append(prompt)
+            parse = parse or (_question if isinstance(row, dict) and "turns" in row else _prompt)
+            try:
+                prompt = parse(row, where)
+                if prompt.id in found:
+                    raise InputError(f"{where}: id {prompt.id!r} stands in line {found[prompt.id][0]} already")
+                found[prompt.id] = number, prompt
+            except InputError as error:
+                bad.add(error)
     except OSError as error:
         raise InputError(f"{field}: cannot read {path} ({error.strerror})") from error
+    bad.judge()
+    prompts = [prompt for _, prompt in found.values()]
     if not prompts:
         raise InputError(f"{path}: is empty, expected one prompt or question a line")
     for split in needed:
@@ -65,7 +69,8 @@ def read_prompts(path: str | Path, needed: Sequence[str] = SPLITS, field: str = 
     return prompts
 
 
-def _prompt(row: dict[str, Any], where: str) -> Prompt:
+def _prompt(row: Any, where: str) -> Prompt:
+    _check_object(row, where)
     for field in _FIELDS:
         if not isinstance(row.get(field), str) or not row[field].strip():
             raise InputError(f"{where}: {field!r}: found {row.get(field)!r}, expected a non-empty string")
@@ -76,7 +81,8 @@ def _prompt(row: dict[str, Any], where: str) -> Prompt:
     return Prompt(row["id"], row["category"], row["split"], (row["prompt"],))
 
 
-def _question(row: dict[str, Any], where: str) -> Prompt:
+def _question(row: Any, where: str) -> Prompt:
+    _check_object(row, where)
     id, category, turns = row.get("question_id"), row.get("category", "all"), row.get("turns")
     if isinstance(id, bool) or not isinstance(id, (int, str)):
         raise InputError(f"{where}: 'question_id': found {id!r}, expected a number or a string")
@@ -85,6 +91,15 @@ def _question(row: dict[str, Any], where: str) -> Prompt:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise InputError(f"{where}: 'turns': found {turns!r}, expected a list of non-empty strings")
     return Prompt(str(id), category, "held_out", tuple(turns))
+
+
+def _check_object(row: Any, where: str) -> None:
+    """
+    Raises:
+        InputError: a row is none.
+    """
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object, found {type(row).__name__}")
 
 
 def render_messages(

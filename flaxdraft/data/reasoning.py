@@ -7,11 +7,13 @@ reasoning then begins with the turn. An answer that was cut while it reasoned is
 
 from __future__ import annotations
 
+import bisect
 from typing import Any
 
 import numpy as np
 
 OPEN, CLOSE = "<think>", "</think>"
+_WINDOW = 64  # tokens that are searched together
 
 
 def without_reasoning(tokenizer: Any, tokens_L: np.ndarray, assistant_L: np.ndarray) -> np.ndarray:
@@ -35,16 +37,19 @@ def _decoded(tokenizer: Any, ids: list[int]) -> str:
 
 def _tags(tokenizer: Any, ids: list[int], tag: str) -> list[tuple[int, int]]:
     """(first token, token behind the last) of each tag. A token may begin with its last character and go on."""
-    found = []
-    for number in range(1, _decoded(tokenizer, ids).count(tag) + 1):
-        low, high = 1, len(ids)  # the shortest beginning that holds so many
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if _decoded(tokenizer, ids[:middle]).count(tag) >= number else (middle + 1, high)
-        start = low - 1
-        while tag not in _decoded(tokenizer, ids[start:low]):
-            start -= 1
-        found.append((start, low))
+    found, at = [], 0
+    if tag not in _decoded(tokenizer, ids):
+        return found
+    while at < len(ids):
+        window = ids[at : at + _WINDOW]
+        if tag not in _decoded(tokenizer, window):
+            at += _WINDOW - len(tag)  # of its characters each may be a token
+            continue
+        ends = range(1, len(window) + 1)
+        end = ends[bisect.bisect_left(ends, True, key=lambda end: tag in _decoded(tokenizer, window[:end]))]
+        start = next(start for start in reversed(range(end)) if tag in _decoded(tokenizer, window[start:end]))
+        found.append((at + start, at + end))
+        at += end
     return found
 
 

@@ -50,7 +50,7 @@ class Answering:
 
 @dataclasses.dataclass
 class _Talk:
-    """A conversation on its way."""
+    """A conversation that is being answered."""
 
     number: int  # in the file, from 0
     source: Conversation
@@ -64,23 +64,43 @@ class _Talk:
 def answerable(
     conversations: Iterable[Conversation], tokenizer: Any, template: ChatTemplate, bad: BadRows
 ) -> list[Conversation]:  # fmt: skip
-    """Those that can be asked, seen before anything is loaded.
+    """The conversations that can be asked, which is seen before anything is loaded.
 
     Args:
         bad: is given the others.
     """
-    found = []
+    found: dict[str, Conversation] = {}
     for conversation in conversations:
         try:
             if conversation.tokens is not None:
                 raise InputError(f"{conversation.where}: is tokenised already; the target can only answer messages")
-            for asked in _questions(conversation)[:1]:
-                render_messages(tokenizer, asked, conversation.where, conversation.tools, template)
+            if (other := found.get(conversation.id)) is not None:
+                raise InputError(f"{conversation.where}: id {conversation.id!r} stands in {other.where} already")
+            _ask_all(conversation, tokenizer, template)
         except InputError as error:
             bad.add(error)
         else:
-            found.append(conversation)
-    return found
+            found[conversation.id] = conversation
+    return [*found.values()]
+
+
+def _ask_all(conversation: Conversation, tokenizer: Any, template: ChatTemplate) -> None:
+    """Renders every turn's prompt, with a placeholder for the answers that the target has yet to give.
+
+    Raises:
+        InputError: the chat template refuses one.
+    """
+    messages: list[dict[str, Any]] = []
+    for asked in () if _has_tool_calls(conversation) else _questions(conversation):
+        messages += asked
+        render_messages(tokenizer, messages, conversation.where, conversation.tools, template)
+        messages.append({"role": "assistant", "content": "yes"})
+
+
+def _has_tool_calls(conversation: Conversation) -> bool:
+    """Whether tools are called. Such conversations are left out: the tools' results would not be those of the target's
+    calls."""
+    return any(message["role"] == "tool" or message.get("tool_calls") for message in conversation.messages)
 
 
 def regenerate(
@@ -99,23 +119,19 @@ def regenerate(
     Each answer depends on its conversation and the seed alone, not on those beside it or on where a run was stopped.
 
     Args:
+        conversations: those that are `answerable`.
         num_rows: conversations answered together.
         template: what the chat template is given besides.
 
     Raises:
-        InputError: a conversation is tokenised already, or the chat template refuses it; two have one id.
+        InputError: the chat template refuses what the target answered.
     """
     path, counts, template = directory / FILE, Counter(), template or ChatTemplate()
     done = set(hosts.agree(sorted(_finished(path)) if hosts.is_main() else None))
-    talks, seen = [], {}
+    talks = []
     for number, conversation in enumerate(conversations):
-        if conversation.tokens is not None:
-            raise InputError(f"{conversation.where}: is tokenised already; the target can only answer messages")
-        if conversation.id in seen:
-            raise InputError(f"{conversation.where}: id {conversation.id!r} stands in {seen[conversation.id]} already")
-        seen[conversation.id] = conversation.where
-        if any(message["role"] == "tool" or message.get("tool_calls") for message in conversation.messages):
-            counts["with tool calls, left out"] += 1  # the tools' results would not be those of the target's calls
+        if _has_tool_calls(conversation):
+            counts["with tool calls, left out"] += 1
         elif asked := _questions(conversation):
             talks.append(_Talk(number, conversation, asked))
         else:
@@ -135,7 +151,7 @@ def regenerate(
                     counts["answered"] += 1
                     made += sum(map(len, talk.answers))
                     if file is not None:
-                        line = json.dumps(_row(talk, tokenizer, template), ensure_ascii=False) + "\n"
+                        line = json.dumps(_row(talk, tokenizer, template, stop_tokens), ensure_ascii=False) + "\n"
                         file.write(line.encode("utf-8"))
                         file.flush()
                 if talk.ended:
@@ -147,7 +163,7 @@ def regenerate(
 
 
 def _appended(path: Path) -> AbstractContextManager[BinaryIO | None]:
-    """The file, for the first process alone."""
+    """Opens the file to append, in the first process alone."""
     return path.open("ab") if hosts.is_main() else nullcontext()
 
 
@@ -210,16 +226,16 @@ def _seed(seed: int, number: int, turn: int) -> int:
     return int(np.random.SeedSequence((seed, number, turn)).generate_state(1)[0])
 
 
-def _row(talk: _Talk, tokenizer: Any, template: ChatTemplate) -> dict[str, Any]:
+def _row(talk: _Talk, tokenizer: Any, template: ChatTemplate, stop_tokens: Sequence[int]) -> dict[str, Any]:
     tokens = [*talk.prompt, *talk.answers[-1]]
-    mask = _earlier(talk, tokenizer, template) + [1] * len(talk.answers[-1])
+    mask = _earlier(talk, tokenizer, template, stop_tokens) + [1] * len(talk.answers[-1])
     return {
         "id": talk.source.id, "category": talk.source.category, "split": talk.source.split, "messages": talk.messages,
         "input_ids": [int(token) for token in tokens], "loss_mask": mask,
     }  # fmt: skip
 
 
-def _earlier(talk: _Talk, tokenizer: Any, template: ChatTemplate) -> list[int]:
+def _earlier(talk: _Talk, tokenizer: Any, template: ChatTemplate, stop_tokens: Sequence[int]) -> list[int]:
     """The mask of the last prompt: 1 where an earlier answer stands there just as the target produced it. Templates
     that rewrite earlier turns (thinking models drop their reasoning), and texts that are tokenised otherwise when they
     are read again, leave nothing of such a turn to learn from."""
@@ -227,7 +243,8 @@ def _earlier(talk: _Talk, tokenizer: Any, template: ChatTemplate) -> list[int]:
     if len(talk.answers) > 1:
         context = dataclasses.replace(talk.source, messages=tuple(talk.messages[:-1]))
         try:
-            rendered = render(tokenizer, context, ChatOptions(len(mask), template=template))
+            options = ChatOptions(len(mask), template=template, stop_tokens=stop_tokens)
+            rendered = render(tokenizer, context, options)
         except InputError:
             return mask.tolist()
         edges = np.flatnonzero(np.diff(np.concatenate([[0], rendered.assistant, [0]])))

@@ -42,7 +42,7 @@ class Masked(Protocol):
 
 
 def rows_digest(rows: Iterable[Masked]) -> str:
-    """Of tokens and masks: of what a target is asked, and what of it is supervised."""
+    """A digest of tokens and masks: of what a target is asked, and what of it is supervised."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(row.tokens.tobytes() + row.assistant.tobytes() + b"|")
@@ -159,7 +159,7 @@ def render_all(
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Of what decides how text becomes tokens: the tokenizer itself and its chat template."""
+    """A digest of what decides how text becomes tokens: the tokenizer itself and its chat template."""
     template = tokenizer.chat_template or ""
     if isinstance(template, dict):  # several by name
         template = json.dumps(template, sort_keys=True)

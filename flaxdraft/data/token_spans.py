@@ -37,7 +37,7 @@ def within(starts_L: np.ndarray, begin: int, end: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _known(tokenizer: Any) -> np.ndarray:
-    """bool, true for the ids that stand for something; they may have holes, and go beyond their number."""
+    """Which ids stand for a token, as bool. Ids may have holes, and go beyond the number of tokens."""
     ids = np.fromiter(tokenizer.get_vocab().values(), np.int64)
     known = np.zeros(ids.max(initial=0) + 1, bool)
     known[ids] = True
@@ -45,7 +45,8 @@ def _known(tokenizer: Any) -> np.ndarray:
 
 
 def check_tokens(tokens_L: np.ndarray, tokenizer: Any, vocab_size: int | None, where: str) -> None:
-    """
+    """Refuses tokens that the tokenizer or the target has not.
+
     Args:
         vocab_size: rows of the target's embedding; None where they are not known.
 

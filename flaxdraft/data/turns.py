@@ -3,8 +3,13 @@
 A turn begins where the conversation up to it, with the generation prompt, ends, and ends where the conversation with it
 ends, without the white space that the template writes behind its end of turn. That needs a template whose prefixes stay
 as they are when messages follow. Nothing stands before a first turn of the assistant; it begins behind the generation
-prompt that the template writes before its content. {% generation %} marks say the same where prefixes do not; where
-both do, a turn is what both say, for marks often take in a header or a newline that no target writes.
+prompt that the template writes before its content. Some templates refuse a prefix (no user has spoken yet) of what they
+take whole; there a turn is what changes when its content does, and the end of turn behind it.
+
+{% generation %} marks say which turns are the assistant's where prefixes do not, and which of them to learn from. They
+often take in a header or a newline that no target writes, or leave out the end of turn, which it does write: what of a
+marked turn is supervised is what its prefixes say. Where they say nothing, or the template writes no generation prompt,
+the mark decides, with the end of turn behind it.
 """
 
 from __future__ import annotations
@@ -23,7 +28,15 @@ from flaxdraft.data.reasoning import CLOSE, OPEN
 from flaxdraft.errors import InputError
 
 Span = tuple[int, int]
-REFUSALS = (TemplateError, SecurityError, TypeError, ValueError, LookupError, AttributeError)
+
+
+class Refused(InputError):
+    """The template refuses some messages."""
+
+
+REFUSALS = (
+    TemplateError, SecurityError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
 
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _SHOWN = 160  # characters of a rendering in a message
@@ -32,7 +45,7 @@ _PROBES = "Q", "Z"  # contents that begin differently
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """A conversation before its template."""
+    """A conversation with what its chat template is given."""
 
     tokenizer: Any
     template: ChatTemplate
@@ -42,10 +55,10 @@ class Chat:
     stops: tuple[str, ...] = ()  # what ends an answer, as text
 
     def text(self, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
-        """The rendering of some messages, the generation prompt behind them where it is asked for.
+        """Renders some messages, with the generation prompt behind them where it is asked for.
 
         Raises:
-            InputError: the template refuses them.
+            Refused: by the template.
         """
         return self._call(self._apply, messages, add_generation_prompt=prompt)
 
@@ -59,7 +72,7 @@ class Chat:
         try:
             return render(*args, **options)
         except REFUSALS as error:
-            raise InputError(f"{self.where}: the chat template refuses this conversation: {error}") from error
+            raise Refused(f"{self.where}: the chat template refuses this conversation: {error}") from error
 
     def _apply(self, messages, **options) -> str:
         keywords = self.template.keywords(self.tokenizer, self.tools)
@@ -72,7 +85,7 @@ class Chat:
         keywords |= self.tokenizer.special_tokens_map | self.template.keywords(self.tokenizer, self.tools)
         # Its return type is that of its first versions.
         found: Any = render_jinja_template([[*messages]], return_assistant_tokens_mask=True, **keywords)
-        return [(begin, end) for begin, end in found[1][0] if begin < end]
+        return [(begin, end) for begin, end in found[1][0]]
 
 
 class _Habits(NamedTuple):
@@ -81,12 +94,13 @@ class _Habits(NamedTuple):
     prompt: str  # that asks for an answer
     lead: str  # between the prompt and the content
     end: str | None  # that ends a turn, without white space behind it; None where the short conversation is refused
+    header: str = ""  # that asks for an answer without being told to, wherever an answer may follow
 
 
 @functools.lru_cache(maxsize=16)
-def _habits(tokenizer: Any, template: ChatTemplate) -> _Habits:
+def _habits(tokenizer: Any, template: ChatTemplate, with_tools: bool) -> _Habits:
     asked, answers = {"role": "user", "content": "?"}, [{"role": "assistant", "content": probe} for probe in _PROBES]
-    chat = Chat(tokenizer, template, "", (), None)
+    chat = Chat(tokenizer, template, "", (), () if with_tools else None)
     try:
         plain, prompted = chat.text([asked]), chat.text([asked], prompt=True)
         one, two = (chat.text([asked, answer]) for answer in answers)
@@ -95,11 +109,29 @@ def _habits(tokenizer: Any, template: ChatTemplate) -> _Habits:
     prompt = prompted[len(plain) :] if prompted.startswith(plain) else ""
     at = len(_shared(one, two))
     lead = one[len(prompted) : at] if one.startswith(prompted) else ""
-    return _Habits(prompt, lead, one[at + 1 :].rstrip())
+    header = "" if prompt else _header(chat, asked, answers)
+    return _Habits(prompt, lead, one[at + 1 :].rstrip(), header if header and plain.endswith(header) else "")
+
+
+def _header(chat: Chat, asked: dict[str, Any], answers: Sequence[dict[str, Any]]) -> str:
+    """What stands before the second of two answers in a row."""
+    try:
+        before, one, two = (chat.text([asked, answers[0], *more]) for more in ((), answers[:1], answers[1:]))
+    except InputError:
+        return ""
+    shared = _shared(one, two)
+    return shared.removeprefix(before) if shared.startswith(before) else ""
+
+
+def _habits_of(chat: Chat) -> _Habits:
+    """The habits of the template that the conversation takes: conversations with tools may have one of their own, which
+    is then asked without any tools."""
+    several = isinstance(chat.tokenizer.chat_template, dict)
+    return _habits(chat.tokenizer, chat.template, several and chat.tools is not None)
 
 
 def _shared(one: str, other: str) -> str:
-    """What both begin with."""
+    """The beginning that both texts have in common."""
     return one[
         : next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     ]
@@ -116,9 +148,16 @@ def turns(chat: Chat, text: str, last_only: bool) -> list[Span]:
     """
     numbers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
     found, unstable, marks = [], None, chat.marks()
+    if marks is not None:
+        marks = [(begin, end) for begin, end in (_widened(chat, text, mark) for mark in marks) if begin < end]
     for i in numbers[-1:] if last_only else numbers:
         try:
             found.append(_by_prefixes(chat, text, i, last_only))
+        except Refused:
+            try:
+                found.append(_by_content(chat, text, i))
+            except InputError as error:
+                unstable = unstable or error
         except InputError as error:
             unstable = unstable or error
     if marks is None:
@@ -131,11 +170,13 @@ def turns(chat: Chat, text: str, last_only: bool) -> list[Span]:
 
 
 def _of_mark(chat: Chat, text: str, mark: Span, found: Sequence[Span], trim: bool) -> list[Span]:
-    """What a marked span and the turns that prefixes found have in common; where they found none there, the span
-    without what no target writes, if that is wanted."""
-    both = [(max(begin, mark[0]), min(end, mark[1])) for begin, end in found]
-    both = [(begin, end) for begin, end in both if begin < end]
-    return both or ([_trimmed(chat, text, mark)] if trim else [])
+    """What a mark makes supervised: the turns that prefixes found and the mark touches. Where the template writes no
+    generation prompt, prefixes take a header for the target's, and only the marked part of these turns counts. Where
+    prefixes found no turn there, it is the mark itself, trimmed if that is wanted."""
+    touched = [(begin, end) for begin, end in found if max(begin, mark[0]) < min(end, mark[1])]
+    if touched and not _habits_of(chat).prompt:
+        return [(max(begin, mark[0]), min(end, mark[1])) for begin, end in touched]
+    return touched or ([_trimmed(chat, text, mark)] if trim else [])
 
 
 def _by_prefixes(chat: Chat, text: str, i: int, last_only: bool) -> Span:
@@ -144,6 +185,38 @@ def _by_prefixes(chat: Chat, text: str, i: int, last_only: bool) -> Span:
     if not text.startswith(after):
         raise InputError(_unstable(chat, i, "up to and with", after, text, last_only))
     return begin, max(_end(chat, text, begin, len(after)), begin)
+
+
+def _by_content(chat: Chat, text: str, i: int) -> Span:
+    """The span of message `i` where the template refuses the messages up to it: the part of the whole text that changes
+    when its content does, and the end of turn behind it."""
+    silent = {key: value for key, value in chat.messages[i].items() if key != "tool_calls"}
+    messages = [*chat.messages[:i], silent, *chat.messages[i + 1 :]]
+    one, two = (chat.text(_with_content(messages, i, probe)) for probe in _PROBES)
+    before, behind = _until_answer(chat, _shared(one, two)), _shared(one[::-1], two[::-1])[::-1]
+    end = len(text) - len(behind)
+    if not text.startswith(before) or not text.endswith(behind) or end < len(before):
+        raise InputError(_unstable(chat, i, "before", before, text, False))
+    return len(before), _with_marker(chat, text, end)
+
+
+def _with_content(messages: Sequence[dict[str, Any]], i: int, content: str) -> list[dict[str, Any]]:
+    return [*messages[:i], {**messages[i], "content": content}, *messages[i + 1 :]]
+
+
+def _widened(chat: Chat, text: str, mark: Span) -> Span:
+    """Extends a mark to what the target writes around the content: what stands between the generation prompt and it
+    (white space alone, where there is no such prompt), and the end of turn."""
+    (begin, end), habits = mark, _habits_of(chat)
+    if (habits.prompt or not habits.lead.strip()) and text[:begin].endswith(habits.prompt + habits.lead):
+        begin -= len(habits.lead)
+    return begin, _with_marker(chat, text, end)
+
+
+def _with_marker(chat: Chat, text: str, end: int) -> int:
+    """Moves the end of a span behind the end of turn, where one stands there."""
+    marker = _marker(chat)
+    return end + len(marker) if marker and text.startswith(marker, end) else end
 
 
 def _begin(chat: Chat, text: str, i: int) -> int:
@@ -155,30 +228,41 @@ def _begin(chat: Chat, text: str, i: int) -> int:
         before = _until_content(chat, i)
     if not text.startswith(before):
         raise InputError(_unstable(chat, i, "before", before, text, False))
-    return len(before)
+    header = _habits_of(chat).header
+    return len(before) + (len(header) if not before.endswith(header) and text.startswith(header, len(before)) else 0)
 
 
 def _until_content(chat: Chat, i: int) -> str:
     """What the template writes before message `i`, up to the generation prompt that stands before its content."""
-    habits = _habits(chat.tokenizer, chat.template)
-    probes = [[*chat.messages[:i], {**chat.messages[i], "content": probe}] for probe in _PROBES]
-    shared = _shared(*(chat.text(probe) for probe in probes))
-    if habits.prompt:
-        at = shared.rfind(habits.prompt)
-        return shared[: at + len(habits.prompt)] if at >= 0 else shared + habits.prompt  # which is no prefix
-    return shared.removesuffix(habits.lead)
+    probes = [_with_content(chat.messages[: i + 1], i, probe) for probe in _PROBES]
+    return _until_answer(chat, _shared(*(chat.text(probe) for probe in probes)))
+
+
+def _until_answer(chat: Chat, shared: str) -> str:
+    """What stands before an answer, the generation prompt with it.
+
+    Args:
+        shared: what the template writes before the content.
+    """
+    habits, marker = _habits_of(chat), _marker(chat)
+    if not habits.prompt:
+        return shared.removesuffix(habits.lead)
+    before, prompt, lead = shared.rpartition(habits.prompt)
+    if not prompt or (marker and marker in lead):  # an earlier turn's
+        return shared + habits.prompt  # which is no prefix
+    return before + prompt
 
 
 def _marker(chat: Chat) -> str | None:
     """What ends every turn, up to the first token behind which the target would write nothing."""
-    marker = _habits(chat.tokenizer, chat.template).end
+    marker = _habits_of(chat).end
     ends = [marker.find(stop) + len(stop) for stop in chat.stops if stop in marker] if marker else ()
     return marker[: min(ends, default=len(marker))] if marker else marker
 
 
 def _without_footer(chat: Chat, text: str) -> str:
-    """Some templates write an end of text behind the last turn, wherever that is."""
-    whole, marker = _habits(chat.tokenizer, chat.template).end, _marker(chat)
+    """Cuts off the end of text that some templates write behind the last turn, wherever that is."""
+    whole, marker = _habits_of(chat).end, _marker(chat)
     kept = text.rstrip()
     if not whole or not marker or whole == marker or not kept.endswith(whole):
         return text
@@ -188,17 +272,18 @@ def _without_footer(chat: Chat, text: str) -> str:
 def _end(chat: Chat, text: str, begin: int, end: int) -> int:
     """Where a turn ends: behind its end of turn, before what the template writes after that."""
     marker = _marker(chat)
-    if marker == "":  # white space alone ends a turn, or nothing does
-        return end
+    if marker == "":  # white space alone ends a turn, or nothing does; some end a turn where another follows
+        stop = next((stop for stop in chat.stops if text.startswith(stop, end)), "")
+        return end if text[begin:end].endswith(chat.stops) else end + len(stop)
     kept = text[begin:end].rstrip()
     markers = [*chat.tokenizer.get_added_vocab(), *([marker] if marker else ())]
     return begin + len(kept) if any(kept.endswith(one) for one in markers) else end
 
 
 def _trimmed(chat: Chat, text: str, span: Span) -> Span:
-    """A marked span without what of the generation prompt, and of the white space behind the end of turn, is in it."""
+    """Takes off a mark what it holds of the generation prompt, and of the white space behind the end of turn."""
     begin, end = span
-    prompt = _habits(chat.tokenizer, chat.template).prompt
+    prompt = _habits_of(chat).prompt
     sizes = [
         _whole_tokens(chat, prompt[at:], _shared(prompt[at:], text[begin:end]))
         for at in range(len(prompt)) if text[:begin].endswith(prompt[:at])

@@ -5,6 +5,7 @@ What there are no data for is left out: training that was not watched, a walk ov
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from flaxdraft.evaluate.differences import LIMIT
 from flaxdraft.evaluate.figures import draw_acceptance, draw_guesses, draw_sample, draw_training
 from flaxdraft.evaluate.results import own_figures
 from flaxdraft.progress import CONSOLE
+from flaxdraft.serving.card import TEMPLATE
 from flaxdraft.serving.contract import Engine
 
 # Title, where the figure lies in a result, and how it is written.
@@ -210,11 +212,15 @@ def print_evaluation(results: Sequence[dict[str, Any]], directory: Path) -> None
     CONSOLE.print(f"report  {directory / 'report.md'}")
 
 
-def print_headline(evaluation: dict[str, Any], export_dir: Path, report_dir: Path, target: str, engine: Engine) -> None:
+def print_headline(
+    evaluation: dict[str, Any], export_dir: Path, report_dir: Path, target: str, engine: Engine,
+    template: Mapping[str, Any],
+) -> None:  # fmt: skip
     """The end of a run: what was reached, where it lies, how to serve it.
 
     Args:
         engine: for which the draft was exported.
+        template: arguments of the chat template, with which the draft was trained.
     """
     decoded = evaluation["decoded"]
     saved = 1 - decoded["target_passes"] / max(decoded["target_passes_alone"], 1)
@@ -229,6 +235,8 @@ def print_headline(evaluation: dict[str, Any], export_dir: Path, report_dir: Pat
     if engine.serves:
         command = engine.command(export_dir, evaluation["chain_length"]).replace("\n", "\n" + 8 * " ")
         headline += f"serve   {command}\n        (TARGET: the Hugging Face directory of {target})"
+        if template:
+            headline += f'\n        with "{TEMPLATE}": {json.dumps(template)} in every request, as it was trained'
     else:
         headline += (
             "serve   no command: export.engine=hf is the layout for other trainers, which no engine was asked about; "

@@ -58,6 +58,7 @@ _SPLITS = {
     "qwen2": _by_words(""),
 }
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_TOKENS, _MODEL = "tokenizer.ggml.tokens", "tokenizer.ggml.model"
 _TEMPLATES = "tokenizer.chat_templates"  # names of those that stand beside the plain one
 _NEEDED = object()  # in place of a field's default
 _ENDS = ("eos", "eot", "eom")  # of a text, a turn, a message that calls a tool
@@ -140,7 +141,7 @@ class GGUFCheckpoint:
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "vocab_size": self._field("llama.vocab_size", None) or len(self._field("tokenizer.ggml.tokens")),
+            "vocab_size": self._field("llama.vocab_size", None) or len(self._field(_TOKENS)),
             "hidden_size": hidden,
             "intermediate_size": self._field("llama.feed_forward_length"),
             "num_hidden_layers": self._field("llama.block_count"),
@@ -210,13 +211,15 @@ class GGUFCheckpoint:
                 return unpermute(rows, self.config[heads])[:, 0]
         return None
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Byte-level BPE from the file's metadata, with its chat template.
+    def tokenizer(self) -> PreTrainedTokenizerFast | None:
+        """Byte-level BPE from the file's metadata, with its chat template; None where they hold none.
 
         Raises:
             InputError: another tokenizer model or pre-tokenizer than the ones known here.
         """
-        model, pre = self._field("tokenizer.ggml.model"), self._field("tokenizer.ggml.pre")
+        if (model := self._field(_MODEL, "no_vocab")) == "no_vocab":  # llama.cpp's name for none
+            return None
+        pre = self._field("tokenizer.ggml.pre", "default")
         if model != "gpt2" or pre not in _SPLITS:
             known = ", ".join(f"gpt2/{name}" for name in _SPLITS)
             raise InputError(f"{self.path}: tokenizer {model}/{pre} is not supported; supported: {known}")
@@ -226,7 +229,7 @@ class GGUFCheckpoint:
     def _build_tokenizer(self) -> PreTrainedTokenizerFast:
         from transformers import PreTrainedTokenizerFast  # the import takes seconds
 
-        tokens = self._field("tokenizer.ggml.tokens")
+        tokens = self._field(_TOKENS)
         merges = [tuple(merge.split(" ", 1)) for merge in self._field("tokenizer.ggml.merges")]
         try:
             bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
@@ -244,9 +247,10 @@ class GGUFCheckpoint:
             tokenizer_object=inner,
             chat_template=self._chat_template(),
             **{
-                f"{role}_token": tokens[self._field(key)]
+                f"{role}_token": tokens[id]
                 for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-                if self._reader.get_field(key := f"tokenizer.ggml.{name}_token_id") is not None
+                # llama.cpp takes an id that there is not, as -1, for none.
+                if (id := self._field(f"tokenizer.ggml.{name}_token_id", len(tokens))) < len(tokens)
             },
             model_max_length=self.config["max_position_embeddings"],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -76,15 +77,17 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _array(path: Path) -> list[dict[str, Any]] | None:
-    """The items of a file that is a JSON array of objects.
+def _array(path: Path) -> list[Any] | None:
+    """The items of a file that is a JSON array of objects. One that is none stays: whoever reads the items names it.
 
     Raises:
-        InputError: it begins like one over many lines, and is none.
+        InputError: it begins like one over many lines, and is none; or with an object over many lines.
     """
     with path.open("rb") as file:
         first = next((line for line in file if line.removeprefix(codecs.BOM_UTF8).strip()), b"")
         first = first.removeprefix(codecs.BOM_UTF8).strip()
+        if first.startswith(b"{"):
+            _check_object(path, first)
         if not first.startswith(b"["):
             return None
         file.seek(0)
@@ -94,19 +97,39 @@ def _array(path: Path) -> list[dict[str, Any]] | None:
             if first.endswith(b"]"):  # lines that are lists
                 return None
             raise InputError(f"{path}: begins like a JSON array and is none ({error}); write one row a line") from error
-    whole = isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+    whole = isinstance(value, list) and bool(value) and any(isinstance(item, dict) for item in value)
     return value if whole else None
+
+
+def _check_object(path: Path, first: bytes) -> None:
+    """Refuses a file that begins with an object over many lines.
+
+    Args:
+        first: line of the file.
+
+    Raises:
+        InputError: an object begins there that ends in another line.
+    """
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(first)
+        return
+    try:
+        json.JSONDecoder().raw_decode(path.read_bytes().decode("utf-8-sig").lstrip())
+    except (ValueError, RecursionError):  # the line is broken, whatever follows
+        return
+    raise InputError(f"{path}: begins with a JSON object over many lines; write one row a line")
 
 
 def _parse(line: bytes, where: str, unit: str) -> Any:
     try:
-        return _as_text(json.loads(line.decode("utf-8")), where)
+        value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 text (byte {error.start} of the {unit})") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not text in JSON ({error})") from error
+    return _as_text(value, where)
 
 
 def _as_text(row: Any, where: str) -> Any:

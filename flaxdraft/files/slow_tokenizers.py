@@ -6,6 +6,7 @@ tokens) would have to be guessed, and a guess that is wrong is a tokenizer that 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 _TIKTOKEN = (
@@ -22,18 +23,33 @@ _OTHERS = (
     "    from transformers import AutoTokenizer\n"
     "    AutoTokenizer.from_pretrained({folder!r}).save_pretrained({folder!r})"
 )
+_TEKKEN = (
+    "{file} lies there, of which tokenizer.json is made so (pip install mistral-common; no code of the repository "
+    "runs):\n"
+    "    from transformers.integrations.mistral import convert_tekken_tokenizer\n"
+    "    convert_tekken_tokenizer({path!r}).save_pretrained({folder!r})"
+)
 _PACKAGES = {
-    **dict.fromkeys(("tokenizer.model", "spiece.model", "*.spm"), "sentencepiece protobuf"),
-    "tekken.json": "mistral-common", "vocab.json": "transformers", "vocab.txt": "transformers",
+    **dict.fromkeys(("*.model", "*.model.v*", "*.spm"), "sentencepiece protobuf"),
+    "vocab.json": "transformers", "vocab.txt": "transformers",
 }  # fmt: skip
 
 
 def how_to_convert(directory: Path) -> str:
     """What to do for a tokenizer.json; nothing where there is nothing to make it of."""
-    for pattern in ("tiktoken.model", "*.tiktoken"):
-        for file in sorted(directory.glob(pattern)):
+    for pattern in ("*.tiktoken", "*.model"):
+        for file in filter(_is_tiktoken, sorted(directory.glob(pattern))):
             return _TIKTOKEN.format(file=file.name, path=str(file), target=str(directory / "tokenizer.json"))
+    if (file := directory / "tekken.json").is_file():
+        return _TEKKEN.format(file=file.name, path=str(file), folder=str(directory))
     for pattern, packages in _PACKAGES.items():
         for file in sorted(directory.glob(pattern)):
             return _OTHERS.format(file=file.name, packages=packages, folder=str(directory))
     return ""
+
+
+def _is_tiktoken(file: Path) -> bool:
+    """Whether a file has lines of a token in base64 and its rank, whatever it is called (Llama 3's is a
+    tokenizer.model)."""
+    with file.open("rb") as lines:
+        return re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", lines.readline(4096)) is not None

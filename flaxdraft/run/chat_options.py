@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from flaxdraft.config import iso_date
+from flaxdraft.config import BAD_YAML, iso_date, template_arguments
 from flaxdraft.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,20 +21,37 @@ if TYPE_CHECKING:
     from flaxdraft.targets import OpenedTarget
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """Makes a `type` of argparse that takes whole numbers from `least` on.
+
+    Raises:
+        argparse.ArgumentTypeError: (what is returned) it is something else.
+    """
+
+    def number(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if (value := int(text)) >= least:
+                return value
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from {least} on")
+
+    return number
+
+
 def add_template_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template", type=_argument, action="append", default=[], metavar="NAME=VALUE",
         help="an argument of the chat template, as enable_thinking=false; may be given again",
     )  # fmt: skip
     parser.add_argument(
-        "--date", help="that a chat template writes which writes the date, as 2026-01-31; today's, or what is recorded"
-    )
+        "--date",
+        help="the date that the chat template writes, as 2026-01-31; if left out, the recorded one or today's",
+    )  # fmt: skip
 
 
 def add_row_options(parser: argparse.ArgumentParser) -> None:
-    """With those of the template."""
+    """Adds the template's options, too."""
     add_template_options(parser)
-    parser.add_argument("--max-length", type=int, default=4096, help="tokens, where rows are cut")
+    parser.add_argument("--max-length", type=at_least(8), default=4096, help="tokens, where rows are cut")
     parser.add_argument("--last-turn-only", action="store_true", help="supervise the last assistant turn alone")
     parser.add_argument("--mask-reasoning", action="store_true", help="leave out what stands in <think> tags")
     add_bad_row_option(parser)
@@ -44,21 +63,27 @@ def add_bad_row_option(parser: argparse.ArgumentParser) -> None:
 
 def _argument(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
+    wrong = argparse.ArgumentTypeError(f"found {text!r}, expected NAME=VALUE as in enable_thinking=false")
+    if not equals or not name.isidentifier():
+        raise wrong
     try:
-        return name, yaml.safe_load(value) if equals and name.isidentifier() else _no_argument(text)
-    except yaml.YAMLError:
-        return _no_argument(text)
+        parsed = yaml.safe_load(value)
+    except BAD_YAML as error:
+        raise wrong from error
+    try:
+        return name, template_arguments({name: parsed})[name]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _no_argument(text: str) -> Any:
-    raise argparse.ArgumentTypeError(f"found {text!r}, expected NAME=VALUE as in enable_thinking=false")
-
-
-def template_of(arguments: argparse.Namespace, tokenizer: Any, record: Path | None = None) -> ChatTemplate:
-    """All processes of a command get the date of the first one.
+def template_of(
+    arguments: argparse.Namespace, tokenizer: Any, record: Path | None = None, date: str | None = None
+) -> ChatTemplate:  # fmt: skip
+    """The chat template with its arguments and its date, which all processes of a command get from the first one.
 
     Args:
         record: a JSON file in which an earlier call recorded its `date`, which then holds.
+        date: that holds where neither says one; None: this minute.
 
     Raises:
         InputError: the template knows no such argument, or the date is none.
@@ -67,12 +92,28 @@ def template_of(arguments: argparse.Namespace, tokenizer: Any, record: Path | No
     from flaxdraft.devices import hosts
 
     try:
-        date = iso_date(arguments.date or hosts.agree(recorded_date(record) or now()))
+        chosen = iso_date(arguments.date or hosts.agree(recorded_date(record) or date or now()))
     except ValueError as error:
         raise InputError(f"--date: found {arguments.date!r}; {error}") from error
-    template = ChatTemplate(dict(arguments.template), date)
+    template = ChatTemplate(dict(arguments.template), chosen)
     template.check(tokenizer, "--template")
     return template
+
+
+def template_of_rows(arguments: argparse.Namespace, tokenizer: Any, record: Path | None = None) -> ChatTemplate:
+    """As `template_of`, for commands that render a file of rows. Where the target answered the file, the arguments and
+    the date that were recorded then hold here, too.
+
+    Raises:
+        InputError: see `template_of`; the file was answered with other arguments, or on another date.
+    """
+    from flaxdraft.run.dates import answers_of, check_answered_with, check_date
+
+    file = str(arguments.file)
+    date = answers_of(file).get("date")
+    check_answered_with(file, dict(arguments.template), "--template")
+    check_date(arguments.date, date, "--date", file)
+    return template_of(arguments, tokenizer, record, date)
 
 
 def recorded_date(record: Path | None) -> str | None:

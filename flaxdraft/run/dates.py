@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ from flaxdraft.config import RunConfig
 from flaxdraft.data.chat_template import now
 from flaxdraft.data.store import FeatureStore
 from flaxdraft.devices import hosts
+from flaxdraft.errors import InputError
 from flaxdraft.files.fetch import fetch
 from flaxdraft.files.template_text import may_write_date
 from flaxdraft.stages.claims import RECORD
 
 
 def dated(config: RunConfig) -> RunConfig:
-    """The configuration with `data.date`: as it was given, or recorded by the run that this one goes on with, or that
-    of the store or the answers it trains on; else this minute. All processes get that of the first one.
+    """The configuration with `data.date`: the given one; else the one recorded by the run that is continued; else that
+    of the store or answers it trains on; else this minute. All processes get that of the first one.
 
     It stays unset where the template writes none, and where an earlier version made the folders: nobody knows the day.
 
@@ -40,6 +42,37 @@ def _recorded(config: RunConfig) -> str | None:
         return data.get("date") if isinstance(data, dict) else None
     stored = None if config.data.store is None else FeatureStore(config.data.store).date
     return stored or answers_of(config.data.conversations).get("date") or now()
+
+
+def check_answered_with(file: str, arguments: Mapping[str, Any], field: str) -> None:
+    """Refuses other arguments of the chat template than the target answered a file with.
+
+    Args:
+        file: of conversations.
+        arguments: of the chat template, and the field that they were given in.
+
+    Raises:
+        InputError: the target answered the file with other ones.
+    """
+    answered = answers_of(file).get("template", arguments)
+    if answered != arguments:
+        raise InputError(
+            f"{field}: found {arguments}, the target answered {file} with {answered}; give the same, or let it answer "
+            "again"
+        )
+
+
+def check_date(date: str | None, recorded: str | None, field: str, made: str) -> None:
+    """Refuses another date than the recorded one.
+
+    Args:
+        recorded: the date that the conversations were rendered with, if any, and what was `made` of them.
+
+    Raises:
+        InputError: another one was given.
+    """
+    if None not in (date, recorded) and date != recorded:
+        raise InputError(f"{field}: found {date}, {made} is of {recorded}; give that one, or leave it out")
 
 
 def answers_of(conversations: str | None) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from flaxdraft.data.documents import Documents
 from flaxdraft.data.online import open_conversations
 from flaxdraft.data.store import FeatureStore
 from flaxdraft.data.templates import tokenizer_digest
-from flaxdraft.errors import InputError
 from flaxdraft.files.fetch import content_of
-from flaxdraft.run.dates import answers_of
+from flaxdraft.run.dates import answers_of, check_answered_with, check_date
 from flaxdraft.targets import OpenedTarget
 from flaxdraft.targets.decoder import DecoderConfig
 
@@ -19,7 +18,7 @@ from flaxdraft.targets.decoder import DecoderConfig
 def open_given(
     config: RunConfig, opened: OpenedTarget, target: DecoderConfig, template: ChatTemplate
 ) -> Documents | None:  # fmt: skip
-    """None where it trains on the answers.
+    """What a run trains on in place of the answers; None where it trains on them.
 
     Raises:
         InputError: the store or the answers are of another target, tokenizer or template; conversations cannot be read
@@ -27,12 +26,8 @@ def open_given(
     """
     data, tokenizer = config.data, opened.needed_tokenizer(with_template=True)
     if data.conversations is not None:
-        answered = answers_of(data.conversations).get("template", data.template)
-        if answered != data.template:
-            raise InputError(
-                f"data.template: found {data.template}, the target answered {data.conversations} with {answered}; give "
-                "the same, or let it answer again"
-            )
+        check_answered_with(data.conversations, data.template, "data.template")
+        check_date(data.date, answers_of(data.conversations).get("date"), "data.date", data.conversations)
         return open_conversations(data, opened, template)
     if data.store is None:
         return None
@@ -40,4 +35,6 @@ def open_given(
         "target": content_of(str(opened.path), config.target.sha256), "tokenizer": tokenizer_digest(tokenizer),
         "tap_layers": [*target.tap_layers], "template": data.template,
     }  # fmt: skip
-    return FeatureStore(data.store, expected)
+    store = FeatureStore(data.store, expected)
+    check_date(data.date, store.date, "data.date", data.store)
+    return store

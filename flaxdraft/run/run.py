@@ -57,5 +57,7 @@ def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
                 export_dir = export_draft(setup, chosen, trained)
                 report_dir = report_run(setup, evaluation)
                 engine = find_engine(setup.algorithm.serving(), config.engine)
-                print_headline(evaluation, export_dir, report_dir, config.target.path, engine)
+                print_headline(
+                    evaluation, export_dir, report_dir, config.target.path, engine, setup.config.data.template
+                )
         refuse_wrong_answers([evaluation])

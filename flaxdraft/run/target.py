@@ -89,8 +89,14 @@ class RunTarget:
 
     @functools.cached_property
     def given(self) -> Documents | None:
-        """See `open_given`."""
-        return open_given(self._setup.config, self.opened, self.config, self.template)
+        """See `open_given`. A file takes long to read: what answers need, too, is asked for before.
+
+        Raises:
+            InputError: no token ends an answer.
+        """
+        config, template = self.config, self.template
+        self.opened.needed_stop_tokens()
+        return open_given(self._setup.config, self.opened, config, template)
 
     @property
     def loaded(self) -> targets.LoadedTarget:

@@ -7,11 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from flaxdraft.config import BAD_YAML, template_arguments
+from flaxdraft.errors import InputError
 from flaxdraft.serving.contract import Contract, Engine
 from flaxdraft.serving.trained_draft import AboutTarget, Origin, TrainedDraft
 
 NAME = "README.md"
-_TEMPLATE = "chat_template_kwargs"  # in the card's metadata, and in requests to SGLang and vLLM
+_OURS = "flaxdraft"  # the tag that all our cards have
+TEMPLATE = "chat_template_kwargs"  # in the card's metadata, and in requests to SGLang and vLLM
 TOKENS = 3  # draft tokens a pass, where nothing was measured
 
 
@@ -51,7 +56,8 @@ def model_card(
         same = measured["step"] == origin.step
         facts["checkpoint"] = describe_checkpoint(origin.step, measured["last"] if same else origin.step)
     title = f"# {contract.title} draft for {Path(origin.target).name}"
-    metadata = [f"tags: [{', '.join(contract.tags)}]", *([f"{_TEMPLATE}: {json.dumps(template)}"] * bool(template))]
+    metadata = [f"tags: [{', '.join((_OURS, *contract.tags))}]"]
+    metadata += [f"{TEMPLATE}: {json.dumps(template)}"] * bool(template)
     lines = ["---", *metadata, "---", "", title, ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())]
     lines += _figures(evaluation) if measured["step"] == origin.step else []
@@ -69,23 +75,43 @@ def advice(template: Mapping[str, Any]) -> list[str]:
     """How the target is to be asked where a draft was trained on what its chat template makes of arguments."""
     return ["The draft learned from conversations that the chat template renders with these arguments. Requests must "
             "give the same ones, or it is asked about other texts:", "", "```",
-            f'"{_TEMPLATE}": {json.dumps(template)}', "```"]  # fmt: skip
+            f'"{TEMPLATE}": {json.dumps(template)}', "```"]  # fmt: skip
 
 
 def recorded_template(path: Path) -> dict[str, Any] | None:
     """The chat template's arguments that a draft was trained with: by the card of its directory, or by its run's
-    folder. None where neither says."""
+    folder. None where neither says, as a card by others.
+
+    Raises:
+        InputError: the card's metadata are no YAML, or the arguments no mapping.
+    """
     for run in (path, path.parent, path.parent.parent):
         if data := _recorded(run, "inputs.json").get("data"):
             return dict(data.get("template") or {})
     for card in (path / NAME, path / "export" / NAME):
-        if not card.is_file():
-            continue
-        for line in card.read_text(encoding="utf-8").split("\n---", 1)[0].splitlines():
-            if line.startswith(f"{_TEMPLATE}:"):
-                return json.loads(line.partition(":")[2])
-        return {}
+        if card.is_file():
+            return _of_card(card)
     return None
+
+
+def _of_card(card: Path) -> dict[str, Any] | None:
+    head = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
+    if not head.startswith("---") or (TEMPLATE not in head and _OURS not in head):
+        return None
+    try:
+        metadata = yaml.safe_load(head)
+    except BAD_YAML as error:
+        raise InputError(f"{card}: the metadata at its beginning are no YAML ({error}); mend them") from error
+    metadata = metadata if isinstance(metadata, dict) else {}
+    if TEMPLATE not in metadata:
+        return {} if _OURS in (metadata.get("tags") or ()) else None
+    arguments = metadata[TEMPLATE]
+    try:
+        return template_arguments(arguments)
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f"{card}: {TEMPLATE}: found {arguments!r}, expected a mapping as {{enable_thinking: false}}; correct it"
+        ) from error
 
 
 def _figures(evaluation: Mapping[str, Any]) -> list[str]:
@@ -105,7 +131,7 @@ def _figures(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def _recorded(run: Path | None, name: str) -> dict[str, Any]:
-    """Nothing where the run holds no such file yet."""
+    """What a JSON file of the run holds; nothing where the file is not there yet."""
     if run is None or not (run / name).exists():
         return {}
     return json.loads((run / name).read_text(encoding="utf-8"))

@@ -82,16 +82,16 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_target_rows(path: Path) -> Callable[[slice], np.ndarray] | None:
-    """Reads rows of a target's embedding; None where a directory holds no weights.
-
-    Raises:
-        InputError: the weights cannot be read, or are of no known family.
-    """
+    """Reads rows of a target's embedding; None where a directory holds no weights, or none that can be read: quantised
+    ones, or those of a family that is not known."""
     if path.is_dir() and not any((path / name).exists() for name in (SINGLE, INDEX)):
         return None
-    opened = open_target(str(path))
-    (name,) = [name for part, name, _ in opened.family.name_table(opened.config()) if part == "embed"]
-    width = opened.source.shape(name)[1]
+    try:
+        opened = open_target(str(path))
+        (name,) = [name for part, name, _ in opened.family.name_table(opened.config()) if part == "embed"]
+        width = opened.source.shape(name)[1]
+    except InputError:
+        return None
     return lambda rows: opened.source.read(name, (rows, slice(0, width)))
 
 

@@ -81,11 +81,13 @@ class OpenedTarget(DescribedTarget):
         """
         tokenizer = self.tokenizer
         if tokenizer is None or (with_template and not tokenizer.chat_template):
-            how = how_to_convert(self.path) if tokenizer is None and self.path.is_dir() else ""
+            mend, how = "give a file whose metadata hold it, or the model's Hugging Face directory", ""
+            if self.path.is_dir():
+                mend = "put the model's tokenizer.json and tokenizer_config.json there"
+                how = how_to_convert(self.path) if tokenizer is None else ""
             raise InputError(
                 f"target.path: {self.path} has no {'tokenizer' if tokenizer is None else 'chat template'}, which it "
-                "takes to ask the target; put the model's tokenizer.json and tokenizer_config.json there"
-                f"{'. ' * bool(how)}{how}"
+                f"takes to ask the target; {mend}{'. ' * bool(how)}{how}"
             )
         return tokenizer
 

@@ -6,7 +6,6 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from typing import cast
 
 from flaxdraft.errors import InputError
 from flaxdraft.run.commands import ADDRESS, Command, call
@@ -69,13 +68,13 @@ def show(arguments: argparse.Namespace) -> None:
         return
     if tokenizer is None or not tokenizer.chat_template:
         raise InputError(f"{opened.path}: no sample without a tokenizer and its chat template; give --new-tokens 0")
+    from flaxdraft.data.prompts import check_context, render_messages
     from flaxdraft.decode.generation import generate
 
     opened.needed_stop_tokens()
+    prompt = render_messages(tokenizer, [{"role": "user", "content": arguments.prompt}], "--prompt")
+    check_context(len(prompt), "the prompt", arguments.new_tokens, "--new-tokens", config.context)
     loaded = targets.from_pretrained(arguments.address, precision=precision, mesh=target_mesh(arguments.mesh))
-    chat = [{"role": "user", "content": arguments.prompt}]
-    # transformers types what the template gives for every way of calling it.
-    prompt = cast(list[int], tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
     answer = generate(loaded.model, [prompt], max_new_tokens=arguments.new_tokens, stop_tokens=loaded.stop_tokens)[0]
     CONSOLE.print(f"{'prompt':>11}  {arguments.prompt}")
     CONSOLE.print(f"{'answer':>11}  {tokenizer.decode(answer, skip_special_tokens=True)}")

@@ -16,7 +16,8 @@ _ROWS = 4096  # compared at a time
 
 
 def say_which_head(opened: OpenedTarget) -> None:
-    """Serving engines take the embedding, transformers the head that is stored: who expects the latter must know."""
+    """Says that the embedding is the head where another one is stored: serving engines take the embedding, transformers
+    takes the stored head, and who compares with the latter must know."""
     config = opened.config()
     names = {name.rpartition("model.")[2]: name for name in opened.source.names()}
     if not config.tie_word_embeddings or HEAD not in names:

@@ -178,6 +178,17 @@ def save(record):
                   "hidden_state": torch.ones(1, 3, 32)}),
             r"data_0.ckpt: expected token ids from 0 on and a mask of 0 and 1",
         ),
+        (
+            save({"input_ids": torch.ones(3, dtype=torch.bfloat16), "loss_mask": torch.ones(3, dtype=torch.bfloat16),
+                  "aux_hidden_state": torch.ones(1, 3, 96), "hidden_state": torch.ones(1, 3, 32)}),
+            r"data_0.ckpt: expected token ids from 0 on and a mask of 0 and 1",
+        ),
+        (
+            save({"input_ids": torch.ones(3, dtype=torch.int64), "loss_mask": torch.ones(3, dtype=torch.int64),
+                  "aux_hidden_state": torch.ones(1, 3, 96).to(torch.float8_e4m3fn),
+                  "hidden_state": torch.ones(1, 3, 32)}),
+            r"data_0.ckpt: taps is float8_e4m3fn; expected one of",
+        ),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_named(folder, target, tmp_path, capsys, damage, message):

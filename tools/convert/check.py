@@ -11,7 +11,7 @@ The table has one block for the directory itself and one an engine: whether it l
 
 and how to mend it. With --target (a model directory or a .gguf file) sizes, rotary embedding, context and tapped layers
 are compared with the target's, and an embedding that lies in the draft's directory with the target's own, of whose
-weights nothing else is read.
+weights nothing else is read. Where it cannot be read (quantised weights, a family that is not known), a note says so.
 
 Exit code: 0 where the directory and the engines asked for (--engine, by default sglang and vllm) have nothing but
 notes, 1 where they have more, 2 where the directory cannot be read.

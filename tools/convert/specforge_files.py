@@ -25,6 +25,10 @@ from flaxdraft.errors import InputError
 SUFFIXES = (".ckpt", ".ckpt.gz")
 ROWS_IN_A_FOLDER = 2000
 MAP = Path("vocab_mapping") / "vocab_mapping.pt"
+_NARROW = {
+    torch.bfloat16: ml_dtypes.bfloat16, torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn,
+    torch.float8_e5m2: ml_dtypes.float8_e5m2,
+}  # fmt: skip
 _SHAPES = {"input_ids": 1, "loss_mask": 1, "aux_hidden_state": 3, "hidden_state": 3}  # and their axes
 
 
@@ -53,9 +57,10 @@ def load(path: Path) -> Any:
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The same bits; numpy's own library knows no bfloat16."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    """The same bits; numpy's own library knows neither bfloat16 nor float8."""
+    if tensor.dtype in _NARROW:
+        bits = torch.int16 if tensor.dtype == torch.bfloat16 else torch.uint8
+        return tensor.view(bits).numpy().view(_NARROW[tensor.dtype])
     return tensor.numpy()
 
 
@@ -125,7 +130,7 @@ def _brief(value: Any) -> str:
 
 
 def _tokens(record: dict[str, torch.Tensor], path: Path) -> Rendered:
-    tokens, mask = record["input_ids"].numpy(), record["loss_mask"].numpy()
+    tokens, mask = as_numpy(record["input_ids"]), as_numpy(record["loss_mask"])
     row = token_row(tokens, mask, str(path))
     # Batches were padded with id 0 behind each row, and the target ran over that too. Nothing reads what stands there.
     used = np.flatnonzero((row.tokens != 0) | row.assistant)

@@ -19,7 +19,13 @@ def embedding(view: View) -> Iterator[Finding]:
     serve with what lies there, so that one of them serves another network whichever was trained."""
     hidden, target_hidden, _, _ = tensors.sizes(view.config)
     held = next((key for key in view.shapes if tensors.flat_name(key) == "embed_tokens.weight"), None)
-    if held is None or view.target_rows is None or hidden != target_hidden:
+    if held is None or view.target is None or hidden != target_hidden:
+        return
+    if view.target_rows is None:
+        yield Finding(
+            "note", "embed_tokens.weight lies here, and the target's embedding, with which it could not be compared, "
+            "could not be read", "name a directory of the target with weights that are not quantised",
+        )  # fmt: skip
         return
     ours, num_differing = view.read(held), 0
     for at in range(0, len(ours), _ROWS):
