@@ -73,13 +73,22 @@ class BlockSizes:
         self._check_target()
         self._check_layers()
 
+    @property
+    def knows_every_token(self) -> bool:
+        """Whether the target's head serves the draft; else it brings the rows of the tokens that it knows."""
+        return self.draft_vocab_size == self.vocab_size
+
     def _check_target(self) -> None:
-        for name, wanted in (("hidden_size", "target_hidden_size"), ("draft_vocab_size", "vocab_size")):
-            if getattr(self, name) != getattr(self, wanted):
-                raise InputError(
-                    f"draft.fields.{name}: found {getattr(self, name)}, expected the target's {getattr(self, wanted)}: "
-                    "its embedding and head are the draft's"
-                )
+        if self.hidden_size != self.target_hidden_size:
+            raise InputError(
+                f"draft.fields.hidden_size: found {self.hidden_size}, expected the target's {self.target_hidden_size}: "
+                "its embedding and head are the draft's"
+            )
+        if self.draft_vocab_size > self.vocab_size:
+            raise InputError(
+                f"draft.fields.draft_vocab_size: found {self.draft_vocab_size}, expected at most the target's "
+                f"{self.vocab_size} tokens"
+            )
         if type(self.mask_token_id) is not int or not 0 <= self.mask_token_id < self.vocab_size:
             raise InputError(
                 f"draft.fields.mask_token_id: found {self.mask_token_id!r}, expected a token of the target, "
@@ -171,14 +180,18 @@ class BlockSizes:
         }  # fmt: skip
         if self.sliding_window is not None:
             out |= {"sliding_window": self.sliding_window, "use_sliding_window": True}
+        if not self.knows_every_token:
+            out["draft_vocab_size"] = self.draft_vocab_size
         out |= {name: getattr(self, name) for name, usual in _SCALES.items() if getattr(self, name) != usual}
         return out if self.is_causal is None else out | {"is_causal": self.is_causal}
 
 
-def common_names(num_layers: int) -> list[tuple[str, str, str]]:
-    """(JAX path, PyTorch key, transform) of what every draft trains, but for its attention."""
+def common_names(config: BlockSizes) -> list[tuple[str, str, str]]:
+    """(JAX path, PyTorch key, transform) of what every draft is saved with, but for its attention."""
     rows = [("fc/kernel", "fc.weight", "transpose"), ("hidden_norm/scale", "hidden_norm.weight", "copy")]
-    for i in range(num_layers):
+    if not config.knows_every_token:
+        rows.append(("lm_head", "lm_head.weight", "copy"))
+    for i in range(config.num_hidden_layers):
         for name in ("input_layernorm", "post_attention_layernorm"):
             rows.append((f"layer_{i}/{name}/scale", f"layers.{i}.{name}.weight", "copy"))
         for name in ("gate", "up", "down"):
