@@ -43,6 +43,13 @@ def slots(engine: Engine, view: DraftView) -> Iterator[Finding]:
         yield Finding("note", "sliding and full layers together need its V2 runner", f"set {engine.mixed_layers}")
 
 
+def vocabulary(engine: Engine, view: DraftView) -> Iterator[Finding]:
+    if tensors.is_reduced(view.config) and not engine.reduced_vocabulary:
+        yield Finding("refused", f"draft_vocab_size is {view.config['draft_vocab_size']} of "
+                      f"{view.config['vocab_size']}: it knows no drafts of a reduced vocabulary, and takes the "
+                      "target's head", "serve it with an engine that does")  # fmt: skip
+
+
 def tapped_layers(engine: Engine, view: DraftView) -> Iterator[Finding]:
     outputs, num_layers = view.config[CONFIG][TAPS], (view.target or {}).get("num_hidden_layers")
     if num_layers is not None and outputs[-1] == num_layers - 1 and not engine.last_layer:
@@ -64,7 +71,7 @@ def keys(engine: Engine, view: DraftView) -> Iterator[Finding]:
         name = tensors.flat_name(key) if engine.model_prefix else key
         if name in expected:
             taken.add(name)
-        elif not tensors.PASSED_OVER.search(name):
+        elif not tensors.passed_over(view.config, name):
             strange.append(key)
     if strange:
         yield Finding("wrong", f"it passes over {few(strange)}", "remove what the architecture does not have; a "
@@ -73,7 +80,7 @@ def keys(engine: Engine, view: DraftView) -> Iterator[Finding]:
         yield Finding("refused", f"it finds no weights for {few(missing)}", "export the draft again")
 
 
-CONFIG_RULES: tuple[Rule, ...] = (architecture, slots, tapped_layers, rope)
+CONFIG_RULES: tuple[Rule, ...] = (architecture, slots, vocabulary, tapped_layers, rope)
 
 
 def of_config(engine: Engine, view: DraftView) -> list[Finding]:

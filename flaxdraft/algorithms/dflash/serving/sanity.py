@@ -10,10 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from flaxdraft.algorithms.dflash.foreign_fields import unknown_fields
 from flaxdraft.algorithms.dflash.serving import tensors
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, INPUT_TAPS, TAPS
-from flaxdraft.serving import sanity
+from flaxdraft.errors import InputError
+from flaxdraft.serving import sanity, vocabulary_tables
 from flaxdraft.serving.fields import FLAG, NAMES, POSITIVE, ROPE, SIZE, TEXT, Expected, malformed, wrong
 from flaxdraft.serving.finding import Finding, few
 from flaxdraft.serving.view import DraftView
+from flaxdraft.serving.vocabulary_tables import TABLES
 
 _Id = Annotated[int, Field(ge=0, lt=2**31)]
 _Ids = Annotated[list[_Id], Field(min_length=1)]
@@ -50,8 +52,8 @@ _FIELDS = {
 def unreadable(view: DraftView) -> list[Finding]:
     """What makes every further question meaningless."""
     if "speculators_model_type" in view.config:
-        return [Finding("refused", "config.json is in the speculators form, which vLLM alone reads", "write the fields "
-                        "of transformer_layer_config at the top level, with dflash_config")]  # fmt: skip
+        return [Finding("refused", "config.json is in the speculators form, which vLLM alone reads", "convert "
+                        "it with tools/convert/from_pytorch.py")]  # fmt: skip
     if found := unknown_fields(view.config):
         return [Finding("refused", f"config.json has {few(found)}: another drafter of the family, or a switch that "
                         "flaxdraft does not have", "nothing is known of such a draft here")]  # fmt: skip
@@ -82,7 +84,20 @@ def shapes(view: DraftView) -> Iterator[Finding]:
 
 
 def values(view: DraftView) -> Iterator[Finding]:
-    return sanity.values(view, lambda key: tensors.PASSED_OVER.search(tensors.flat_name(key)))
+    return sanity.values(view, lambda key: tensors.passed_over(view.config, tensors.flat_name(key)))
+
+
+def vocabulary(view: DraftView) -> Iterator[Finding]:
+    """Which tokens a draft knows, where not all."""
+    size, vocab_size = view.config.get("draft_vocab_size") or view.config["vocab_size"], view.config["vocab_size"]
+    tables = {tensors.flat_name(key): view.read(key) for key in view.shapes if tensors.flat_name(key) in TABLES}
+    if size == vocab_size and tables:
+        yield Finding("note", f"{few([*tables])} beside a whole vocabulary say nothing", "leave them out")
+    elif tables or size < vocab_size:
+        try:
+            vocabulary_tables.take(tables, size, vocab_size, "the weights")
+        except InputError as error:
+            yield Finding("wrong", str(error), "write offsets, in ascending order of the target's tokens")
 
 
 def target(view: DraftView) -> Iterator[Finding]:
@@ -156,7 +171,7 @@ def code(view: DraftView) -> Iterator[Finding]:
 CONFIG_RULES: tuple[Callable[[DraftView], Iterator[Finding]], ...] = (
     sanity.nulls, sanity.context, sanity.rope, target, mask_token, tapped_layers, block, layer_types, code,
 )  # fmt: skip
-TENSOR_RULES: tuple[Callable[[DraftView], Iterator[Finding]], ...] = (shapes, values)
+TENSOR_RULES: tuple[Callable[[DraftView], Iterator[Finding]], ...] = (shapes, values, vocabulary)
 
 
 def of_directory(view: DraftView) -> list[Finding]:
