@@ -111,6 +111,17 @@ FAULTS = {
     "a weight that is not finite": (
         lambda tensors, config: tensors.update({NORM: np.full(8, np.nan, np.float32)}), {DIRECTORY: ("wrong", "NaN")},
     ),
+    "a scale where no engine looks": (field(attention_value_scale=1.5), {
+        "sglang": ("wrong", "reads attention_value_scale in dflash_config alone"), "vllm": ("wrong", "top level"),
+    }),
+    "a scale that one engine passes over": (nested(output_multiplier=1.5), {"vllm": ("note", "output_multiplier")}),
+    "sinks that are missing": (
+        nested(attention_sink_bias=True), {"vllm": ("refused", "weights for layers.0.self_attn.attention_sink_bias")},
+    ),
+    "names that one engine prefixes": (
+        lambda tensors, config: tensors.update({f"model.{name}": tensors.pop(name) for name in [*tensors]}),
+        {"vllm": ("refused", "it finds no weights for")},
+    ),
     "latent attention": (
         field(kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
         {"sglang": ("refused", "no drafts with latent"), "vllm": ("refused", "as no released engine does")},
@@ -178,7 +189,8 @@ def test_what_a_draft_cannot_propose_is_refused_before_a_target_is_looked_for(go
     [
         (nested(projector_type="domino", shift_label=True), "dflash_config.projector_type 'domino'"),
         (nested(attention_mode="sparse"), "dflash_config.attention_mode 'sparse': drafts of this kind are not"),
-        (field(attention_sink_bias=True), "attention_sink_bias True"),
+        (field(use_swa=True), "use_swa True"),
+        (field(hidden_act="gelu"), "hidden_act 'gelu'"),
         (field(is_neox_style=False), "is_neox_style False"),
         (drop("dflash_config"), "no dflash_config, expected an object with mask_token_id and target_layer_ids"),
         (field(layer_types=["linear_attention"] * 2), "layer_types: found"),

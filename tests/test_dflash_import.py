@@ -40,8 +40,9 @@ class Source:
         )
         self.vocab = VocabMap(IDS if self.config.draft_vocab_size < V else np.arange(V), V)
         self.tensors = state_to_torch(self.params, module.name_table(self.config), np.float32)
-        nested = {"mask_token_id": self.config.mask_token_id, "target_layer_ids": TAPS}
-        self.hf = self.config.to_hf() | {"num_target_layers": 8, "dflash_config": nested}
+        self.hf = self.config.to_hf() | {"num_target_layers": 8}
+        nested = {name: value for name, value in self.hf["dflash_config"].items() if name != "num_taps"}
+        self.hf["dflash_config"] = nested | {"target_layer_ids": TAPS}
 
 
 def specforge(source):
@@ -70,6 +71,15 @@ def z_lab(source):
     config = {name: value for name, value in source.hf.items() if name not in ("rope_parameters", "block_size")}
     config["dflash_config"] = config["dflash_config"] | {"block_size": source.config.block_size}
     return tensors, config
+
+
+def swa(source):
+    """Windows everywhere, in the words that vLLM alone reads."""
+    config = {
+        name: value for name, value in source.hf.items() if name not in ("layer_types", "sliding_window", "is_causal")
+    }
+    more = {"use_swa": True, "swa_window_size": source.config.sliding_window}
+    return source.tensors, config | {"dflash_config": source.hf["dflash_config"] | more}
 
 
 def speculators(source):
@@ -109,6 +119,9 @@ SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_wind
 LAYOUTS = {
     "specforge": (specforge, qwen3, {}), "specforge, sliding": (specforge, qwen3, SLIDING),
     "specforge, mla": (specforge_mla, mla, {}), "z-lab": (z_lab, qwen3, {}), "fused": (fused, qwen3, {}),
+    "windows everywhere": (swa, qwen3, SLIDING | {"layer_types": ["sliding_attention"] * 2, "is_causal": False}),
+    "sinks and scales": (specforge, qwen3, {"attention_sink_bias": True, "attention_value_scale": 0.7,
+                                            "output_multiplier": 0.5, "final_logit_softcapping": 20.0}),
     "speculators": (speculators, qwen3, {}),
     "speculators, reduced": (speculators, qwen3, {"draft_vocab_size": SIZE}),
     "speculators, sliding both ways": (speculators, qwen3, SLIDING | {"is_causal": False}),

@@ -4,8 +4,8 @@
     x = x + attn(input_layernorm(x), context); x = x + mlp(post_attention_layernorm(x)); logits = head(norm(x))
 
 The context does not pass input_layernorm. Embedding and head are the target's, frozen; a draft of a reduced vocabulary,
-which another trainer made, brings the head's rows of its tokens. Three switches that engines read scale all values,
-scale the logits and cap them.
+which another trainer made, brings the head's rows of its tokens. Four switches that engines read give every head a sink
+in its softmax, scale all values, scale the logits and cap them.
 
 Shape letters: B batch, T rows of the text, A blocks, R = A S rows of blocks of S slots, K tapped layers or key/value
 heads, H head width, D width (the target's as well), E target width, V tokens that the draft knows.
@@ -52,6 +52,8 @@ class Layer(nnx.Module):
         self.sight, self.value_scale = sight, c.attention_value_scale
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
         self.self_attn = attention
+        if c.attention_sink_bias:
+            self.sink = nnx.Param(jnp.zeros(c.num_attention_heads, precision.param), place="weight_f")
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, precision, rngs, sharding)
 
@@ -66,7 +68,8 @@ class Layer(nnx.Module):
         projected = attention.project(self.input_layernorm(hidden_BRD))
         q, own = attention.query(projected, positions_BR), Keys(*attention.key_value(projected, positions_BR))
         seen = self.sight.text(places.anchor_BA, places.first_BA)
-        heads = block_attention(q, text, own, seen, self.sight, attention.softmax_scale, way)
+        sink = self.sink[...] if hasattr(self, "sink") else None
+        heads = block_attention(q, text, own, seen, self.sight, attention.softmax_scale, way, sink)
         if self.value_scale != 1:  # of all values, hence of what they add up to
             heads = heads * self.value_scale
         hidden_BRD = hidden_BRD + attention.output(heads)

@@ -54,7 +54,20 @@ def _plain(config: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], list
                        f"{num_target}, {nested[TAPS]}")  # fmt: skip
     if nested.get("mask_token_id") is None:
         raise InputError(f"{origin}: no {CONFIG}.mask_token_id; write the token that the draft was trained with")
-    return {**config, CONFIG: {name: value for name, value in nested.items() if value is not None}}, remarks
+    out = {**config, **_windows(config, nested)}
+    return {**out, CONFIG: {name: value for name, value in nested.items() if value is not None}}, remarks
+
+
+def _windows(config: Mapping[str, Any], nested: dict[str, Any]) -> dict[str, Any]:
+    """What vLLM makes of `use_swa` and `swa_window_size`, which are taken out of the nested object."""
+    everywhere, window = nested.pop("use_swa", None), nested.pop("swa_window_size", None)
+    kinds = config.get("layer_types") or []
+    out = {"sliding_window": window} if window is not None and (everywhere or "sliding_attention" in kinds) else {}
+    if everywhere and "sliding_attention" not in kinds:
+        out["layer_types"] = ["sliding_attention"] * config["num_hidden_layers"]
+        if config.get("is_causal") is None and nested.get("causal") is None:
+            out["is_causal"] = False
+    return out
 
 
 def derived_taps(num_target: int, num_layers: int) -> list[int]:

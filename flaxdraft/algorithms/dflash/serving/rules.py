@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from flaxdraft.algorithms.dflash.serving import tensors
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, TAPS, Engine
-from flaxdraft.algorithms.dflash.sizes import SERVING_ARCHITECTURE
+from flaxdraft.algorithms.dflash.sizes import SERVING_ARCHITECTURE, SWITCHES
 from flaxdraft.serving import rope_fields, sanity
 from flaxdraft.serving.finding import Finding, few
 from flaxdraft.serving.view import DraftView
@@ -41,6 +41,19 @@ def slots(engine: Engine, view: DraftView) -> Iterator[Finding]:
                       "what lies before", f'write "is_causal": {str(causal).lower()} at the top level')  # fmt: skip
     if len(set(view.config.get("layer_types") or ())) > 1 and engine.mixed_layers:
         yield Finding("note", "sliding and full layers together need its V2 runner", f"set {engine.mixed_layers}")
+
+
+def switches(engine: Engine, view: DraftView) -> Iterator[Finding]:
+    """Sinks, scales and caps, which are read in one place."""
+    nested = view.config[CONFIG]
+    moved = [name for name in SWITCHES if view.config.get(name) is not None and nested.get(name) is None]
+    if moved and engine.serves:
+        yield Finding("wrong", f"it reads {few(moved)} in {CONFIG} alone, not at the top level",
+                      f"write {'it' if len(moved) == 1 else 'them'} there")  # fmt: skip
+    unread = [name for name in ("output_multiplier", "final_logit_softcapping") if nested.get(name) is not None]
+    if unread and not engine.scales_logits:
+        yield Finding("note", f"it does not read {few(unread)}; the likeliest tokens, which it proposes, are the same",
+                      "nothing is to be done")  # fmt: skip
 
 
 def vocabulary(engine: Engine, view: DraftView) -> Iterator[Finding]:
@@ -80,7 +93,7 @@ def keys(engine: Engine, view: DraftView) -> Iterator[Finding]:
         yield Finding("refused", f"it finds no weights for {few(missing)}", "export the draft again")
 
 
-CONFIG_RULES: tuple[Rule, ...] = (architecture, slots, vocabulary, tapped_layers, rope)
+CONFIG_RULES: tuple[Rule, ...] = (architecture, slots, switches, vocabulary, tapped_layers, rope)
 
 
 def of_config(engine: Engine, view: DraftView) -> list[Finding]:

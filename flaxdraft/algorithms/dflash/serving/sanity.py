@@ -12,7 +12,7 @@ from flaxdraft.algorithms.dflash.serving import tensors
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, INPUT_TAPS, TAPS
 from flaxdraft.errors import InputError
 from flaxdraft.serving import sanity, vocabulary_tables
-from flaxdraft.serving.fields import FLAG, NAMES, POSITIVE, ROPE, SIZE, TEXT, Expected, malformed, wrong
+from flaxdraft.serving.fields import FLAG, NAMES, POSITIVE, ROPE, SIZE, TEXT, Expected, Positive, malformed, wrong
 from flaxdraft.serving.finding import Finding, few
 from flaxdraft.serving.view import DraftView
 from flaxdraft.serving.vocabulary_tables import TABLES
@@ -29,6 +29,10 @@ class _DFlashConfig(BaseModel):
     block_size: Annotated[int, Field(gt=1)] | None = None
     causal: bool | None = None
     sample_from_anchor: bool | None = None
+    attention_sink_bias: bool | None = None
+    attention_value_scale: Positive | None = None
+    output_multiplier: Positive | None = None
+    final_logit_softcapping: Positive | None = None
 
 
 _FOREIGN_TAPS: dict[str, Expected] = dict.fromkeys(INPUT_TAPS, Expected("a list of layer ids", _Ids))
@@ -41,7 +45,9 @@ _FIELDS = {
     **dict.fromkeys(("rope_theta", "attention_value_scale", "output_multiplier", "final_logit_softcapping"), POSITIVE),
     "block_size": Expected("an integer of at least 2", Annotated[int, Field(gt=1)]),
     **dict.fromkeys(("model_type", "torch_dtype", "dtype"), TEXT),
-    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "is_causal", "use_sliding_window"), FLAG),
+    **dict.fromkeys(
+        ("tie_word_embeddings", "attention_bias", "is_causal", "use_sliding_window", "attention_sink_bias"), FLAG,
+    ),
     **dict.fromkeys(("architectures", "layer_types"), NAMES),
     **_FOREIGN_TAPS,
     "rope_parameters": ROPE,

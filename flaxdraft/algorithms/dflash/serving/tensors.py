@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, TAPS
+from flaxdraft.algorithms.dflash.sizes import switch
 from flaxdraft.serving.vocabulary_tables import TABLES
 
 # Buffers that some writers keep; config.json says the same.
@@ -74,6 +75,8 @@ def weights(config: Mapping[str, Any]) -> Shapes:
     """
     hidden, inner, target_hidden = config["hidden_size"], config["intermediate_size"], config.get("target_hidden_size")
     attention = _latent(config) if is_latent(config) else _grouped(config)
+    if switch(config, "attention_sink_bias"):
+        attention["attention_sink_bias"] = (config["num_attention_heads"],)
     layer = {
         "input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,),
         "mlp.gate_proj.weight": (inner, hidden), "mlp.up_proj.weight": (inner, hidden),
