@@ -11,12 +11,14 @@ import numpy as np
 from flaxdraft.algorithms.dflash.foreign.configs import FORM, understand
 from flaxdraft.algorithms.dflash.foreign.configs import claims as claims
 from flaxdraft.algorithms.dflash.foreign.names import layout_of
+from flaxdraft.algorithms.dflash.serving.fields import malformed
 from flaxdraft.algorithms.dflash.serving.sanity import unreadable
 from flaxdraft.algorithms.dflash.serving.tensors import is_reduced
 from flaxdraft.algorithms.importing import write
 from flaxdraft.errors import InputError
 from flaxdraft.files.draft_directory import check_replaceable
 from flaxdraft.serving import rope_fields, vocabulary_tables
+from flaxdraft.serving.foreign.layers import NESTED
 from flaxdraft.serving.foreign.names import rename
 from flaxdraft.serving.foreign.report import Options, Report
 from flaxdraft.serving.foreign.vocabulary import known_tokens
@@ -40,6 +42,9 @@ def convert(
     check_replaceable(out)
     if options.recurrence is not None:
         raise InputError("--recurrence: a DFlash draft feeds no state back; leave it out")
+    layer = config.get(NESTED)
+    if wrong := [*malformed(config), *(malformed(layer) if isinstance(layer, dict) else ())]:
+        raise InputError(f"{origin}: config.json: {'; '.join(wrong)}")
     written, remarks = understand(config, origin)
     if found := unreadable(view_of_arrays(written, tensors, None)):
         raise InputError(f"{origin}: {found[0].what}")
