@@ -122,6 +122,10 @@ class VocabMap:
         member[self.target_ids_W] = True
         return member
 
+    def tables(self) -> dict[str, np.ndarray]:
+        """Both, by the names that every engine gives them."""
+        return {"d2t": self.d2t(), "t2d": self.t2d()}
+
     def to_draft(self) -> np.ndarray:
         """int32 [V]: the draft id of each target id, -1 outside the draft vocabulary."""
         table = np.full(self.vocab_size, -1, np.int32)
@@ -339,9 +343,9 @@ class Algorithm(Protocol):
         """How such sums are computed on this machine, for the log."""
         ...
 
-    def flops(self, params: Any, frozen: Any, teacher: Any, num_rows: int) -> float:
-        """Of a step's products with weights over so many rows, if every one were supervised; those with the draft's
-        frozen arrays and the teacher's included."""
+    def flops(self, params: Any, frozen: Any, example: Example) -> float:
+        """Of a step's products with weights over such an example, whose arrays may be described, if all that is chosen
+        in it were supervised; those with the draft's frozen arrays and the teacher's included."""
         ...
 
     # Beginning and drafting.

@@ -38,12 +38,16 @@ def target_of(embedding_VE, head_VE):
     )  # fmt: skip
 
 
+def vocab_of(config) -> VocabMap:
+    """The last tokens, or all of them."""
+    return VocabMap(np.arange(config.vocab_size - config.draft_vocab_size, config.vocab_size), config.vocab_size)
+
+
 def make_draft(config, target, weights=None):
     """With fresh weights, or with those of PyTorch names."""
     module = sys.modules[type(config).__module__]
     draft = module.make(
-        config, VocabMap(np.arange(config.vocab_size), config.vocab_size), target, precision=Precision(),
-        sharding=Sharding.none(), rngs=nnx.Rngs(0),
+        config, vocab_of(config), target, precision=Precision(), sharding=Sharding.none(), rngs=nnx.Rngs(0)
     )  # fmt: skip
     if weights is not None:
         params = nnx.state(draft, nnx.Param)

@@ -19,7 +19,8 @@ SIGHTS = {
     "sliding": Sight(S, causal=True, window=3),
     "sliding both ways": Sight(S, causal=False, window=6),
 }
-REST = ("causal", "sliding both ways")
+SIGHTS["sliding, with sinks"] = SIGHTS["sliding"]
+REST = ("causal", "sliding", "sliding both ways")
 
 
 def visible(sight: Sight, b: int, a: int, k: int) -> tuple[list[int], list[int]]:
@@ -37,11 +38,12 @@ def make():
         normal(B, rows, N, H),
         Keys(normal(B, T, K, H), normal(B, T, K, H)),
         Keys(normal(B, rows, K, H), normal(B, rows, K, H)),
+        2 + normal(N),
     )
 
 
-def plain(q, text, own, sight):
-    """One softmax over all that is visible, masks and all."""
+def plain(q, text, own, sink, sight):
+    """One softmax over all that is visible, masks and all; a sink is one more score, of a value of zeros."""
     rows = q.shape[1]
     mask = np.zeros((B, rows, T + rows), bool)
     for b, a, k in np.ndindex(B, rows // S, S):
@@ -50,12 +52,18 @@ def plain(q, text, own, sight):
         mask[b, a * S + k, [T + a * S + i for i in inside]] = True
     k, v = (jnp.repeat(jnp.concatenate(pair, axis=1), N // K, axis=2) for pair in zip(text, own, strict=True))
     scores = jnp.where(mask[:, None], jnp.einsum("brnh,btnh->bnrt", q, k) * 0.4, -jnp.inf)
+    if sink is not None:
+        column = jnp.broadcast_to(sink[None, :, None, None], (*scores.shape[:3], 1))
+        scores, v = jnp.concatenate([scores, column], axis=-1), jnp.pad(v, ((0, 0), (0, 1), (0, 0), (0, 0)))
     return jnp.einsum("bnrt,btnh->brnh", jax.nn.softmax(scores, axis=-1), v)
 
 
-@pytest.mark.parametrize("name", ["full", "sliding", *(pytest.param(x, marks=pytest.mark.slow) for x in REST)])
+@pytest.mark.parametrize(
+    "name", ["full", "sliding, with sinks", *(pytest.param(x, marks=pytest.mark.slow) for x in REST)]
+)
 def test_value_and_gradients_are_those_of_one_softmax(name):
     sight, arrays = SIGHTS[name], make()
+    arrays = arrays if "sinks" in name else (*arrays[:3], None)
     seen = sight.text(jnp.asarray(ANCHOR), jnp.asarray(FIRST))
 
     def loss_of(attention):
@@ -67,7 +75,7 @@ def test_value_and_gradients_are_those_of_one_softmax(name):
 
     (_, want), want_grads = loss_of(lambda *arrays: plain(*arrays, sight))(arrays)
     for way in (Way("dense"), Way("chunked", Chunks(5, 4))):
-        attention = lambda *arrays: block_attention(*arrays, seen, sight, 0.4, way)  # noqa: B023, E731
+        attention = lambda q, text, own, sink: block_attention(q, text, own, seen, sight, 0.4, way, sink)  # noqa: B023, E731
         (_, got), grads = loss_of(attention)(arrays)
         assert_close(got, want, summands=T)
         assert_close(grads, want_grads, summands=4 * T)

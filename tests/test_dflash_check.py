@@ -12,6 +12,7 @@ from test_contracts import TARGET_HF, V, target_config
 from flaxdraft.algorithms.dflash.drafts import qwen3
 from flaxdraft.algorithms.loading import abstract_params, from_pretrained
 from flaxdraft.errors import InputError
+from flaxdraft.evaluate.__main__ import main as evaluate
 from flaxdraft.files.safetensors_file import load_safetensors, save_safetensors
 from flaxdraft.serving import lint
 from flaxdraft.serving.export import export
@@ -110,6 +111,17 @@ FAULTS = {
     "a weight that is not finite": (
         lambda tensors, config: tensors.update({NORM: np.full(8, np.nan, np.float32)}), {DIRECTORY: ("wrong", "NaN")},
     ),
+    "a scale where no engine looks": (field(attention_value_scale=1.5), {
+        "sglang": ("wrong", "reads attention_value_scale in dflash_config alone"), "vllm": ("wrong", "top level"),
+    }),
+    "a scale that one engine passes over": (nested(output_multiplier=1.5), {"vllm": ("note", "output_multiplier")}),
+    "sinks that are missing": (
+        nested(attention_sink_bias=True), {"vllm": ("refused", "weights for layers.0.self_attn.attention_sink_bias")},
+    ),
+    "names that one engine prefixes": (
+        lambda tensors, config: tensors.update({f"model.{name}": tensors.pop(name) for name in [*tensors]}),
+        {"vllm": ("refused", "it finds no weights for")},
+    ),
     "latent attention": (
         field(kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
         {"sglang": ("refused", "no drafts with latent"), "vllm": ("refused", "as no released engine does")},
@@ -159,15 +171,30 @@ def test_a_checkpoint_of_another_trainer_is_read(good, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("--chain", "3", "8"), "chain length: found 8, but this draft proposes at most 7 tokens at a time"),
+        (("--tree", "2", "1"), "tree: found widths 2 1, but this draft proposes no trees"),
+    ],
+)
+def test_what_a_draft_cannot_propose_is_refused_before_a_target_is_looked_for(good, tmp_path, capfd, asked, message):
+    call = [str(good[2]), "--target", "nowhere", "--prompts", "none", "--out", str(tmp_path / "out"), *asked]
+    assert evaluate(call) == 2
+    assert message in " ".join(capfd.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (nested(projector_type="domino", shift_label=True), "dflash_config.projector_type 'domino'"),
         (nested(attention_mode="sparse"), "dflash_config.attention_mode 'sparse': drafts of this kind are not"),
-        (field(attention_sink_bias=True), "attention_sink_bias True"),
+        (field(use_swa=True), "use_swa True"),
+        (field(hidden_act="gelu"), "hidden_act 'gelu'"),
         (field(is_neox_style=False), "is_neox_style False"),
         (drop("dflash_config"), "no dflash_config, expected an object with mask_token_id and target_layer_ids"),
         (field(layer_types=["linear_attention"] * 2), "layer_types: found"),
-        (field(draft_vocab_size=32), "draft.fields.draft_vocab_size: found 32, expected the target's 64"),
+        (field(draft_vocab_size=65), "draft.fields.draft_vocab_size: found 65, expected at most the target's 64"),
     ],
 )  # fmt: skip
 def test_what_no_draft_here_has_is_refused_by_name(good, change, message):

@@ -14,12 +14,13 @@ from test_contracts import V, W
 from trainers_layouts import IDS, TRAINERS, Source, eagle, specforge, speculators
 
 from flaxdraft.algorithms.eagle3.draft import SWITCHES
-from flaxdraft.algorithms.eagle3.foreign.convert import Options, convert
+from flaxdraft.algorithms.eagle3.foreign.convert import convert
 from flaxdraft.algorithms.loading import from_pretrained
 from flaxdraft.errors import InputError
 from flaxdraft.files.safetensors_file import load_safetensors, save_safetensors
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.nn.rope import RopeConfig
+from flaxdraft.serving.foreign.report import Options
 
 from_pytorch = tool("convert/from_pytorch")
 
@@ -111,10 +112,10 @@ def test_d2t_is_understood_or_asked_about(tmp_path, llama, d2t, t2d, meaning, ex
     tensors = {name: array for name, array in tensors.items() if name not in ("d2t", "t2d")} | tables
     if isinstance(expected, str):
         with pytest.raises(InputError, match=expected):
-            convert(tensors, config, tmp_path / "out", "there", Options(d2t=meaning))
+            convert(tensors, config, tmp_path / "out", "there", Options(table=meaning))
         assert not list(tmp_path.iterdir())
         return
-    convert(tensors, config, tmp_path / "out", "there", Options(d2t=meaning))
+    convert(tensors, config, tmp_path / "out", "there", Options(table=meaning))
     written = load_safetensors(tmp_path / "out" / "model.safetensors")
     np.testing.assert_array_equal(written["d2t"] + np.arange(W), expected)
     head = tensors["lm_head.weight"]

@@ -38,7 +38,7 @@ class Source:
         self.hf = config.to_hf()
 
     def tables(self):
-        return {"d2t": self.vocab.d2t(), "t2d": self.vocab.t2d()}
+        return self.vocab.tables()
 
     def renamed(self, old, new):
         return {key.replace(old, new): array for key, array in self.tensors.items()}

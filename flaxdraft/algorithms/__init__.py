@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "eagle3"
 PACKAGE = "flaxdraft.algorithms"
-SHARED = ("loading",)  # modules of this package that are no algorithm
+SHARED = ("importing", "loading")  # modules of this package that are no algorithm
 
 
 def architecture(settings: AlgorithmConfig, name: str) -> ModuleType:

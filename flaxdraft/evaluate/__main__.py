@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flaxdraft.data.chat_template import ChatTemplate
     from flaxdraft.data.prompts import Prompt
     from flaxdraft.nn.precision import Precision
+    from flaxdraft.serving.trained_draft import TrainedDraft
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,7 +122,7 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     """
     import jax
 
-    from flaxdraft.algorithms.loading import serving_files
+    from flaxdraft.algorithms.loading import from_pretrained, serving_files
     from flaxdraft.decode.decoding import Settings
     from flaxdraft.devices import hosts
     from flaxdraft.evaluate.differences import refuse_wrong_answers
@@ -135,8 +136,10 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     from flaxdraft.stages.claims import claim_together
 
     guesses = [*(Guess(chain_length=chain) for chain in a.chain), *(Guess(tree=tuple(tree)) for tree in a.tree)]
-    for guess in guesses:  # refuses wrong numbers before anything is loaded
-        Settings(a.max_new_tokens, guess.chain_length, (), a.temperature, a.top_p, guess.tree).program(None)
+    draft = from_pretrained(directory)
+    for guess in guesses:  # refuses wrong numbers, and what this draft cannot propose, before the target is loaded
+        settings = Settings(a.max_new_tokens, guess.chain_length, (), a.temperature, a.top_p, guess.tree)
+        settings.program(draft.algorithm.drafter())
     prompts = read_prompts(a.prompts, () if a.split == "all" else (a.split,), "--prompts")
     prompts = [prompt for prompt in prompts if a.split in ("all", prompt.split)][: a.limit]
     dtype, mesh = dtype_or_default(a.dtype), target_mesh(a.mesh)
@@ -151,13 +154,13 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
         "data": shape.get("data", 1), "target_mesh": {name: size for name, size in shape.items() if name != "data"},
     }  # fmt: skip
     claim_together(a.out, inputs, "Give another --out, or remove it to start anew.")
-    loaded, draft = _load(a.target, directory, of_both(dtype), mesh)
+    loaded, paired = _load(a.target, directory, draft, of_both(dtype), mesh)
     CONSOLE.print(
         f"{len(prompts)} prompts, {sum(len(prompt.turns) for prompt in prompts)} turns, up to {a.max_new_tokens} "
         f"tokens each; {', '.join(map(str, guesses))}; temperature {a.temperature:g}"
     )
     settings = Settings(a.max_new_tokens, 0, tuple(loaded.stop_tokens), a.temperature, a.top_p)
-    session = Session(loaded.model, draft, loaded.tokenizer, settings, "--max-new-tokens", a.rows, template)
+    session = Session(loaded.model, paired, loaded.tokenizer, settings, "--max-new-tokens", a.rows, template)
     runs = measure(session, prompts, guesses, a.seeds, a.out / "batches", inputs)
     results = guess_results(session, prompts, guesses, runs)
     axes = f" ({', '.join(f'{name} {size}' for name, size in shape.items())})" if shape else ""
@@ -204,17 +207,17 @@ def _template(a: argparse.Namespace, prompts: Sequence[Prompt]) -> tuple[ChatTem
     return template, template_inputs(template, tokenizer)
 
 
-def _load(address: str, directory: Path, precision: Precision, mesh: Mesh | None):
-    """The target with the layers that the draft taps, and the draft.
+def _load(address: str, directory: Path, draft: TrainedDraft, precision: Precision, mesh: Mesh | None):
+    """The target with the layers that the draft taps, and the draft beside it.
 
     Raises:
         InputError: the two do not belong together.
     """
     from flaxdraft import targets
-    from flaxdraft.algorithms.loading import from_pretrained, tapped_layers
+    from flaxdraft.algorithms.loading import tapped_layers
     from flaxdraft.evaluate.loading import pair
 
-    opened, draft = targets.open_target(address), from_pretrained(directory)
+    opened = targets.open_target(address)
     named = tapped_layers(directory, opened.source.config)
     taps = draft.algorithm.tap_layers(opened.config().num_hidden_layers, None if named is None else tuple(named))
     loaded = targets.from_pretrained(address, tap_layers=taps, precision=precision, mesh=mesh)

@@ -25,6 +25,10 @@ class Frozen(nnx.Variable):
     """An array that travels with a module but is never trained."""
 
 
+class Kept(nnx.Param):
+    """A parameter that a draft is saved and exported with as it came: no gradient reaches it, no decay."""
+
+
 class Split(NamedTuple):
     """How a projection is split over devices, as fields of `Sharding`."""
 

@@ -71,7 +71,7 @@ def estimate(setup: Setup, draft_config: Any, num_taps: int) -> Estimate:
         "moments": _bytes_a_device((state.opt_state, state.ema)),
         "batch": _bytes_a_device((example.batch, example.chosen)), "features": _bytes_a_device(example.features),
     }  # fmt: skip
-    flops = algorithm.flops(params, frozen, example.teacher, train.batch_size * length)
+    flops = algorithm.flops(params, frozen, example)
     trained = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
     return Estimate(
         trained, train.batch_size, length, held, memory.temp_size_in_bytes, flops, example.batch

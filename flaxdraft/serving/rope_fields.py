@@ -33,6 +33,14 @@ def parameters(config: Mapping[str, Any], dialects: tuple[str, ...] = DIALECTS) 
     return {"rope_type": "default", "rope_theta": DEFAULT_THETA}
 
 
+def set_theta(config: dict[str, Any], theta: float) -> None:
+    """Another base, wherever one can stand, in place."""
+    config["rope_theta"] = theta
+    for dialect in ("rope_parameters", "rope_scaling"):
+        if isinstance(config.get(dialect), dict):
+            config[dialect] = {**config[dialect], "rope_theta": theta}
+
+
 def for_context(config: dict[str, Any], context: int) -> None:
     """A draft's config.json made for a target of that context, in place."""
     _complete_yarn(config)

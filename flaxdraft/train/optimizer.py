@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import optax
 import optax.contrib
+from flax import nnx
 
 from flaxdraft.config import TrainConfig
 from flaxdraft.devices.sharding import spec_of
+from flaxdraft.nn.layers import Kept
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:
@@ -28,17 +30,26 @@ def schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Weight decay is for matrices alone: norm scales stay free."""
+    """Weight decay is for trained matrices alone: norm scales stay free."""
     rate = schedule(config)
     adamw = optax.adamw(
         rate, *config.betas, eps=config.eps, weight_decay=config.weight_decay,
-        mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+        mask=_decays,
     )  # fmt: skip
     if config.optimizer == "muon":
         # Updates as large as AdamW's (arXiv 2502.16982), so that one rate and one decay do for both kinds.
         muon = optax.contrib.muon(rate, weight_decay=config.weight_decay, consistent_rms=0.2)
         adamw = _placed_by_xla(optax.partition({"muon": muon, "adamw": adamw}, _muon_or_adamw))
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def _decays(params: Any) -> Any:
+    """Of each array."""
+
+    def of_variable(variable):
+        return jax.tree.map(lambda p: p.ndim > 1 and not isinstance(variable, Kept), variable)
+
+    return jax.tree.map(of_variable, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def _muon_or_adamw(params: Any) -> Any:

@@ -57,6 +57,7 @@ def host_example(step: int) -> Example:
 def train(shape: tuple[tuple[str, int], ...], num_microbatches: int) -> Trained:
     mesh, target = make_mesh(**dict(shape)), target_config()
     own = {"block_size": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 1}
+    own["attention_sink_bias"] = True
     config = qwen3.Config(**qwen3.Config.for_target(target, V) | own)
     check_heads(config, SHARDING, mesh.shape)
     normal = lambda seed: 0.3 * np.random.default_rng(seed).normal(size=(V, E)).astype(np.float32)  # noqa: E731

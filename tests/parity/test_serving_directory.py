@@ -18,12 +18,13 @@ from small_drafts import write_export
 from trainers_layouts import TRAINERS, Source
 
 from flaxdraft.algorithms.eagle3.drafts import llama, mla
-from flaxdraft.algorithms.eagle3.foreign.convert import Options, convert
+from flaxdraft.algorithms.eagle3.foreign.convert import convert
 from flaxdraft.algorithms.loading import from_pretrained
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.interfaces import Batch, VocabMap
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig
+from flaxdraft.serving.foreign.report import Options
 from flaxdraft.train.state import split_draft
 
 pytestmark = pytest.mark.parity

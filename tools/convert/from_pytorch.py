@@ -1,8 +1,9 @@
 """Brings a draft that another trainer wrote into the layout that flaxdraft trains on, evaluates and exports.
 
-SOURCE is a checkpoint of SpecForge, TorchSpec, NeMo Automodel, EAGLE or speculators: a directory of config.json with
-*.safetensors, or with PyTorch's own files (training_state.pt, pytorch_model*.bin, *.pt), read through
-torch.load(weights_only=True) (`pip install -e ".[convert]"`); or one such file beside its config.json.
+SOURCE is an EAGLE-3 checkpoint of SpecForge, TorchSpec, NeMo Automodel, EAGLE or speculators, or a DFlash checkpoint of
+SpecForge, z-lab or speculators: a directory of config.json with *.safetensors, or with PyTorch's own files
+(training_state.pt, pytorch_model*.bin, *.pt), read through torch.load(weights_only=True)
+(`pip install -e ".[convert]"`); or one such file beside its config.json.
 
     python tools/convert/from_pytorch.py outputs/epoch_9 drafts/mine
     python -m flaxdraft.train --config run.yaml draft.init_from=drafts/mine
@@ -48,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _work(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from flaxdraft.algorithms.eagle3.foreign.convert import Options, convert
+    from flaxdraft.algorithms.importing import converter
+    from flaxdraft.serving.foreign.report import Options
     from flaxdraft.serving.view import read_config
 
     if arguments.out.resolve() == arguments.source.resolve():
@@ -57,7 +59,7 @@ def _work(arguments: argparse.Namespace) -> None:
     config = read_config(arguments.config or folder / "config.json")
     tensors, has_training_state = read_tensors(arguments.source)
     options = Options(arguments.trainer, arguments.d2t, arguments.recurrence, arguments.rope_theta)
-    report = convert(
+    report = converter(config)(
         tensors, config, arguments.out, str(arguments.source), options, has_training_state=has_training_state
     )
     for row in report.rows:

@@ -7,7 +7,6 @@ width.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from flaxdraft.algorithms.dflash import anchors
+from flaxdraft.algorithms.dflash import anchors, flops
 from flaxdraft.algorithms.dflash.block_attention import Keys, Way, choose
 from flaxdraft.algorithms.dflash.draft import BlockDraft, Places
 from flaxdraft.algorithms.dflash.drafter import BlockDrafter
@@ -126,8 +125,9 @@ class Algorithm:
     def _scored(
         self, draft: BlockDraft, head_VD: Float[Array, "V D"], batch: Batch, text: list[Keys],
         anchor_BA: Int[Array, "B A"],
-    ) -> tuple[Bool[Array, "B A S"], Float[Array, "B A S"], Bool[Array, "B A S"]]:  # fmt: skip
-        """Which slots are asked for a token, the cross entropy of each, and whether it is right."""
+    ) -> tuple[Bool[Array, "B A S"], Bool[Array, "B A S"], Float[Array, "B A S"], Bool[Array, "B A S"]]:  # fmt: skip
+        """Which slots are asked for a token and which of them for one that the draft knows, the cross entropy of each,
+        and whether it is right."""
         settings, layout = self.settings, self.layout
         states_BRD, shape = self.states(draft, batch, text, anchor_BA), (*anchor_BA.shape, layout.block_size)
         stop_at_hole = settings.stop_at_hole or self.num_tokens is not None
@@ -135,8 +135,15 @@ class Algorithm:
         asked_BAS = asked_BAS & (jnp.arange(layout.block_size) < self._counted.stop)[None, None]
         flat = lambda x: x.reshape(states_BRD.shape[:2])  # noqa: E731
         how = How(settings.loss_chunk, draft.made_of)
-        loss_BR, hit_BR = cross_entropy(how, states_BRD, head_VD, flat(label_BAS), flat(asked_BAS))
-        return asked_BAS, loss_BR.reshape(shape), hit_BR.reshape(shape)
+        label_BAS = draft.known(label_BAS)
+        known_BAS = asked_BAS & (label_BAS >= 0)
+        loss_BR, hit_BR = cross_entropy(how, states_BRD, head_VD, flat(label_BAS), flat(known_BAS))
+        return asked_BAS, known_BAS, loss_BR.reshape(shape), hit_BR.reshape(shape)
+
+    def _summed(self, asked_BAS, known_BAS, loss_BAS, hit_BAS) -> BlockSums:
+        """A token that the draft does not know is no part of the loss, and missed."""
+        sums = summed(self.settings, self.layout, self._counted, known_BAS, loss_BAS, hit_BAS)
+        return sums.asking(asked_BAS[:, :, self._counted])
 
     @property
     def _counted(self) -> slice:
@@ -146,8 +153,7 @@ class Algorithm:
 
     def sums(self, draft: BlockDraft, example: Example, carry: tuple[()]) -> BlockSums:
         text, anchor_BA = self.read(draft, example), example.chosen.anchor_BA
-        scored = self._scored(draft, draft.head_VD(), example.batch, text, anchor_BA)
-        return summed(self.settings, self.layout, self._counted, *scored)
+        return self._summed(*self._scored(draft, draft.head_VD(), example.batch, text, anchor_BA))
 
     def accepted(self, draft: BlockDraft, example: Example) -> tuple[BlockSums, Int[Array, "B T"]]:
         """The sums, and for each row of the batch how many draft tokens greedy verification would accept there: those
@@ -163,9 +169,9 @@ class Algorithm:
         part_GBA = jnp.moveaxis(padded_BA.reshape(num_batch, -1, size), 1, 0)
         parts = jax.lax.map(lambda part_BA: self._scored(draft, head_VD, batch, text, part_BA), part_GBA)
         joined = lambda x: jnp.moveaxis(x, 0, 1).reshape(*padded_BA.shape, self.layout.block_size)  # noqa: E731
-        asked_BAS, loss_BAS, hit_BAS = map(joined, parts)
-        sums = summed(self.settings, self.layout, self._counted, asked_BAS, loss_BAS, hit_BAS)
-        right_BAQ = jnp.cumprod(hit_BAS[:, :, self._counted], axis=2, dtype=jnp.int32)
+        scored = tuple(map(joined, parts))
+        sums = self._summed(*scored)
+        right_BAQ = jnp.cumprod(scored[-1][:, :, self._counted], axis=2, dtype=jnp.int32)
         count_BA = jnp.sum(right_BAQ, axis=2, dtype=jnp.int32)
         scatter = jax.vmap(lambda row, at, value: row.at[at].set(value, mode="drop"))
         # The pass of a block with its anchor in row p is counted in row p - 1. No pass begins with an anchor in row 0.
@@ -183,16 +189,8 @@ class Algorithm:
             f"{s.loss_chunk} slots, rematerialisation {s.remat}"
         )
 
-    def flops(self, params: nnx.State, frozen: nnx.State, teacher: Any, num_rows: int) -> float:
-        """Of rows as if each were one block's slot: the layers read it, and the head, which is frozen and has one
-        gradient product, not two; `fc` and the context's keys and values are made once a row of the text, about as
-        often in long rows."""
-        per_row = 4.0 * math.prod(frozen["head"].shape)
-        for path, variable in nnx.to_flat_state(params):
-            if len(variable.shape) > 1:
-                twice = path[-2] in ("k_proj", "v_proj")  # of the slots, and of the text
-                per_row += 6.0 * math.prod(variable.shape) * (2 if twice else 1)
-        return num_rows * per_row
+    def flops(self, params: nnx.State, frozen: nnx.State, example: Example) -> float:
+        return flops.of_step(params, frozen, example, self.layout)
 
     def warm_start(self, draft: BlockDraft, target: EmbeddingAndHead, vocab: VocabMap) -> None:
         """The norm that stands before the target's head."""

@@ -3,7 +3,8 @@
 One softmax over both. The text's keys are the same for all blocks and are seen by range, which the chunked kernel does
 without ever holding [slots, text] scores; what is inside a block is small and is merged in log space:
 L = logaddexp(L_text, L_block), O = exp(L_text - L) O_text + exp(s - L) v. The kernel's backward pass with the merged O
-and L gives the gradients of the joint softmax.
+and L gives the gradients of the joint softmax. A head may have a sink: a score that takes its share of the softmax and
+brings no value, for which L becomes logaddexp(L, sink).
 
 Shape letters: B batch, A blocks, S slots of a block (Y where they are keys), R = A S query rows, T key rows of the
 text, N query heads, K key/value heads (G = N / K share one), H query/key width, C value width.
@@ -96,21 +97,23 @@ def choose(backend: Backend, num_queries: int, num_heads: int, num_keys: int) ->
 
 
 def block_attention(
-    q_BRNH: Float[Array, "B R N H"], text: Keys, own: Keys, seen: KeyRange, sight: Sight, scale: float, way: Way
-) -> Float[Array, "B R N C"]:
+    q_BRNH: Float[Array, "B R N H"], text: Keys, own: Keys, seen: KeyRange, sight: Sight, scale: float, way: Way,
+    sink_N: Float[Array, " N"] | None = None,
+) -> Float[Array, "B R N C"]:  # fmt: skip
     """One layer's attention.
 
     Args:
         seen: the rows of the text that each slot sees, see `Sight.text`.
+        sink_N: of each head, where the draft has any.
     """
     num_batch, num_queries, num_heads, _ = q_BRNH.shape
     if choose(way.backend, num_batch * num_queries, num_heads, text.k_BTKH.shape[1]) == "dense":
         local = partial(dense, sight=sight, scale=scale)
-        return per_device(local, spec_of(q_BRNH), q_BRNH, text, own, seen)
-    return merged(q_BRNH, text, own, seen, sight, scale, way.chunks)
+        return per_device(local, spec_of(q_BRNH), q_BRNH, text, own, seen, sink_N)
+    return merged(q_BRNH, text, own, seen, sink_N, sight, scale, way.chunks)
 
 
-def dense(q_BRNH, text: Keys, own: Keys, seen: KeyRange, sight: Sight, scale: float):
+def dense(q_BRNH, text: Keys, own: Keys, seen: KeyRange, sink_N, sight: Sight, scale: float):
     """The reference: builds the [R, T + S] scores. Softmax and sums are at least float32."""
     num_keys, kv_heads = text.k_BTKH.shape[1:3]
     at_T = jnp.arange(num_keys)[None, None]
@@ -118,47 +121,53 @@ def dense(q_BRNH, text: Keys, own: Keys, seen: KeyRange, sight: Sight, scale: fl
     scores = jnp.where(visible_BRT[:, None, None], grouped_scores(q_BRNH, text.k_BTKH, scale), MASKED)
     inside = _own_scores(q_BRNH, own.k_BTKH, sight, scale)  # [B, A, S, K, G, Y]
     inside = inside.reshape(*q_BRNH.shape[:2], kv_heads, -1, sight.size)
-    both = jnp.concatenate([scores, jnp.moveaxis(inside, 1, 3)], axis=-1)  # [B, K, G, R, T + Y]
-    weights = jax.nn.softmax(both, axis=-1).astype(text.v_BTKC.dtype)
+    parts = [scores, jnp.moveaxis(inside, 1, 3)]  # [B, K, G, R, T] and [B, K, G, R, Y]
+    if sink_N is not None:
+        sink = sink_N.astype(scores.dtype).reshape(1, kv_heads, -1, 1, 1)
+        parts.append(jnp.broadcast_to(sink, (*scores.shape[:-1], 1)))
+    weights = jax.nn.softmax(jnp.concatenate(parts, axis=-1), axis=-1).astype(text.v_BTKC.dtype)
     out = jnp.einsum("bkgrt,btkc->brkgc", weights[..., :num_keys], text.v_BTKC)
-    inside = jnp.moveaxis(weights[..., num_keys:], 3, 1)
+    inside = jnp.moveaxis(weights[..., num_keys : num_keys + sight.size], 3, 1)
     inside = inside.reshape(inside.shape[0], -1, sight.size, *inside.shape[2:])
     out = out + jnp.einsum("baskgy,baykc->baskgc", inside, _blocks(own.v_BTKC, sight)).reshape(out.shape)
     return out.reshape(*q_BRNH.shape[:3], -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def merged(q_BRNH, text: Keys, own: Keys, seen: KeyRange, sight: Sight, scale: float, chunks: Chunks):
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def merged(q_BRNH, text: Keys, own: Keys, seen: KeyRange, sink_N, sight: Sight, scale: float, chunks: Chunks):
     """In chunks; see the head of this file. Arguments as in `block_attention`."""
-    return _merged(q_BRNH, text, own, seen, sight, scale, chunks)[0]
+    return _merged(q_BRNH, text, own, seen, sink_N, sight, scale, chunks)[0]
 
 
-def _merged(q, text, own, seen, sight, scale, chunks):
-    def local(q, text, own, seen):
+def _merged(q, text, own, seen, sink, sight, scale, chunks):
+    def local(q, text, own, seen, sink):
         out, logsumexp = range_attention.forward(q, text.k_BTKH, text.v_BTKC, seen, scale, chunks)
         scores = _own_scores(q, own.k_BTKH, sight, scale)
         joint = jnp.logaddexp(logsumexp, jax.nn.logsumexp(scores, axis=-1).reshape(logsumexp.shape))
+        if sink is not None:
+            joint = jnp.logaddexp(joint, sink.astype(joint.dtype)[None, None])
         weights = jnp.exp(scores - joint.reshape(scores.shape[:-1])[..., None])
         inside = _out(weights.astype(own.v_BTKC.dtype), own.v_BTKC, sight, out.dtype)
         out = out * jnp.exp(logsumexp - joint)[..., None] + inside.reshape(out.shape)
         return out.astype(own.v_BTKC.dtype), joint
 
     out_specs = spec_of(q), jax.P(*spec_of(q).partitions[:3])
-    return per_device(local, out_specs, q, text, own, seen)
+    return per_device(local, out_specs, q, text, own, seen, sink)
 
 
-def _forward(q, text, own, seen, sight, scale, chunks):
-    out, logsumexp = _merged(q, text, own, seen, sight, scale, chunks)
+def _forward(q, text, own, seen, sink, sight, scale, chunks):
+    out, logsumexp = _merged(q, text, own, seen, sink, sight, scale, chunks)
     out, logsumexp = checkpoint_name(out, ATTENTION_OUTPUT), checkpoint_name(logsumexp, ATTENTION_OUTPUT)
-    return out, (q, text, own, seen, Joint(out, logsumexp))
+    return out, (q, text, own, sink, seen, Joint(out, logsumexp))
 
 
 def _backward(sight, scale, chunks, residuals, grad):
-    """Of what is inside a block, with p = exp(s - L): ds = p (dO.v - dO.O), dq += c ds k, dk = c ds q, dv = p dO."""
+    """Of what is inside a block, with p = exp(s - L): ds = p (dO.v - dO.O), dq += c ds k, dk = c ds q, dv = p dO; of a
+    sink, which has no value, ds = -p dO.O."""
     rows_axes = axes_of(spec_of(residuals[0]).partitions)
-    keys_spec = spec_of(residuals[1].k_BTKH)
+    keys_spec, sink_spec = spec_of(residuals[1].k_BTKH), None if residuals[3] is None else spec_of(residuals[3])
 
-    def local(q, text, own, seen, joint, grad):
+    def local(q, text, own, sink, seen, joint, grad):
         wide = joint.logsumexp_BRN.dtype
         dq, *dtext = range_attention.backward(q, text.k_BTKH, text.v_BTKC, seen, joint, grad, scale, chunks)
         dtext = [added_up(x.astype(text.k_BTKH.dtype), keys_spec, rows_axes) for x in dtext]
@@ -174,10 +183,15 @@ def _backward(sight, scale, chunks, residuals, grad):
         dq = dq + sums("baskgy,baykh->baskgh", dscores, _blocks(own.k_BTKH, sight)).reshape(dq.shape)
         dk = sums("baskgy,baskgh->baykh", dscores, q_blocks).reshape(own.k_BTKH.shape)
         dv = sums("baskgy,baskgc->baykc", weights, grad).reshape(own.v_BTKC.shape)
-        return dq.astype(q.dtype), Keys(*dtext), Keys(dk.astype(q.dtype), dv.astype(q.dtype))
+        dsink = None
+        if sink is not None:
+            shares_BRN = jnp.exp(sink.astype(wide)[None, None] - joint.logsumexp_BRN)
+            dsink = added_up(-jnp.sum(shares_BRN * delta_BRN, axis=(0, 1)), sink_spec, rows_axes).astype(sink.dtype)
+        return dq.astype(q.dtype), Keys(*dtext), Keys(dk.astype(q.dtype), dv.astype(q.dtype)), dsink
 
-    out_specs = jax.tree.map(gradient_spec, residuals[:3])
-    return *per_device(local, out_specs, *residuals, grad), None
+    out_specs = jax.tree.map(gradient_spec, residuals[:4])
+    dq, dtext, down, dsink = per_device(local, out_specs, *residuals, grad)
+    return dq, dtext, down, None, dsink
 
 
 merged.defvjp(_forward, _backward)

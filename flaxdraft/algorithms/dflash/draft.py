@@ -3,11 +3,12 @@
     context = hidden_norm(fc(taps)), once; each layer makes keys and values of it by its own k_proj and v_proj
     x = x + attn(input_layernorm(x), context); x = x + mlp(post_attention_layernorm(x)); logits = head(norm(x))
 
-The context does not pass input_layernorm. Embedding and head are the target's, frozen. Three switches that engines read
-scale all values, scale the logits and cap them.
+The context does not pass input_layernorm. Embedding and head are the target's, frozen; a draft of a reduced vocabulary,
+which another trainer made, brings the head's rows of its tokens. Four switches that engines read give every head a sink
+in its softmax, scale all values, scale the logits and cap them.
 
 Shape letters: B batch, T rows of the text, A blocks, R = A S rows of blocks of S slots, K tapped layers or key/value
-heads, H head width, D width (the target's as well), E target width, V vocabulary.
+heads, H head width, D width (the target's as well), E target width, V tokens that the draft knows.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from flaxdraft.algorithms.dflash.block_attention import Keys, Sight, Way, block_attention
-from flaxdraft.devices.sharding import Sharding, along, gathered
+from flaxdraft.devices.sharding import Sharding, along, gathered, spec_of
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
-from flaxdraft.nn.layers import Frozen, GatedMLP, RMSNorm, column
+from flaxdraft.nn.layers import Frozen, GatedMLP, Kept, RMSNorm, column
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.self_attention import Heads
 from flaxdraft.nn.vocabulary import lookup
@@ -51,6 +52,8 @@ class Layer(nnx.Module):
         self.sight, self.value_scale = sight, c.attention_value_scale
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
         self.self_attn = attention
+        if c.attention_sink_bias:
+            self.sink = nnx.Param(jnp.zeros(c.num_attention_heads, precision.param), place="weight_f")
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, precision, rngs, sharding)
 
@@ -65,7 +68,8 @@ class Layer(nnx.Module):
         projected = attention.project(self.input_layernorm(hidden_BRD))
         q, own = attention.query(projected, positions_BR), Keys(*attention.key_value(projected, positions_BR))
         seen = self.sight.text(places.anchor_BA, places.first_BA)
-        heads = block_attention(q, text, own, seen, self.sight, attention.softmax_scale, way)
+        sink = self.sink[...] if hasattr(self, "sink") else None
+        heads = block_attention(q, text, own, seen, self.sight, attention.softmax_scale, way, sink)
         if self.value_scale != 1:  # of all values, hence of what they add up to
             heads = heads * self.value_scale
         hidden_BRD = hidden_BRD + attention.output(heads)
@@ -81,15 +85,19 @@ class BlockDraft(nnx.Module):
     ):  # fmt: skip
         """
         Raises:
-            InputError: the vocabulary map is not the target's whole vocabulary.
+            InputError: the vocabulary map is not the config's.
         """
         c = config
         vocab.check_fits(c)
         self.config, self.precision, self.sharding = config, precision, sharding
         # In the precision in which every step reads them.
         self.embed_tokens = Frozen(target.embedding().astype(precision.compute), place="weight_ve")
-        self.head = Frozen(target.head().astype(precision.compute), place="weight_ve")
-        self.target_ids = Frozen(jnp.arange(c.vocab_size, dtype=jnp.int32), place="whole")
+        self.target_ids = Frozen(jnp.asarray(vocab.target_ids_W, jnp.int32), place="whole")
+        if c.knows_every_token:
+            self.head = Frozen(target.head().astype(precision.compute), place="weight_ve")
+        else:
+            self.draft_ids = Frozen(jnp.asarray(vocab.to_draft()), place="whole")
+            self.lm_head = Kept(target.head()[vocab.target_ids_W].astype(precision.param), place="weight_ve")
         self.fc = column(c.num_taps * c.target_hidden_size, c.hidden_size, precision, rngs, sharding)
         self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
         for i, (attention, sight) in enumerate(zip(attentions, c.sights(), strict=True)):
@@ -145,8 +153,16 @@ class BlockDraft(nnx.Module):
         return Logits(self.config.output_multiplier, self.config.final_logit_softcapping)
 
     def head_VD(self) -> Float[Array, "V D"]:
-        """The target's head, whole along fsdp."""
-        return gathered(self.head[...], self.sharding.weight_ve)
+        """The target's head, or its rows of the tokens that the draft knows, whole along fsdp."""
+        head = self.head if self.config.knows_every_token else self.lm_head
+        return gathered(head[...], self.sharding.weight_ve).astype(self.precision.compute)
+
+    def known(self, token_BAS: Int[Array, "B A S"]) -> Int[Array, "B A S"]:
+        """The draft ids of target tokens; -1 for what the draft does not know."""
+        if self.config.knows_every_token:
+            return token_BAS
+        spec = None if self.sharding.act_b is None else spec_of(token_BAS)
+        return self.draft_ids[...].at[token_BAS].get(out_sharding=spec)
 
     def logits(self, hidden_BRD: Float[Array, "B R D"]) -> Float[Array, "B R V"]:
         """At least float32."""

@@ -10,8 +10,10 @@ from flaxdraft.errors import InputError
 
 # Name -> the values at which a field changes nothing.
 TOP: dict[str, tuple[Any, ...]] = {
-    "attention_sink_bias": (False,), "is_neox_style": (True,), "use_swa": (False,), "swa_window_size": (),
-    "input_embedding_scale": (1, 1.0), "mlp_bias": (False,),
+    "add_swa_attention_sink_bias": (False,), "is_neox_style": (True,), "rope_is_neox_style": (True,),
+    "partial_rotary_factor": (1,), "use_gemma_norm": (False,), "hidden_act": ("silu",), "use_swa": (False,),
+    "swa_window_size": (), "input_embedding_scale": (1,), "logit_scale": (1,), "mlp_bias": (False,),
+    "quantization_config": (),
 }  # fmt: skip
 NESTED: dict[str, tuple[Any, ...]] = {
     "projector_type": ("dflash",), "attention_mode": ("gqa", "mha", "mla"), "conv_kernel_size": (), "selector_rank": (),

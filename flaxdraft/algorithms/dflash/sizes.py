@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from flaxdraft.algorithms.dflash.block_attention import Sight
@@ -27,8 +28,17 @@ _PLAIN = (
     "hidden_size", "intermediate_size", "vocab_size", "rms_norm_eps", "num_attention_heads", "num_hidden_layers",
     "block_size",
 )  # fmt: skip
-# The same, left out where they change nothing.
-_SCALES = {"attention_value_scale": 1.0, "output_multiplier": 1.0, "final_logit_softcapping": None}
+# In dflash_config, where engines read them; left out where they change nothing.
+SWITCHES = {
+    "attention_sink_bias": False, "attention_value_scale": 1.0, "output_multiplier": 1.0,
+    "final_logit_softcapping": None,
+}  # fmt: skip
+
+
+def switch(config: Mapping[str, Any], name: str) -> Any:
+    """As trainers read it: in dflash_config, else at the top level, where no engine looks."""
+    places = config["dflash_config"], config
+    return next((place[name] for place in places if place.get(name) is not None), SWITCHES[name])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +47,7 @@ class BlockSizes:
 
     layer_types: one of LAYER_TYPES for each layer; empty: full attention everywhere.
     is_causal: in the block, of all layers; None: of sliding layers alone, as engines have it.
+    attention_sink_bias: every head has a sink in its softmax, a trained score without a value.
     final_logit_softcapping: the cap of the logits, after `output_multiplier`; None: none.
     """
 
@@ -56,6 +67,7 @@ class BlockSizes:
     is_causal: bool | None = None
     sliding_window: int | None = None
     layer_types: tuple[str, ...] = ()
+    attention_sink_bias: bool = False
     attention_value_scale: float = 1.0
     output_multiplier: float = 1.0
     final_logit_softcapping: float | None = None
@@ -73,13 +85,22 @@ class BlockSizes:
         self._check_target()
         self._check_layers()
 
+    @property
+    def knows_every_token(self) -> bool:
+        """Whether the target's head serves the draft; else it brings the rows of the tokens that it knows."""
+        return self.draft_vocab_size == self.vocab_size
+
     def _check_target(self) -> None:
-        for name, wanted in (("hidden_size", "target_hidden_size"), ("draft_vocab_size", "vocab_size")):
-            if getattr(self, name) != getattr(self, wanted):
-                raise InputError(
-                    f"draft.fields.{name}: found {getattr(self, name)}, expected the target's {getattr(self, wanted)}: "
-                    "its embedding and head are the draft's"
-                )
+        if self.hidden_size != self.target_hidden_size:
+            raise InputError(
+                f"draft.fields.hidden_size: found {self.hidden_size}, expected the target's {self.target_hidden_size}: "
+                "its embedding and head are the draft's"
+            )
+        if self.draft_vocab_size > self.vocab_size:
+            raise InputError(
+                f"draft.fields.draft_vocab_size: found {self.draft_vocab_size}, expected at most the target's "
+                f"{self.vocab_size} tokens"
+            )
         if type(self.mask_token_id) is not int or not 0 <= self.mask_token_id < self.vocab_size:
             raise InputError(
                 f"draft.fields.mask_token_id: found {self.mask_token_id!r}, expected a token of the target, "
@@ -121,7 +142,7 @@ class BlockSizes:
             "num_attention_heads": target.num_attention_heads, "num_hidden_layers": 2,
             "num_taps": len(target.tap_layers or default_taps(target.num_hidden_layers)),
             "mask_token_id": target.vocab_size - 1, "is_causal": None, "sliding_window": None, "layer_types": (),
-            "rope": target.rope, **_SCALES,
+            "rope": target.rope, **SWITCHES,
         }  # fmt: skip
 
     @classmethod
@@ -155,12 +176,13 @@ class BlockSizes:
             "is_causal": nested.get("causal") if config.get("is_causal") is None else config["is_causal"],
             "layer_types": kinds,
             "sliding_window": config.get("sliding_window") if kinds else None, "rope": RopeConfig.from_hf(config),
-            **{name: usual if config.get(name) is None else config[name] for name, usual in _SCALES.items()},
+            **{name: switch(config, name) for name in SWITCHES},
         }  # fmt: skip
 
     def to_hf_sizes(self, model_type: str) -> dict[str, Any]:
         """The common fields of config.json, without the target's layer ids."""
         nested = {"mask_token_id": self.mask_token_id, "num_taps": self.num_taps}
+        nested |= {name: getattr(self, name) for name, usual in SWITCHES.items() if getattr(self, name) != usual}
         if self.sample_from_anchor:
             nested["sample_from_anchor"] = True
         out = {
@@ -171,14 +193,19 @@ class BlockSizes:
         }  # fmt: skip
         if self.sliding_window is not None:
             out |= {"sliding_window": self.sliding_window, "use_sliding_window": True}
-        out |= {name: getattr(self, name) for name, usual in _SCALES.items() if getattr(self, name) != usual}
+        if not self.knows_every_token:
+            out["draft_vocab_size"] = self.draft_vocab_size
         return out if self.is_causal is None else out | {"is_causal": self.is_causal}
 
 
-def common_names(num_layers: int) -> list[tuple[str, str, str]]:
-    """(JAX path, PyTorch key, transform) of what every draft trains, but for its attention."""
+def common_names(config: BlockSizes) -> list[tuple[str, str, str]]:
+    """(JAX path, PyTorch key, transform) of what every draft is saved with, but for its attention."""
     rows = [("fc/kernel", "fc.weight", "transpose"), ("hidden_norm/scale", "hidden_norm.weight", "copy")]
-    for i in range(num_layers):
+    if not config.knows_every_token:
+        rows.append(("lm_head", "lm_head.weight", "copy"))
+    for i in range(config.num_hidden_layers):
+        if config.attention_sink_bias:
+            rows.append((f"layer_{i}/sink", f"layers.{i}.self_attn.attention_sink_bias", "copy"))
         for name in ("input_layernorm", "post_attention_layernorm"):
             rows.append((f"layer_{i}/{name}/scale", f"layers.{i}.{name}.weight", "copy"))
         for name in ("gate", "up", "down"):

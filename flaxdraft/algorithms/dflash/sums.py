@@ -1,4 +1,4 @@
-"""What the loss is made of. Shape letters: Q slots of a block that predict."""
+"""What the loss is made of. Shape letters: B batch, A blocks, Q slots of a block that predict."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -24,6 +24,12 @@ class BlockSums:
 
     def __add__(self, other: BlockSums) -> BlockSums:
         return jax.tree.map(jnp.add, self, other)
+
+    def asking(self, asked_BAQ: Bool[Array, "B A Q"]) -> BlockSums:
+        """The same with other slots for which there is a right token."""
+        count = lambda x: jnp.sum(x, axis=(0, 1), dtype=jnp.int32)  # noqa: E731
+        blocks = count(jnp.any(asked_BAQ, axis=2))
+        return dataclasses.replace(self, asked_Q=count(asked_BAQ), num_blocks=blocks)
 
     def terms(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
         return self.loss, jnp.maximum(self.weight, 1.0)

@@ -7,7 +7,6 @@ vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from flaxdraft.algorithms.eagle3 import shared_rows
+from flaxdraft.algorithms.eagle3 import flops, shared_rows
 from flaxdraft.algorithms.eagle3.drafter import ChainDrafter
 from flaxdraft.algorithms.eagle3.objective import ChosenRows, UnrollOptions, supervised_rows, supervision, unroll
 from flaxdraft.algorithms.eagle3.settings import Settings
@@ -176,15 +175,8 @@ class Algorithm:
         chunks = f" ({s.attention_chunk} x {s.attention_chunk})" if attention == "chunked" else ""
         return f"attention {attention}{chunks}, loss in chunks of {s.loss_chunk} rows, rematerialisation {s.remat}"
 
-    def flops(self, params: nnx.State, frozen: nnx.State, teacher: Any, num_rows: int) -> float:
-        """Counted, since XLA counts what is in a loop once: two operations for each entry of a matrix, three times
-        over for the two gradients; `fc` reads a row once, all other matrices do at every step, the teacher once,
-        forwards."""
-        per_row = 2.0 * math.prod(teacher.shape)
-        for path, variable in nnx.to_flat_state(params):
-            if len(variable.shape) > 1 and path[0] != "embed_tokens":
-                per_row += 6.0 * math.prod(variable.shape) * (1 if path[0] == "fc" else self.settings.ttt_length)
-        return num_rows * per_row
+    def flops(self, params: nnx.State, frozen: nnx.State, example: Example) -> float:
+        return flops.of_step(params, example, self.settings.ttt_length)
 
     def warm_start(self, draft: Any, target: EmbeddingAndHead, vocab: VocabMap) -> None:
         """Begins where the target ends: the head's rows and the final norm are the target's, and fc passes the highest

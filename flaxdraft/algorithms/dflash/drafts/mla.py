@@ -78,7 +78,7 @@ class Config(BlockSizes):
 
 def name_table(config: Config):
     """(JAX path, PyTorch key, transform) of what is trained."""
-    rows, plain = common_names(config.num_hidden_layers), config.q_lora_rank is None
+    rows, plain = common_names(config), config.q_lora_rank is None
     kernels = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj", *(("q_proj",) if plain else ("q_a_proj", "q_b_proj")))
     scales = ("kv_a_layernorm", *(() if plain else ("q_a_layernorm",)))
     for i in range(config.num_hidden_layers):

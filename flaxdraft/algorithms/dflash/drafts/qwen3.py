@@ -77,7 +77,7 @@ class Config(BlockSizes):
 
 def name_table(config: Config):
     """(JAX path, PyTorch key, transform) of what is trained."""
-    rows = common_names(config.num_hidden_layers)
+    rows = common_names(config)
     for i in range(config.num_hidden_layers):
         kinds = ("kernel", "bias") if config.attention_bias else ("kernel",)
         rows += [of_attention(i, f"{name}_proj", kind) for name in "qkvo" for kind in kinds]

@@ -1,6 +1,7 @@
 """DFlash's exports: the contract of flaxdraft/serving/contract.py, where these functions are described.
 
-An export holds neither embedding nor head: engines take the target's.
+An export holds neither embedding nor head, since engines take the target's; a reduced vocabulary's holds the head of
+its tokens and the tables that say which they are.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from flaxdraft.algorithms.dflash.serving.sanity import unreadable as unreadable
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, TAPS, Engine
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.plugins import parts_of
-from flaxdraft.serving import rope_fields
+from flaxdraft.serving import rope_fields, vocabulary_tables
 from flaxdraft.serving.finding import Finding
 from flaxdraft.serving.sanity import MARK
 from flaxdraft.serving.trained_draft import AboutTarget
@@ -47,16 +48,20 @@ def config_json(draft: Mapping[str, Any], about: AboutTarget, dtype: str, engine
 
 
 def tables(vocab: VocabMap, engine: Engine) -> dict[str, np.ndarray]:
-    return {}
+    return {} if vocab.draft_vocab_size == vocab.vocab_size else vocab.tables()
 
 
 def flat_name(key: str) -> str | None:
     name = layout.flat_name(key)
-    return None if layout.PASSED_OVER.search(name) else name
+    return None if layout.BUFFERS.search(name) else name
 
 
 def take_vocab(tensors: dict[str, np.ndarray], config: Any, origin: str) -> VocabMap:
-    return VocabMap(np.arange(config.vocab_size), config.vocab_size)
+    """See the contract; an embedding goes, and a head where the target's serves the draft."""
+    tensors.pop(layout.EMBEDDING, None)
+    if config.knows_every_token:
+        tensors.pop(layout.HEAD, None)
+    return vocabulary_tables.take(tensors, config.draft_vocab_size, config.vocab_size, origin)
 
 
 def tap_layers_of(config: Mapping[str, Any], target: Mapping[str, Any]) -> list[int] | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from flaxdraft.algorithms.dflash.serving import tensors
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, TAPS, Engine
-from flaxdraft.algorithms.dflash.sizes import SERVING_ARCHITECTURE
+from flaxdraft.algorithms.dflash.sizes import SERVING_ARCHITECTURE, SWITCHES
 from flaxdraft.plugins import first_architecture
 from flaxdraft.serving import rope_fields, sanity
 from flaxdraft.serving.finding import Finding, few
@@ -44,6 +44,26 @@ def slots(engine: Engine, view: DraftView) -> Iterator[Finding]:
         yield Finding("note", "sliding and full layers together need its V2 runner", f"set {engine.mixed_layers}")
 
 
+def switches(engine: Engine, view: DraftView) -> Iterator[Finding]:
+    """Sinks, scales and caps, which are read in one place."""
+    nested = view.config[CONFIG]
+    moved = [name for name in SWITCHES if view.config.get(name) is not None and nested.get(name) is None]
+    if moved and engine.serves:
+        yield Finding("wrong", f"it reads {few(moved)} in {CONFIG} alone, not at the top level",
+                      f"write {'it' if len(moved) == 1 else 'them'} there")  # fmt: skip
+    unread = [name for name in ("output_multiplier", "final_logit_softcapping") if nested.get(name) is not None]
+    if unread and not engine.scales_logits:
+        yield Finding("note", f"it does not read {few(unread)}; the likeliest tokens, which it proposes, are the same",
+                      "nothing is to be done")  # fmt: skip
+
+
+def vocabulary(engine: Engine, view: DraftView) -> Iterator[Finding]:
+    if tensors.is_reduced(view.config) and not engine.reduced_vocabulary:
+        yield Finding("refused", f"draft_vocab_size is {view.config['draft_vocab_size']} of "
+                      f"{view.config['vocab_size']}: it knows no drafts of a reduced vocabulary, and takes the "
+                      "target's head", "serve it with an engine that does")  # fmt: skip
+
+
 def tapped_layers(engine: Engine, view: DraftView) -> Iterator[Finding]:
     outputs, num_layers = view.config[CONFIG][TAPS], (view.target or {}).get("num_hidden_layers")
     if num_layers is not None and outputs[-1] == num_layers - 1 and not engine.last_layer:
@@ -65,7 +85,7 @@ def keys(engine: Engine, view: DraftView) -> Iterator[Finding]:
         name = tensors.flat_name(key) if engine.model_prefix else key
         if name in expected:
             taken.add(name)
-        elif not tensors.PASSED_OVER.search(name):
+        elif not tensors.passed_over(view.config, name):
             strange.append(key)
     if strange:
         yield Finding("wrong", f"it passes over {few(strange)}", "remove what the architecture does not have; a "
@@ -74,7 +94,7 @@ def keys(engine: Engine, view: DraftView) -> Iterator[Finding]:
         yield Finding("refused", f"it finds no weights for {few(missing)}", "export the draft again")
 
 
-CONFIG_RULES: tuple[Rule, ...] = (architecture, slots, tapped_layers, rope)
+CONFIG_RULES: tuple[Rule, ...] = (architecture, slots, switches, vocabulary, tapped_layers, rope)
 
 
 def of_config(engine: Engine, view: DraftView) -> list[Finding]:

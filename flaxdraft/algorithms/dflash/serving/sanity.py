@@ -2,68 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any
-
-from pydantic import BaseModel, ConfigDict, Field
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from flaxdraft.algorithms.dflash.foreign_fields import unknown_fields
 from flaxdraft.algorithms.dflash.serving import tensors
+from flaxdraft.algorithms.dflash.serving.fields import malformed, missing
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, INPUT_TAPS, TAPS
-from flaxdraft.serving import sanity
-from flaxdraft.serving.fields import FLAG, NAMES, POSITIVE, ROPE, SIZE, TEXT, Expected, malformed, wrong
+from flaxdraft.errors import InputError
+from flaxdraft.serving import sanity, vocabulary_tables
 from flaxdraft.serving.finding import Finding, few
 from flaxdraft.serving.view import DraftView
-
-_Id = Annotated[int, Field(ge=0, lt=2**31)]
-_Ids = Annotated[list[_Id], Field(min_length=1)]
-
-
-class _DFlashConfig(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    mask_token_id: _Id
-    target_layer_ids: _Ids
-    block_size: Annotated[int, Field(gt=1)] | None = None
-    causal: bool | None = None
-    sample_from_anchor: bool | None = None
-
-
-_FOREIGN_TAPS: dict[str, Expected] = dict.fromkeys(INPUT_TAPS, Expected("a list of layer ids", _Ids))
-_SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_hidden_layers")
-_FIELDS = {
-    **dict.fromkeys(
-        ("draft_vocab_size", "target_hidden_size", "head_dim", "num_key_value_heads", "max_position_embeddings",
-         "num_target_layers", "sliding_window", "q_lora_rank", "kv_lora_rank"), SIZE,
-    ),
-    **dict.fromkeys(("rope_theta", "attention_value_scale", "output_multiplier", "final_logit_softcapping"), POSITIVE),
-    "block_size": Expected("an integer of at least 2", Annotated[int, Field(gt=1)]),
-    **dict.fromkeys(("model_type", "torch_dtype", "dtype"), TEXT),
-    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "is_causal", "use_sliding_window"), FLAG),
-    **dict.fromkeys(("architectures", "layer_types"), NAMES),
-    **_FOREIGN_TAPS,
-    "rope_parameters": ROPE,
-    "rope_scaling": ROPE,
-}  # fmt: skip
+from flaxdraft.serving.vocabulary_tables import TABLES
 
 
 def unreadable(view: DraftView) -> list[Finding]:
     """What makes every further question meaningless."""
     if "speculators_model_type" in view.config:
-        return [Finding("refused", "config.json is in the speculators form, which vLLM alone reads", "write the fields "
-                        "of transformer_layer_config at the top level, with dflash_config")]  # fmt: skip
+        return [Finding("refused", "config.json is in the speculators form, which vLLM alone reads", "convert "
+                        "it with tools/convert/from_pytorch.py")]  # fmt: skip
     if found := unknown_fields(view.config):
         return [Finding("refused", f"config.json has {few(found)}: another drafter of the family, or a switch that "
                         "flaxdraft does not have", "nothing is known of such a draft here")]  # fmt: skip
-    latent = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim") if tensors.is_latent(view.config) else ()
-    required = dict.fromkeys((*_SIZES, *latent), SIZE) | {"rms_norm_eps": POSITIVE}
-    required[CONFIG] = Expected("an object with mask_token_id and target_layer_ids", _DFlashConfig)
-    bad = [*wrong(view.config, required), *malformed(view.config, _FIELDS)]
-    nested = view.config.get(CONFIG)
-    nested = nested if isinstance(nested, Mapping) else {}
-    bad += [f"{CONFIG}.{one}" for one in malformed(nested, _FOREIGN_TAPS)]
-    if "block_size" not in view.config and "block_size" not in nested:
-        bad.append("no block_size")
+    bad = [*malformed(view.config), *missing(view.config)]
     return [Finding("refused", f"config.json: {few(bad)}", "write it again")] if bad else []
 
 
@@ -82,7 +43,20 @@ def shapes(view: DraftView) -> Iterator[Finding]:
 
 
 def values(view: DraftView) -> Iterator[Finding]:
-    return sanity.values(view, lambda key: tensors.PASSED_OVER.search(tensors.flat_name(key)))
+    return sanity.values(view, lambda key: tensors.passed_over(view.config, tensors.flat_name(key)))
+
+
+def vocabulary(view: DraftView) -> Iterator[Finding]:
+    """Which tokens a draft knows, where not all."""
+    size, vocab_size = view.config.get("draft_vocab_size") or view.config["vocab_size"], view.config["vocab_size"]
+    tables = {tensors.flat_name(key): view.read(key) for key in view.shapes if tensors.flat_name(key) in TABLES}
+    if size == vocab_size and tables:
+        yield Finding("note", f"{few([*tables])} beside a whole vocabulary say nothing", "leave them out")
+    elif tables or size < vocab_size:
+        try:
+            vocabulary_tables.take(tables, size, vocab_size, "the weights")
+        except InputError as error:
+            yield Finding("wrong", str(error), "write offsets, in ascending order of the target's tokens")
 
 
 def target(view: DraftView) -> Iterator[Finding]:
@@ -156,7 +130,7 @@ def code(view: DraftView) -> Iterator[Finding]:
 CONFIG_RULES: tuple[Callable[[DraftView], Iterator[Finding]], ...] = (
     sanity.nulls, sanity.context, sanity.rope, target, mask_token, tapped_layers, block, layer_types, code,
 )  # fmt: skip
-TENSOR_RULES: tuple[Callable[[DraftView], Iterator[Finding]], ...] = (shapes, values)
+TENSOR_RULES: tuple[Callable[[DraftView], Iterator[Finding]], ...] = (shapes, values, vocabulary)
 
 
 def of_directory(view: DraftView) -> list[Finding]:

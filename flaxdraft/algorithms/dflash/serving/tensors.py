@@ -10,15 +10,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, TAPS
+from flaxdraft.algorithms.dflash.sizes import switch
+from flaxdraft.serving.vocabulary_tables import TABLES
 
-# Buffers that some writers keep, and what engines put the target's in place of.
-PASSED_OVER = re.compile(r"(^|\.)rotary_emb\.|(^|\.)inv_freq$|^embed_tokens\.weight$|^lm_head\.weight$")
+# Buffers that some writers keep; config.json says the same.
+BUFFERS = re.compile(r"(^|\.)rotary_emb\.|(^|\.)inv_freq$")
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 def flat_name(key: str) -> str:
     return key.removeprefix("model.")
+
+
+def is_reduced(config: Mapping[str, Any]) -> bool:
+    """Whether the draft knows only some of the target's tokens; it then has a head of its own."""
+    return (config.get("draft_vocab_size") or config["vocab_size"]) != config["vocab_size"]
+
+
+def passed_over(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a tensor is a buffer, a table, or what engines put the target's in place of."""
+    own = is_reduced(config) and name == HEAD
+    return bool(BUFFERS.search(name)) or (name in (EMBEDDING, HEAD, *TABLES) and not own)
 
 
 def is_latent(config: Mapping[str, Any]) -> bool:
@@ -61,12 +75,15 @@ def weights(config: Mapping[str, Any]) -> Shapes:
     """
     hidden, inner, target_hidden = config["hidden_size"], config["intermediate_size"], config.get("target_hidden_size")
     attention = _latent(config) if is_latent(config) else _grouped(config)
+    if switch(config, "attention_sink_bias"):
+        attention["attention_sink_bias"] = (config["num_attention_heads"],)
     layer = {
         "input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,),
         "mlp.gate_proj.weight": (inner, hidden), "mlp.up_proj.weight": (inner, hidden),
         "mlp.down_proj.weight": (hidden, inner), **{f"self_attn.{name}": shape for name, shape in attention.items()},
     }  # fmt: skip
-    return {
+    head = {HEAD: (config["draft_vocab_size"], hidden)} if is_reduced(config) else {}
+    return head | {
         "fc.weight": (hidden, len(config[CONFIG][TAPS]) * (target_hidden or hidden)), "hidden_norm.weight": (hidden,),
         "norm.weight": (hidden,),
         **{f"layers.{i}.{name}": shape for i in range(config["num_hidden_layers"]) for name, shape in layer.items()},

@@ -15,6 +15,8 @@ class Engine(contract.Engine):
     samples_from_anchor: bool = False  # serves drafts whose slot 0 predicts
     nested_causal: bool = False  # reads dflash_config.causal besides the top-level is_causal
     mixed_layers: str | None = None  # what has to be set for drafts of sliding and full layers; None: nothing
+    scales_logits: bool = False  # by output_multiplier and final_logit_softcapping
+    reduced_vocabulary: bool = False  # reads draft_vocab_size, and the tables and the head that go with it
     last_layer: bool = False  # can hand over the output of the target's last layer
 
     rope_dialects: tuple[str, ...]  # of "rope_parameters" and "rope_theta", those it reads

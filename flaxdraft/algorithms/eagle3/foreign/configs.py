@@ -11,23 +11,13 @@ from flaxdraft.algorithms.eagle3.serving.terms import switch
 from flaxdraft.errors import InputError
 from flaxdraft.plugins import first_architecture
 from flaxdraft.serving import rope_fields
+from flaxdraft.serving.foreign.layers import layer_of
 
 Trainer = Literal["flaxdraft", "specforge", "torchspec", "nemo", "eagle", "speculators"]
 TRAINERS = ("specforge", "torchspec", "nemo", "eagle", "speculators")
 _ARCHITECTURES: dict[str | None, Trainer] = {
     "LlamaEagle3DraftModel": "nemo", "DeepseekV3Eagle3DraftModel": "nemo",
     "DeepseekV3ForCausalLMEagle3": "specforge", "LlamaForCausalLM": "eagle",
-}  # fmt: skip
-# Of the layer inside a speculators config, which holds what differs from transformers' class of that type alone.
-_DEFAULTS = {
-    "llama": {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-    },
-    "qwen3": {
-        "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
-    },
 }  # fmt: skip
 _SERVED_AS = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
 _SPECULATORS_TOP = (
@@ -83,14 +73,7 @@ def understand(
 def _speculators(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     if config["speculators_model_type"] != "eagle3":
         raise InputError(f"{origin}: speculators_model_type {config['speculators_model_type']!r}, expected 'eagle3'")
-    layer = config.get("transformer_layer_config")
-    if not isinstance(layer, dict):
-        raise InputError(f"{origin}: no transformer_layer_config, expected the layer's configuration")
-    kind = layer.get("model_type", "llama")
-    if kind not in _DEFAULTS:
-        raise InputError(
-            f"{origin}: transformer_layer_config.model_type {kind!r}, expected one of {', '.join(_DEFAULTS)}"
-        )
+    layer = layer_of(config, (*_SERVED_AS,), "llama", origin)
     if layer.get("use_sliding_window") or "sliding_attention" in (layer.get("layer_types") or ()):
         raise InputError(
             f"{origin}: transformer_layer_config asks for attention over a window; expected full attention"
@@ -102,9 +85,9 @@ def _speculators(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
         )
     top = {name: config[name] for name in _SPECULATORS_TOP if name in config}
     own = {
-        "model_type": kind, "architectures": [_SERVED_AS[kind]], "num_hidden_layers": layer.get("num_hidden_layers", 1),
+        "architectures": [_SERVED_AS[layer["model_type"]]], "num_hidden_layers": layer.get("num_hidden_layers", 1),
     }  # fmt: skip
-    return _DEFAULTS[kind] | {name: value for name, value in layer.items() if value is not None} | top | own
+    return layer | top | own
 
 
 def _switches(out: dict[str, Any], trainer: Trainer | None, recurrence, remarks: list[str], origin: str) -> None:

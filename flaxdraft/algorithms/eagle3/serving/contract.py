@@ -18,8 +18,8 @@ from flaxdraft.algorithms.eagle3.serving.fields import malformed, sizeless
 from flaxdraft.algorithms.eagle3.serving.kinds import View, kind_of
 from flaxdraft.algorithms.eagle3.serving.kinds import engines as engines
 from flaxdraft.algorithms.eagle3.serving.terms import SWITCHES, Engine
-from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
+from flaxdraft.serving import vocabulary_tables
 from flaxdraft.serving.finding import Finding, few
 from flaxdraft.serving.view import DraftView
 
@@ -30,7 +30,7 @@ tags: Sequence[str] = ("eagle3", "speculative-decoding")
 def tables(vocab: VocabMap, engine: Engine) -> dict[str, np.ndarray]:
     if vocab.draft_vocab_size == vocab.vocab_size and engine.full_d2t != "required":
         return {}
-    return {"d2t": vocab.d2t(), "t2d": vocab.t2d()}
+    return vocab.tables()
 
 
 def flat_name(key: str) -> str | None:
@@ -47,24 +47,7 @@ def take_vocab(tensors: dict[str, np.ndarray], config: Any, origin: str) -> Voca
     """
     if not config.owns_embedding:
         tensors.pop("embed_tokens.weight", None)
-    num_draft, num_target = config.draft_vocab_size, config.vocab_size
-    d2t, t2d = tensors.pop("d2t", None), tensors.pop("t2d", None)
-    if d2t is None:
-        if num_draft < num_target:
-            raise InputError(
-                f"{origin}: no d2t, but draft_vocab_size is {num_draft} of {num_target} target tokens; without it "
-                "nobody knows what a draft token means. Export the draft again with its vocabulary map"
-            )
-        d2t = np.zeros(num_draft, np.int64)
-    if d2t.shape != (num_draft,):
-        raise InputError(f"{origin}: d2t has shape {d2t.shape}, expected ({num_draft},) from draft_vocab_size")
-    try:
-        vocab = VocabMap.from_offsets(d2t, num_target)
-    except InputError as error:
-        raise InputError(f"{origin}: d2t holds no offsets (target id = i + d2t[i]): {error}") from error
-    if t2d is not None and not np.array_equal(t2d.astype(bool), vocab.t2d()):
-        raise InputError(f"{origin}: t2d is not the membership mask of d2t; export the draft again")
-    return vocab
+    return vocabulary_tables.take(tensors, config.draft_vocab_size, config.vocab_size, origin)
 
 
 def tap_layers_of(config: Mapping[str, Any], target: Mapping[str, Any]) -> list[int] | None:

@@ -117,15 +117,16 @@ class Algorithm:
     def describe(self, draft: BlockDraft, example: Example) -> str:
         return f"{example.chosen.rows_BA.shape[1]} blocks of {self.settings.block_size} a row"
 
-    def flops(self, params: nnx.State, frozen: nnx.State, teacher: Any, num_rows: int) -> float:
-        """`fc` reads a row once, the layers every position of its block, the head every proposal; that one, being
+    def flops(self, params: nnx.State, frozen: nnx.State, example: Example) -> float:
+        """`fc` reads a row once, the layers every position of a block, the head every proposal; that one, being
         frozen, has one gradient product, not two."""
-        size = self.settings.block_size
-        per_row = 4.0 * math.prod(frozen["head"].shape) * (size - 1)
+        blocks, size = example.chosen.rows_BA.size, self.settings.block_size
+        total = 4.0 * math.prod(frozen["head"].shape) * blocks * (size - 1)
         for path, variable in nnx.to_flat_state(params):
             if len(variable.shape) > 1:
-                per_row += 6.0 * math.prod(variable.shape) * (1 if path[0] == "fc" else size)
-        return num_rows * per_row
+                rows = example.batch.tokens_BT.size if path[0] == "fc" else blocks * size
+                total += 6.0 * math.prod(variable.shape) * rows
+        return total
 
     def warm_start(self, draft: BlockDraft, target: EmbeddingAndHead, vocab: VocabMap) -> None:
         """The norm that stands before the target's head."""

@@ -10,7 +10,9 @@ ENGINE = Engine(
     serve=None,
     samples_from_anchor=True,
     nested_causal=True,
+    reduced_vocabulary=True,
     last_layer=True,
+    scales_logits=True,
     rope_dialects=("rope_parameters", "rope_theta"),
     rope_types=("default", "linear", "dynamic", "llama3", "yarn"),
 )

@@ -9,5 +9,6 @@ ENGINE = Engine(
     serve="python -m sglang.launch_server --model-path TARGET --speculative-algorithm DFLASH \\\n"
           "    --speculative-draft-model-path {draft}",
     model_prefix=True,
+    scales_logits=True,
     rope_dialects=("rope_parameters", "rope_theta"),
 )  # fmt: skip

@@ -9,9 +9,9 @@ ENGINE = Engine(
     serve="# N: one less than block_size of config.json\n"
           "    vllm serve TARGET --speculative-config \\\n"
           "    '{{\"method\": \"dflash\", \"model\": \"{draft}\", \"num_speculative_tokens\": N}}'",
-    model_prefix=True,
     nested_causal=True,
     mixed_layers="VLLM_USE_V2_MODEL_RUNNER=1",
+    reduced_vocabulary=True,
     last_layer=True,
     rope_dialects=("rope_parameters", "rope_theta"),  # its get_config turns the old one into the new
 )  # fmt: skip

@@ -1,0 +1,104 @@
+"""config.json of other trainers, in the form that engines read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from flaxdraft.algorithms.dflash.serving.terms import CONFIG, INPUT_TAPS, TAPS
+from flaxdraft.algorithms.dflash.sizes import SERVING_ARCHITECTURE
+from flaxdraft.errors import InputError
+from flaxdraft.serving import rope_fields
+from flaxdraft.serving.foreign.layers import NESTED, layer_of
+
+FORM = "speculators_model_type"
+_LEFT_OUT = ("auto_map", FORM, NESTED, "speculators_config", "transformers_version", "use_cache", "dtype")
+
+
+class Understood(NamedTuple):
+    """A config in the engines' form, and remarks for the report."""
+
+    config: dict[str, Any]
+    remarks: list[str]
+
+
+def claims(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of such a draft, whoever wrote it."""
+    return (
+        config.get(FORM) == "dflash" or CONFIG in config or SERVING_ARCHITECTURE in (config.get("architectures") or ())
+    )
+
+
+def understand(config: Mapping[str, Any], origin: str) -> Understood:
+    """
+    Raises:
+        InputError: a form or a field that no draft of this project has, or one without which nobody can tell what was
+            trained.
+    """
+    out, remarks = _speculators(config, origin) if FORM in config else _plain(config, origin)
+    if not rope_fields.spoken(out):
+        remarks.append("no RoPE parameters in config.json: base 10000")
+    out = {name: value for name, value in out.items() if value is not None and name not in _LEFT_OUT}
+    return Understood(out | {"architectures": [SERVING_ARCHITECTURE], "tie_word_embeddings": False}, remarks)
+
+
+def _plain(config: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], list[str]]:
+    """SpecForge's and z-lab's, which are the engines' form but for what its trainer derives."""
+    nested, remarks = dict(config.get(CONFIG) or {}), []
+    if nested.get(TAPS) is None:
+        if (num_target := config.get("num_target_layers")) is None:
+            raise InputError(f"{origin}: neither {CONFIG}.{TAPS} nor num_target_layers; write the tapped layers there, "
+                             "counted by output from 0")  # fmt: skip
+        nested[TAPS] = derived_taps(num_target, config["num_hidden_layers"])
+        remarks.append(f"no {TAPS}: SpecForge's and z-lab's for {config['num_hidden_layers']} layers next to "
+                       f"{num_target}, {nested[TAPS]}")  # fmt: skip
+    if nested.get("mask_token_id") is None:
+        raise InputError(f"{origin}: no {CONFIG}.mask_token_id; write the token that the draft was trained with")
+    out = {**config, **_windows(config, nested)}
+    return {**out, CONFIG: {name: value for name, value in nested.items() if value is not None}}, remarks
+
+
+def _windows(config: Mapping[str, Any], nested: dict[str, Any]) -> dict[str, Any]:
+    """What vLLM makes of `use_swa` and `swa_window_size`, which are taken out of the nested object."""
+    everywhere, window = nested.pop("use_swa", None), nested.pop("swa_window_size", None)
+    kinds = config.get("layer_types") or []
+    out = {"sliding_window": window} if window is not None and (everywhere or "sliding_attention" in kinds) else {}
+    if everywhere and "sliding_attention" not in kinds:
+        out["layer_types"] = ["sliding_attention"] * config["num_hidden_layers"]
+        if config.get("is_causal") is None and nested.get("causal") is None:
+            out["is_causal"] = False
+    return out
+
+
+def derived_taps(num_target: int, num_layers: int) -> list[int]:
+    """What these trainers take where nobody chose."""
+    if num_layers == 1:
+        return [num_target // 2]
+    return [round(1 + i * (num_target - 4) / (num_layers - 1)) for i in range(num_layers)]
+
+
+def _speculators(config: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], list[str]]:
+    if config[FORM] != "dflash":
+        raise InputError(f"{origin}: {FORM} {config[FORM]!r}, expected 'dflash'")
+    for name in ("aux_hidden_state_layer_ids", "mask_token_id"):
+        if config.get(name) is None:
+            raise InputError(f"{origin}: no {name}; write what the draft was trained with")
+    layer, inputs = layer_of(config, ("qwen3", "llama"), "qwen3", origin), config["aux_hidden_state_layer_ids"]
+    if 0 in inputs:
+        raise InputError(f"{origin}: aux_hidden_state_layer_ids {inputs} taps the embedding (0); no draft here does")
+    nested: dict[str, Any] = {TAPS: [layer_id - 1 for layer_id in inputs], "mask_token_id": config["mask_token_id"]}
+    remarks = [f"aux_hidden_state_layer_ids {inputs} count inputs of layers: the outputs of {nested[TAPS]}"]
+    own = {
+        "model_type": "qwen3", "block_size": config.get("block_size", 8), "hidden_act": "silu",
+        "draft_vocab_size": config.get("draft_vocab_size", 32000),
+    }  # fmt: skip
+    if config.get("sample_from_anchor"):
+        nested["sample_from_anchor"] = True
+    if "sliding_attention" in (layer.get("layer_types") or ()):
+        remarks.append("sliding layers: that trainer counts the window from the anchor, engines and flaxdraft from "
+                       "each slot, which then sees up to block_size fewer tokens")  # fmt: skip
+        if config.get("sliding_window_non_causal"):
+            own["is_causal"] = False
+    layer = {name: value for name, value in layer.items() if name not in INPUT_TAPS}
+    target_hidden = config.get("target_hidden_size")
+    return layer | own | {"target_hidden_size": target_hidden, CONFIG: nested}, remarks

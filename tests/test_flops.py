@@ -1,0 +1,59 @@
+"""What algorithms say that a step multiplies, against the products in the traced program of its loss and gradients."""
+
+import math
+
+import contracts
+import jax
+import pytest
+from contracts import Pair
+from flax import nnx
+from test_contracts import PAIRS, target_config
+
+from flaxdraft.algorithms.eagle3.draft import SWITCHES
+from flaxdraft.train.state import split_draft
+
+# Rows of the loss: in one chunk of so many its loop, which counts once, has all of them.
+ROWS = {
+    "eagle3": lambda example: example.chosen.rows_BR.size,
+    "dflash": lambda example: example.chosen.anchor_BA.size * 7,  # a block of eight predicts so many
+}
+# What that one chunk has beyond those rows: the teachers of its last steps.
+MORE = {"eagle3": lambda teacher: 2 * 6 * teacher.size, "dflash": lambda teacher: 0}
+
+
+def products(jaxpr) -> float:
+    """Operations of the products that somebody reads; those of attention, batch by batch, are none with weights."""
+    total, read = 0.0, {*jaxpr.outvars}
+    for equation in reversed(jaxpr.eqns):
+        if not read & {*equation.outvars}:
+            continue
+        read |= {x for x in equation.invars if not hasattr(x, "val")}
+        if equation.primitive.name == "dot_general":
+            (contracted, _), (batched, _) = equation.params["dimension_numbers"]
+            width = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+            total += 0 if batched else 2.0 * width * equation.outvars[0].aval.size
+        for value in jax.tree.leaves([*equation.params.values()], is_leaf=lambda x: hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            total += products(inner) if hasattr(inner, "eqns") else 0
+    return total
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [*((name, {}) for name in PAIRS), *(("eagle3-llama", {switch: True}) for switch in SWITCHES if "fc" in switch)],
+)
+def test_a_step_multiplies_what_is_said(name, fields):
+    algorithm, module = PAIRS[name]
+    kind, config = algorithm.settings.name, PAIRS[name].config(target_config(), **fields)
+    example = contracts.example_of(algorithm, config)
+    chosen = {"loss_chunk": ROWS[kind](example), "attention": "dense"}
+    algorithm = type(algorithm)(algorithm.settings.model_copy(update=chosen), True)
+    graphdef, params, frozen = split_draft(Pair(algorithm, module).make(config, target_config()))
+
+    def loss(params, frozen, example):
+        sums = algorithm.sums(nnx.merge(graphdef, params, frozen), example, algorithm.first_carry())
+        numerator, count = sums.terms()
+        return numerator / count
+
+    traced = jax.make_jaxpr(jax.grad(loss))(params, frozen, example).jaxpr
+    assert algorithm.flops(params, frozen, example) + MORE[kind](example.teacher) == products(traced)
