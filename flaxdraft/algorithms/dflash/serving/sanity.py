@@ -5,31 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from flaxdraft.algorithms.dflash.foreign_fields import unknown_fields
 from flaxdraft.algorithms.dflash.serving import tensors
+from flaxdraft.algorithms.dflash.serving.kind import DFLASH, Ids, Kind
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, INPUT_TAPS, TAPS
 from flaxdraft.serving import sanity
 from flaxdraft.serving.fields import FLAG, NAMES, POSITIVE, ROPE, SIZE, TEXT, Expected, malformed, wrong
 from flaxdraft.serving.finding import Finding, few
 from flaxdraft.serving.view import DraftView
 
-_Id = Annotated[int, Field(ge=0, lt=2**31)]
-_Ids = Annotated[list[_Id], Field(min_length=1)]
-
-
-class _DFlashConfig(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    mask_token_id: _Id
-    target_layer_ids: _Ids
-    block_size: Annotated[int, Field(gt=1)] | None = None
-    causal: bool | None = None
-    sample_from_anchor: bool | None = None
-
-
-_FOREIGN_TAPS: dict[str, Expected] = dict.fromkeys(INPUT_TAPS, Expected("a list of layer ids", _Ids))
+_FOREIGN_TAPS: dict[str, Expected] = dict.fromkeys(INPUT_TAPS, Expected("a list of layer ids", Ids))
 _SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_hidden_layers")
 _FIELDS = {
     **dict.fromkeys(
@@ -47,17 +34,17 @@ _FIELDS = {
 }  # fmt: skip
 
 
-def unreadable(view: DraftView) -> list[Finding]:
+def unreadable(view: DraftView, kind: Kind = DFLASH) -> list[Finding]:
     """What makes every further question meaningless."""
     if "speculators_model_type" in view.config:
         return [Finding("refused", "config.json is in the speculators form, which vLLM alone reads", "write the fields "
                         "of transformer_layer_config at the top level, with dflash_config")]  # fmt: skip
-    if found := unknown_fields(view.config):
+    if found := unknown_fields(view.config, kind.projector, kind.own_fields):
         return [Finding("refused", f"config.json has {few(found)}: another drafter of the family, or a switch that "
                         "flaxdraft does not have", "nothing is known of such a draft here")]  # fmt: skip
     latent = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim") if tensors.is_latent(view.config) else ()
     required = dict.fromkeys((*_SIZES, *latent), SIZE) | {"rms_norm_eps": POSITIVE}
-    required[CONFIG] = Expected("an object with mask_token_id and target_layer_ids", _DFlashConfig)
+    required[CONFIG] = Expected(f"an object with {kind.required}", kind.section)
     bad = [*wrong(view.config, required), *malformed(view.config, _FIELDS)]
     nested = view.config.get(CONFIG)
     nested = nested if isinstance(nested, Mapping) else {}
@@ -67,9 +54,9 @@ def unreadable(view: DraftView) -> list[Finding]:
     return [Finding("refused", f"config.json: {few(bad)}", "write it again")] if bad else []
 
 
-def shapes(view: DraftView) -> Iterator[Finding]:
+def shapes(view: DraftView, kind: Kind) -> Iterator[Finding]:
     """Sizes in config.json against the weights."""
-    expected = tensors.weights(view.config)
+    expected = kind.weights(view.config)
     bad = [
         f"{key} {found}, config.json says {expected[name]}"
         for key, found in view.shapes.items()
@@ -156,13 +143,13 @@ def code(view: DraftView) -> Iterator[Finding]:
 CONFIG_RULES: tuple[Callable[[DraftView], Iterator[Finding]], ...] = (
     sanity.nulls, sanity.context, sanity.rope, target, mask_token, tapped_layers, block, layer_types, code,
 )  # fmt: skip
-TENSOR_RULES: tuple[Callable[[DraftView], Iterator[Finding]], ...] = (shapes, values)
 
 
-def of_directory(view: DraftView) -> list[Finding]:
-    return [finding for rule in (*TENSOR_RULES, *CONFIG_RULES) for finding in rule(view)]
+def of_directory(view: DraftView, kind: Kind = DFLASH) -> list[Finding]:
+    of_config = [finding for rule in (*CONFIG_RULES, *kind.rules) for finding in rule(view)]
+    return [*shapes(view, kind), *values(view), *of_config]
 
 
-def of_sizes(view: DraftView) -> list[Finding]:
-    found: list[Any] = [*shapes(view), *target(view)]
+def of_sizes(view: DraftView, kind: Kind = DFLASH) -> list[Finding]:
+    found: list[Any] = [*shapes(view, kind), *target(view)]
     return found
