@@ -291,7 +291,7 @@ SETTINGS: dict[str, dict[str, list]] = {
         "base_ratio": [Differs("step", 0.5, DOMINO)],
         "base_steps": [Differs("step", 3, DOMINO)],
         "decay_gamma": [Differs("step", None, DOMINO)],
-        "loss_chunk": [Differs("step", 16, DOMINO)],  # the same figures: tests/test_corrected_cross_entropy.py
+        "loss_chunk": [Differs("step", 16, DOMINO)],  # the same figures: tests/test_corrected_head.py
         **{name: [As("dflash")] for name in ("num_anchors", "stop_at_hole", "attention", "attention_chunk", "remat")},
     },
 }

@@ -21,7 +21,7 @@ from flaxdraft.algorithms.domino.schedule import base_share
 from flaxdraft.algorithms.domino.settings import Settings
 from flaxdraft.algorithms.domino.sums import DominoSums, runs
 from flaxdraft.interfaces import Example
-from flaxdraft.ops.corrected_cross_entropy import Heads, Inputs, Rows, corrected_cross_entropy
+from flaxdraft.ops.corrected_head import Heads, Inputs, Labels, corrected_cross_entropy
 from flaxdraft.ops.cross_entropy import How
 from flaxdraft.ops.rows import take_rows
 from flaxdraft.serving.contract import Contract
@@ -68,12 +68,13 @@ class Algorithm(dflash.Algorithm):
         latents_BRE = draft.latents(states_BRD, take_rows(batch.tokens_BT, flat(tokens_BAS)))
         wide = jnp.promote_types(states_BRD.dtype, jnp.float32)
         weight_BAS = decayed(settings.decay_gamma, self.layout, asked_BAS.astype(wide))
-        found = corrected_cross_entropy(
+        total, (final, base) = corrected_cross_entropy(
             How(chunk=settings.loss_chunk, logits=draft.made_of), Inputs(states_BRD, latents_BRE),
-            Heads(head_VD, draft.correction.head_VE()), Rows(*map(flat, (label_BAS, weight_BAS, asked_BAS))), share,
+            Heads(head_VD, draft.correction.head_VE()), Labels(flat(label_BAS), flat(weight_BAS)),
+            flat(asked_BAS), share,
         )  # fmt: skip
-        of_slots = map(apart, (*found.final, found.base.hit_BR))
-        return found.total, Scores(asked_BAS, weight_BAS, *of_slots)
+        of_slots = map(apart, (*final, base.hit_BR))
+        return total, Scores(asked_BAS, weight_BAS, *of_slots)
 
     def scored(
         self, draft: DominoDraft, head_VD: Float[Array, "V D"], example: Example, text: list[Keys],

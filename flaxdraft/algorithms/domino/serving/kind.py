@@ -47,8 +47,8 @@ def slots(view: DraftView) -> Iterator[Finding]:
     for place, fields in (("", view.config), (f"{CONFIG}.", view.config[CONFIG])):
         said = fields.get("sample_from_anchor")
         if said is not None and said != shifted:
-            yield Finding("wrong", f"{place}sample_from_anchor is {said}, shift_label {shifted}: what a slot "
-                          "predicts is shifted by one", "write shift_label as in training, and no sample_from_anchor")  # fmt: skip
+            what = f"{place}sample_from_anchor is {said}, shift_label {shifted}: what a slot predicts is shifted by one"
+            yield Finding("wrong", what, "write shift_label alone, as in training")
     size, prefix = block_size(view.config), view.config[CONFIG]["pure_draft_prefix_len"]
     if prefix >= size:
         yield Finding("wrong", f"pure_draft_prefix_len is {prefix}, which leaves none of {size} slots to the head",
