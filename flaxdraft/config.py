@@ -156,6 +156,10 @@ class AlgorithmConfig(_Section):
     default_architecture: ClassVar[str]
     default_engine: ClassVar[str]
 
+    def for_run(self, train: TrainConfig) -> AlgorithmConfig:
+        """The section in a run that trains so: fields that are left to it (null) are then said."""
+        return self
+
 
 class TrainConfig(_Section):
     num_steps: int = Field(ge=1, le=_INT32)
@@ -357,4 +361,5 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
         draft = draft.model_copy(update={"architecture": config.algorithm.default_architecture})
     if how.engine is None:
         how = how.model_copy(update={"engine": config.algorithm.default_engine})
-    return config.model_copy(update={"draft": draft, "export": how})
+    algorithm = config.algorithm.for_run(config.train)
+    return config.model_copy(update={"draft": draft, "export": how, "algorithm": algorithm})

@@ -37,6 +37,8 @@ from wiring import (
     prompts_of,
 )  # fmt: skip
 
+from flaxdraft.plugins import settings_of
+
 # In every value and override below, {here} is the folder of the module's files, {base} that of a run of `run.yaml` that
 # has ended.
 
@@ -77,6 +79,13 @@ class Says:
 
 
 @dataclasses.dataclass(frozen=True)
+class As:
+    """The same class declares the field for another algorithm, whose code for it this one takes over."""
+
+    algorithm: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Told:
     """JAX is told another value when the processes of a run meet."""
 
@@ -112,6 +121,7 @@ DATED = ("target.path={here}/dated.gguf",)  # whose chat template writes the day
 PROCESSES = ("hosts.coordinator=localhost:1", "hosts.num_processes=2", "hosts.process_id=1")
 DFLASH = ("algorithm.name=dflash", "draft.fields={num_hidden_layers: 1}")
 DPACE = (*DFLASH, "algorithm.objective=dpace")
+DOMINO = ("algorithm.name=domino", "draft.fields={num_hidden_layers: 1}")
 WSD, MEAN = ("train.schedule=wsd",), ("train.ema_decay=0.5",)
 EVERY_FOURTH = [*range(0, 256, 4)]
 SERVED_AS = {"sglang": "LlamaForCausalLMEagle3", "tpu-inference": "Eagle3LlamaForCausalLM"}
@@ -219,7 +229,7 @@ ROWS: dict[str, list] = {
 # The fields of each algorithm's section. (Rows of one that is not in `run.yaml` give `algorithm.name`.)
 SETTINGS: dict[str, dict[str, list]] = {
     "eagle3": {
-        "name": [Says("none", "algorithm.name: no 'none' .* found dflash, eagle3")],
+        "name": [Says("none", "algorithm.name: no 'none' .* found dflash, .*eagle3")],
         "ttt_length": [Differs("step", 2)],
         "step_decay": [Differs("step", 0.5, ("algorithm.ttt_length=2",))],
         "objective": [Differs("step", "lk_lambda")],
@@ -244,6 +254,18 @@ SETTINGS: dict[str, dict[str, list]] = {
         "attention_chunk": [Differs("step", 16, (*DFLASH, "algorithm.attention=chunked"))],
         "remat": [Differs("step", "full", DFLASH)],
         "loss_chunk": [Differs("step", 16, DFLASH)],
+    },
+    "domino": {
+        "name": [Begins("domino", lambda first, _: "correction/prefix_gru/state_proj/kernel" in first.weights)],
+        "block_size": [Differs("step", 4, DOMINO)],
+        "shift_label": [Differs("step", False, DOMINO)],
+        "pure_draft_prefix_len": [Differs("step", 2, (*DOMINO, "export.engine=hf"))],
+        "base_start": [Differs("step", 0.5, DOMINO)],
+        "base_ratio": [Differs("step", 0.5, DOMINO)],
+        "base_steps": [Differs("step", 3, DOMINO)],
+        "decay_gamma": [Differs("step", None, DOMINO)],
+        "loss_chunk": [Differs("step", 16, DOMINO)],  # the same figures: tests/test_corrected_head.py
+        **{name: [As("dflash")] for name in ("num_anchors", "stop_at_hole", "attention", "attention_chunk", "remat")},
     },
 }
 
@@ -304,7 +326,7 @@ def say(here, command):
     return lambda field, value: filled(f"{field}={value if isinstance(value, str) else json.dumps(value)}")
 
 
-def check(row: Any, field: str, command: Command, say: Callable[[str, Any], str]) -> None:
+def check(row: Any, field: str, command: Command, say: Callable[[str, Any], str], algorithm: str = "") -> None:
     value_of = lambda *overrides: dict(fields(command.config(*overrides)))[field]  # noqa: E731
     if isinstance(row, Ends):
         ends = command.ended(), command.ended(*map(say, OTHER, OTHER.values()))
@@ -314,6 +336,11 @@ def check(row: Any, field: str, command: Command, say: Callable[[str, Any], str]
             assert run.code == 0, run.complained
             assert row.holds(run, own)
             assert not row.holds(run, foreign), "this holds whatever the value is"
+        return
+    if isinstance(row, As):
+        name, (own, other) = field.removeprefix("algorithm."), map(settings_of, (algorithm, row.algorithm))
+        declares = lambda kind: next(one for one in kind.__mro__ if name in vars(one).get("__annotations__", {}))  # noqa: E731
+        assert declares(own) is declares(other)
         return
     changed, both = say(field, row.to), [say(*text.split("=")) for text in getattr(row, "given", ())]
     # A value that is refused is in no configuration.
@@ -354,7 +381,7 @@ def test_the_field_shows(field, command, say):
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name, rows in SETTINGS.items() for field in rows])
 def test_the_setting_of_an_algorithm_shows(name, field, command, say):
     for row in SETTINGS[name][field]:
-        check(row, f"algorithm.{field}", command, say)
+        check(row, f"algorithm.{field}", command, say, name)
 
 
 @pytest.mark.parametrize("look", ["step", "update", "weights", "batches", "places"])

@@ -54,24 +54,24 @@ def host_example(step: int) -> Example:
 
 
 @functools.cache
-def train(shape: tuple[tuple[str, int], ...], num_microbatches: int) -> Trained:
+def train(shape: tuple[tuple[str, int], ...], num_microbatches: int, algorithm=ALGORITHM, module=qwen3) -> Trained:
     mesh, target = make_mesh(**dict(shape)), target_config()
     own = {"block_size": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 1}
     own["attention_sink_bias"] = True
-    config = qwen3.Config(**qwen3.Config.for_target(target, V) | own)
+    config = module.Config(**module.Config.for_target(target, V) | own)
     check_heads(config, SHARDING, mesh.shape)
     normal = lambda seed: 0.3 * np.random.default_rng(seed).normal(size=(V, E)).astype(np.float32)  # noqa: E731
     with jax.set_mesh(mesh):
-        draft = qwen3.make(
+        draft = module.make(
             config, VocabMap(np.arange(V), V), dflash.target_of(normal(0), normal(1)), precision=Precision(),
             sharding=SHARDING, rngs=nnx.Rngs(0),
         )  # fmt: skip
         graphdef, params, frozen = split_draft(draft)
         params, frozen = (on_mesh(state, mesh, SHARDING) for state in (params, frozen))
         tx = optimizer(CONFIG)
-        state = jax.jit(lambda params: init_state(params, tx, ALGORITHM))(params)
-        examples = [training_example(host_example(step), mesh, ALGORITHM, ()) for step in range(STEPS)]
-        step = make_train_step(graphdef, ALGORITHM, tx, jnp.float32, num_microbatches)
+        state = jax.jit(lambda params: init_state(params, tx, algorithm))(params)
+        examples = [training_example(host_example(step), mesh, algorithm, ()) for step in range(STEPS)]
+        step = make_train_step(graphdef, algorithm, tx, jnp.float32, num_microbatches)
         compiled, losses, sums = step.lower(state, frozen, examples[0]).compile(), [], []
         for example in examples:
             state, metrics = compiled(state, frozen, example)

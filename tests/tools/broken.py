@@ -256,4 +256,37 @@ BLOCKS = (
           ("tests/parity/test_dflash_decoding.py",)),
 )  # fmt: skip
 
-BREAKS = (*OPTIMIZER, *SCHEDULE, *BEGINNING, *SHARDING, *RESUME, *MASKS, *EXPORT, *EVALUATION, *HOSTS, *BLOCKS, *SEAMS)
+HEAD_GOLDEN = ("tests/parity/test_domino_golden.py",)
+HEADS = (
+    Break("the gates of the head are exchanged", "(r, z, n), (of_r, of_z, of_n) =", "(z, r, n), (of_z, of_r, of_n) =",
+          HEAD_GOLDEN),
+    Break("a slot reads the token that it predicts", "if first: # slot k predicts", "if False: # slot k predicts",
+          of("test_domino", "no_slot_reads")),
+    Break("the base loss never fades", "jnp.minimum(step / settings.base_steps, 1)", "jnp.minimum(step, 0)",
+          of("test_domino", "fades")),
+    Break("the schedule stands still", "sums: DominoSums, step: Int[Array, \"\"]) -> Int[Array, \"\"]: return step + 1",
+          "sums: DominoSums, step: Int[Array, \"\"]) -> Int[Array, \"\"]: return carry", of("test_domino", "fades")),
+    Break("slots for which there is no token break a run", "jnp.cumprod(hit_BAQ | ~asked_BAQ,", "jnp.cumprod(hit_BAQ,",
+          HEAD_GOLDEN),
+    Break("the head reads the newest token alone", "token_B = chosen[-1][0]", "",
+          ("tests/parity/test_domino_decoding.py",)),
+    Break("the head is served with any prefix", "prefix=1, plain_logits=True", "plain_logits=True",
+          of("test_domino_check")),
+    Break("the base loss counts in full", "of_final_C, of_base_C = weight_C * (1 - base_share), weight_C * base_share",
+          "of_final_C, of_base_C = weight_C, weight_C * base_share", of("test_corrected_head")),
+)  # fmt: skip
+
+BREAKS = (
+    *OPTIMIZER,
+    *SCHEDULE,
+    *BEGINNING,
+    *SHARDING,
+    *RESUME,
+    *MASKS,
+    *EXPORT,
+    *EVALUATION,
+    *HOSTS,
+    *BLOCKS,
+    *SEAMS,
+    *HEADS,
+)

@@ -7,7 +7,7 @@ width.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,8 @@ from flaxdraft.algorithms.dflash import anchors, flops
 from flaxdraft.algorithms.dflash.block_attention import Keys, Way, choose
 from flaxdraft.algorithms.dflash.draft import BlockDraft, Places
 from flaxdraft.algorithms.dflash.drafter import BlockDrafter
-from flaxdraft.algorithms.dflash.layout import Layout, layout_of, wanted
+from flaxdraft.algorithms.dflash.layout import Layout, Wanted, layout_of, wanted
 from flaxdraft.algorithms.dflash.objective import summed
-from flaxdraft.algorithms.dflash.settings import Settings
-from flaxdraft.algorithms.dflash.sums import BlockSums
 from flaxdraft.algorithms.dflash.taps import default_taps
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Draw, EmbeddingAndHead, Example, VocabMap
@@ -34,11 +32,24 @@ from flaxdraft.serving.contract import Contract
 SLOTS_AT_ONCE = 2**15  # of all batch rows, in evaluation
 
 
+class Scores(NamedTuple):
+    """What is known of every slot of some blocks."""
+
+    asked_BAS: Bool[Array, "B A S"]  # whether there is a right token
+    known_BAS: Bool[Array, "B A S"]  # and the draft knows it
+    loss_BAS: Float[Array, "B A S"]  # cross entropy
+    hit_BAS: Bool[Array, "B A S"]  # the right token has the highest logit
+
+
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """Training computes a block behind each of a few drawn anchors; evaluation one behind every possible anchor."""
+    """Training computes a block behind each of a few drawn anchors; evaluation one behind every possible anchor.
 
-    settings: Settings
+    Algorithms build on this one, with a head that goes along the block. What they have of their own is typed as
+    anything here: the draft, what is carried, what is known of slots, the sums.
+    """
+
+    settings: Any  # `Settings`; of an algorithm that builds on this one, its own `BlockSettings`
     packed: bool = True  # whether rows hold several documents; nothing here is faster without
     # In evaluation, the tokens that a pass proposes; None in training, where every slot that predicts counts.
     num_tokens: int | None = None
@@ -95,15 +106,15 @@ class Algorithm:
             InputError: always.
         """
         raise InputError(
-            f"mesh.sequence: found {num_shards}, but dflash does not share the rows of a batch row; leave it at 1 and "
-            "take mesh.data, mesh.fsdp or mesh.tensor"
+            f"mesh.sequence: found {num_shards}, but {self.settings.name} does not share the rows of a batch row; "
+            "leave it at 1 and take mesh.data, mesh.fsdp or mesh.tensor"
         )
 
-    def first_carry(self) -> tuple[()]:
+    def first_carry(self) -> Any:
         """Nothing depends on the steps before."""
         return ()
 
-    def next_carry(self, carry: tuple[()], sums: BlockSums, step: Int[Array, ""]) -> tuple[()]:
+    def next_carry(self, carry: Any, sums: Any, step: Int[Array, ""]) -> Any:
         return carry
 
     def read(self, draft: BlockDraft, example: Example) -> list[Keys]:
@@ -122,40 +133,43 @@ class Algorithm:
         places = Places(anchor_BA, first_BA, take_rows(batch.positions_BT, anchor_BA))
         return draft(take_rows(batch.tokens_BT, anchor_BA), text, places, self.way, self.settings.remat)
 
-    def _scored(
-        self, draft: BlockDraft, head_VD: Float[Array, "V D"], batch: Batch, text: list[Keys],
-        anchor_BA: Int[Array, "B A"],
-    ) -> tuple[Bool[Array, "B A S"], Bool[Array, "B A S"], Float[Array, "B A S"], Bool[Array, "B A S"]]:  # fmt: skip
-        """Which slots are asked for a token and which of them for one that the draft knows, the cross entropy of each,
-        and whether it is right."""
-        settings, layout = self.settings, self.layout
-        states_BRD, shape = self.states(draft, batch, text, anchor_BA), (*anchor_BA.shape, layout.block_size)
-        stop_at_hole = settings.stop_at_hole or self.num_tokens is not None
-        label_BAS, asked_BAS = wanted(batch, anchor_BA, layout, stop_at_hole=stop_at_hole)
-        asked_BAS = asked_BAS & (jnp.arange(layout.block_size) < self._counted.stop)[None, None]
-        flat = lambda x: x.reshape(states_BRD.shape[:2])  # noqa: E731
-        how = How(settings.loss_chunk, draft.made_of)
-        label_BAS = draft.known(label_BAS)
-        known_BAS = asked_BAS & (label_BAS >= 0)
-        loss_BR, hit_BR = cross_entropy(how, states_BRD, head_VD, flat(label_BAS), flat(known_BAS))
-        return asked_BAS, known_BAS, loss_BR.reshape(shape), hit_BR.reshape(shape)
-
-    def _summed(self, asked_BAS, known_BAS, loss_BAS, hit_BAS) -> BlockSums:
-        """A token that the draft does not know is no part of the loss, and missed."""
-        sums = summed(self.settings, self.layout, self._counted, known_BAS, loss_BAS, hit_BAS)
-        return sums.asking(asked_BAS[:, :, self._counted])
+    def asked(self, batch: Batch, anchor_BA: Int[Array, "B A"]) -> Wanted:
+        """What is asked of each slot that predicts or, in evaluation, that proposes."""
+        found = wanted(
+            batch, anchor_BA, self.layout, stop_at_hole=self.settings.stop_at_hole or self.num_tokens is not None
+        )
+        counted_S = jnp.arange(self.layout.block_size) < self.counted.stop
+        return found._replace(asked_BAS=found.asked_BAS & counted_S[None, None])
 
     @property
-    def _counted(self) -> slice:
+    def counted(self) -> slice:
         """The slots of a block whose tokens are proposed."""
         first = self.layout.first
         return slice(first, first + (self.num_tokens or self.layout.num_predicted))
 
-    def sums(self, draft: BlockDraft, example: Example, carry: tuple[()]) -> BlockSums:
-        text, anchor_BA = self.read(draft, example), example.chosen.anchor_BA
-        return self._summed(*self._scored(draft, draft.head_VD(), example.batch, text, anchor_BA))
+    def scored(
+        self, draft: Any, head_VD: Float[Array, "V D"], example: Example, text: list[Keys], anchor_BA: Int[Array, "B A"]
+    ) -> Any:
+        """What is known of every slot of some blocks, as arrays [B, A, S] with `hit_BAS` among them."""
+        settings, states_BRD = self.settings, self.states(draft, example.batch, text, anchor_BA)
+        label_BAS, asked_BAS = self.asked(example.batch, anchor_BA)
+        label_BAS = draft.known(label_BAS)
+        known_BAS = asked_BAS & (label_BAS >= 0)
+        flat = lambda x: x.reshape(states_BRD.shape[:2])  # noqa: E731
+        how = How(settings.loss_chunk, draft.made_of)
+        loss_BR, hit_BR = cross_entropy(how, states_BRD, head_VD, flat(label_BAS), flat(known_BAS))
+        return Scores(asked_BAS, known_BAS, loss_BR.reshape(asked_BAS.shape), hit_BR.reshape(asked_BAS.shape))
 
-    def accepted(self, draft: BlockDraft, example: Example) -> tuple[BlockSums, Int[Array, "B T"]]:
+    def summed(self, scores: Any) -> Any:
+        """The sums of what `scored` gave. A token that the draft does not know is no part of the loss, and missed."""
+        found = summed(self.settings, self.layout, self.counted, scores.known_BAS, scores.loss_BAS, scores.hit_BAS)
+        return found.asking(scores.asked_BAS[:, :, self.counted])
+
+    def sums(self, draft: Any, example: Example, carry: Any) -> Any:
+        text, anchor_BA = self.read(draft, example), example.chosen.anchor_BA
+        return self.summed(self.scored(draft, draft.head_VD(), example, text, anchor_BA))
+
+    def accepted(self, draft: Any, example: Example) -> tuple[Any, Int[Array, "B T"]]:
         """The sums, and for each row of the batch how many draft tokens greedy verification would accept there: those
         of the block whose newest token is in the row after it. Exact on the target's own greedy answers, since a block
         does not depend on what comes after its newest token.
@@ -167,16 +181,15 @@ class Algorithm:
         size = max(SLOTS_AT_ONCE // (num_batch * self.layout.block_size), 1)
         padded_BA = jnp.pad(anchor_BA, ((0, 0), (0, -num_blocks % size)), constant_values=length)
         part_GBA = jnp.moveaxis(padded_BA.reshape(num_batch, -1, size), 1, 0)
-        parts = jax.lax.map(lambda part_BA: self._scored(draft, head_VD, batch, text, part_BA), part_GBA)
+        parts = jax.lax.map(lambda part_BA: self.scored(draft, head_VD, example, text, part_BA), part_GBA)
         joined = lambda x: jnp.moveaxis(x, 0, 1).reshape(*padded_BA.shape, self.layout.block_size)  # noqa: E731
-        scored = tuple(map(joined, parts))
-        sums = self._summed(*scored)
-        right_BAQ = jnp.cumprod(scored[-1][:, :, self._counted], axis=2, dtype=jnp.int32)
+        scores = jax.tree.map(joined, parts)
+        right_BAQ = jnp.cumprod(scores.hit_BAS[:, :, self.counted], axis=2, dtype=jnp.int32)
         count_BA = jnp.sum(right_BAQ, axis=2, dtype=jnp.int32)
         scatter = jax.vmap(lambda row, at, value: row.at[at].set(value, mode="drop"))
         # The pass of a block with its anchor in row p is counted in row p - 1. No pass begins with an anchor in row 0.
         before_BA = jnp.where(padded_BA > 0, padded_BA - 1, length)
-        return sums, scatter(jnp.zeros_like(batch.tokens_BT), before_BA, count_BA)
+        return self.summed(scores), scatter(jnp.zeros_like(batch.tokens_BT), before_BA, count_BA)
 
     def describe(self, draft: BlockDraft, example: Example) -> str:
         """How sums of such an example are computed, for the log."""
@@ -198,7 +211,7 @@ class Algorithm:
 
     def drafting(self, num_tokens: int) -> Algorithm:
         """`num_tokens` of each block, rows of one document."""
-        return Algorithm(self.settings, packed=False, num_tokens=num_tokens)
+        return dataclasses.replace(self, packed=False, num_tokens=num_tokens)
 
     def drafter(self) -> BlockDrafter:
         return BlockDrafter(self.layout)

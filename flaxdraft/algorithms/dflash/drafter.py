@@ -4,12 +4,13 @@ Position p of a text has slot p of the cache. The cache holds keys and values of
 states; those of a block are never kept. The newest token's own states come with the next target pass, so a block sees
 what lies before the newest token, as in training.
 
-Shape letters: B rows, T new positions, K tapped layers, E width, Q proposals.
+Shape letters: B rows, T new positions, S slots of a block, K tapped layers, E target width, D draft width, Q proposals.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,18 @@ class BlockDrafter:
         places = Places(anchor_B1, jnp.zeros_like(anchor_B1), turning_positions(anchor_B1, state[0].k_BTKH.shape[1]))
         hidden_BSD = draft(token_B[:, None], state, places, Way("dense"))
         first = self.layout.first
-        logits_BQV = draft.logits(hidden_BSD[:, first : first + num_tokens])
-        chosen = [choose(logits_BQV[:, j], j) for j in range(num_tokens)]
+        chosen = self.chosen(draft, hidden_BSD[:, first : first + num_tokens], token_B, choose)
         return state, Proposal(*jax.tree.map(lambda *each: jnp.stack(each, axis=1), *chosen))
+
+    def chosen(
+        self, draft: Any, hidden_BQD: Float[Array, "B Q D"], token_B: Int[Array, " B"], choose: Chooser
+    ) -> list[tuple[Int[Array, " B"], Any]]:
+        """What `choose` says of each slot. Here no slot depends on what another one proposes; drafters with a head that
+        reads it have their own.
+
+        Args:
+            hidden_BQD: the head's input at the slots that propose.
+            token_B: the newest token.
+        """
+        logits_BQV = draft.logits(hidden_BQD)
+        return [choose(logits_BQV[:, j], j) for j in range(hidden_BQD.shape[1])]

@@ -3,10 +3,11 @@ name, since without the field's meaning it would propose nonsense."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from flaxdraft.errors import InputError
+from flaxdraft.plugins import parts_of
 
 # Name -> the values at which a field changes nothing.
 TOP: dict[str, tuple[Any, ...]] = {
@@ -16,16 +17,33 @@ TOP: dict[str, tuple[Any, ...]] = {
     "quantization_config": (),
 }  # fmt: skip
 NESTED: dict[str, tuple[Any, ...]] = {
-    "projector_type": ("dflash",), "attention_mode": ("gqa", "mha", "mla"), "conv_kernel_size": (), "selector_rank": (),
+    "attention_mode": ("gqa", "mha", "mla"), "conv_kernel_size": (), "selector_rank": (),
     "selector_top_k": (), "markov_rank": (), "shift_label": (False,), "lilicorr_rank": (),
 }  # fmt: skip
 
 
-def unknown_fields(config: Mapping[str, Any]) -> list[str]:
-    """The fields that no draft here has, with their values."""
+def of_algorithm(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a config.json of the architecture name that all drafters of the family share is of one algorithm: of the
+    one that it names, and of dflash where there is none of that name."""
+    nested = config.get("dflash_config")
+    named = nested.get("projector_type") if isinstance(nested, Mapping) else None
+    others = {other for other, _ in parts_of("flaxdraft.algorithms")} - {"dflash"}
+    return named == name or (name == "dflash" and not (isinstance(named, str) and named in others))
+
+
+def unknown_fields(config: Mapping[str, Any], projector: str = "dflash", own: Collection[str] = ()) -> list[str]:
+    """The fields that no draft of an algorithm has, with their values.
+
+    Args:
+        projector: how `projector_type` names the algorithm.
+        own: fields of NESTED whose meaning it knows.
+    """
     nested = config.get("dflash_config")
     nested = nested if isinstance(nested, Mapping) else {}
-    places = (("", config, TOP), ("dflash_config.", nested, TOP), ("dflash_config.", nested, NESTED))
+    strange = {name: harmless for name, harmless in NESTED.items() if name not in own} | {
+        "projector_type": (projector,)
+    }
+    places = (("", config, TOP), ("dflash_config.", nested, TOP), ("dflash_config.", nested, strange))
     return [
         f"{place}{name} {fields[name]!r}"
         for place, fields, known in places
@@ -34,12 +52,12 @@ def unknown_fields(config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def refuse_unknown(config: Mapping[str, Any]) -> None:
+def refuse_unknown(config: Mapping[str, Any], projector: str = "dflash", own: Collection[str] = ()) -> None:
     """
     Raises:
-        InputError: config.json has a field that no draft here has.
+        InputError: config.json has a field that no draft of the algorithm has.
     """
-    if found := unknown_fields(config):
+    if found := unknown_fields(config, projector, own):
         raise InputError(f"draft config: {', '.join(found)}: drafts of this kind are not supported; expected it absent")
     if not isinstance(config.get("dflash_config"), Mapping):
         raise InputError("draft config: no dflash_config, expected an object with mask_token_id and target_layer_ids")

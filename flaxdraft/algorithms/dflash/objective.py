@@ -5,6 +5,8 @@ Shape letters: B batch, A blocks, S slots of a block, Q slots that predict.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -26,10 +28,7 @@ def weights(
     """
     asked = asked_BAS.astype(loss_BAS.dtype)
     if settings.objective == "decay":
-        if settings.decay_gamma is None:
-            return asked
-        behind_S = jnp.maximum(jnp.arange(layout.block_size) - layout.first, 0)
-        return asked * jnp.exp(-behind_S / settings.decay_gamma).astype(asked.dtype)[None, None]
+        return decayed(settings.decay_gamma, layout, asked)
     alpha = settings.dpace_alpha
     probability = jnp.exp(-jax.lax.stop_gradient(loss_BAS))
     q_BAS = jnp.where(asked_BAS, (1 - alpha) * probability + alpha, 1.0)
@@ -39,6 +38,14 @@ def weights(
     if settings.objective == "dpace_confidence":
         return before_BAS * asked
     return jnp.flip(jnp.cumsum(jnp.flip(before_BAS * asked, 2), axis=2), 2) * asked
+
+
+def decayed(gamma: float | None, layout: Layout, asked_BAS: Float[Array, "B A S"]) -> Float[Array, "B A S"]:
+    """1 for the first slot that predicts, and falling off behind it; None: 1 for all. 0 where nothing is asked."""
+    if gamma is None:
+        return asked_BAS
+    behind_S = jnp.maximum(jnp.arange(layout.block_size) - layout.first, 0)
+    return asked_BAS * jnp.exp(-behind_S / gamma).astype(asked_BAS.dtype)[None, None]
 
 
 def _continuation(asked_BAS: Float[Array, "B A S"], q_BAS: Float[Array, "B A S"]) -> Float[Array, "B A S"]:
@@ -61,13 +68,23 @@ def summed(
         counted: the slots of a block whose tokens are proposed.
     """
     weight_BAS = weights(settings, layout, asked_BAS, loss_BAS)
+    found = block_sums(weight_BAS, counted, asked_BAS, loss_BAS, hit_BAS)
+    if settings.denominator == "weights":
+        return found
     # Rows that fill a batch up hold no block, and are not divided by.
     rows_B = jnp.any(asked_BAS, axis=(1, 2)).astype(weight_BAS.dtype)
+    return dataclasses.replace(found, weight=jnp.sum(rows_B))
+
+
+def block_sums(
+    weight_BAS: Float[Array, "B A S"], counted: slice, asked_BAS: Bool[Array, "B A S"],
+    loss_BAS: Float[Array, "B A S"], hit_BAS: Bool[Array, "B A S"],
+) -> BlockSums:  # fmt: skip
+    """The same of given weights, by which the loss is divided."""
     hit_BAQ, asked_BAQ = (hit_BAS & asked_BAS)[:, :, counted], asked_BAS[:, :, counted]
     prefix_BAQ = jnp.cumprod(hit_BAQ, axis=2, dtype=jnp.int32)
     count = lambda x: jnp.sum(x, axis=(0, 1), dtype=jnp.int32)  # noqa: E731
     return BlockSums(
-        jnp.sum(weight_BAS * loss_BAS),
-        jnp.sum(rows_B) if settings.denominator == "rows" else jnp.sum(weight_BAS),
+        jnp.sum(weight_BAS * loss_BAS), jnp.sum(weight_BAS),
         count(asked_BAQ), count(hit_BAQ), count(prefix_BAQ), count(jnp.any(asked_BAQ, axis=2)),
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from flaxdraft.algorithms.dflash.block_attention import Sight
 from flaxdraft.algorithms.dflash.foreign_fields import refuse_unknown
@@ -72,10 +72,15 @@ class BlockSizes:
     output_multiplier: float = 1.0
     final_logit_softcapping: float | None = None
 
+    # What drafts of an algorithm that builds on this one have otherwise.
+    projector: ClassVar[str] = "dflash"  # how dflash_config.projector_type names it
+    own_fields: ClassVar[tuple[str, ...]] = ()  # of `foreign_fields.NESTED`, those whose meaning it knows
+    may_be_zero: ClassVar[tuple[str, ...]] = ("mask_token_id",)
+
     def __post_init__(self):
         for name, kind in get_type_hints(type(self)).items():
             value, expected = getattr(self, name), _EXPECTED.get(kind)
-            if name != "mask_token_id" and expected is not None and not expected.fits(value):
+            if name not in self.may_be_zero and expected is not None and not expected.fits(value):
                 raise InputError(f"draft.fields.{name}: found {value!r}, expected {expected.phrase}")
         if self.block_size < 2:
             raise InputError(
@@ -152,7 +157,7 @@ class BlockSizes:
         Raises:
             InputError: it has something that no draft of this project has.
         """
-        refuse_unknown(config)
+        refuse_unknown(config, cls.projector, cls.own_fields)
         nested, kinds = config["dflash_config"], tuple(config.get("layer_types") or ())
         if config.get("use_sliding_window") and not kinds:
             raise InputError(

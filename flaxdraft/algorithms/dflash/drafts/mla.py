@@ -11,6 +11,7 @@ from typing import Any
 from flax import nnx
 
 from flaxdraft.algorithms.dflash.draft import BlockDraft
+from flaxdraft.algorithms.dflash.foreign_fields import of_algorithm
 from flaxdraft.algorithms.dflash.sizes import SERVING_ARCHITECTURE, BlockSizes, common_names, of_attention
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
@@ -24,7 +25,12 @@ _OWN = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "
 
 
 def claims(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json of the architecture name that all drafts share describes this attention."""
+    """Whether a config.json of the architecture name that all drafts share is of DFlash and has this attention."""
+    return of_algorithm(config, "dflash") and describes(config)
+
+
+def describes(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json has this attention."""
     return bool(config.get("kv_lora_rank"))
 
 
@@ -87,17 +93,20 @@ def name_table(config: Config):
     return tuple(rows)
 
 
-def make(
-    config: Config, vocab: VocabMap, target: EmbeddingAndHead, *, precision: Precision, sharding: Sharding,
-    rngs: nnx.Rngs,
-) -> BlockDraft:  # fmt: skip
-    """A draft with fresh weights; see `BlockDraft`."""
+def attentions(config: Config, precision: Precision, sharding: Sharding, rngs: nnx.Rngs) -> list[MLA]:
+    """Of each layer."""
     c = config
     heads = MLAConfig(
         c.num_attention_heads, c.q_lora_rank, c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim,
         c.rms_norm_eps, c.rope,
     )  # fmt: skip
-    attentions = [
-        MLA(heads, c.hidden_size, c.hidden_size, precision, rngs, sharding) for _ in range(c.num_hidden_layers)
-    ]
-    return BlockDraft(c, attentions, vocab, target, precision=precision, sharding=sharding, rngs=rngs)
+    return [MLA(heads, c.hidden_size, c.hidden_size, precision, rngs, sharding) for _ in range(c.num_hidden_layers)]
+
+
+def make(
+    config: Config, vocab: VocabMap, target: EmbeddingAndHead, *, precision: Precision, sharding: Sharding,
+    rngs: nnx.Rngs,
+) -> BlockDraft:  # fmt: skip
+    """A draft with fresh weights; see `BlockDraft`."""
+    of_layers = attentions(config, precision, sharding, rngs)
+    return BlockDraft(config, of_layers, vocab, target, precision=precision, sharding=sharding, rngs=rngs)

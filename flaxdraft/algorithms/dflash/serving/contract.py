@@ -38,6 +38,7 @@ def config_json(draft: Mapping[str, Any], about: AboutTarget, dtype: str, engine
     target = about.config
     own = {name: value for name, value in draft[CONFIG].items() if name != "num_taps"}  # so many layer ids
     config = {**draft, "torch_dtype": dtype, CONFIG: own | {TAPS: [*about.tap_layers]}, MARK: "flaxdraft"}
+    config["architectures"] = [engine.architecture]
     rope_fields.for_context(config, target.get("max_position_embeddings", 0))
     if target.get("num_hidden_layers") is not None:
         config["num_target_layers"] = target["num_hidden_layers"]
@@ -77,7 +78,7 @@ def of_tensors(engine: Engine, view: DraftView) -> list[Finding]:
 
 
 def describe(config: Mapping[str, Any]) -> str:
-    layers, size = config["num_hidden_layers"], config.get("block_size") or config[CONFIG]["block_size"]
+    layers, size = config["num_hidden_layers"], layout.block_size(config)
     kind = "DeepSeek-MLA" if layout.is_latent(config) else "Qwen3"
     return f"DFlash, {layers} {kind} layer{'s' * (layers > 1)} of width {config['hidden_size']}, blocks of {size}"
 

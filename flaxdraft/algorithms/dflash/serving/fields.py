@@ -5,28 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from flaxdraft.algorithms.dflash.serving import tensors
+from flaxdraft.algorithms.dflash.serving.kind import Id, Ids, Kind
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, INPUT_TAPS, TAPS
 from flaxdraft.serving import fields
 from flaxdraft.serving.fields import FLAG, NAMES, POSITIVE, ROPE, SIZE, TEXT, Expected
 
-_Id = Annotated[int, Field(ge=0, lt=2**31)]
-_Ids = Annotated[list[_Id], Field(min_length=1)]
-_ID, _IDS = Expected("a token id", _Id), Expected("a list of layer ids", _Ids)
+_ID, _IDS = Expected("a token id", Id), Expected("a list of layer ids", Ids)
 _BLOCK = Expected("an integer of at least 2", Annotated[int, Field(gt=1, lt=2**31)])
-
-
-class _DFlashConfig(BaseModel):
-    """What must stand there."""
-
-    model_config = ConfigDict(strict=True)
-
-    mask_token_id: _Id
-    target_layer_ids: _Ids
-
-
 _EITHER = {
     "block_size": _BLOCK, "attention_value_scale": POSITIVE, "output_multiplier": POSITIVE,
     "final_logit_softcapping": POSITIVE, "attention_sink_bias": FLAG, "sample_from_anchor": FLAG, "is_causal": FLAG,
@@ -58,10 +46,10 @@ def malformed(config: Mapping[str, Any]) -> list[str]:
     return [*found, *(f"{CONFIG}.{one}" for one in fields.malformed(nested or {}, _NESTED))]
 
 
-def missing(config: Mapping[str, Any]) -> list[str]:
+def missing(config: Mapping[str, Any], kind: Kind) -> list[str]:
     """Fields without which there is no draft, where they are missing or something else."""
     required = dict.fromkeys((*_SIZES, *(_LATENT if tensors.is_latent(config) else ())), SIZE)
-    required |= {"rms_norm_eps": POSITIVE, CONFIG: Expected(f"an object with mask_token_id and {TAPS}", _DFlashConfig)}
+    required |= {"rms_norm_eps": POSITIVE, CONFIG: Expected(f"an object with {kind.required}", kind.section)}
     found, nested = fields.wrong(config, required), config.get(CONFIG)
     if all((place or {}).get("block_size") is None for place in (config, nested) if isinstance(place, Mapping)):
         found.append("no block_size")

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from flaxdraft.algorithms.dflash.serving import tensors
+from flaxdraft.algorithms.dflash.serving.kind import DFLASH, Kind
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, TAPS, Engine
-from flaxdraft.algorithms.dflash.sizes import SERVING_ARCHITECTURE, SWITCHES
+from flaxdraft.algorithms.dflash.sizes import SWITCHES
 from flaxdraft.plugins import first_architecture
 from flaxdraft.serving import rope_fields, sanity
 from flaxdraft.serving.finding import Finding, few
 from flaxdraft.serving.view import DraftView
 
-Rule = Callable[[Engine, DraftView], Iterator[Finding]]
+Rule = Callable[[Any, DraftView], Iterator[Finding]]  # the first is an engine's table
 
 
 def architecture(engine: Engine, view: DraftView) -> Iterator[Finding]:
     named = first_architecture(view.config)
-    if named != SERVING_ARCHITECTURE:
-        yield Finding("refused", f"architectures names {named!r}, it knows {SERVING_ARCHITECTURE}",
-                      f'write "architectures": ["{SERVING_ARCHITECTURE}"]')  # fmt: skip
+    if engine.refuses is not None:
+        yield Finding("refused", engine.refuses, "take an engine that serves such drafts")
+    elif named != engine.architecture:
+        yield Finding("refused", f"architectures names {named!r}, it knows {engine.architecture}",
+                      f'write "architectures": ["{engine.architecture}"]')  # fmt: skip
     if not engine.serves:
         return
     if tensors.is_latent(view.config):
@@ -78,9 +82,9 @@ def rope(engine: Engine, view: DraftView) -> Iterator[Finding]:
         yield from sanity.yarn(meant)
 
 
-def keys(engine: Engine, view: DraftView) -> Iterator[Finding]:
+def keys(engine: Engine, view: DraftView, kind: Kind) -> Iterator[Finding]:
     """Names that it does not understand, and weights that it therefore lacks."""
-    expected, taken, strange = tensors.weights(view.config), set(), []
+    expected, taken, strange = kind.weights(view.config), set(), []
     for key in view.shapes:
         name = tensors.flat_name(key) if engine.model_prefix else key
         if name in expected:
@@ -97,9 +101,9 @@ def keys(engine: Engine, view: DraftView) -> Iterator[Finding]:
 CONFIG_RULES: tuple[Rule, ...] = (architecture, slots, switches, vocabulary, tapped_layers, rope)
 
 
-def of_config(engine: Engine, view: DraftView) -> list[Finding]:
-    return [finding for rule in CONFIG_RULES for finding in rule(engine, view)]
+def of_config(engine: Engine, view: DraftView, more: tuple[Rule, ...] = ()) -> list[Finding]:
+    return [finding for rule in (*CONFIG_RULES, *more) for finding in rule(engine, view)]
 
 
-def of_tensors(engine: Engine, view: DraftView) -> list[Finding]:
-    return [*keys(engine, view)]
+def of_tensors(engine: Engine, view: DraftView, kind: Kind = DFLASH) -> list[Finding]:
+    return [*keys(engine, view, kind)]

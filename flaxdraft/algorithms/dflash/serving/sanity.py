@@ -8,6 +8,7 @@ from typing import Any
 from flaxdraft.algorithms.dflash.foreign_fields import unknown_fields
 from flaxdraft.algorithms.dflash.serving import tensors
 from flaxdraft.algorithms.dflash.serving.fields import malformed, missing
+from flaxdraft.algorithms.dflash.serving.kind import DFLASH, Kind
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, INPUT_TAPS, TAPS
 from flaxdraft.errors import InputError
 from flaxdraft.serving import sanity, vocabulary_tables
@@ -16,21 +17,21 @@ from flaxdraft.serving.view import DraftView
 from flaxdraft.serving.vocabulary_tables import TABLES
 
 
-def unreadable(view: DraftView) -> list[Finding]:
+def unreadable(view: DraftView, kind: Kind = DFLASH) -> list[Finding]:
     """What makes every further question meaningless."""
     if "speculators_model_type" in view.config:
         return [Finding("refused", "config.json is in the speculators form, which vLLM alone reads", "convert "
                         "it with tools/convert/from_pytorch.py")]  # fmt: skip
-    if found := unknown_fields(view.config):
+    if found := unknown_fields(view.config, kind.projector, kind.own_fields):
         return [Finding("refused", f"config.json has {few(found)}: another drafter of the family, or a switch that "
                         "flaxdraft does not have", "nothing is known of such a draft here")]  # fmt: skip
-    bad = [*malformed(view.config), *missing(view.config)]
+    bad = [*malformed(view.config), *missing(view.config, kind)]
     return [Finding("refused", f"config.json: {few(bad)}", "write it again")] if bad else []
 
 
-def shapes(view: DraftView) -> Iterator[Finding]:
+def shapes(view: DraftView, kind: Kind) -> Iterator[Finding]:
     """Sizes in config.json against the weights."""
-    expected = tensors.weights(view.config)
+    expected = kind.weights(view.config)
     bad = [
         f"{key} {found}, config.json says {expected[name]}"
         for key, found in view.shapes.items()
@@ -130,13 +131,13 @@ def code(view: DraftView) -> Iterator[Finding]:
 CONFIG_RULES: tuple[Callable[[DraftView], Iterator[Finding]], ...] = (
     sanity.nulls, sanity.context, sanity.rope, target, mask_token, tapped_layers, block, layer_types, code,
 )  # fmt: skip
-TENSOR_RULES: tuple[Callable[[DraftView], Iterator[Finding]], ...] = (shapes, values, vocabulary)
 
 
-def of_directory(view: DraftView) -> list[Finding]:
-    return [finding for rule in (*TENSOR_RULES, *CONFIG_RULES) for finding in rule(view)]
+def of_directory(view: DraftView, kind: Kind = DFLASH) -> list[Finding]:
+    of_config = [finding for rule in (*CONFIG_RULES, *kind.rules) for finding in rule(view)]
+    return [*shapes(view, kind), *values(view), *vocabulary(view), *of_config]
 
 
-def of_sizes(view: DraftView) -> list[Finding]:
-    found: list[Any] = [*shapes(view), *target(view)]
+def of_sizes(view: DraftView, kind: Kind = DFLASH) -> list[Finding]:
+    found: list[Any] = [*shapes(view, kind), *target(view)]
     return found

@@ -40,6 +40,11 @@ def is_latent(config: Mapping[str, Any]) -> bool:
     return bool(config.get("kv_lora_rank"))
 
 
+def block_size(config: Mapping[str, Any]) -> int:
+    """It stands in one of two places."""
+    return config.get("block_size") or config[CONFIG]["block_size"]
+
+
 def _grouped(config: Mapping[str, Any]) -> Shapes:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     width = config.get("head_dim") or hidden // heads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from flaxdraft.algorithms.dflash.sizes import SERVING_ARCHITECTURE
 from flaxdraft.serving import contract
 
 
@@ -11,6 +12,8 @@ from flaxdraft.serving import contract
 class Engine(contract.Engine):
     """What one engine reads from config.json and the weights."""
 
+    architecture: str = SERVING_ARCHITECTURE  # by which it knows such drafts
+    refuses: str | None = None  # why it serves no draft of the algorithm; None: it serves them
     model_prefix: bool = False  # `model.` before a key is taken off
     samples_from_anchor: bool = False  # serves drafts whose slot 0 predicts
     nested_causal: bool = False  # reads dflash_config.causal besides the top-level is_causal
