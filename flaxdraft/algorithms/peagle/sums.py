@@ -27,7 +27,7 @@ class DepthSums:
         return jax.tree.map(jnp.add, self, other)
 
     def terms(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        return self.loss, jnp.maximum(self.count, 1).astype(self.loss.dtype)
+        return self.loss, jnp.maximum(self.count, 1.0)
 
     def figures(self) -> dict[str, float | list[float]]:
         """accuracy: of each depth. mean_over_rows: 1 + the shares of chains that are right from depth 0 on; larger than

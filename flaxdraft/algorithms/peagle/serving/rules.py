@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 from flaxdraft.algorithms.eagle3.serving import rules
 from flaxdraft.algorithms.eagle3.serving.kinds import View
-from flaxdraft.algorithms.eagle3.serving.tensors import sizes
 from flaxdraft.algorithms.peagle.serving import tensors
 from flaxdraft.algorithms.peagle.serving.terms import KIND, Engine
 from flaxdraft.serving.finding import Finding, few
@@ -20,13 +19,6 @@ def architecture(engine: Engine, view: View) -> Iterator[Finding]:
     if named not in names:
         yield Finding("refused", f"architectures names {named!r}, it knows {' and '.join(names)}",
                       f'write "architectures": ["{names[0]}"], or export with --engine for it')  # fmt: skip
-
-
-def mask_state(engine: Engine, view: View) -> Iterator[Finding]:
-    hidden, target_hidden, _, _ = sizes(view.config)
-    if engine.serves and hidden != target_hidden:
-        yield Finding("refused", f"it makes room for a mask_hidden of 3 x hidden_size {hidden}, the draft's is 3 x the "
-                      f"target's {target_hidden}", "train a draft of the target's width")  # fmt: skip
 
 
 def keys(engine: Engine, view: View) -> Iterator[Finding]:
@@ -57,7 +49,7 @@ def keys(engine: Engine, view: View) -> Iterator[Finding]:
 
 
 CONFIG_RULES: tuple[Rule, ...] = (
-    architecture, mask_state, rules.switches, rules.config_fields, rules.tapped_layers, rules.rope, rules.widths,
+    architecture, rules.switches, rules.config_fields, rules.tapped_layers, rules.rope, rules.widths,
 )  # fmt: skip
 TENSOR_RULES: tuple[Rule, ...] = (keys, rules.vocabulary)
 
