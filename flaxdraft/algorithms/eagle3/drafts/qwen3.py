@@ -71,7 +71,7 @@ def _weights(config: Mapping[str, Any]) -> Shapes:
 
 SERVING = Kind(
     name="qwen3", title="Qwen3", architecture=SERVING_ARCHITECTURE, model_type="qwen3",
-    claims=lambda config: SERVING_ARCHITECTURE in (config.get("architectures") or ()),
+    claims=lambda config: isinstance(names := config.get("architectures"), list) and SERVING_ARCHITECTURE in names,
     attention=_weights, yarn=llama.SERVING.yarn,
     engines={
         "vllm": Served(ARCHITECTURES, ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")),
