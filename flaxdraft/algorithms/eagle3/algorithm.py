@@ -60,8 +60,8 @@ class Algorithm:
         return from_target.three_taps(num_layers, chosen)
 
     def teacher(self, target: EmbeddingAndHead, vocab: VocabMap, dtype: Any) -> Float[Array, "W E"]:
-        """The target's head rows of the draft vocabulary."""
-        return target.head()[vocab.target_ids_W].astype(dtype)
+        """See `from_target.head_rows`."""
+        return from_target.head_rows(target, vocab, dtype)
 
     def check_answers(self, longest: int) -> None:
         """

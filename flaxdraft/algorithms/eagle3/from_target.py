@@ -1,10 +1,14 @@
-"""What a draft takes over from its target: the layers that it taps, and the weights that it begins with."""
+"""What a draft takes over from its target: the layers that it taps, the teacher, and the weights that it begins with.
+
+Shape letters: E target width, W draft vocabulary.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
@@ -26,6 +30,11 @@ def three_taps(num_layers: int, chosen: tuple[int, ...] | None) -> tuple[int, ..
         advice = "a target needs at least 4 layers for three taps below its last"
     given = "the default layers" if chosen is None else "target.tap_layers:"
     raise InputError(f"{given} {list(taps)} are not three ascending layers of a {num_layers}-layer target; {advice}")
+
+
+def head_rows(target: EmbeddingAndHead, vocab: VocabMap, dtype: Any) -> Float[Array, "W E"]:
+    """The target's head rows of the draft vocabulary, which make the teacher's logits."""
+    return target.head()[vocab.target_ids_W].astype(dtype)
 
 
 def warm_start(draft: Any, target: EmbeddingAndHead, vocab: VocabMap) -> None:

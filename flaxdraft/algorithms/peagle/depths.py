@@ -79,7 +79,7 @@ def sampled(batch: Batch, most: int, draw: Draw, settings: Settings) -> Depths:
     can_BT, segments_BT = trainable(batch), np.asarray(batch.segments_BT)
     rows = []
     for i in range(num_batch):
-        rng = np.random.default_rng((draw.seed, draw.step, draw.first_row + i))
+        rng = np.random.default_rng([draw.seed, draw.step, draw.first_row + i])
         uniform_CT = rng.random((settings.num_depths - 1, length))
         rows.append([np.flatnonzero(can_BT[i]), *chains(can_BT[i], segments_BT[i], uniform_CT, settings)])
     return joined(rows, [most, *(int((most - depth) * share(settings, depth)) for depth in later)], length)
