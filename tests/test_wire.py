@@ -122,6 +122,8 @@ PROCESSES = ("hosts.coordinator=localhost:1", "hosts.num_processes=2", "hosts.pr
 DFLASH = ("algorithm.name=dflash", "draft.fields={num_hidden_layers: 1}")
 DPACE = (*DFLASH, "algorithm.objective=dpace")
 DOMINO = ("algorithm.name=domino", "draft.fields={num_hidden_layers: 1}")
+SMALL = ("draft.draft_vocab_size=64", "draft.fields={num_hidden_layers: 1}")
+PEAGLE = ("algorithm.name=peagle", *SMALL, "algorithm.num_depths=2")
 WSD, MEAN = ("train.schedule=wsd",), ("train.ema_decay=0.5",)
 EVERY_FOURTH = [*range(0, 256, 4)]
 SERVED_AS = {"sglang": "LlamaForCausalLMEagle3", "tpu-inference": "Eagle3LlamaForCausalLM"}
@@ -266,6 +268,18 @@ SETTINGS: dict[str, dict[str, list]] = {
         "decay_gamma": [Differs("step", None, DOMINO)],
         "loss_chunk": [Differs("step", 16, DOMINO)],  # the same figures: tests/test_corrected_head.py
         **{name: [As("dflash")] for name in ("num_anchors", "stop_at_hole", "attention", "attention_chunk", "remat")},
+    },
+    "peagle": {
+        "name": [Differs("weights", "peagle", SMALL[:1])],
+        "num_depths": [Differs("batches", 3, PEAGLE)],
+        "down_sample_ratio": [Differs("batches", 0.5, PEAGLE)],
+        "down_sample_ratio_min": [Differs("batches", 0.9, PEAGLE)],
+        "objective": [Differs("step", "lk_alpha", PEAGLE)],
+        # The same figures, laid out in another way: tests/test_suffix_attention.py, tests/test_distillation.py.
+        "attention": [Differs("step", "chunked", PEAGLE)],
+        "attention_chunk": [Differs("step", 16, (*PEAGLE, "algorithm.attention=chunked"))],
+        "remat": [Differs("step", "full", PEAGLE)],
+        "loss_chunk": [Differs("step", 16, PEAGLE)],
     },
 }
 

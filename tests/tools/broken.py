@@ -276,6 +276,31 @@ HEADS = (
           "of_final_C, of_base_C = weight_C, weight_C * base_share", of("test_corrected_head")),
 )  # fmt: skip
 
+PEAGLE = ("tests/parity/test_peagle_golden.py",)
+DEPTHS = (
+    Break("places that drew the highest numbers are kept", "np.argsort(uniform_T[candidates]",
+          "np.argsort(-uniform_T[candidates]", of("test_peagle", "elements_are_drawn")),
+    Break("chains begin in another document",
+          "candidates = candidates[segments_T[candidates - depth] == segments_T[candidates]]", "",
+          of("test_peagle", "elements_are_drawn")),
+    Break("every step draws the same elements", "np.random.default_rng([draw.seed, draw.step, draw.first_row + i])",
+          "np.random.default_rng([draw.seed, 0, draw.first_row + i])", of("test_peagle", "every_step")),
+    Break("masked places stand where their anchor does", "take_rows(batch.positions_BT, at_BR) + depth",
+          "take_rows(batch.positions_BT, at_BR)", PEAGLE),
+    Break("an element sees the first chain of the depth before", "np.where(there, at, widths[depth - 1])",
+          "np.where(there, 0 * at, widths[depth - 1])", PEAGLE),
+    Break("the teacher is that of the place before", "take_rows(x, place_BM + 1) for x in",
+          "take_rows(x, place_BM) for x in", PEAGLE),
+    Break("the drafter's masked places stand one further", "newest_B[:, None] + jnp.arange(num)[None]",
+          "newest_B[:, None] + 1 + jnp.arange(num)[None]", of("test_peagle", "greedy_decoding")),
+    Break("hits behind a miss count at later depths", "prefix.append(hit[depth] & take_rows(prefix[-1], parent_BR))",
+          "prefix.append(hit[depth])", of("test_peagle", "greedy_decoding")),
+    Break("two mask tokens are not compared", "if len(set(found.values())) > 1:", "if False:",
+          of("test_peagle_check", "two")),
+    Break("engines that serve no parallel drafts are not refused", "if engine.why_not is not None: return [Finding(",
+          "if engine.why_not == 0: return [Finding(", of("test_peagle_check", "nothing")),
+)  # fmt: skip
+
 BREAKS = (
     *OPTIMIZER,
     *SCHEDULE,
@@ -289,4 +314,5 @@ BREAKS = (
     *BLOCKS,
     *SEAMS,
     *HEADS,
+    *DEPTHS,
 )

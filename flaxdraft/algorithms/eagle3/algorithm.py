@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from flaxdraft.algorithms.eagle3 import flops, shared_rows
+from flaxdraft.algorithms.eagle3 import flops, from_target, shared_rows
 from flaxdraft.algorithms.eagle3.drafter import ChainDrafter
 from flaxdraft.algorithms.eagle3.objective import ChosenRows, UnrollOptions, supervised_rows, supervision, unroll
 from flaxdraft.algorithms.eagle3.settings import Settings
@@ -29,7 +29,6 @@ from flaxdraft.ops.rows import take_rows
 from flaxdraft.ops.step_sums import StepSums
 from flaxdraft.serving.contract import Contract
 
-NUM_TAPS = 3
 _NEEDED = "an example has the features that `needs` names"
 
 
@@ -56,25 +55,12 @@ class Algorithm:
         return UnrollOptions(s.attention, s.remat, s.attention_chunk, self.packed)
 
     def tap_layers(self, num_layers: int, chosen: tuple[int, ...] | None) -> tuple[int, ...]:
-        """`chosen`, or the default that every server knows, 1, n//2-1, n-4.
-
-        Raises:
-            InputError: they are not three ascending layers of the model.
-        """
-        taps = (1, num_layers // 2 - 1, num_layers - 4) if chosen is None else chosen
-        if len(taps) == NUM_TAPS and 0 <= taps[0] < taps[1] < taps[2] < num_layers:
-            return taps
-        advice = f"give target.tap_layers, for instance {[0, num_layers // 2, num_layers - 2]}"
-        if num_layers < 4:
-            advice = "a target needs at least 4 layers for three taps below its last"
-        given = "the default layers" if chosen is None else "target.tap_layers:"
-        raise InputError(
-            f"{given} {list(taps)} are not three ascending layers of a {num_layers}-layer target; {advice}"
-        )
+        """See `from_target.three_taps`."""
+        return from_target.three_taps(num_layers, chosen)
 
     def teacher(self, target: EmbeddingAndHead, vocab: VocabMap, dtype: Any) -> Float[Array, "W E"]:
-        """The target's head rows of the draft vocabulary."""
-        return target.head()[vocab.target_ids_W].astype(dtype)
+        """See `from_target.head_rows`."""
+        return from_target.head_rows(target, vocab, dtype)
 
     def check_answers(self, longest: int) -> None:
         """
@@ -179,16 +165,8 @@ class Algorithm:
         return flops.of_step(params, example, self.settings.ttt_length)
 
     def warm_start(self, draft: Any, target: EmbeddingAndHead, vocab: VocabMap) -> None:
-        """Begins where the target ends: the head's rows and the final norm are the target's, and fc passes the highest
-        tapped state on. The first hidden states then lie in the space that the head reads. Only where draft and target
-        widths are equal."""
-        width = target.config.hidden_size
-        if draft.config.hidden_size != width:
-            return
-        draft.lm_head.kernel[...] = target.head()[vocab.target_ids_W].T.astype(draft.lm_head.kernel.dtype)
-        draft.norm.scale[...] = target.final_norm().astype(draft.norm.scale.dtype)
-        kernel = draft.fc.kernel[...]
-        draft.fc.kernel[...] = kernel.at[2 * width :].add(jnp.eye(width, dtype=kernel.dtype))
+        """See `from_target.warm_start`."""
+        from_target.warm_start(draft, target, vocab)
 
     def drafting(self, num_tokens: int) -> Algorithm:
         """Chains of `num_tokens`, rows of one document."""

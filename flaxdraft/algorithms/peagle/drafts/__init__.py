@@ -1,0 +1,1 @@
+"""P-EAGLE's draft architectures, one a file."""
