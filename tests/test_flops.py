@@ -16,9 +16,16 @@ from flaxdraft.train.state import split_draft
 ROWS = {
     "eagle3": lambda example: example.chosen.rows_BR.size,
     "dflash": lambda example: example.chosen.anchor_BA.size * 7,  # a block of eight predicts so many
+    "domino": lambda example: example.chosen.anchor_BA.size * 8,  # with shifted labels
+    "peagle": lambda example: sum(at_BR.size for at_BR in example.chosen.anchors),
 }
 # What that one chunk has beyond those rows: the teachers of its last steps.
-MORE = {"eagle3": lambda teacher: 2 * 6 * teacher.size, "dflash": lambda teacher: 0}
+MORE = {
+    "eagle3": lambda teacher: 2 * 6 * teacher.size,
+    "dflash": lambda teacher: 0,
+    "domino": lambda teacher: 0,
+    "peagle": lambda teacher: 0,
+}
 
 
 def products(jaxpr) -> float:
@@ -33,8 +40,8 @@ def products(jaxpr) -> float:
             width = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
             total += 0 if batched else 2.0 * width * equation.outvars[0].aval.size
         for value in jax.tree.leaves([*equation.params.values()], is_leaf=lambda x: hasattr(x, "jaxpr")):
-            inner = getattr(value, "jaxpr", value)
-            total += products(inner) if hasattr(inner, "eqns") else 0
+            inner, times = getattr(value, "jaxpr", value), equation.params.get("length", 1)  # of a scan
+            total += times * products(inner) if hasattr(inner, "eqns") else 0
     return total
 
 

@@ -6,9 +6,11 @@ Shape letters: B batch, A blocks, S slots of a block, D draft width, V vocabular
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from flaxdraft.algorithms.dflash import algorithm as dflash
@@ -96,6 +98,12 @@ class Algorithm(dflash.Algorithm):
         total, scores = self._scored(draft, draft.head_VD(), example, text, anchor_BA, share)
         found = self.summed(scores)
         return dataclasses.replace(found, blocks=dataclasses.replace(found.blocks, loss=total))
+
+    def flops(self, params: nnx.State, frozen: nnx.State, example: Example) -> float:
+        """The tokens that the head reads are the target's embedding, of which nobody needs the gradient."""
+        num_slots = example.chosen.anchor_BA.size * self.settings.block_size
+        of_tokens = math.prod(params["correction"]["prefix_gru"]["input_proj"]["kernel"].shape)
+        return super().flops(params, frozen, example) - 2.0 * of_tokens * num_slots
 
     def drafter(self) -> DominoDrafter:
         return DominoDrafter(self.layout)
