@@ -18,6 +18,7 @@ class Kind:
     trimmed: bool = False  # its post-processor takes white space off the offsets
     holes: bool = False  # its ids do not follow one another
     named: bool = True  # its end of turn is its eos_token; else another token is, and this one is not special
+    merges: bool = True  # of white space
 
 
 @cache
@@ -25,7 +26,7 @@ def tokenizer_of(template: str, special: tuple[str, str, tuple[str, ...]], kind:
     bos, end, others = special
     alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĠĠ", "Ċĉ"]
     vocab = {token: i * (2 if kind.holes else 1) for i, token in enumerate([*alphabet, bos, end, *others, "<eos>"])}
-    inner = Tokenizer(models.BPE(vocab, [("Ġ", "Ġ"), ("Ċ", "ĉ")]))
+    inner = Tokenizer(models.BPE(vocab, [("Ġ", "Ġ"), ("Ċ", "ĉ")] if kind.merges else []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     if kind.trimmed:

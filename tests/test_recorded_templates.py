@@ -5,7 +5,7 @@ import json
 
 import pytest
 from small_chats import ASKS, BODY, HELLO, HI
-from small_targets import DATED, MOOD, rows_at, said, target_at
+from small_targets import DATED, MOOD, VOCAB, rows_at, said, target_at
 from tiny import TEMPLATE, write_tiny_gguf
 from tiny_runs import make_workspace
 
@@ -16,6 +16,8 @@ from flaxdraft.errors import InputError
 from flaxdraft.files.template_text import may_write_date
 from flaxdraft.run.chat_options import template_of_rows
 from flaxdraft.run.run import run
+from flaxdraft.run.setup import prepare
+from flaxdraft.run.target import RunTarget
 from flaxdraft.serving.card import recorded_template
 from flaxdraft.stages.claims import RECORD
 
@@ -37,6 +39,22 @@ def test_answers_are_rendered_as_the_target_was_asked(command, tmp_path, capsys)
     error = capsys.readouterr().err
     assert f"--template: found {{}}, the target answered {file} with {{'mood': 'kind'}}; give the same" in error
     assert main([*call, "--template", "mood=kind"]) == 0
+
+
+def test_what_a_target_writes_need_not_stand_in_its_tokenizer(tmp_path, capsys):
+    """Embeddings are padded, and a target may well write a row of the padding."""
+    target, file = target_at(tmp_path / "t"), answered(tmp_path)
+    rows_at(file, {"input_ids": [1, VOCAB - 1], "loss_mask": [0, 1]})
+    for command in ("show", "check"):
+        assert main([command, str(file), "--target", str(target)]) == 0, capsys.readouterr().err
+    root = make_workspace(tmp_path, target_at(tmp_path / "deep", num_hidden_layers=8))
+    setup = prepare(load_config(str(root / "run.yaml"), [f"data.conversations={file}"]))
+    assert RunTarget(setup).given.lengths.tolist() == [2]
+    rows_at(file, {"input_ids": [1, VOCAB], "loss_mask": [0, 1]})
+    assert main(["show", str(file), "--target", str(target)]) == 2
+    (file.parent / RECORD).unlink()
+    rows_at(file, {"input_ids": [1, VOCAB - 1], "loss_mask": [0, 1]})
+    assert main(["show", str(file), "--target", str(target)]) == 2
 
 
 def test_answers_keep_their_date(tmp_path, capsys):

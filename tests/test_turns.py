@@ -248,11 +248,15 @@ def test_an_end_of_text_behind_the_last_turn():
 def test_a_template_that_asks_without_being_told_to():
     """It writes the header of an answer behind whatever is none."""
     asks = "{% if messages[-1].role != 'assistant' %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    tokenizer = tokenizer_of(BODY + asks, IM, Kind())
     odd = {**HELLO, "content": "<|im_start|>assistant\nno"}
-    for messages in ([HI, HELLO], [HELLO, BYE], [HI, HELLO, BYE, HI], [HI, odd, odd], [HELLO]):
-        written = [m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant"]
-        assert spans(tokenizer, row_of(messages)) == written
+    for template, lead in (
+        (BODY, ""), (marked("", "{{ m.content }}", "<|im_end|>", ""), ""),
+        (marked("<think></think>", "{{ m.content }}", "<|im_end|>", ""), "<think></think>"),
+    ):  # fmt: skip
+        tokenizer = tokenizer_of(template + asks, IM, Kind())
+        for messages in ([HI, HELLO], [HELLO, BYE], [HI, HELLO, BYE, HI], [HI, odd, odd], [HELLO]):
+            written = [lead + m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant"]
+            assert spans(tokenizer, row_of(messages)) == written
 
 
 def test_a_template_that_ends_a_turn_where_another_follows():

@@ -37,9 +37,12 @@ def one_ahead(items: Iterable[In], prepare: Callable[[In], Out]) -> Iterator[Out
 
 
 def open_conversations(
-    data: DataConfig, opened: OpenedTarget, template: ChatTemplate
+    data: DataConfig, opened: OpenedTarget, template: ChatTemplate, answered: bool = False
 ) -> Conversations:  # fmt: skip
     """The rendered rows of data.conversations; says how many are left out, and how many cut.
+
+    Args:
+        answered: see `ChatOptions`.
 
     Raises:
         InputError: see `templates.render_all`.
@@ -47,7 +50,7 @@ def open_conversations(
     tokenizer, target = opened.needed_tokenizer(with_template=True), opened.config()
     options = ChatOptions(
         data.max_length, data.last_turn_only, data.mask_reasoning, template, target.context, target.vocab_size,
-        opened.stop_tokens,
+        opened.stop_tokens, answered,
     )  # fmt: skip
     assert data.conversations is not None
     bad = BadRows(data.conversations, data.on_bad_row, "data.on_bad_row=")

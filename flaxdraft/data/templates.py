@@ -58,6 +58,7 @@ class ChatOptions:
     context: int | None = None  # of the target, beyond which rows are cut whatever `max_length` is
     vocab_size: int | None = None  # rows of the target's embedding
     stop_tokens: Sequence[int] = ()  # that end an answer of the target
+    answered: bool = False  # whether the target wrote the rows, tokens among them that its tokenizer may not know
 
     @property
     def limit(self) -> int:
@@ -78,7 +79,7 @@ def render(tokenizer: Any, conversation: Conversation, options: ChatOptions) -> 
 def render_with_text(tokenizer: Any, conversation: Conversation, options: ChatOptions) -> tuple[Rendered, str]:
     """See `render`; with what the chat template made of the messages, nothing for a row of tokens."""
     tokens, assistant, text = _whole(tokenizer, conversation, options)
-    check_tokens(tokens, tokenizer, options.vocab_size, conversation.where)
+    check_tokens(tokens, None if options.answered else tokenizer, options.vocab_size, conversation.where)
     if options.mask_reasoning:
         assistant = without_reasoning(tokenizer, tokens, assistant)
     limit = options.limit

@@ -44,23 +44,26 @@ def _known(tokenizer: Any) -> np.ndarray:
     return known
 
 
-def check_tokens(tokens_L: np.ndarray, tokenizer: Any, vocab_size: int | None, where: str) -> None:
+def check_tokens(tokens_L: np.ndarray, tokenizer: Any | None, vocab_size: int | None, where: str) -> None:
     """Refuses tokens that the tokenizer or the target has not.
 
     Args:
+        tokenizer: that must know them; None where the target wrote them itself. An embedding may have rows that stand
+            for nothing, and its target writes them now and then.
         vocab_size: rows of the target's embedding; None where they are not known.
 
     Raises:
         InputError: a token stands for nothing, or the target has no embedding for it.
     """
-    known = _known(tokenizer)
-    inside = tokens_L < len(known)
-    unknown = tokens_L[~inside | ~known[np.where(inside, tokens_L, 0)]]
-    if unknown.size:
-        raise InputError(
-            f"{where}: token {unknown[0]} is outside the tokenizer's {known.sum()}; the row was tokenised for another "
-            "target"
-        )
+    if tokenizer is not None:
+        known = _known(tokenizer)
+        inside = tokens_L < len(known)
+        unknown = tokens_L[~inside | ~known[np.where(inside, tokens_L, 0)]]
+        if unknown.size:
+            raise InputError(
+                f"{where}: token {unknown[0]} is outside the tokenizer's {known.sum()}; the row was tokenised for "
+                "another target"
+            )
     if vocab_size is not None and tokens_L.max(initial=0) >= vocab_size:
         raise InputError(
             f"{where}: token {tokens_L.max()} has no row in the target's embedding of {vocab_size}; leave the row out"

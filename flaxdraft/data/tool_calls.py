@@ -13,9 +13,9 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from flaxdraft.data.chat import Chat
 from flaxdraft.data.chat_template import ChatTemplate
 from flaxdraft.data.conversations import Conversation
-from flaxdraft.data.turns import Chat
 from flaxdraft.errors import InputError
 
 Message = dict[str, Any]

@@ -15,126 +15,15 @@ the mark decides, with the end of turn behind it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
-import re
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-from jinja2.exceptions import SecurityError, TemplateError
-
-from flaxdraft.data.chat_template import ChatTemplate
+from flaxdraft.data.chat import Chat, Refused, Span
 from flaxdraft.data.reasoning import CLOSE, OPEN
+from flaxdraft.data.template_habits import PROBES, habits_of, shared
 from flaxdraft.errors import InputError
 
-Span = tuple[int, int]
-
-
-class Refused(InputError):
-    """The template refuses some messages."""
-
-
-REFUSALS = (
-    TemplateError, SecurityError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
-)  # fmt: skip
-
-_MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _SHOWN = 160  # characters of a rendering in a message
-_PROBES = "Q", "Z"  # contents that begin differently
-
-
-@dataclasses.dataclass(frozen=True)
-class Chat:
-    """A conversation with what its chat template is given."""
-
-    tokenizer: Any
-    template: ChatTemplate
-    where: str  # for messages
-    messages: Sequence[dict[str, Any]]
-    tools: Sequence[dict[str, Any]] | None
-    stops: tuple[str, ...] = ()  # what ends an answer, as text
-
-    def text(self, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
-        """Renders some messages, with the generation prompt behind them where it is asked for.
-
-        Raises:
-            Refused: by the template.
-        """
-        return self._call(self._apply, messages, add_generation_prompt=prompt)
-
-    def marks(self) -> list[Span] | None:
-        """What the template marks as generated; None where it has no marks."""
-        if not _MARKS.search(self.template.text(self.tokenizer, self.tools) or ""):
-            return None
-        return self._call(self._tracked, self.messages)
-
-    def _call(self, render: Callable, *args: Any, **options: Any) -> Any:
-        try:
-            return render(*args, **options)
-        except REFUSALS as error:
-            raise Refused(f"{self.where}: the chat template refuses this conversation: {error}") from error
-
-    def _apply(self, messages, **options) -> str:
-        keywords = self.template.keywords(self.tokenizer, self.tools)
-        return self.tokenizer.apply_chat_template([*messages], tokenize=False, **options, **keywords)
-
-    def _tracked(self, messages) -> list[Span]:
-        from transformers.utils.chat_template_utils import render_jinja_template  # the import takes seconds
-
-        keywords = {"chat_template": self.template.text(self.tokenizer, self.tools)}
-        keywords |= self.tokenizer.special_tokens_map | self.template.keywords(self.tokenizer, self.tools)
-        # Its return type is that of its first versions.
-        found: Any = render_jinja_template([[*messages]], return_assistant_tokens_mask=True, **keywords)
-        return [(begin, end) for begin, end in found[1][0]]
-
-
-class _Habits(NamedTuple):
-    """What a template writes around every turn of the assistant, as a short conversation shows."""
-
-    prompt: str  # that asks for an answer
-    lead: str  # between the prompt and the content
-    end: str | None  # that ends a turn, without white space behind it; None where the short conversation is refused
-    header: str = ""  # that asks for an answer without being told to, wherever an answer may follow
-
-
-@functools.lru_cache(maxsize=16)
-def _habits(tokenizer: Any, template: ChatTemplate, with_tools: bool) -> _Habits:
-    asked, answers = {"role": "user", "content": "?"}, [{"role": "assistant", "content": probe} for probe in _PROBES]
-    chat = Chat(tokenizer, template, "", (), () if with_tools else None)
-    try:
-        plain, prompted = chat.text([asked]), chat.text([asked], prompt=True)
-        one, two = (chat.text([asked, answer]) for answer in answers)
-    except InputError:
-        return _Habits("", "", None)
-    prompt = prompted[len(plain) :] if prompted.startswith(plain) else ""
-    at = len(_shared(one, two))
-    lead = one[len(prompted) : at] if one.startswith(prompted) else ""
-    header = "" if prompt else _header(chat, asked, answers)
-    return _Habits(prompt, lead, one[at + 1 :].rstrip(), header if header and plain.endswith(header) else "")
-
-
-def _header(chat: Chat, asked: dict[str, Any], answers: Sequence[dict[str, Any]]) -> str:
-    """What stands before the second of two answers in a row."""
-    try:
-        before, one, two = (chat.text([asked, answers[0], *more]) for more in ((), answers[:1], answers[1:]))
-    except InputError:
-        return ""
-    shared = _shared(one, two)
-    return shared.removeprefix(before) if shared.startswith(before) else ""
-
-
-def _habits_of(chat: Chat) -> _Habits:
-    """The habits of the template that the conversation takes: conversations with tools may have one of their own, which
-    is then asked without any tools."""
-    several = isinstance(chat.tokenizer.chat_template, dict)
-    return _habits(chat.tokenizer, chat.template, several and chat.tools is not None)
-
-
-def _shared(one: str, other: str) -> str:
-    """The beginning that both texts have in common."""
-    return one[
-        : next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    ]
 
 
 def turns(chat: Chat, text: str, last_only: bool) -> list[Span]:
@@ -174,7 +63,7 @@ def _of_mark(chat: Chat, text: str, mark: Span, found: Sequence[Span], trim: boo
     generation prompt, prefixes take a header for the target's, and only the marked part of these turns counts. Where
     prefixes found no turn there, it is the mark itself, trimmed if that is wanted."""
     touched = [(begin, end) for begin, end in found if max(begin, mark[0]) < min(end, mark[1])]
-    if touched and not _habits_of(chat).prompt:
+    if touched and not habits_of(chat).prompt:
         return [(max(begin, mark[0]), min(end, mark[1])) for begin, end in touched]
     return touched or ([_trimmed(chat, text, mark)] if trim else [])
 
@@ -192,8 +81,8 @@ def _by_content(chat: Chat, text: str, i: int) -> Span:
     when its content does, and the end of turn behind it."""
     silent = {key: value for key, value in chat.messages[i].items() if key != "tool_calls"}
     messages = [*chat.messages[:i], silent, *chat.messages[i + 1 :]]
-    one, two = (chat.text(_with_content(messages, i, probe)) for probe in _PROBES)
-    before, behind = _until_answer(chat, _shared(one, two)), _shared(one[::-1], two[::-1])[::-1]
+    one, two = (chat.text(_with_content(messages, i, probe)) for probe in PROBES)
+    before, behind = _until_answer(chat, shared(one, two)), shared(one[::-1], two[::-1])[::-1]
     end = len(text) - len(behind)
     if not text.startswith(before) or not text.endswith(behind) or end < len(before):
         raise InputError(_unstable(chat, i, "before", before, text, False))
@@ -207,7 +96,7 @@ def _with_content(messages: Sequence[dict[str, Any]], i: int, content: str) -> l
 def _widened(chat: Chat, text: str, mark: Span) -> Span:
     """Extends a mark to what the target writes around the content: what stands between the generation prompt and it
     (white space alone, where there is no such prompt), and the end of turn."""
-    (begin, end), habits = mark, _habits_of(chat)
+    (begin, end), habits = mark, habits_of(chat)
     if (habits.prompt or not habits.lead.strip()) and text[:begin].endswith(habits.prompt + habits.lead):
         begin -= len(habits.lead)
     return begin, _with_marker(chat, text, end)
@@ -228,41 +117,43 @@ def _begin(chat: Chat, text: str, i: int) -> int:
         before = _until_content(chat, i)
     if not text.startswith(before):
         raise InputError(_unstable(chat, i, "before", before, text, False))
-    header = _habits_of(chat).header
-    return len(before) + (len(header) if not before.endswith(header) and text.startswith(header, len(before)) else 0)
+    (prompt, *_, unasked), begin = habits_of(chat), len(before)
+    if unasked and not before.endswith(prompt) and text.startswith(prompt, begin):
+        begin += len(prompt)
+    return begin
 
 
 def _until_content(chat: Chat, i: int) -> str:
     """What the template writes before message `i`, up to the generation prompt that stands before its content."""
-    probes = [_with_content(chat.messages[: i + 1], i, probe) for probe in _PROBES]
-    return _until_answer(chat, _shared(*(chat.text(probe) for probe in probes)))
+    probes = [_with_content(chat.messages[: i + 1], i, probe) for probe in PROBES]
+    return _until_answer(chat, shared(*(chat.text(probe) for probe in probes)))
 
 
-def _until_answer(chat: Chat, shared: str) -> str:
+def _until_answer(chat: Chat, before_content: str) -> str:
     """What stands before an answer, the generation prompt with it.
 
     Args:
-        shared: what the template writes before the content.
+        before_content: what the template writes before the content.
     """
-    habits, marker = _habits_of(chat), _marker(chat)
+    habits, marker = habits_of(chat), _marker(chat)
     if not habits.prompt:
-        return shared.removesuffix(habits.lead)
-    before, prompt, lead = shared.rpartition(habits.prompt)
+        return before_content.removesuffix(habits.lead)
+    before, prompt, lead = before_content.rpartition(habits.prompt)
     if not prompt or (marker and marker in lead):  # an earlier turn's
-        return shared + habits.prompt  # which is no prefix
+        return before_content + habits.prompt  # which is no prefix
     return before + prompt
 
 
 def _marker(chat: Chat) -> str | None:
     """What ends every turn, up to the first token behind which the target would write nothing."""
-    marker = _habits_of(chat).end
+    marker = habits_of(chat).end
     ends = [marker.find(stop) + len(stop) for stop in chat.stops if stop in marker] if marker else ()
     return marker[: min(ends, default=len(marker))] if marker else marker
 
 
 def _without_footer(chat: Chat, text: str) -> str:
     """Cuts off the end of text that some templates write behind the last turn, wherever that is."""
-    whole, marker = _habits_of(chat).end, _marker(chat)
+    whole, marker = habits_of(chat).end, _marker(chat)
     kept = text.rstrip()
     if not whole or not marker or whole == marker or not kept.endswith(whole):
         return text
@@ -283,26 +174,26 @@ def _end(chat: Chat, text: str, begin: int, end: int) -> int:
 def _trimmed(chat: Chat, text: str, span: Span) -> Span:
     """Takes off a mark what it holds of the generation prompt, and of the white space behind the end of turn."""
     begin, end = span
-    prompt = _habits_of(chat).prompt
+    prompt = habits_of(chat).prompt
     sizes = [
-        _whole_tokens(chat, prompt[at:], _shared(prompt[at:], text[begin:end]))
+        _whole_tokens(chat, prompt[at:], shared(prompt[at:], text[begin:end]))
         for at in range(len(prompt)) if text[:begin].endswith(prompt[:at])
     ]  # fmt: skip
     begin += max(sizes, default=0)
     return begin, _end(chat, text, begin, end)
 
 
-def _whole_tokens(chat: Chat, prompt: str, shared: str) -> int:
+def _whole_tokens(chat: Chat, prompt: str, found: str) -> int:
     """How much of the rest of a generation prompt stands there: all of it, or up to the end of an added token. An
     answer may by chance begin like it."""
-    if shared == prompt:
-        return len(shared)
-    ends = [shared.rfind(token) + len(token) for token in chat.tokenizer.get_added_vocab() if token in shared]
+    if found == prompt:
+        return len(found)
+    ends = [found.rfind(token) + len(token) for token in chat.tokenizer.get_added_vocab() if token in found]
     return max(ends, default=0)
 
 
 def _unstable(chat: Chat, turn: int, what: str, prefix: str, text: str, last_only: bool) -> str:
-    at = len(_shared(prefix, text))
+    at = len(shared(prefix, text))
     near = slice(max(at - _SHOWN // 2, 0), at + _SHOWN // 2)
     said = (
         f"{chat.where}: the chat template is not prefix-stable: {what} message {turn} it renders\n"

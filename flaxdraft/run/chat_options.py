@@ -135,11 +135,12 @@ def template_inputs(template: ChatTemplate, tokenizer: Any) -> dict[str, Any]:
 def chat_options(arguments: argparse.Namespace, opened: OpenedTarget, template: ChatTemplate) -> ChatOptions:
     """How rows become tokens that this target reads."""
     from flaxdraft.data.templates import ChatOptions
+    from flaxdraft.run.dates import answers_of
 
     config = opened.config()
     return ChatOptions(
         arguments.max_length, arguments.last_turn_only, arguments.mask_reasoning, template, config.context,
-        config.vocab_size, opened.stop_tokens,
+        config.vocab_size, opened.stop_tokens, bool(answers_of(str(arguments.file))),
     )  # fmt: skip
 
 

@@ -27,8 +27,9 @@ def open_given(
     data, tokenizer = config.data, opened.needed_tokenizer(with_template=True)
     if data.conversations is not None:
         check_answered_with(data.conversations, data.template, "data.template")
-        check_date(data.date, answers_of(data.conversations).get("date"), "data.date", data.conversations)
-        return open_conversations(data, opened, template)
+        answers = answers_of(data.conversations)
+        check_date(data.date, answers.get("date"), "data.date", data.conversations)
+        return open_conversations(data, opened, template, bool(answers))
     if data.store is None:
         return None
     expected = {
