@@ -1,6 +1,7 @@
 """DFlash: what slots predict, which anchors are drawn, packed rows as separate ones, the walk as decoding."""
 
 import dataclasses
+from functools import partial
 
 import dflash
 import jax
@@ -19,6 +20,7 @@ from flaxdraft.algorithms.dflash.block_attention import Sight
 from flaxdraft.algorithms.dflash.drafts import mla, qwen3
 from flaxdraft.algorithms.dflash.layout import Layout, layout_of, wanted
 from flaxdraft.algorithms.dflash.objective import weights
+from flaxdraft.config import TrainConfig
 from flaxdraft.decode.decoding import Decoding, ReadyDraft, Settings
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
@@ -28,6 +30,7 @@ from flaxdraft.interfaces import Batch, Draw, Example, Features
 from flaxdraft.nn.precision import Precision
 from flaxdraft.targets import decoder
 from flaxdraft.targets import llama as llama_target
+from flaxdraft.train.optimizer import optimizer
 from flaxdraft.train.state import split_draft
 
 ROW = Batch(
@@ -164,6 +167,11 @@ def test_every_step_seed_and_row_draws_anchors_of_its_own():
     drawn = [algorithm.choose(batch, 12, Draw(seed, step, 0)).anchor_BA for seed in (0, 1) for step in (0, 1)]
     assert len({x.tobytes() for x in drawn}) == 4
     assert len({row.tobytes() for row in drawn[0]}) > 1
+    # All seven that are possible, about as often.
+    drawn = [algorithm.choose(batch, 12, Draw(0, step, 0)).anchor_BA for step in range(150)]
+    anchor, count = np.unique(np.concatenate(drawn), return_counts=True)
+    np.testing.assert_array_equal(anchor, np.arange(4, 11))
+    assert abs(count - 150 * len(batch.tokens_BT) * 3 / 7).max() < 4 * np.sqrt(600 * 3 / 7 * 4 / 7)
 
 
 @pytest.fixture(scope="module")
@@ -196,8 +204,9 @@ SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_wind
         ({"block_size": 4}, {}),
         pytest.param({"block_size": 3, "sample_from_anchor": True}, SLIDING | SCALES, marks=pytest.mark.slow),
         pytest.param({"block_size": 4}, {"module": mla}, marks=pytest.mark.slow),
+        pytest.param({"block_size": 4}, {"draft_vocab_size": 5, "attention_sink_bias": True}, marks=pytest.mark.slow),
     ],
-    ids=["dflash", "from the anchor, sliding", "mla"],
+    ids=["dflash", "from the anchor, sliding", "mla", "reduced, with sinks"],
 )
 def test_the_walk_is_greedy_decoding(settings, fields, models, monkeypatch):
     """Pass by pass, over runs of every length."""
@@ -226,9 +235,57 @@ def test_sampled_answers_are_distributed_as_the_targets(models):
     draft, num = make(block_size=4), 12_000
     ready = ReadyDraft(*nnx.split(draft), dflash.algorithm(block_size=4).drafter())
     decoded = Decoding(target, ready, [PROMPT] * num, Settings(TOKENS, 2, (-1,), temperature=1.0)).finish()
-    yields = np.bincount([gained for one in decoded for gained in one.yields])
+    yields = np.bincount([gained for one in decoded for gained in one.yields], minlength=4)
+    assert len(yields) == 4
     assert (yields[1:] > num // 50).all()  # refused at once, after one token, and accepted whole
     assert excess([one.tokens for one in decoded], exact(target, 1.0)) < 4
+
+
+def test_a_token_that_the_draft_does_not_know_is_missed_and_trains_nothing(models):
+    """Of a draft of the last four of six tokens; its head stays as it came."""
+    draft, algorithm = models[1](block_size=4, draft_vocab_size=4), dflash.algorithm(block_size=4, num_anchors=12)
+    example = dflash.example_of(draft.config)
+    example = dataclasses.replace(example, chosen=algorithm.choose(example.batch, 12, Draw(0, 0, 0)))
+    graphdef, params, frozen = split_draft(draft)
+
+    @jax.jit
+    def plain(params):
+        draft, anchor_BA = nnx.merge(graphdef, params, frozen), example.chosen.anchor_BA
+        states_BRD = algorithm.states(draft, example.batch, algorithm.read(draft, example), anchor_BA)
+        label_BAS, asked_BAS = wanted(example.batch, anchor_BA, algorithm.layout, stop_at_hole=False)
+        logits = (states_BRD @ params["lm_head"][...].T).reshape(*label_BAS.shape, 4)
+        known_BAS, label_BAS = asked_BAS & (label_BAS >= 2), label_BAS - 2
+        right = jnp.sum(jax.nn.log_softmax(logits) * jax.nn.one_hot(label_BAS, 4), axis=-1)
+        weight_BAS = weights(algorithm.settings, algorithm.layout, known_BAS, -right)
+        hit_BAS = known_BAS & (jnp.argmax(logits, axis=-1) == label_BAS)
+        return jnp.stack([jnp.sum(-right * weight_BAS), jnp.sum(weight_BAS)]), hit_BAS, asked_BAS, known_BAS
+
+    @jax.jit
+    @partial(jax.grad, has_aux=True)
+    def loss(params):
+        sums = algorithm.sums(nnx.merge(graphdef, params, frozen), example, ())
+        return sums.loss, sums
+
+    terms, hit_BAS, asked_BAS, known_BAS = plain(params)
+    gradients, sums = loss(params)
+    assert_close(jnp.stack(sums.terms()), terms, ulp=64, of="each")
+    assert 0 < int(jnp.sum(known_BAS)) < int(jnp.sum(asked_BAS)) == int(sums.asked_Q.sum())
+    np.testing.assert_array_equal(sums.hit_Q, jnp.sum(hit_BAS, axis=(0, 1))[1:])
+    assert not np.any(gradients["lm_head"][...])
+    assert np.any(gradients["fc"]["kernel"][...])
+
+
+def test_a_head_that_is_kept_does_not_decay(models):
+    params = nnx.state(models[1](block_size=4, draft_vocab_size=4), nnx.Param)
+    tx = optimizer(TrainConfig(num_steps=2, weight_decay=0.5))
+
+    @jax.jit
+    def second_update(params):
+        nothing = jax.tree.map(jnp.zeros_like, params)
+        return tx.update(nothing, tx.update(nothing, tx.init(params), params)[1], params)[0]
+
+    flat = nnx.to_flat_state(second_update(params))
+    assert {path[0] for path, change in flat if change.ndim > 1 and not np.any(change[...])} == {"lm_head"}
 
 
 def test_packed_documents_are_as_separate_ones(models):

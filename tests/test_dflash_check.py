@@ -154,6 +154,14 @@ def test_a_fault_is_found(good, name):
         assert any(one.level == level and words in one.what for one in found[engine]), found[engine]
 
 
+def test_a_base_that_nobody_wrote_is_found(good):
+    """Readers take 10000; the target has another one."""
+    tensors, config = good[0], {name: value for name, value in good[1].items() if "rope" not in name}
+    found = check(tensors, config, TARGET | {"rope_theta": 1e6})
+    assert [one.level for one in found[DIRECTORY] if "rope_theta is 10000, the target's 1e+06" in one.what] == ["wrong"]
+    assert not any("rope" in one.what for one in check(tensors, config)[DIRECTORY])
+
+
 def test_a_checkpoint_of_another_trainer_is_read(good, tmp_path):
     """SpecForge's and z-lab's: `model.` before names or not, the target's embedding and head among the weights or not,
     auto_map, layer types that say nothing new, the older dialect of RoPE."""

@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from closeness import assert_close
 from tiny_runs import call, make_workspace, metrics
 
 from flaxdraft.algorithms.loading import from_pretrained
@@ -84,28 +85,27 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(finished, workspace, tmp_pat
     assert steps[0] == steps[1]
 
 
-@pytest.mark.parametrize("source", ["data.store", "data.conversations"])
-def test_other_sources_and_another_beginning(finished, workspace, tmp_path, tiny_gguf, source):
-    """The target reads conversations while the draft trains, or has read them into a store; the draft begins from the
-    finished one's export."""
+def test_other_sources_and_another_beginning(finished, workspace, tmp_path, tiny_gguf):
+    """The target reads conversations while the draft trains, or has read them into a store: the same losses. The draft
+    begins from the finished one's export, and from nothing."""
     chat = [{"role": "user", "content": "and the inn"}, {"role": "assistant", "content": "then an inn in the land"}]
-    given = tmp_path / "chats.jsonl"
-    given.write_text(
+    chats, store = tmp_path / "chats.jsonl", tmp_path / "store"
+    chats.write_text(
         "".join(json.dumps({"messages": [chat[0] | {"content": f"and {i}"}, chat[1]]}) + "\n" for i in range(8))
     )
-    if source == "data.store":
-        store = tmp_path / "store"
-        assert data(["capture", str(given), str(store), "--target", str(tiny_gguf), "--algorithm", "dflash"]) == 0
-        given = store
-    more = (
-        f"{source}={given}",
-        f"output_dir={tmp_path / 'out'}",
-        f"draft.init_from={finished / 'export'}",
-        "draft.fields={}",
-    )
-    assert call(workspace, *RUN, *more) == 0
-    lines = metrics(tmp_path / "out" / "qwen3", "train")
-    assert lines[-1]["loss"] < lines[0]["loss"]
+    capture = ["capture", str(chats), str(store), "--target", str(tiny_gguf), "--algorithm", "dflash"]
+    assert data([*capture, "--taps-dtype", "float32"]) == 0
+    begun = (f"draft.init_from={finished / 'export'}", "draft.fields={}")
+    losses = {}
+    for name, more in {
+        "store": (f"data.store={store}", *begun), "conversations": (f"data.conversations={chats}", *begun),
+        "anew": (f"data.store={store}", "draft.architecture=qwen3"),
+    }.items():  # fmt: skip
+        assert call(workspace, *RUN, *more, f"output_dir={tmp_path / name}") == 0
+        losses[name] = [line["loss"] for line in metrics(tmp_path / name / "qwen3", "train")]
+        assert losses[name][-1] < losses[name][0]
+    assert_close(losses["store"], losses["conversations"], rtol=1e-5)
+    assert losses["store"][0] < 0.9 * losses["anew"][0]
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,14 @@ D output width.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from flaxdraft.devices.sharding import Sharding, along, into_columns
+from flaxdraft.errors import InputError
 from flaxdraft.nn.layers import WHOLE, RMSNorm, column, row
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig, cos_sin, rotate_half
@@ -28,6 +29,22 @@ class GQAConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm_eps: float | None = None  # of one RMSNorm over each query and key head, before rotation (Qwen3)
+
+
+def check_grouped(sizes: Any, field: str) -> None:
+    """
+    Args:
+        sizes: of a model, with these fields.
+        field: where they were given, for the message.
+
+    Raises:
+        InputError: the key/value heads have no even share of the query heads, or RoPE cannot turn pairs of a head.
+    """
+    heads, kv_heads = sizes.num_attention_heads, sizes.num_key_value_heads
+    if heads % kv_heads:
+        raise InputError(f"{field}.num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}")
+    if sizes.head_dim % 2:
+        raise InputError(f"{field}.head_dim: found {sizes.head_dim}, expected an even width (RoPE turns pairs)")
 
 
 class Projected(NamedTuple):

@@ -8,13 +8,14 @@ P nope width, R rope width, H = P + R, C value width, L latent rank, D output wi
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from flaxdraft.devices.sharding import Sharding, along
+from flaxdraft.errors import InputError
 from flaxdraft.nn.layers import WHOLE, RMSNorm, column, latent, row
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig, cos_sin, rotate_interleaved
@@ -31,6 +32,33 @@ class MLAConfig:
     latent_norm_eps: float
     rope: RopeConfig
     attention_bias: bool = False  # on the projections to the latents and on the way out
+
+
+def checked_rope(sizes: Any, field: str) -> RopeConfig:
+    """The rotary embedding of a model with latent attention, YaRN's factors written out.
+
+    Args:
+        sizes: of the model, with these fields.
+        field: where they were given, for the message.
+
+    Raises:
+        InputError: RoPE cannot turn pairs of its width, or readers differ in what YaRN's factors mean.
+    """
+    if sizes.qk_rope_head_dim % 2:
+        raise InputError(f"{field}.qk_rope_head_dim: found {sizes.qk_rope_head_dim}, expected an even width")
+    rope = sizes.rope
+    if rope.rope_type != "yarn":
+        return rope
+    mscale = 1.0 if rope.mscale is None else rope.mscale
+    # DeepSeek's own formula, which servers follow, is get_mscale(mscale) / get_mscale(mscale_all_dim), absent values
+    # being 1 and 0; transformers drops the quotient unless both are set. Only where the two agree is the exported draft
+    # the trained one.
+    if rope.mscale is None if rope.mscale_all_dim else mscale != 1.0:
+        raise InputError(
+            f"draft rope: mscale {rope.mscale} with mscale_all_dim {rope.mscale_all_dim} means one thing to servers "
+            "and another to transformers; set both or neither"
+        )
+    return dataclasses.replace(rope, mscale=mscale, mscale_all_dim=rope.mscale_all_dim or 0.0)
 
 
 class Projected(NamedTuple):

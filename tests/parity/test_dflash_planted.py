@@ -93,7 +93,11 @@ def context_one_row_short(target, draft, monkeypatch):
     return target, draft, OWN
 
 
-PLANTS = (slots_shifted, taps_one_layer_on, input_norm_on_the_context, causal, another_rope_base, context_one_row_short)
+# What is left at most of the tokens that a pass gains.
+PLANTS = {
+    slots_shifted: 0.1, taps_one_layer_on: 0.2, another_rope_base: 0.15, input_norm_on_the_context: 0.8,
+    context_one_row_short: 0.8, causal: 0.95,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("plant", PLANTS)
@@ -101,7 +105,7 @@ def test_a_wrong_convention_loses_accept_length(plant, models, meta, monkeypatch
     right = gained(*models, OWN, meta)[0]
     assert right > 3
     target, draft, layout = plant(*models, monkeypatch)
-    assert gained(target, draft, layout, meta)[0] - 1 < 0.95 * (right - 1)
+    assert gained(target, draft, layout, meta)[0] - 1 < PLANTS[plant] * (right - 1)
 
 
 def anchor_seen(text):

@@ -165,7 +165,7 @@ def _backward(sight, scale, chunks, residuals, grad):
     """Of what is inside a block, with p = exp(s - L): ds = p (dO.v - dO.O), dq += c ds k, dk = c ds q, dv = p dO; of a
     sink, which has no value, ds = -p dO.O."""
     rows_axes = axes_of(spec_of(residuals[0]).partitions)
-    keys_spec, sink_spec = spec_of(residuals[1].k_BTKH), None if residuals[3] is None else spec_of(residuals[3])
+    keys_spec, sink_spec = spec_of(residuals[1].k_BTKH), jax.P() if residuals[3] is None else spec_of(residuals[3])
 
     def local(q, text, own, sink, seen, joint, grad):
         wide = joint.logsumexp_BRN.dtype

@@ -16,7 +16,7 @@ from flaxdraft.algorithms.dflash.sizes import SERVING_ARCHITECTURE, BlockSizes, 
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
-from flaxdraft.nn.mla import MLA, MLAConfig
+from flaxdraft.nn.mla import MLA, MLAConfig, checked_rope
 from flaxdraft.nn.precision import Precision
 
 ARCHITECTURES = (SERVING_ARCHITECTURE,)
@@ -46,8 +46,7 @@ class Config(BlockSizes):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.qk_rope_head_dim % 2:
-            raise InputError(f"draft.fields.qk_rope_head_dim: found {self.qk_rope_head_dim}, expected an even width")
+        object.__setattr__(self, "rope", checked_rope(self, "draft.fields"))
 
     @classmethod
     def for_target(cls, target: Any, draft_vocab_size: int) -> dict[str, Any]:

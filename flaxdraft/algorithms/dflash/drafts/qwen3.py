@@ -12,9 +12,8 @@ from flaxdraft.algorithms.dflash.draft import BlockDraft
 from flaxdraft.algorithms.dflash.foreign_fields import of_algorithm
 from flaxdraft.algorithms.dflash.sizes import SERVING_ARCHITECTURE, BlockSizes, common_names, of_attention
 from flaxdraft.devices.sharding import Sharding
-from flaxdraft.errors import InputError
 from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
-from flaxdraft.nn.gqa import GQA, GQAConfig
+from flaxdraft.nn.gqa import GQA, GQAConfig, check_grouped
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig
 
@@ -43,13 +42,7 @@ class Config(BlockSizes):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"draft.fields.num_key_value_heads: {self.num_key_value_heads} does not divide "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
-        if self.head_dim % 2:
-            raise InputError(f"draft.fields.head_dim: found {self.head_dim}, expected an even width (RoPE turns pairs)")
+        check_grouped(self, "draft.fields")
 
     @classmethod
     def for_target(cls, target: Any, draft_vocab_size: int) -> dict[str, Any]:

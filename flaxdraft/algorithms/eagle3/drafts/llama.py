@@ -14,7 +14,7 @@ from flaxdraft.algorithms.eagle3.serving.terms import Kind, Shapes
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import EmbeddingAndHead
-from flaxdraft.nn.gqa import GQA, GQAConfig
+from flaxdraft.nn.gqa import GQA, GQAConfig, check_grouped
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig
 from flaxdraft.serving.finding import Finding
@@ -56,13 +56,7 @@ class Config(Eagle3Sizes):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"draft.fields.num_key_value_heads: {self.num_key_value_heads} does not divide "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
-        if self.head_dim % 2:
-            raise InputError(f"draft.fields.head_dim: found {self.head_dim}, expected an even width (RoPE turns pairs)")
+        check_grouped(self, "draft.fields")
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Config:

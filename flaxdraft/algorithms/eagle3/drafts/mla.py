@@ -11,9 +11,8 @@ from flax import nnx
 from flaxdraft.algorithms.eagle3.draft import COMMON_NAMES, Eagle3Draft, Eagle3Sizes, extra_names
 from flaxdraft.algorithms.eagle3.serving.terms import Engine, Kind, Shapes
 from flaxdraft.devices.sharding import Sharding
-from flaxdraft.errors import InputError
 from flaxdraft.interfaces import EmbeddingAndHead
-from flaxdraft.nn.mla import MLA, MLAConfig
+from flaxdraft.nn.mla import MLA, MLAConfig, checked_rope
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig
 from flaxdraft.serving.fields import FLAG, POSITIVE, SIZE
@@ -60,22 +59,7 @@ class Config(Eagle3Sizes):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.qk_rope_head_dim % 2:
-            raise InputError(f"draft.fields.qk_rope_head_dim: found {self.qk_rope_head_dim}, expected an even width")
-        rope = self.rope
-        if rope.rope_type == "yarn":
-            mscale = 1.0 if rope.mscale is None else rope.mscale
-            # DeepSeek's own formula, which servers follow, is get_mscale(mscale) / get_mscale(mscale_all_dim), absent
-            # values being 1 and 0; transformers drops the quotient unless both are set. Only where the two agree is
-            # the exported draft the trained one.
-            differ = rope.mscale is None if rope.mscale_all_dim else mscale != 1.0
-            if differ:
-                raise InputError(
-                    f"draft rope: mscale {rope.mscale} with mscale_all_dim {rope.mscale_all_dim} means one thing to "
-                    "servers and another to transformers; set both or neither"
-                )
-            usual = {"mscale": mscale, "mscale_all_dim": rope.mscale_all_dim or 0.0}
-            object.__setattr__(self, "rope", dataclasses.replace(rope, **usual))
+        object.__setattr__(self, "rope", checked_rope(self, "draft.fields"))
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Config:
