@@ -278,16 +278,6 @@ DEPTHS = (
 )  # fmt: skip
 
 BREAKS = (
-    *OPTIMIZER,
-    *SCHEDULE,
-    *BEGINNING,
-    *SHARDING,
-    *RESUME,
-    *MASKS,
-    *EXPORT,
-    *EVALUATION,
-    *HOSTS,
-    *BLOCKS,
-    *SEAMS,
+    *OPTIMIZER, *SCHEDULE, *BEGINNING, *SHARDING, *RESUME, *MASKS, *EXPORT, *EVALUATION, *HOSTS, *BLOCKS, *SEAMS,
     *DEPTHS,
-)
+)  # fmt: skip
