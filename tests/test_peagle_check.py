@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from contracts import Pair, vocab_of
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peagle import algorithm
+from test_check import ODD
 from test_contracts import TARGET_HF, V, W, target_config
 
 from flaxdraft.algorithms.eagle3.drafts import llama as sequential
@@ -122,6 +125,30 @@ def test_a_fault_is_found(good, name):
     found = check(tensors, config)
     for engine, (level, words) in wanted.items():
         assert any(one.level == level and words in one.what for one in found[engine]), found[engine]
+
+
+def test_no_config_makes_the_linter_stumble(good):
+    """Whatever stands in config.json, there is a verdict and no traceback."""
+    names = [
+        "num_hidden_layers",
+        "mask_token_id",
+        "pard_token",
+        "dflash_config",
+        "norm_output",
+        "head_dim",
+        "eagle_config",
+    ]
+
+    @settings(max_examples=40, deadline=None)
+    @given(
+        fields=st.dictionaries(st.sampled_from(names), ODD | st.dictionaries(st.just("mask_token_id"), ODD), max_size=3)
+    )
+    def one(fields):
+        found = check(dict(good[0]), good[1] | fields)
+        assert DIRECTORY in found
+        contract_of(good[1] | fields)
+
+    one()
 
 
 def test_the_export_says_what_vllm_reads(good):

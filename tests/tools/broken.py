@@ -306,17 +306,6 @@ DEPTHS = (
 )  # fmt: skip
 
 BREAKS = (
-    *OPTIMIZER,
-    *SCHEDULE,
-    *BEGINNING,
-    *SHARDING,
-    *RESUME,
-    *MASKS,
-    *EXPORT,
-    *EVALUATION,
-    *HOSTS,
-    *BLOCKS,
-    *SEAMS,
-    *HEADS,
+    *OPTIMIZER, *SCHEDULE, *BEGINNING, *SHARDING, *RESUME, *MASKS, *EXPORT, *EVALUATION, *HOSTS, *BLOCKS, *SEAMS, *HEADS,
     *DEPTHS,
-)
+)  # fmt: skip

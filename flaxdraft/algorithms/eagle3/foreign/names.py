@@ -10,7 +10,7 @@ from flaxdraft.algorithms.eagle3.serving.tensors import ATTENTION, BUFFERS, LAYE
 from flaxdraft.serving.foreign.names import OF_THE_TARGET, Layout
 
 _STRANGERS = {
-    "mask_hidden": "a parallel-drafting (P-EAGLE) draft, another algorithm",
+    "mask_hidden": "a parallel-drafting (P-EAGLE) draft, whose directory of safetensors draft.init_from takes as it is",
     ATTENTION + "q_norm.weight": "a Qwen3 layer with norms over each head, which no draft of this project has",
     ATTENTION + "k_norm.weight": "a Qwen3 layer with norms over each head, which no draft of this project has",
     "input_norm.weight": "that of norm_before_fc, which config.json does not name",
