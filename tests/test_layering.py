@@ -115,7 +115,7 @@ def test_no_imports_go_round():
 
 
 # An algorithm may build on another one, which does not know it.
-BUILDS_ON = {"flaxdraft.algorithms.domino": "flaxdraft.algorithms.dflash"}
+BUILDS_ON = {f"flaxdraft.algorithms.{name}": "flaxdraft.algorithms.dflash" for name in ("domino", "dspark")}
 
 
 def test_nobody_outside_an_algorithms_folder_knows_that_it_exists():
