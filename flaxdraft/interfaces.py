@@ -245,6 +245,8 @@ class Proposal(NamedTuple):
 
     ids_BQ: Int[Array, "B Q"]  # draft ids
     q_BQW: Float[Array, "B Q W"] | None  # the distributions that they were drawn from; None where they are argmaxes
+    # How many of them each row proposes, which may not depend on the tokens behind; None: all.
+    num_B: Int[Array, " B"] | None = None
 
 
 # Draft ids, and the distribution that they were drawn from or None, from the logits [B, W] of proposal number j.

@@ -16,7 +16,7 @@ from flaxdraft.train.state import split_draft
 ROWS = {
     "eagle3": lambda example: example.chosen.rows_BR.size,
     "dflash": lambda example: example.chosen.anchor_BA.size * 7,  # a block of eight predicts so many
-    "domino": lambda example: example.chosen.anchor_BA.size * 8,  # with shifted labels
+    **dict.fromkeys(("domino", "dspark"), lambda example: example.chosen.anchor_BA.size * 8),  # slot 0 predicts as well
     "peagle": lambda example: sum(at_BR.size for at_BR in example.chosen.anchors),
 }
 # What that one chunk has beyond those rows: the teachers of its last steps.

@@ -116,7 +116,7 @@ def test_no_imports_go_round():
 
 # An algorithm may build on another one, which does not know it.
 BUILDS_ON = {
-    "flaxdraft.algorithms.domino": "flaxdraft.algorithms.dflash",
+    **{f"flaxdraft.algorithms.{name}": "flaxdraft.algorithms.dflash" for name in ("domino", "dspark")},
     "flaxdraft.algorithms.peagle": "flaxdraft.algorithms.eagle3",
 }
 

@@ -34,7 +34,7 @@ def fill(state, seed, gain):
         noise = rng.normal(size=leaf.shape)
         if path[-1] == "scale":
             return leaf.replace(jnp.ones(leaf.shape, jnp.float32))
-        return leaf.replace(jnp.asarray(gain * noise / np.sqrt(leaf.shape[-2] if leaf.ndim > 1 else 1), jnp.float32))
+        return leaf.replace(jnp.asarray(gain * noise / np.sqrt(leaf.shape[-2:][0]), jnp.float32))
 
     return nnx.from_flat_state([(path, weight(path, leaf)) for path, leaf in nnx.to_flat_state(state)])
 

@@ -124,6 +124,7 @@ DPACE = (*DFLASH, "algorithm.objective=dpace")
 DOMINO = ("algorithm.name=domino", "draft.fields={num_hidden_layers: 1}")
 SMALL = ("draft.draft_vocab_size=64", "draft.fields={num_hidden_layers: 1}")
 PEAGLE = ("algorithm.name=peagle", *SMALL, "algorithm.num_depths=2")
+DSPARK = ("algorithm.name=dspark", "draft.fields={num_hidden_layers: 1}")
 WSD, MEAN = ("train.schedule=wsd",), ("train.ema_decay=0.5",)
 EVERY_FOURTH = [*range(0, 256, 4)]
 SERVED_AS = {"sglang": "LlamaForCausalLMEagle3", "tpu-inference": "Eagle3LlamaForCausalLM"}
@@ -266,8 +267,27 @@ SETTINGS: dict[str, dict[str, list]] = {
         "base_ratio": [Differs("step", 0.5, DOMINO)],
         "base_steps": [Differs("step", 3, DOMINO)],
         "decay_gamma": [Differs("step", None, DOMINO)],
+        "stop_at_hole": [Differs("step", True, DOMINO)],
         "loss_chunk": [Differs("step", 16, DOMINO)],  # the same figures: tests/test_corrected_head.py
-        **{name: [As("dflash")] for name in ("num_anchors", "stop_at_hole", "attention", "attention_chunk", "remat")},
+        **{name: [As("dflash")] for name in ("num_anchors", "attention", "attention_chunk", "remat")},
+    },
+    "dspark": {
+        "name": [Begins("dspark", lambda first, _: "confidence/proj/kernel" in first.weights)],
+        "block_size": [Differs("step", 4, DSPARK)],
+        "ce_alpha": [Differs("step", 0.3, DSPARK)],
+        "l1_alpha": [Differs("step", 0.3, DSPARK)],
+        "confidence_alpha": [Differs("step", 0.3, DSPARK)],
+        # What it cuts: tests/test_dspark.py.
+        "confidence_threshold": [
+            Says(
+                0.5,
+                "confidence_threshold: found 0.5, but the draft has no confidence head",
+                ("algorithm.name=dspark", "draft.fields={num_hidden_layers: 1, enable_confidence_head: false}"),
+            ),
+        ],
+        "decay_gamma": [Differs("step", None, DSPARK)],
+        "loss_chunk": [Differs("step", 16, DSPARK)],  # the same figures: tests/test_corrected_head.py
+        **{name: [As("dflash")] for name in ("num_anchors", "attention", "attention_chunk", "remat")},
     },
     "peagle": {
         "name": [Differs("weights", "peagle", SMALL[:1])],

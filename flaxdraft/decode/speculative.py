@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from flaxdraft.decode.tree import Tree, right_path
 from flaxdraft.devices.sharding import everywhere
-from flaxdraft.interfaces import AnyArray, Draft, Drafter, Features, Target
+from flaxdraft.interfaces import AnyArray, Draft, Drafter, Features, Proposal, Target
 from flaxdraft.ops import rejection
 from flaxdraft.ops.sampling import draw, sharpened
 
@@ -169,21 +169,25 @@ def _chooser(program: Program, rows: Requests, keys_B):
     return choose
 
 
-def _verdict(target, draft, program: Program, rows: Requests, out, chain_BQ, q_BQW, keys_B):
+def _verdict(target, draft, program: Program, rows: Requests, out, proposal: Proposal, keys_B):
     """How many draft tokens are right [B], and the tokens that the answer goes on with [B, T], right up to there and
     one further."""
+    chain_BQ, q_BQW, num_B = proposal
     if not program.sampled:
         said_BT = out.argmax_BT
         wanted_BQ = said_BT[:, :0] if draft is None else draft.target_ids[...][chain_BQ]
         agree_BQ = (wanted_BQ == said_BT[:, :-1]).astype(jnp.int32)
+        if num_B is not None:
+            agree_BQ = agree_BQ * (jnp.arange(agree_BQ.shape[1])[None] < num_B[:, None])
         return jnp.sum(jnp.cumprod(agree_BQ, axis=1), axis=1, dtype=jnp.int32), said_BT
     num_rows, num_new = out.argmax_BT.shape
     logits_BTV = target.logits(out.last_BTE.reshape(num_rows * num_new, -1)).reshape(num_rows, num_new, -1)
     logits_BTV = sharpened(logits_BTV, rows.temperature_B[:, None, None], program.top_p)
     if draft is None:
         return jnp.zeros_like(rows.length_B), draw(logits_BTV[:, 0], keys_B)[:, None]
+    assert q_BQW is not None, "a sampled program draws its proposals"
     p_BTV, target_ids_W = jax.nn.softmax(logits_BTV, axis=-1), draft.target_ids[...]
-    accepted_B, next_B = rejection.verify(p_BTV, q_BQW, chain_BQ, target_ids_W, keys_B)
+    accepted_B, next_B = rejection.verify(p_BTV, q_BQW, chain_BQ, target_ids_W, keys_B, num_B)
     drafted_BT = jnp.pad(target_ids_W[chain_BQ], ((0, 0), (0, 1)))
     return accepted_B, jnp.where(jnp.arange(num_new)[None] == accepted_B[:, None], next_B[:, None], drafted_BT)
 
@@ -193,17 +197,17 @@ def _chain_pass(
 ):
     """Drafts a chain behind the newest token, which is at `newest_B`, and verifies it in one target pass; returns what
     `_tree_pass` does."""
-    keys_B, drafting, chain_BQ, q_BQW = rows.keys(carry.num_answer_B), carry.drafting, token_B1[:, :0], None
+    keys_B, drafting, proposal = rows.keys(carry.num_answer_B), carry.drafting, Proposal(token_B1[:, :0], None)
     if draft is not None:
         draft_keys_B, keys_B = jnp.moveaxis(jax.vmap(jax.random.split)(keys_B), 1, 0)
-        drafting, (chain_BQ, q_BQW) = program.drafts.propose(
+        drafting, proposal = program.drafts.propose(
             draft, drafting, newest_B, token_B1[:, 0], program.chain_length, _chooser(program, rows, draft_keys_B)
         )
-    drafted_BQ = chain_BQ if draft is None else draft.target_ids[...][chain_BQ]
+    drafted_BQ = proposal.ids_BQ if draft is None else draft.target_ids[...][proposal.ids_BQ]
     at_BT = jnp.minimum(newest_B[:, None] + jnp.arange(program.chain_length + 1)[None], carry.cache.num_slots)
     tokens_BT = jnp.concatenate([token_B1, drafted_BQ], axis=1)
     cache, out = _extended(target, carry.cache, tokens_BT, at_BT, "all")
-    accepted_B, said_BT = _verdict(target, draft, program, rows, out, chain_BQ, q_BQW, keys_B)
+    accepted_B, said_BT = _verdict(target, draft, program, rows, out, proposal, keys_B)
     return cache, drafting, accepted_B, said_BT, out.taps_BTKE
 
 

@@ -27,6 +27,7 @@ def verify(
     chain_BQ: Int[Array, "B Q"],
     target_ids_W: Int[Array, " W"],
     keys_B: Key[Array, " B"],
+    num_B: Int[Array, " B"] | None = None,
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
     """How many tokens of each chain are accepted, and the token that follows them.
 
@@ -35,6 +36,7 @@ def verify(
         q_BQW: the draft's distributions, from which the chain was drawn.
         chain_BQ: draft ids.
         target_ids_W: the target id of each draft id; target tokens outside have q = 0.
+        num_B: the tokens of each chain, where rows have fewer; what lies behind them was not drafted.
     """
     num_draft = chain_BQ.shape[1]
     keys_B2 = jax.vmap(lambda key: jax.random.split(key, 2))(keys_B)
@@ -42,6 +44,9 @@ def verify(
     q_BQ = jnp.take_along_axis(q_BQW, chain_BQ[..., None], axis=-1)[..., 0]
     p_BQ = jnp.take_along_axis(p_BTV[:, :-1], target_ids_W[chain_BQ][..., None], axis=-1)[..., 0]
     accepted_BQ = uniform_BQ * q_BQ < p_BQ  # u < p / q; a drawn token has q > 0
+    if num_B is not None:
+        there_BQ = jnp.arange(num_draft)[None] < num_B[:, None]
+        accepted_BQ, q_BQW = accepted_BQ & there_BQ, jnp.where(there_BQ[..., None], q_BQW, 0)
     accepted_B = jnp.sum(jnp.cumprod(accepted_BQ, axis=1, dtype=jnp.int32), axis=1, dtype=jnp.int32)
     rows_B = jnp.arange(len(chain_BQ))
     # After a whole chain nothing was drafted: q = 0 leaves p.

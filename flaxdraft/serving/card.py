@@ -130,6 +130,12 @@ def _figures(evaluation: Mapping[str, Any]) -> list[str]:
     return lines + [f"| {name} | {value:.2f} |" for name, value in decoded["accept_length_by_category"].items()]
 
 
+def evaluation_of(origin: Origin) -> Mapping[str, Any]:
+    """What the run measured of the checkpoint; empty where it measured another one, or nothing."""
+    result = _recorded(origin.run, "evaluation.json").get("result", {})
+    return result if result.get("checkpoint", {}).get("step") == origin.step else {}
+
+
 def _recorded(run: Path | None, name: str) -> dict[str, Any]:
     """What a JSON file of the run holds; nothing where the file is not there yet."""
     if run is None or not (run / name).exists():

@@ -7,7 +7,7 @@ draft's directory: config.json and safetensors.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,11 @@ class Engine:
     # `{verified}` one more; TARGET stands for the target's directory. None: nothing computes from it, so what matters
     # in service alone is not asked.
     serve: str | None
+    # Files beside the weights, by name: each says what it holds, of config.json and the run's evaluation (its result);
+    # None: it is not written.
+    files: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Any]] = dataclasses.field(
+        default_factory=dict, hash=False
+    )
 
     @property
     def serves(self) -> bool:

@@ -19,7 +19,7 @@ from flaxdraft.files.json_files import write_json
 from flaxdraft.files.name_tables import state_to_torch
 from flaxdraft.files.safetensors_file import save_safetensors
 from flaxdraft.interfaces import Algorithm, DraftConfig
-from flaxdraft.serving.card import NAME, model_card
+from flaxdraft.serving.card import NAME, evaluation_of, model_card
 from flaxdraft.serving.contract import Contract, Engine, find_engine, of_engine
 from flaxdraft.serving.finding import Finding, first_fault
 from flaxdraft.serving.trained_draft import AboutTarget, Origin, TrainedDraft
@@ -70,6 +70,10 @@ def export(
     with written_whole(directory) as scratch:
         save_safetensors(scratch / "model.safetensors", tensors, metadata={"format": "pt"})
         write_json(scratch / "config.json", config)
+        evaluation = {} if origin is None else evaluation_of(origin)
+        for name, made in table.files.items():
+            if (value := made(config, evaluation)) is not None:
+                write_json(scratch / name, value)
         if origin is not None:
             card = model_card(draft, config, target, origin, _takers(contract, view))
             (scratch / NAME).write_text(card, encoding="utf-8")

@@ -11,10 +11,16 @@ from test_dflash_meshes import train
 from flaxdraft.algorithms.domino import algorithm as domino
 from flaxdraft.algorithms.domino.drafts import qwen3 as domino_draft
 from flaxdraft.algorithms.domino.settings import Settings as DominoSettings
+from flaxdraft.algorithms.dspark import algorithm as dspark
+from flaxdraft.algorithms.dspark.drafts import qwen3 as dspark_draft
+from flaxdraft.algorithms.dspark.settings import Settings as DSparkSettings
 
 pytestmark = pytest.mark.slow
 SIZES = {"block_size": 4, "num_anchors": 3, "attention": "chunked", "attention_chunk": 8, "loss_chunk": 8}
-HEADS = {"domino": (domino.Algorithm(DominoSettings(**SIZES, base_steps=8)), domino_draft)}
+HEADS = {
+    "domino": (domino.Algorithm(DominoSettings(**SIZES, base_steps=8)), domino_draft),
+    "dspark": (dspark.Algorithm(DSparkSettings(**SIZES)), dspark_draft),
+}
 SHAPE = (("data", 2), ("fsdp", 2), ("tensor", 2))
 
 

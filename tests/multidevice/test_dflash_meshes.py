@@ -50,7 +50,7 @@ def host_example(step: int) -> Example:
     tokens = rng.integers(0, V, (ROWS, LENGTH)).astype(np.int32)
     batch = Batch(tokens, assistant, segments, positions)
     taps = rng.normal(size=(ROWS, LENGTH, 5, E)).astype(np.float32)
-    return Example(batch, Features(taps), ALGORITHM.choose(batch, LENGTH, Draw(0, step, 0)))
+    return Example(batch, Features(taps, taps[:, :, 0]), ALGORITHM.choose(batch, LENGTH, Draw(0, step, 0)))
 
 
 @functools.cache

@@ -135,11 +135,15 @@ class Algorithm:
 
     def asked(self, batch: Batch, anchor_BA: Int[Array, "B A"]) -> Wanted:
         """What is asked of each slot that predicts or, in evaluation, that proposes."""
-        found = wanted(
-            batch, anchor_BA, self.layout, stop_at_hole=self.settings.stop_at_hole or self.num_tokens is not None
-        )
+        stop_at_hole = self.stops_at_hole or self.num_tokens is not None
+        found = wanted(batch, anchor_BA, self.layout, stop_at_hole=stop_at_hole)
         counted_S = jnp.arange(self.layout.block_size) < self.counted.stop
         return found._replace(asked_BAS=found.asked_BAS & counted_S[None, None])
+
+    @property
+    def stops_at_hole(self) -> bool:
+        """Whether training asks nothing behind a token that is not the assistant's."""
+        return self.settings.stop_at_hole
 
     @property
     def counted(self) -> slice:
@@ -165,6 +169,10 @@ class Algorithm:
         found = summed(self.settings, self.layout, self.counted, scores.known_BAS, scores.loss_BAS, scores.hit_BAS)
         return found.asking(scores.asked_BAS[:, :, self.counted])
 
+    def accepts(self, scores: Any) -> Bool[Array, "B A S"]:
+        """The slots whose tokens verification takes, if it takes those before."""
+        return scores.hit_BAS
+
     def sums(self, draft: Any, example: Example, carry: Any) -> Any:
         text, anchor_BA = self.read(draft, example), example.chosen.anchor_BA
         return self.summed(self.scored(draft, draft.head_VD(), example, text, anchor_BA))
@@ -184,7 +192,7 @@ class Algorithm:
         parts = jax.lax.map(lambda part_BA: self.scored(draft, head_VD, example, text, part_BA), part_GBA)
         joined = lambda x: jnp.moveaxis(x, 0, 1).reshape(*padded_BA.shape, self.layout.block_size)  # noqa: E731
         scores = jax.tree.map(joined, parts)
-        right_BAQ = jnp.cumprod(scores.hit_BAS[:, :, self.counted], axis=2, dtype=jnp.int32)
+        right_BAQ = jnp.cumprod(self.accepts(scores)[:, :, self.counted], axis=2, dtype=jnp.int32)
         count_BA = jnp.sum(right_BAQ, axis=2, dtype=jnp.int32)
         scatter = jax.vmap(lambda row, at, value: row.at[at].set(value, mode="drop"))
         # The pass of a block with its anchor in row p is counted in row p - 1. No pass begins with an anchor in row 0.

@@ -58,8 +58,21 @@ class BlockDrafter:
         places = Places(anchor_B1, jnp.zeros_like(anchor_B1), turning_positions(anchor_B1, state[0].k_BTKH.shape[1]))
         hidden_BSD = draft(token_B[:, None], state, places, Way("dense"))
         first = self.layout.first
-        chosen = self.chosen(draft, hidden_BSD[:, first : first + num_tokens], token_B, choose)
-        return state, Proposal(*jax.tree.map(lambda *each: jnp.stack(each, axis=1), *chosen))
+        hidden_BQD = hidden_BSD[:, first : first + num_tokens]
+        chosen = self.chosen(draft, hidden_BQD, token_B, choose)
+        ids_BQ, q_BQV = jax.tree.map(lambda *each: jnp.stack(each, axis=1), *chosen)
+        before_BQ = jnp.concatenate([token_B[:, None], ids_BQ[:, :-1]], axis=1)
+        return state, Proposal(ids_BQ, q_BQV, self.standing(draft, hidden_BQD, before_BQ))
+
+    def standing(
+        self, draft: Any, hidden_BQD: Float[Array, "B Q D"], before_BQ: Int[Array, "B Q"]
+    ) -> Int[Array, " B"] | None:
+        """How many of its proposals each row stands by; None: by all.
+
+        Args:
+            before_BQ: the token before each slot that proposes.
+        """
+        return None
 
     def chosen(
         self, draft: Any, hidden_BQD: Float[Array, "B Q D"], token_B: Int[Array, " B"], choose: Chooser

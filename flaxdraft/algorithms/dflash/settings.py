@@ -17,7 +17,6 @@ class BlockSettings(AlgorithmConfig):
     num_anchors: int = Field(default=8, ge=1)  # blocks that a step draws from a batch row
     # Slots that predict weigh 1, exp(-1 / gamma), exp(-2 / gamma), ...; null: all 1
     decay_gamma: Number | None = Field(default=4.0, gt=0)
-    stop_at_hole: bool = False  # whether nothing of a block is trained behind a token that is not the assistant's
     attention: Literal["auto", "dense", "chunked"] = "auto"  # chunked: memory linear in length
     remat: Literal["none", "projections", "full"] = "none"  # what the backward pass computes anew
     loss_chunk: int = Field(default=512, ge=1)  # slots whose logits exist at a time
@@ -33,6 +32,7 @@ class Settings(BlockSettings):
 
     # Sections are frozen by their `model_config`, which pyright does not read.
     name: Literal["dflash"] = "dflash"  # pyright: ignore[reportIncompatibleVariableOverride]
+    stop_at_hole: bool = False  # whether nothing of a block is trained behind a token that is not the assistant's
     sample_from_anchor: bool = False  # slot k predicts the token behind its own place, the newest token's slot too
     # d-pace weighs by the draft's own confidence along the block (arXiv 2605.18810), the other two by a factor of it;
     # none of these reads `decay_gamma`.

@@ -16,6 +16,7 @@ class Settings(BlockSettings):
 
     # Sections are frozen by their `model_config`, which pyright does not read.
     name: Literal["domino"] = "domino"  # pyright: ignore[reportIncompatibleVariableOverride]
+    stop_at_hole: bool = False  # whether nothing of a block is trained behind a token that is not the assistant's
     shift_label: bool = True  # slot k predicts the token behind its own place, the newest token's slot too
     pure_draft_prefix_len: int = Field(default=1, ge=0)  # proposals that are not corrected; SGLang serves 1 alone
     # The loss of the uncorrected logits has a share that falls from `base_start` to 0 in `base_steps` steps.

@@ -36,6 +36,7 @@ class Kind(NamedTuple):
     own_fields: tuple[str, ...] = ()
     head: Callable[[Mapping[str, Any]], tensors.Shapes] = lambda config: {}  # weights besides the layers'
     rules: tuple[Callable[[DraftView], Iterator[Finding]], ...] = ()  # of config.json, besides those of all
+    from_anchor: bool = False  # whether the newest token's slot predicts, where dflash_config does not say it
 
     def weights(self, config: Mapping[str, Any]) -> tensors.Shapes:
         """What every draft holds.

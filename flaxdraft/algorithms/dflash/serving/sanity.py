@@ -101,7 +101,7 @@ def tapped_layers(view: DraftView) -> Iterator[Finding]:
                               f"write the layers that the draft was trained on in {TAPS}, and no {name}")  # fmt: skip
 
 
-def block(view: DraftView) -> Iterator[Finding]:
+def block(view: DraftView, kind: Kind) -> Iterator[Finding]:
     top, nested = view.config.get("block_size"), view.config[CONFIG].get("block_size")
     if top is not None and nested is not None and top != nested:
         yield Finding("wrong", f"block_size is {top}, in {CONFIG} {nested}", "write the one of training in both")
@@ -109,7 +109,7 @@ def block(view: DraftView) -> Iterator[Finding]:
     if top is not None and nested is not None and top != nested:
         yield Finding("wrong", f"is_causal is {top}, {CONFIG}.causal {nested}", "write the one of training in both")
     anchor = view.config.get("sample_from_anchor")
-    if anchor is not None and anchor != bool(view.config[CONFIG].get("sample_from_anchor")):
+    if anchor is not None and anchor != bool(view.config[CONFIG].get("sample_from_anchor", kind.from_anchor)):
         yield Finding("wrong", f"sample_from_anchor is {anchor} at the top level and not in {CONFIG}: what a slot "
                       "predicts is shifted by one", "write the one of training in both")  # fmt: skip
 
@@ -129,13 +129,13 @@ def code(view: DraftView) -> Iterator[Finding]:
 
 
 CONFIG_RULES: tuple[Callable[[DraftView], Iterator[Finding]], ...] = (
-    sanity.nulls, sanity.context, sanity.rope, target, mask_token, tapped_layers, block, layer_types, code,
+    sanity.nulls, sanity.context, sanity.rope, target, mask_token, tapped_layers, layer_types, code,
 )  # fmt: skip
 
 
 def of_directory(view: DraftView, kind: Kind = DFLASH) -> list[Finding]:
     of_config = [finding for rule in (*CONFIG_RULES, *kind.rules) for finding in rule(view)]
-    return [*shapes(view, kind), *values(view), *vocabulary(view), *of_config]
+    return [*shapes(view, kind), *values(view), *vocabulary(view), *of_config, *block(view, kind)]
 
 
 def of_sizes(view: DraftView, kind: Kind = DFLASH) -> list[Finding]:

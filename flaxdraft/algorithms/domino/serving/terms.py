@@ -19,5 +19,5 @@ class Engine(terms.Engine):
 
 def like(table: terms.Engine, **own: Any) -> Engine:
     """An engine that reads the rest as it does of DFlash's drafts."""
-    fields: dict[str, Any] = dataclasses.asdict(table) | own
+    fields: dict[str, Any] = {field.name: getattr(table, field.name) for field in dataclasses.fields(table)} | own
     return Engine(**fields)
