@@ -15,17 +15,15 @@ from flaxdraft.train.state import split_draft
 # Rows of the loss: in one chunk of so many its loop, which counts once, has all of them.
 ROWS = {
     "eagle3": lambda example: example.chosen.rows_BR.size,
-    "dflash": lambda example: example.chosen.anchor_BA.size * 7,  # a block of eight predicts so many
-    **dict.fromkeys(("domino", "dspark"), lambda example: example.chosen.anchor_BA.size * 8),  # slot 0 predicts as well
+    # A block of eight predicts so many; with shifted labels slot 0 does as well, and DSpark's block is of seven.
+    "dflash": lambda example: example.chosen.anchor_BA.size * 7,
+    "domino": lambda example: example.chosen.anchor_BA.size * 8,
+    "dspark": lambda example: example.chosen.anchor_BA.size * 7,
     "peagle": lambda example: sum(at_BR.size for at_BR in example.chosen.anchors),
 }
 # What that one chunk has beyond those rows: the teachers of its last steps.
-MORE = {
-    "eagle3": lambda teacher: 2 * 6 * teacher.size,
-    "dflash": lambda teacher: 0,
-    "domino": lambda teacher: 0,
-    "peagle": lambda teacher: 0,
-}
+MORE = dict.fromkeys(("dflash", "domino", "dspark", "peagle"), lambda teacher: 0)
+MORE["eagle3"] = lambda teacher: 2 * 6 * teacher.size
 
 
 def products(jaxpr) -> float:
