@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 # By default, and under `slow`.
-SECONDS = [5, pytest.param(300, marks=pytest.mark.slow)]
+SECONDS = [5, pytest.param(120, marks=pytest.mark.slow)]
 _AT_ONCE = settings(
     max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck),
     phases=[Phase.generate, Phase.target, Phase.shrink],
