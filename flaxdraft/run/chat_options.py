@@ -37,6 +37,18 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1, as a `type` of argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"found {text!r}, expected a share from 0 to 1")
+
+
 def add_template_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template", type=_argument, action="append", default=[], metavar="NAME=VALUE",
