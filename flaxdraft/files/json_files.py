@@ -39,6 +39,15 @@ def read_json_object(path: Path, role: str, mend: str) -> dict[str, Any]:
     return value
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """The object in a file that may be there; nothing where it is not, is damaged, or holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON, through a temporary name."""
     temporary = path.with_name(path.name + ".tmp")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import yaml
 
 from flaxdraft.config import BAD_YAML, iso_date, template_arguments
 from flaxdraft.errors import InputError
+from flaxdraft.files.json_files import read_record
 
 if TYPE_CHECKING:
     from flaxdraft.data.bad_rows import BadRows
@@ -129,11 +129,7 @@ def template_of_rows(arguments: argparse.Namespace, tokenizer: Any, record: Path
 
 
 def recorded_date(record: Path | None) -> str | None:
-    try:
-        found = None if record is None else json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    date = found.get("date") if isinstance(found, dict) else None
+    date = None if record is None else read_record(record).get("date")
     return date if isinstance(date, str) else None
 
 
