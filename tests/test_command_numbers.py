@@ -32,6 +32,14 @@ def test_numbers_that_are_too_small(command, option, value, least, capsys):
     assert f"{option}: found '{value}', expected a whole number from {least} on" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["nan", "-0.1", "1.5", "x"])
+@pytest.mark.parametrize("command", ["check", "capture"])
+def test_shares_are_from_0_to_1(command, value, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "file.jsonl", *["out"] * (command == "capture"), "--target", "t", "--max-silent", value])
+    assert f"--max-silent: found '{value}', expected a share from 0 to 1" in capsys.readouterr().err
+
+
 def test_runs_of_nothing():
     assert runs(np.array([], bool)) == []
     assert runs(np.array([True, False, False])) == [(0, 1, True), (1, 3, False)]

@@ -1,5 +1,6 @@
 """What commands make of a file of rows."""
 
+import gzip
 import json
 
 import pytest
@@ -50,9 +51,35 @@ def test_an_object_over_many_lines_is_said(tmp_path, capsys, num):
     file.write_text("\n".join(json.dumps(row, indent=1) for row in [GOOD] * num))
     assert main(["show", str(file), "--target", str(path)]) == 2
     assert "begins with a JSON object over many lines; write one row a line" in said_wrong(capsys)
-    file.write_text('{"messages": [\n' + json.dumps(GOOD))  # a row that was cut
+    for broken in ('{"messages": [\n', json.dumps(GOOD) * 2 + "\n", json.dumps(GOOD) + ",\n"):
+        file.write_text(broken + json.dumps(GOOD))  # the row alone is bad
+        assert main(["show", str(file), "--target", str(path)]) == 2
+        assert "1 bad row" in said_wrong(capsys)
+        assert main(["show", str(file), "--target", str(path), "--on-bad-row", "skip"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (gzip.compress(b"{}"), "is compressed (gzip); unpack it"), (b"PK\x03\x04...", "is a zip archive"),
+        (b"PAR1...", "is a Parquet file; give it a name that ends in .parquet"), (b"[]", "holds no conversations"),
+        (b"\n [\n]\n", "holds no conversations"), (b"{}", "row 1: expected one of messages, "),
+        (b"{}", "with loss_mask; found nothing"),
+    ],
+)  # fmt: skip
+def test_files_of_something_else(tmp_path, capsys, content, words):
+    file, path = tmp_path / "c.jsonl", target_at(tmp_path / "t")
+    file.write_bytes(content)
     assert main(["show", str(file), "--target", str(path)]) == 2
-    assert "1 bad row" in said_wrong(capsys)
+    assert words in said_wrong(capsys)
+
+
+def test_a_picture_that_cannot_be_written(tmp_path, capsys):
+    file, path = rows_at(tmp_path / "c.jsonl", GOOD), target_at(tmp_path / "t")
+    assert main(["check", str(file), "--target", str(path), "--out", str(file / "lengths.png")]) == 2
+    assert f"--out: cannot write {file / 'lengths.png'}" in said_wrong(capsys)
+    assert main(["check", str(file), "--target", str(path), "--out", str(tmp_path / "lengths.of.it")]) == 0
+    assert (tmp_path / "lengths.of.it").read_bytes().startswith(b"\x89PNG")
 
 
 def test_halves_of_characters_are_named_once(tmp_path):

@@ -108,6 +108,12 @@ def test_cards_of_all_kinds(head, found, tmp_path):
     assert recorded_template(tmp_path) == found
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"data": [1]}', '{"data": "x"}', '{"data": {}}', "{}", '{"other": 1}'])
+def test_a_file_of_the_same_name_that_is_no_record(text, tmp_path):
+    (tmp_path / "inputs.json").write_text(text)
+    assert recorded_template(tmp_path) is None
+
+
 @pytest.mark.parametrize(
     ("value", "words"), [("[1]", r"found \[1\], expected a mapping"), ("{a: .nan}", "expected"), ("[", "are no YAML")]
 )

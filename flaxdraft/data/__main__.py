@@ -27,6 +27,7 @@ from flaxdraft.run.chat_options import (
     at_least,
     bad_rows,
     chat_options,
+    share,
     template_inputs,
     template_of,
     template_of_rows,
@@ -54,7 +55,7 @@ def _file_and_target(parser: argparse.ArgumentParser) -> None:
 def _check_arguments(parser: argparse.ArgumentParser) -> None:
     _file_and_target(parser)
     add_row_options(parser)
-    parser.add_argument("--max-silent", type=float, default=0.5, help="largest share of rows that supervise nothing")
+    parser.add_argument("--max-silent", type=share, default=0.5, help="largest share of rows that supervise nothing")
     parser.add_argument("--out", type=Path, metavar="PNG", help="a picture of the rows' lengths")
 
 
@@ -88,7 +89,7 @@ def _capture_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tap-layers", type=int, nargs="+", metavar="LAYER", help="(0-based) in place of those")
     parser.add_argument("--taps-dtype", choices=("bfloat16", "float32", "fp8"), default="bfloat16", help="on disk")
     parser.add_argument("--last-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="on disk")
-    parser.add_argument("--max-silent", type=float, default=0.5, help="largest share of rows that supervise nothing")
+    parser.add_argument("--max-silent", type=share, default=0.5, help="largest share of rows that supervise nothing")
     parser.add_argument("--shard-tokens", type=at_least(1), default=16384, help="of one file, about")
     parser.add_argument("--batch-tokens", type=at_least(1), default=8192, help="of one forward pass")
     parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="this host's share: 0/4, 1/4, ...")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -170,7 +171,11 @@ def _histogram(lengths: Sequence[int]) -> list[str]:
 
 
 def draw_lengths(path: Path, found: Found, limit: int) -> None:
-    """A picture of how many rows have which length."""
+    """A picture of how many rows have which length.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -183,6 +188,12 @@ def draw_lengths(path: Path, found: Found, limit: int) -> None:
         axes.legend()
     axes.set(title="Rows by length", xlabel="tokens", ylabel="rows")
     axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary, dpi=130, format="png")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"--out: cannot write {path} ({error.strerror}); give another path") from error
+    finally:
+        plt.close(figure)

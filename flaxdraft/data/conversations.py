@@ -122,7 +122,7 @@ def _parse(row: dict[str, Any], where: str, default_id: str) -> Conversation:
         tokens, assistant = _tokens(row, where)
         return Conversation(where, name, category, split, tokens=tokens, assistant=assistant)
     if ("messages" in row) == ("conversations" in row):
-        found = "both" if "messages" in row else f"only {', '.join(names) or 'nothing'}"
+        found = "both" if "messages" in row else f"only {', '.join(names)}" if names else "nothing"
         raise InputError(f"{where}: expected one of {SHAPES}; found {found}")
     key = "messages" if "messages" in row else "conversations"
     messages = row[key]

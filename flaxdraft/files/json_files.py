@@ -12,6 +12,12 @@ from typing import Any
 
 from flaxdraft.errors import InputError
 
+# Files that people give for JSON: how they begin, and what to do with them.
+_OTHERS = {
+    "compressed (gzip)": (b"\x1f\x8b", "unpack it"), "compressed (zstd)": (b"\x28\xb5\x2f\xfd", "unpack it"),
+    "a zip archive": (b"PK\x03\x04", "unpack it"), "a Parquet file": (b"PAR1", "give it a name that ends in .parquet"),
+}  # fmt: skip
+
 
 def read_json_object(path: Path, role: str, mend: str) -> dict[str, Any]:
     """
@@ -31,6 +37,15 @@ def read_json_object(path: Path, role: str, mend: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected an object, found {type(value).__name__}; {mend}")
     return value
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The object in a file that may be there; nothing where it is not, is damaged, or holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -81,9 +96,15 @@ def _array(path: Path) -> list[Any] | None:
     """The items of a file that is a JSON array of objects. One that is none stays: whoever reads the items names it.
 
     Raises:
-        InputError: it begins like one over many lines, and is none; or with an object over many lines.
+        InputError: it begins like one over many lines, and is none; or with an object over many lines; or it is no
+            text at all.
     """
     with path.open("rb") as file:
+        magic = file.read(4)
+        for kind, (begins, mend) in _OTHERS.items():
+            if magic.startswith(begins):
+                raise InputError(f"{path}: is {kind}; {mend}")
+        file.seek(0)
         first = next((line for line in file if line.removeprefix(codecs.BOM_UTF8).strip()), b"")
         first = first.removeprefix(codecs.BOM_UTF8).strip()
         if first.startswith(b"{"):
@@ -97,8 +118,7 @@ def _array(path: Path) -> list[Any] | None:
             if first.endswith(b"]"):  # lines that are lists
                 return None
             raise InputError(f"{path}: begins like a JSON array and is none ({error}); write one row a line") from error
-    whole = isinstance(value, list) and bool(value) and any(isinstance(item, dict) for item in value)
-    return value if whole else None
+    return value if not value or any(isinstance(item, dict) for item in value) else None
 
 
 def _check_object(path: Path, first: bytes) -> None:
@@ -113,11 +133,13 @@ def _check_object(path: Path, first: bytes) -> None:
     with contextlib.suppress(ValueError, RecursionError):
         json.loads(first)
         return
+    text = path.read_bytes().decode("utf-8-sig", errors="replace").lstrip()
     try:
-        json.JSONDecoder().raw_decode(path.read_bytes().decode("utf-8-sig").lstrip())
+        _, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):  # the line is broken, whatever follows
         return
-    raise InputError(f"{path}: begins with a JSON object over many lines; write one row a line")
+    if "\n" in text[:end]:
+        raise InputError(f"{path}: begins with a JSON object over many lines; write one row a line")
 
 
 def _parse(line: bytes, where: str, unit: str) -> Any:

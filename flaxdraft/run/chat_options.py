@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import yaml
 
 from flaxdraft.config import BAD_YAML, iso_date, template_arguments
 from flaxdraft.errors import InputError
+from flaxdraft.files.json_files import read_record
 
 if TYPE_CHECKING:
     from flaxdraft.data.bad_rows import BadRows
@@ -35,6 +35,18 @@ def at_least(least: int) -> Callable[[str], int]:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from {least} on")
 
     return number
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1, as a `type` of argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"found {text!r}, expected a share from 0 to 1")
 
 
 def add_template_options(parser: argparse.ArgumentParser) -> None:
@@ -117,11 +129,7 @@ def template_of_rows(arguments: argparse.Namespace, tokenizer: Any, record: Path
 
 
 def recorded_date(record: Path | None) -> str | None:
-    try:
-        found = None if record is None else json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    date = found.get("date") if isinstance(found, dict) else None
+    date = None if record is None else read_record(record).get("date")
     return date if isinstance(date, str) else None
 
 

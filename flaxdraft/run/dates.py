@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from flaxdraft.data.store import FeatureStore
 from flaxdraft.devices import hosts
 from flaxdraft.errors import InputError
 from flaxdraft.files.fetch import fetch
+from flaxdraft.files.json_files import read_record
 from flaxdraft.files.template_text import may_write_date
 from flaxdraft.stages.claims import RECORD
 
@@ -34,12 +34,9 @@ def dated(config: RunConfig) -> RunConfig:
 
 def _recorded(config: RunConfig) -> str | None:
     for directory in (Path(config.output_dir) / "data", config.draft_dir):
-        try:
-            found = json.loads((directory / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # there is none; what is damaged is refused when the folder is claimed
-            continue
-        data = found.get("data") if isinstance(found, dict) else None
-        return data.get("date") if isinstance(data, dict) else None
+        if found := read_record(directory / RECORD):  # what is damaged is refused when the folder is claimed
+            data = found.get("data")
+            return data.get("date") if isinstance(data, dict) else None
     stored = None if config.data.store is None else FeatureStore(config.data.store).date
     return stored or answers_of(config.data.conversations).get("date") or now()
 
@@ -80,8 +77,5 @@ def answers_of(conversations: str | None) -> dict[str, Any]:
     somebody else did."""
     if conversations is None:
         return {}
-    try:
-        found = json.loads((Path(conversations).expanduser().parent / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and "max_new_tokens" in found else {}
+    found = read_record(Path(conversations).expanduser().parent / RECORD)
+    return found if "max_new_tokens" in found else {}

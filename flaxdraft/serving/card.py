@@ -11,6 +11,7 @@ import yaml
 
 from flaxdraft.config import BAD_YAML, template_arguments
 from flaxdraft.errors import InputError
+from flaxdraft.files.json_files import read_record
 from flaxdraft.serving.contract import Contract, Engine
 from flaxdraft.serving.trained_draft import AboutTarget, Origin, TrainedDraft
 
@@ -86,7 +87,8 @@ def recorded_template(path: Path) -> dict[str, Any] | None:
         InputError: the card's metadata are no YAML, or the arguments no mapping.
     """
     for run in (path, path.parent, path.parent.parent):
-        if data := _recorded(run, "inputs.json").get("data"):
+        data = _recorded(run, "inputs.json").get("data")
+        if isinstance(data, dict) and data:
             return dict(data.get("template") or {})
     for card in (path / NAME, path / "export" / NAME):
         if card.is_file():
@@ -138,6 +140,4 @@ def evaluation_of(origin: Origin) -> Mapping[str, Any]:
 
 def _recorded(run: Path | None, name: str) -> dict[str, Any]:
     """What a JSON file of the run holds; nothing where the file is not there yet."""
-    if run is None or not (run / name).exists():
-        return {}
-    return json.loads((run / name).read_text(encoding="utf-8"))
+    return {} if run is None else read_record(run / name)
