@@ -15,7 +15,7 @@ from flaxdraft.train.state import split_draft
 # Rows of the loss: in one chunk of so many its loop, which counts once, has all of them.
 ROWS = {
     "eagle3": lambda example: example.chosen.rows_BR.size,
-    "dflash": lambda example: example.chosen.anchor_BA.size * 7,  # a block of eight predicts so many
+    "dflash": lambda example: example.chosen.anchor_BA.size * 3,  # a block of four predicts so many
 }
 # What that one chunk has beyond those rows: the teachers of its last steps.
 MORE = {"eagle3": lambda teacher: 2 * 6 * teacher.size, "dflash": lambda teacher: 0}

@@ -27,6 +27,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Draw, EmbeddingAndHead, Example, VocabMap
 from flaxdraft.ops.attention import document_ranges
 from flaxdraft.ops.cross_entropy import How, cross_entropy
+from flaxdraft.ops.padding import even_part
 from flaxdraft.ops.range_attention import Chunks
 from flaxdraft.ops.rows import take_rows
 from flaxdraft.serving.contract import Contract
@@ -134,7 +135,7 @@ class Algorithm:
         label_BAS, asked_BAS = wanted(batch, anchor_BA, layout, stop_at_hole=stop_at_hole)
         asked_BAS = asked_BAS & (jnp.arange(layout.block_size) < self._counted.stop)[None, None]
         flat = lambda x: x.reshape(states_BRD.shape[:2])  # noqa: E731
-        how = How(settings.loss_chunk, draft.made_of)
+        how = How(self._loss_chunk(anchor_BA), draft.made_of)
         label_BAS = draft.known(label_BAS)
         known_BAS = asked_BAS & (label_BAS >= 0)
         loss_BR, hit_BR = cross_entropy(how, states_BRD, head_VD, flat(label_BAS), flat(known_BAS))
@@ -144,6 +145,10 @@ class Algorithm:
         """A token that the draft does not know is no part of the loss, and missed."""
         sums = summed(self.settings, self.layout, self._counted, known_BAS, loss_BAS, hit_BAS)
         return sums.asking(asked_BAS[:, :, self._counted])
+
+    def _loss_chunk(self, anchor_BA: Any) -> int:
+        """Few slots are left over in the last of equal chunks, whose products would be for nothing."""
+        return even_part(anchor_BA.size * (self._counted.stop - self._counted.start), self.settings.loss_chunk)
 
     @property
     def _counted(self) -> slice:
@@ -186,7 +191,7 @@ class Algorithm:
         chunks = f" ({s.attention_chunk} x {s.attention_chunk})" if attention == "chunked" else ""
         return (
             f"{num_blocks} blocks of {s.block_size} a row, attention {attention}{chunks}, loss in chunks of "
-            f"{s.loss_chunk} slots, rematerialisation {s.remat}"
+            f"{self._loss_chunk(example.chosen.anchor_BA)} slots, rematerialisation {s.remat}"
         )
 
     def flops(self, params: nnx.State, frozen: nnx.State, example: Example) -> float:

@@ -14,7 +14,7 @@ class Settings(AlgorithmConfig):
 
     # Sections are frozen by their `model_config`, which pyright does not read.
     name: Literal["dflash"] = "dflash"  # pyright: ignore[reportIncompatibleVariableOverride]
-    block_size: int = Field(default=8, ge=2)  # the newest token and the mask tokens behind it
+    block_size: int = Field(default=4, ge=2)  # the newest token and the mask tokens behind it
     sample_from_anchor: bool = False  # slot k predicts the token behind its own place, the newest token's slot too
     num_anchors: int = Field(default=8, ge=1)  # blocks that a step draws from a batch row
     # Of `decay`: slots that predict weigh 1, exp(-1 / gamma), exp(-2 / gamma), ...
