@@ -40,7 +40,11 @@ def products(jaxpr) -> float:
 
 @pytest.mark.parametrize(
     ("name", "fields"),
-    [*((name, {}) for name in PAIRS), *(("eagle3-llama", {switch: True}) for switch in SWITCHES if "fc" in switch)],
+    [
+        *((name, {}) for name in PAIRS),
+        *(("eagle3-llama", {switch: True}) for switch in SWITCHES if "fc" in switch),
+        ("dflash-qwen3", {"draft_vocab_size": 24}),
+    ],
 )
 def test_a_step_multiplies_what_is_said(name, fields):
     algorithm, module = PAIRS[name]
