@@ -53,11 +53,11 @@ class Algorithm:
 
     @property
     def way(self) -> Way:
-        """Of the attention."""
+        """How the attention is computed."""
         return Way(self.settings.attention, Chunks(self.settings.attention_chunk, self.settings.attention_chunk))
 
     def tap_layers(self, num_layers: int, chosen: tuple[int, ...] | None) -> tuple[int, ...]:
-        """`chosen`, or the default.
+        """The layers that the user chose, or the default ones.
 
         Raises:
             InputError: they are not ascending layers of the model.
@@ -71,7 +71,7 @@ class Algorithm:
         return taps
 
     def teacher(self, target: EmbeddingAndHead, vocab: VocabMap, dtype: Any) -> tuple[()]:
-        """The loss asks for the tokens themselves; embedding and head are the draft's own."""
+        """Nothing: the loss asks for the tokens themselves, and the draft holds embedding and head."""
         return ()
 
     def check_answers(self, longest: int) -> None:
@@ -101,7 +101,7 @@ class Algorithm:
         )
 
     def first_carry(self) -> tuple[()]:
-        """Nothing depends on the steps before."""
+        """Nothing: no step depends on the steps before it."""
         return ()
 
     def next_carry(self, carry: tuple[()], sums: BlockSums, step: Int[Array, ""]) -> tuple[()]:
@@ -142,12 +142,14 @@ class Algorithm:
         return asked_BAS, known_BAS, loss_BR.reshape(shape), hit_BR.reshape(shape)
 
     def _summed(self, asked_BAS, known_BAS, loss_BAS, hit_BAS) -> BlockSums:
-        """A token that the draft does not know is no part of the loss, and missed."""
+        """The sums of what `_scored` returns. A token that the draft does not know adds nothing to the loss, and counts
+        as missed."""
         sums = summed(self.settings, self.layout, self._counted, known_BAS, loss_BAS, hit_BAS)
         return sums.asking(asked_BAS[:, :, self._counted])
 
     def _loss_chunk(self, anchor_BA: Any) -> int:
-        """Few slots are left over in the last of equal chunks, whose products would be for nothing."""
+        """The slots whose logits exist at a time. All chunks are equally large, so that the last one multiplies little
+        for nothing."""
         return even_part(anchor_BA.size * (self._counted.stop - self._counted.start), self.settings.loss_chunk)
 
     @property
@@ -184,7 +186,7 @@ class Algorithm:
         return sums, scatter(jnp.zeros_like(batch.tokens_BT), before_BA, count_BA)
 
     def describe(self, draft: BlockDraft, example: Example) -> str:
-        """How sums of such an example are computed, for the log."""
+        """For the log: how the sums of such an example are computed."""
         s, (num_batch, num_blocks) = self.settings, example.chosen.anchor_BA.shape
         num_queries, num_keys = num_batch * num_blocks * s.block_size, example.batch.tokens_BT.shape[1]
         attention = choose(s.attention, num_queries, draft.config.num_attention_heads, num_keys)
@@ -198,18 +200,18 @@ class Algorithm:
         return flops.of_step(params, frozen, example, self.layout)
 
     def warm_start(self, draft: BlockDraft, target: EmbeddingAndHead, vocab: VocabMap) -> None:
-        """The norm that stands before the target's head."""
+        """The draft's last norm begins as the one that stands before the target's head."""
         draft.norm.scale[...] = target.final_norm().astype(draft.norm.scale.dtype)
 
     def drafting(self, num_tokens: int) -> Algorithm:
-        """`num_tokens` of each block, rows of one document."""
+        """For evaluation: a pass proposes `num_tokens`, and rows hold one document each."""
         return Algorithm(self.settings, packed=False, num_tokens=num_tokens)
 
     def drafter(self) -> BlockDrafter:
         return BlockDrafter(self.layout)
 
     def serving(self) -> Contract:
-        """The contract of its exports."""
+        """The contract of this algorithm's exports."""
         from flaxdraft.algorithms.dflash.serving import contract  # tables and rules that training never reads
 
         return contract

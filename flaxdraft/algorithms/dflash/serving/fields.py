@@ -19,7 +19,7 @@ _BLOCK = Expected("an integer of at least 2", Annotated[int, Field(gt=1, lt=2**3
 
 
 class _DFlashConfig(BaseModel):
-    """What must stand there."""
+    """What must stand in dflash_config."""
 
     model_config = ConfigDict(strict=True)
 
