@@ -84,7 +84,7 @@ def read_tensors(source: Path) -> tuple[dict[str, np.ndarray], bool]:
     folder = source if source.is_dir() else source.parent
     if (folder / MASK).exists():
         raise InputError(
-            f"{folder / MASK}: an embedding of its own for the mask token, which vLLM puts in the place of the target's; "
+            f"{folder / MASK}: an embedding of its own for the mask token, which vLLM puts in place of the target's; "
             "drafts here have none"
         )
     tensors, has_training_state = {}, (folder / "training_state.pt").exists()
