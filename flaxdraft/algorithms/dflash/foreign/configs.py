@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, INPUT_TAPS, TAPS
 from flaxdraft.algorithms.dflash.sizes import SERVING_ARCHITECTURE
 from flaxdraft.errors import InputError
+from flaxdraft.plugins import first_architecture
 from flaxdraft.serving import rope_fields
 from flaxdraft.serving.foreign.layers import NESTED, layer_of
 
@@ -24,9 +25,7 @@ class Understood(NamedTuple):
 
 def claims(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of such a draft, whoever wrote it."""
-    return (
-        config.get(FORM) == "dflash" or CONFIG in config or SERVING_ARCHITECTURE in (config.get("architectures") or ())
-    )
+    return config.get(FORM) == "dflash" or CONFIG in config or first_architecture(config) == SERVING_ARCHITECTURE
 
 
 def understand(config: Mapping[str, Any], origin: str) -> Understood:
