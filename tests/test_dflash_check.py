@@ -91,7 +91,7 @@ FAULTS = {
     "code of another trainer": (field(auto_map={"AutoModel": "dflash.DFlash"}), {DIRECTORY: ("note", "auto_map")}),
     "a mask beyond the vocabulary": (nested(mask_token_id=V), {DIRECTORY: ("refused", f"mask_token_id is {V}")}),
     "a mask that ends answers": (nested(mask_token_id=5), {DIRECTORY: ("note", "ends the target's answers")}),
-    "two sizes of a block": (nested(block_size=16), {DIRECTORY: ("wrong", "block_size is 8, in dflash_config 16")}),
+    "two sizes of a block": (nested(block_size=16), {DIRECTORY: ("wrong", "block_size is 4, in dflash_config 16")}),
     "no size of a block": (drop("block_size"), {DIRECTORY: ("refused", "no block_size")}),
     "no layer ids": (field(dflash_config={"mask_token_id": 3}), {DIRECTORY: ("refused", "an object with mask")}),
     "another drafter of the family": (nested(projector_type="domino"), {DIRECTORY: ("refused", "another drafter")}),
@@ -181,7 +181,7 @@ def test_a_checkpoint_of_another_trainer_is_read(good, tmp_path):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (("--chain", "3", "8"), "chain length: found 8, but this draft proposes at most 7 tokens at a time"),
+        (("--chain", "3", "8"), "chain length: found 8, but this draft proposes at most 3 tokens at a time"),
         (("--tree", "2", "1"), "tree: found widths 2 1, but this draft proposes no trees"),
     ],
 )

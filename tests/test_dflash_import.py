@@ -218,6 +218,9 @@ def test_the_command_finds_the_algorithm(tmp_path, capsys):
     assert from_pretrained(tmp_path / "out").config.rope.rope_theta == 5000
     assert from_pytorch.main([str(tmp_path / "in"), str(tmp_path / "x"), "--recurrence", "pre-norm"]) == 2
     assert "--recurrence: a DFlash draft feeds no state back" in capsys.readouterr().err
+    (tmp_path / "in" / "mask_embedding.pt").write_bytes(b"x")
+    assert from_pytorch.main([str(tmp_path / "in"), str(tmp_path / "x")]) == 2
+    assert "mask_embedding.pt: an embedding of its own for the mask token" in " ".join(capsys.readouterr().err.split())
 
 
 def say(**fields):

@@ -15,8 +15,8 @@ from flaxdraft.train.state import split_draft
 # Rows of the loss: in one chunk of so many its loop, which counts once, has all of them.
 ROWS = {
     "eagle3": lambda example: example.chosen.rows_BR.size,
-    # A block of eight predicts so many; with shifted labels slot 0 does as well, and DSpark's block is of seven.
-    "dflash": lambda example: example.chosen.anchor_BA.size * 7,
+    # A block of four predicts so many; of eight with shifted labels, and of DSpark's seven, slot 0 does as well.
+    "dflash": lambda example: example.chosen.anchor_BA.size * 3,
     "domino": lambda example: example.chosen.anchor_BA.size * 8,
     "dspark": lambda example: example.chosen.anchor_BA.size * 7,
     "peagle": lambda example: sum(at_BR.size for at_BR in example.chosen.anchors),
@@ -45,7 +45,11 @@ def products(jaxpr) -> float:
 
 @pytest.mark.parametrize(
     ("name", "fields"),
-    [*((name, {}) for name in PAIRS), *(("eagle3-llama", {switch: True}) for switch in SWITCHES if "fc" in switch)],
+    [
+        *((name, {}) for name in PAIRS),
+        *(("eagle3-llama", {switch: True}) for switch in SWITCHES if "fc" in switch),
+        ("dflash-qwen3", {"draft_vocab_size": 24}),
+    ],
 )
 def test_a_step_multiplies_what_is_said(name, fields):
     algorithm, module = PAIRS[name]

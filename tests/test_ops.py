@@ -8,11 +8,17 @@ from closeness import assert_close
 
 from flaxdraft.algorithms.eagle3.suffix_attention import Suffix, Way, suffix_attention
 from flaxdraft.ops.attention import KeyRange, attend, attend_cache, causal_visibility
+from flaxdraft.ops.padding import even_part
 from flaxdraft.ops.range_attention import Chunks
 
 pytestmark = pytest.mark.numeric
 
 B, T, N, K, H, C = 2, 7, 4, 2, 6, 5
+
+
+@pytest.mark.parametrize(("total", "most", "size"), [(896, 512, 448), (384, 512, 384), (1, 5, 1), (1025, 512, 342)])
+def test_parts_are_even(total, most, size):
+    assert even_part(total, most) == size
 
 
 def normal(*shape, seed=0):

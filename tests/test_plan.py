@@ -103,6 +103,14 @@ def test_targets_of_accelerators_are_bfloat16_where_nothing_is_said(run_yaml, mo
 
 def test_compute_and_store(made):
     assert made.target_flops == 2 * (MATRICES + V * E) * 4 * 32
+    rows, steps = 4 * 32, 2  # every row is supervised at every step
+    tokens, later = 4 * (32 + steps), rows + rows * (steps - 1)
+    products = (
+        (E * HEADS * H, tokens + rows * steps), (2 * E * KV * H, tokens + later),  # tokens' and states' halves
+        (HEADS * H * E + 3 * E * F + E * W, rows * steps),
+    )  # fmt: skip
+    once = 4 * 3 * E * E * rows + 2 * W * E * rows  # fc, which gives the taps no gradient, and the teacher
+    assert made.step.flops == once + sum(6 * size * count for size, count in products)
     assert made.store == (3 * E + E) * 2 + 13
     assert made.answers == 3 * (20 + 10)
     assert (made.step.rows, made.step.length) == (4, 32)

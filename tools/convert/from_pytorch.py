@@ -28,6 +28,7 @@ from flaxdraft.run.commands import Command, call
 TORCH_FILES = ("training_state.pt", "pytorch_model*.bin", "*.pt", "*.pth")
 STATE = "draft_state_dict"  # of SpecForge's training_state.pt
 TABLES = ("d2t", "t2d")
+MASK = "mask_embedding.pt"
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +82,11 @@ def read_tensors(source: Path) -> tuple[dict[str, np.ndarray], bool]:
     if not source.exists():
         raise InputError(f"{source}: no such file or directory")
     folder = source if source.is_dir() else source.parent
+    if (folder / MASK).exists():
+        raise InputError(
+            f"{folder / MASK}: an embedding of its own for the mask token, which vLLM puts in place of the target's; "
+            "drafts here have none"
+        )
     tensors, has_training_state = {}, (folder / "training_state.pt").exists()
     for path in weight_files(source):
         found = load_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)

@@ -25,6 +25,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Draw, EmbeddingAndHead, Example, VocabMap
 from flaxdraft.ops.attention import document_ranges
 from flaxdraft.ops.cross_entropy import How, cross_entropy
+from flaxdraft.ops.padding import even_part
 from flaxdraft.ops.range_attention import Chunks
 from flaxdraft.ops.rows import take_rows
 from flaxdraft.serving.contract import Contract
@@ -63,11 +64,11 @@ class Algorithm:
 
     @property
     def way(self) -> Way:
-        """Of the attention."""
+        """How the attention is computed."""
         return Way(self.settings.attention, Chunks(self.settings.attention_chunk, self.settings.attention_chunk))
 
     def tap_layers(self, num_layers: int, chosen: tuple[int, ...] | None) -> tuple[int, ...]:
-        """`chosen`, or the default.
+        """The layers that the user chose, or the default ones.
 
         Raises:
             InputError: they are not ascending layers of the model.
@@ -81,7 +82,7 @@ class Algorithm:
         return taps
 
     def teacher(self, target: EmbeddingAndHead, vocab: VocabMap, dtype: Any) -> tuple[()]:
-        """The loss asks for the tokens themselves; embedding and head are the draft's own."""
+        """Nothing: the loss asks for the tokens themselves, and the draft holds embedding and head."""
         return ()
 
     def check_answers(self, longest: int) -> None:
@@ -111,7 +112,7 @@ class Algorithm:
         )
 
     def first_carry(self) -> Any:
-        """Nothing depends on the steps before."""
+        """Nothing: no step depends on the steps before it."""
         return ()
 
     def next_carry(self, carry: Any, sums: Any, step: Int[Array, ""]) -> Any:
@@ -140,6 +141,11 @@ class Algorithm:
         counted_S = jnp.arange(self.layout.block_size) < self.counted.stop
         return found._replace(asked_BAS=found.asked_BAS & counted_S[None, None])
 
+    def _loss_chunk(self, anchor_BA: Any) -> int:
+        """The slots whose logits exist at a time. All chunks are equally large, so that the last one multiplies little
+        for nothing."""
+        return even_part(anchor_BA.size * (self.counted.stop - self.counted.start), self.settings.loss_chunk)
+
     @property
     def stops_at_hole(self) -> bool:
         """Whether training asks nothing behind a token that is not the assistant's."""
@@ -160,7 +166,7 @@ class Algorithm:
         label_BAS = draft.known(label_BAS)
         known_BAS = asked_BAS & (label_BAS >= 0)
         flat = lambda x: x.reshape(states_BRD.shape[:2])  # noqa: E731
-        how = How(settings.loss_chunk, draft.made_of)
+        how = How(self._loss_chunk(anchor_BA), draft.made_of)
         loss_BR, hit_BR = cross_entropy(how, states_BRD, head_VD, flat(label_BAS), flat(known_BAS))
         return Scores(asked_BAS, known_BAS, loss_BR.reshape(asked_BAS.shape), hit_BR.reshape(asked_BAS.shape))
 
@@ -200,32 +206,32 @@ class Algorithm:
         return self.summed(scores), scatter(jnp.zeros_like(batch.tokens_BT), before_BA, count_BA)
 
     def describe(self, draft: BlockDraft, example: Example) -> str:
-        """How sums of such an example are computed, for the log."""
+        """For the log: how the sums of such an example are computed."""
         s, (num_batch, num_blocks) = self.settings, example.chosen.anchor_BA.shape
         num_queries, num_keys = num_batch * num_blocks * s.block_size, example.batch.tokens_BT.shape[1]
         attention = choose(s.attention, num_queries, draft.config.num_attention_heads, num_keys)
         chunks = f" ({s.attention_chunk} x {s.attention_chunk})" if attention == "chunked" else ""
         return (
             f"{num_blocks} blocks of {s.block_size} a row, attention {attention}{chunks}, loss in chunks of "
-            f"{s.loss_chunk} slots, rematerialisation {s.remat}"
+            f"{self._loss_chunk(example.chosen.anchor_BA)} slots, rematerialisation {s.remat}"
         )
 
     def flops(self, params: nnx.State, frozen: nnx.State, example: Example) -> float:
         return flops.of_step(params, frozen, example, self.layout)
 
     def warm_start(self, draft: BlockDraft, target: EmbeddingAndHead, vocab: VocabMap) -> None:
-        """The norm that stands before the target's head."""
+        """The draft's last norm begins as the one that stands before the target's head."""
         draft.norm.scale[...] = target.final_norm().astype(draft.norm.scale.dtype)
 
     def drafting(self, num_tokens: int) -> Algorithm:
-        """`num_tokens` of each block, rows of one document."""
+        """For evaluation: a pass proposes `num_tokens`, and rows hold one document each."""
         return dataclasses.replace(self, packed=False, num_tokens=num_tokens)
 
     def drafter(self) -> BlockDrafter:
         return BlockDrafter(self.layout)
 
     def serving(self) -> Contract:
-        """The contract of its exports."""
+        """The contract of this algorithm's exports."""
         from flaxdraft.algorithms.dflash.serving import contract  # tables and rules that training never reads
 
         return contract

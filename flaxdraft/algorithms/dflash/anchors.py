@@ -31,7 +31,7 @@ def possible(batch: Batch) -> Bool[np.ndarray, "B T"]:
 
 
 def every(batch: Batch, most: int) -> Anchors:
-    """All of them; no row has more than `most`."""
+    """All possible anchors; no row has more than `most` of them."""
     length = batch.tokens_BT.shape[1]
     rows = np.sort(np.where(possible(batch), np.arange(length), length), axis=1)[:, :most]
     return Anchors(rows.astype(np.int32))
@@ -52,7 +52,8 @@ def lowest(uniform_BT: Float[np.ndarray, "B T-1"], possible_BT: Bool[np.ndarray,
 
 
 def drawn(batch: Batch, most: int, draw: Draw) -> Anchors:
-    """`most` of each batch row, by the row's number in the global batch: hosts need not agree on anything."""
+    """At most `most` anchors of each batch row. What a row draws follows from its number in the global batch, so that
+    hosts need not agree on anything."""
     num_batch, length = batch.tokens_BT.shape
     uniform = [np.random.default_rng((draw.seed, draw.step, draw.first_row + i)).random(length - 1)
                for i in range(num_batch)]  # fmt: skip

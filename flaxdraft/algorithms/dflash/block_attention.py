@@ -86,7 +86,7 @@ class Keys(NamedTuple):
 
 
 def choose(backend: Backend, num_queries: int, num_heads: int, num_keys: int) -> Backend:
-    """What `backend` means for arrays of these sizes: "auto" takes whole scores where they are few.
+    """The backend for arrays of these sizes: "auto" takes whole scores where they are few.
 
     Args:
         num_queries: of all batch rows.
@@ -135,7 +135,7 @@ def dense(q_BRNH, text: Keys, own: Keys, seen: KeyRange, sink_N, sight: Sight, s
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def merged(q_BRNH, text: Keys, own: Keys, seen: KeyRange, sink_N, sight: Sight, scale: float, chunks: Chunks):
-    """In chunks; see the head of this file. Arguments as in `block_attention`."""
+    """The same without whole scores; the head of this file says how. Arguments are those of `block_attention`."""
     return _merged(q_BRNH, text, own, seen, sink_N, sight, scale, chunks)[0]
 
 

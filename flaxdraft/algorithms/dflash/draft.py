@@ -43,7 +43,7 @@ class Places(NamedTuple):
 
 
 class Layer(nnx.Module):
-    """Attention of blocks to the text and to themselves, and a feed-forward."""
+    """One layer: blocks attend to the text and to themselves, then comes a feed-forward."""
 
     def __init__(
         self, config: Any, attention: Heads, sight: Sight, precision: Precision, sharding: Sharding, rngs: nnx.Rngs
@@ -149,7 +149,7 @@ class BlockDraft(nnx.Module):
 
     @property
     def made_of(self) -> Logits:
-        """How logits come of the head's products."""
+        """What is made of the head's products to get logits."""
         return Logits(self.config.output_multiplier, self.config.final_logit_softcapping)
 
     def head_VD(self) -> Float[Array, "V D"]:
@@ -165,7 +165,7 @@ class BlockDraft(nnx.Module):
         return self.draft_ids[...].at[token_BAS].get(out_sharding=spec)
 
     def logits(self, hidden_BRD: Float[Array, "B R D"]) -> Float[Array, "B R V"]:
-        """At least float32."""
+        """The logits of every slot, at least float32."""
         wide = jnp.promote_types(self.precision.compute, jnp.float32)
         product_BRV = jnp.einsum("brd,vd->brv", hidden_BRD, self.head_VD(), preferred_element_type=wide)
         return self.made_of.of(product_BRV)

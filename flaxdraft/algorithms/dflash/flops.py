@@ -18,7 +18,7 @@ READ_BY_THE_TEXT = ("k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 
 
 def of_step(params: nnx.State, frozen: nnx.State, example: Example, layout: Layout) -> float:
-    """Of an example, whose arrays may be described; every slot that predicts has a right token.
+    """The operations of a step over an example, whose arrays may be described; every slot that predicts is asked.
 
     Layers multiply every slot of a block, and keys and values the rows of the text as well; `fc` multiplies those rows
     alone, and nobody needs its gradient by the taps; the head multiplies slots that predict, and has no gradient.

@@ -32,8 +32,8 @@ class Layout(NamedTuple):
 
 
 def layout_of(block_size: int, sample_from_anchor: bool) -> Layout:
-    """DFlash's own layout: slot k predicts the token at its own place, the anchor's slot nothing. Or that of drafts
-    that sample from the anchor: every slot predicts the token behind its place."""
+    """In DFlash's own layout slot k predicts the token at its own place, and the anchor's slot predicts nothing. In
+    that of drafts that sample from the anchor every slot predicts the token behind its place."""
     return Layout(block_size, shift=1, first=0) if sample_from_anchor else Layout(block_size, shift=0, first=1)
 
 

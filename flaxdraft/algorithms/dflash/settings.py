@@ -32,6 +32,7 @@ class Settings(BlockSettings):
 
     # Sections are frozen by their `model_config`, which pyright does not read.
     name: Literal["dflash"] = "dflash"  # pyright: ignore[reportIncompatibleVariableOverride]
+    block_size: int = Field(default=4, ge=2)  # as many proposals as a chain has
     stop_at_hole: bool = False  # whether nothing of a block is trained behind a token that is not the assistant's
     sample_from_anchor: bool = False  # slot k predicts the token behind its own place, the newest token's slot too
     # d-pace weighs by the draft's own confidence along the block (arXiv 2605.18810), the other two by a factor of it;

@@ -36,14 +36,14 @@ SWITCHES = {
 
 
 def switch(config: Mapping[str, Any], name: str) -> Any:
-    """As trainers read it: in dflash_config, else at the top level, where no engine looks."""
+    """The value of a switch as trainers read it: from dflash_config, else from the top level, where no engine looks."""
     places = config["dflash_config"], config
     return next((place[name] for place in places if place.get(name) is not None), SWITCHES[name])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockSizes:
-    """A draft architecture adds those of its attention.
+    """The sizes of a draft but for its attention, which a draft architecture adds.
 
     layer_types: one of LAYER_TYPES for each layer; empty: full attention everywhere.
     is_causal: in the block, of all layers; None: of sliding layers alone, as engines have it.

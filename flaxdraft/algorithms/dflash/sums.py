@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockSums:
-    """Sums over blocks."""
+    """What is summed up over blocks."""
 
     loss: Float[Array, ""]  # weighted cross entropies
     weight: Float[Array, ""]  # what they are divided by: the weights, or as many as there are batch rows
@@ -26,7 +26,7 @@ class BlockSums:
         return jax.tree.map(jnp.add, self, other)
 
     def asking(self, asked_BAQ: Bool[Array, "B A Q"]) -> BlockSums:
-        """The same with other slots for which there is a right token."""
+        """The same sums where other slots count as asked."""
         count = lambda x: jnp.sum(x, axis=(0, 1), dtype=jnp.int32)  # noqa: E731
         blocks = count(jnp.any(asked_BAQ, axis=2))
         return dataclasses.replace(self, asked_Q=count(asked_BAQ), num_blocks=blocks)

@@ -8,8 +8,9 @@ MOST_TAPS = 5
 
 
 def default_taps(num_layers: int) -> tuple[int, ...]:
-    """Layers by output, evenly from the second to the fourth from the end: what SpecForge takes for a draft of five
-    layers, which nearly all published drafts are; here for every draft. Of small targets fewer.
+    """The outputs of layers that lie evenly between the second layer and the third from the end. SpecForge taps these
+    five for a draft of five layers, which nearly all published drafts have; here every draft does. Small targets have
+    fewer.
 
     Raises:
         InputError: the target has fewer than four layers.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, INPUT_TAPS, TAPS
 from flaxdraft.algorithms.dflash.sizes import SERVING_ARCHITECTURE
 from flaxdraft.errors import InputError
-from flaxdraft.plugins import architectures_of
+from flaxdraft.plugins import first_architecture
 from flaxdraft.serving import rope_fields
 from flaxdraft.serving.foreign.layers import NESTED, layer_of
 
@@ -25,7 +25,7 @@ class Understood(NamedTuple):
 
 def claims(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of such a draft, whoever wrote it."""
-    return config.get(FORM) == "dflash" or CONFIG in config or SERVING_ARCHITECTURE in architectures_of(config)
+    return config.get(FORM) == "dflash" or CONFIG in config or first_architecture(config) == SERVING_ARCHITECTURE
 
 
 def understand(config: Mapping[str, Any], origin: str) -> Understood:
@@ -42,7 +42,7 @@ def understand(config: Mapping[str, Any], origin: str) -> Understood:
 
 
 def _plain(config: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], list[str]]:
-    """SpecForge's and z-lab's, which are the engines' form but for what its trainer derives."""
+    """A config of SpecForge or z-lab: the engines' form, the tapped layers that its trainer derived written out."""
     nested, remarks = dict(config.get(CONFIG) or {}), []
     if nested.get(TAPS) is None:
         if (num_target := config.get("num_target_layers")) is None:
@@ -70,7 +70,7 @@ def _windows(config: Mapping[str, Any], nested: dict[str, Any]) -> dict[str, Any
 
 
 def derived_taps(num_target: int, num_layers: int) -> list[int]:
-    """What these trainers take where nobody chose."""
+    """The layers that these trainers tap where nobody chose any."""
     if num_layers == 1:
         return [num_target // 2]
     return [round(1 + i * (num_target - 4) / (num_layers - 1)) for i in range(num_layers)]

@@ -59,7 +59,10 @@ def convert(
 
 
 def _order(named: dict[str, np.ndarray], config: Mapping[str, Any], options: Options, origin: str) -> list[str]:
-    """The tables as offsets to ascending ids and the head's rows in that order, in place; remarks.
+    """Sorts the draft's tokens by their target ids, in place: the tables become offsets, the head's rows move along.
+
+    Returns:
+        Remarks for the report.
 
     Raises:
         InputError: the draft brings no table, or no head of its own.

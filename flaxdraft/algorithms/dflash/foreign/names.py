@@ -13,7 +13,7 @@ _HEADS = ("prefix_gru.", "embed_proj.", "markov_head.", "confidence_head.", "can
 
 
 def layout_of(config: Mapping[str, Any]) -> Layout:
-    """Of the draft that a config.json in the engines' form describes."""
+    """The tensors of the draft that a config.json in the engines' form describes."""
     left_out, fused = dict(OF_THE_TARGET), {}
     if not tensors.is_reduced(config):
         left_out["lm_head.weight"] = "the target's head stands in its place, as in every engine"

@@ -83,7 +83,7 @@ def rope(engine: Engine, view: DraftView) -> Iterator[Finding]:
 
 
 def keys(engine: Engine, view: DraftView, kind: Kind) -> Iterator[Finding]:
-    """Names that it does not understand, and weights that it therefore lacks."""
+    """Names that the engine does not understand, and weights that it lacks for that."""
     expected, taken, strange = kind.weights(view.config), set(), []
     for key in view.shapes:
         name = tensors.flat_name(key) if engine.model_prefix else key

@@ -48,7 +48,7 @@ def values(view: DraftView) -> Iterator[Finding]:
 
 
 def vocabulary(view: DraftView) -> Iterator[Finding]:
-    """Which tokens a draft knows, where not all."""
+    """The tables of a draft that does not know every token."""
     size, vocab_size = view.config.get("draft_vocab_size") or view.config["vocab_size"], view.config["vocab_size"]
     tables = {tensors.flat_name(key): view.read(key) for key in view.shapes if tensors.flat_name(key) in TABLES}
     if size == vocab_size and tables:
@@ -61,7 +61,7 @@ def vocabulary(view: DraftView) -> Iterator[Finding]:
 
 
 def target(view: DraftView) -> Iterator[Finding]:
-    """The target's embedding and head are the draft's."""
+    """The draft uses the target's embedding and head, so that their sizes must agree."""
     if view.target is None:
         return
     hidden = view.config["hidden_size"]
@@ -82,7 +82,7 @@ def mask_token(view: DraftView) -> Iterator[Finding]:
 
 
 def tapped_layers(view: DraftView) -> Iterator[Finding]:
-    """One order, one way of counting."""
+    """Every place lists the same layers, in the order in which engines hand them over."""
     outputs, num_layers = view.config[CONFIG][TAPS], (view.target or {}).get("num_hidden_layers")
     num_layers = num_layers or view.config.get("num_target_layers")
     if sorted(set(outputs)) != outputs:

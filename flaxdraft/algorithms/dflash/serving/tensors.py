@@ -73,7 +73,7 @@ def _latent(config: Mapping[str, Any]) -> Shapes:
 
 
 def weights(config: Mapping[str, Any]) -> Shapes:
-    """What every draft holds.
+    """The weights that a draft of such a config.json holds.
 
     Raises:
         KeyError: config.json lacks a size.
