@@ -16,7 +16,7 @@ import importlib
 import importlib.metadata
 import pkgutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,18 @@ def settings_of(algorithm: str) -> type[AlgorithmConfig]:
     return importlib.import_module(f"{folder}.settings").Settings
 
 
+def architectures_of(config: Mapping[str, Any]) -> list[str]:
+    """The names that a config.json gives its architecture; none where the field is missing or no list. What is no name
+    is left out."""
+    found = config.get("architectures")
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+
+def first_architecture(config: Mapping[str, Any]) -> str | None:
+    """The first of these names, by which engines and libraries choose."""
+    return next(iter(architectures_of(config)), None)
+
+
 def find_by_architecture(packages: list[str], config: dict[str, Any], origin: str) -> ModuleType:
     """The part that declares the config's `architectures` (first) or `model_type`. Parts that declare the same name
     have a function `claims(config)`, and one of them claims it.
@@ -88,7 +100,8 @@ def find_by_architecture(packages: list[str], config: dict[str, Any], origin: st
     Raises:
         InputError: none declares it, or two do.
     """
-    wanted = [*(config.get("architectures") or [])[:1], config.get("model_type")]
+    named, model_type = first_architecture(config), config.get("model_type")
+    wanted = [name for name in (named, model_type) if isinstance(name, str)]
     known: dict[str, list[ModuleType]] = {}
     for package in packages:
         for _, module in parts_of(package):
@@ -102,6 +115,6 @@ def find_by_architecture(packages: list[str], config: dict[str, Any], origin: st
         if found:
             return found[0]
     raise InputError(
-        f"{origin}: architecture {wanted[0]!r} (model_type {wanted[-1]!r}) is not supported; supported are "
+        f"{origin}: architecture {named or model_type!r} (model_type {model_type!r}) is not supported; supported are "
         f"{', '.join(sorted(known))}. A new one is a new part of {packages[0]}, see CONTRIBUTING.md"
     )

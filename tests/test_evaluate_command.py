@@ -97,12 +97,31 @@ def test_a_checkpoint_of_a_run_is_what_is_measured(workspace, tiny_gguf, tmp_pat
     jax.tree.map(np.testing.assert_array_equal, found[0].params, source.params)
 
 
+def test_answers_that_a_draft_changed_end_the_command_with_one(workspace, tiny_gguf, tmp_path, monkeypatch, capfd):
+    """All is written before it ends."""
+    measure = measure_module.measure
+
+    def spoilt(*args):
+        alone, run = measure(*args)
+        tokens = run.turns[0].answer.tokens
+        tokens[4] = (tokens[4] + 100) % 250
+        return alone, run
+
+    monkeypatch.setattr(measure_module, "measure", spoilt)
+    assert call(workspace, tiny_gguf, tmp_path / "out", "--limit", "2") == 1
+    assert "answers with the draft differ from the target's own by more than rounding" in capfd.readouterr().err
+    assert "**wrong**" in (tmp_path / "out" / "report.md").read_text()
+    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())["chains"]
+    assert [one["near_tie"] for one in result["decoded"]["differences"]] == [False]
+
+
 def test_figures_add_up(finished):
     results = json.loads((finished / "results.json").read_text())["chains"]
     names = ["chain of 1", "chain of 3", "tree of 2 1"]
     assert [(r["name"], r["chain_length"], r["tree"], r["draft_tokens"]) for r in results] == [
         (names[0], 1, [], 1), (names[1], 3, [], 3), (names[2], 2, [2, 1], 4)
     ]  # fmt: skip
+    assert not any(result["decoded"]["differences"] for result in results)
     for result in results[:2]:
         decoded, forced = result["decoded"], result["teacher_forced"]
         assert forced["answers_with_the_decoded_passes"] == 5

@@ -157,7 +157,8 @@ def test_the_command_says_it_and_writes_nothing(made, run_yaml, capfd, monkeypat
     assert main(call) == 0
     said = capfd.readouterr().out
     for line in (
-        r"mesh       fsdp 2 x tensor 2 (4 of 8 x H100)", "(work as compiled for CPUs in their place: an estimate)",
+        r"mesh       fsdp 2 x tensor 2 (4 of 8 x H100 (75% of 80 GB",
+        "(work as compiled for CPUs in their place: an estimate)",
         "steps      10", "hours at 20000 tokens/s (given)", "caches ",
     ):  # fmt: skip
         assert line in said
@@ -193,11 +194,18 @@ def test_of_a_target_on_the_hub_its_configuration_alone_is_fetched(directory, mo
         describe_target("org/model")
 
 
-def test_devices_by_name():
-    for name, memory in (("8 x H100", 80), ("2x a100 80GB", 80), ("1 × A100-40", 40), ("4 x v5p", 95)):
+def test_devices_by_name(monkeypatch):
+    """JAX takes three quarters of a GPU's memory, or what the environment says, and all of a TPU's."""
+    for name, memory in (("8 x H100", 60), ("2x a100 80GB", 60), ("1 × A100-40", 30), ("4 x v5p", 95)):
         found = planned_devices(name, 1)
         assert found.memory == memory * 1e9
         assert found.stand_in
+    for field in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(field, "0.9")
+        assert planned_devices("8 x H100", 1)[:4:3] == ("8 x H100 (90% of 80 GB, XLA_CLIENT_MEM_FRACTION)", 72e9)
+        monkeypatch.delenv(field)
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "1.0")
+    assert planned_devices("8 x H100", 1)[:4:3] == ("8 x H100", 80e9)
     assert planned_devices("8 x H100", 8).total == 8
     with pytest.raises(InputError, match="--devices: the mesh takes 16 devices, 8 x H100 were given"):
         planned_devices("8 x H100", 16)

@@ -9,6 +9,7 @@ import pytest
 
 from flaxdraft.decode.decoding import Decoded
 from flaxdraft.errors import InputError
+from flaxdraft.evaluate.differences import Choice, Difference
 from flaxdraft.evaluate.measure import Guess, Measured, Timing, Turn
 from flaxdraft.evaluate.report import Sample, write_report
 from flaxdraft.evaluate.results import guess_result, sample_of
@@ -43,11 +44,13 @@ def result():
     alone = measured(Guess(), own, [[1] * 4] * 2, 4.0)
     drafted = measured(Guess(2), [own[0], [3, 4, 5, 6, 9]], YIELDS, 2.0)
     forced = TeacherForced(Part(Sums(), np.int64(4), np.int64(8)), [YIELDS[0], [1, 3]])
-    return guess_result([drafted], [alone], {"a": "odd", "b": "even"}, forced, greedy=True)
+    parted = Difference("b", 0, 4, Choice(7, "|x", 2.0), Choice(9, "y", 1.5), 40.0, 2.0)
+    return guess_result([drafted], [alone], {"a": "odd", "b": "even"}, forced, [parted])
 
 
 def test_only_answers_that_are_the_target_s_own_are_called_identical(result):
     assert result["decoded"]["identical_answers"] == 1
+    assert [one["near_tie"] for one in result["decoded"]["differences"]] == [False]
     assert (result["answers"], result["generated_tokens"], result["decoded"]["target_passes_alone"]) == (2, 10, 8)
     assert result["decoded"]["accept_length"] == result["teacher_forced"]["accept_length"] == 2.0
     assert result["teacher_forced"]["answers_with_the_decoded_passes"] == 1
@@ -58,7 +61,7 @@ def test_only_answers_that_are_the_target_s_own_are_called_identical(result):
 def test_answers_of_one_token_measure_nothing():
     one = measured(Guess(), [[3], [3]], [[], []], 1.0)
     with pytest.raises(InputError, match="every answer ends with its first token"):
-        guess_result([one], [one], {"a": "odd", "b": "even"}, None, greedy=True)
+        guess_result([one], [one], {"a": "odd", "b": "even"}, None, [])
 
 
 def test_a_report_has_what_there_are_figures_for(result, tmp_path):
@@ -88,6 +91,7 @@ def test_a_report_has_what_there_are_figures_for(result, tmp_path):
         "| odd number | 7.000 |  |",
         "| accept length, real decoding | 2.000 | 1.250 |",
     } <= {*two}
+    assert r"| chain of 2 | b, turn 1 | 5 | `'\|x'` (2.0000) | `'y'` (1.5000) | 40.0 | 2.0 | **wrong** |" in one
     assert any("chain of 2: 2.00 times as fast as the target alone" in line for line in one)
 
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when the report is written; 2 with one message for wrong input."""
+    """0 when the report is written; 1 where answers that should be the target's own are not; 2 with one message for
+    wrong input."""
     return call(Command(__doc__ or "", _arguments, _work), argv, "python -m flaxdraft.evaluate")
 
 
@@ -114,12 +115,16 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     Args:
         a: the command's arguments.
         directory: of the draft's files.
+
+    Raises:
+        WrongAnswersError: see `refuse_wrong_answers`; all is written by then.
     """
     import jax
 
     from flaxdraft.algorithms.loading import serving_files
     from flaxdraft.decode.decoding import Settings
     from flaxdraft.devices import hosts
+    from flaxdraft.evaluate.differences import refuse_wrong_answers
     from flaxdraft.evaluate.measure import Guess, Session, measure
     from flaxdraft.evaluate.report import print_evaluation, write_report
     from flaxdraft.evaluate.results import guess_results
@@ -163,11 +168,11 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
                     f"conversations together, {dtype}",
         "devices": f"{1 if mesh is None else mesh.size} x {jax.devices()[0].device_kind}{axes}, jax {jax.__version__}",
     }  # fmt: skip
-    if not hosts.is_main():
-        return
-    write_json(a.out / "results.json", {"facts": facts, "inputs": inputs, "chains": results})
-    write_report(a.out, facts, results)
-    print_evaluation(results, a.out)
+    if hosts.is_main():
+        write_json(a.out / "results.json", {"facts": facts, "inputs": inputs, "chains": results})
+        write_report(a.out, facts, results)
+        print_evaluation(results, a.out)
+    refuse_wrong_answers(results)
 
 
 def _template(a: argparse.Namespace, prompts: Sequence[Prompt]) -> tuple[ChatTemplate, dict[str, Any]]:

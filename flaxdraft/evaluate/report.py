@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from rich.text import Text
 
+from flaxdraft.evaluate.differences import LIMIT
 from flaxdraft.evaluate.figures import draw_acceptance, draw_guesses, draw_sample, draw_training
 from flaxdraft.evaluate.results import own_figures
 from flaxdraft.progress import CONSOLE
@@ -45,6 +46,13 @@ _FIRST_PASS = (
     "good as ever, is what a draft gives that was trained with an unshifted loss mask (tokens and labels moved on, the "
     "mask left where it was), or on few answers."
 )
+_PARTED = (
+    "Greedy answers with a draft should be the target's own. These part from them at the token shown, with its logit; "
+    f"distance: from the highest logit to the lower of the two; rounding: how far logits of this text are apart when "
+    "the target computes them in two ways (root mean square); both in units of the last place of the highest logit in "
+    f"the precision that decoded. Up to {LIMIT} times the rounding, one unit at least, is a near tie: two tokens so "
+    "nearly equal that either may be chosen. Later turns of these conversations answer other texts and are not judged."
+)
 _SAMPLE = (
     "The answer for which the draft saved the most target passes, each token coloured by how many tokens its target "
     "pass yielded:"
@@ -76,7 +84,7 @@ def write_report(
     directory.mkdir(parents=True, exist_ok=True)
     lines = ["# Report", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
     lines += [*(f"{_verdict(result)}." for result in results), "", *_figures(results), "", _SPEED, "", _FIRST_PASS]
-    lines += ["", *_categories(results), "", *_positions(results)]
+    lines += ["", *_categories(results), "", *_positions(results), *_parted(results)]
     if sample is not None:
         draw_sample(directory / "sample.png", *sample)
         lines += ["", _SAMPLE, "", "![](sample.png)"]
@@ -143,6 +151,28 @@ def _positions(results: Sequence[dict[str, Any]]) -> list[str]:
     return _table(["draft position", *(str(j + 1) for j in range(most))], padded)
 
 
+def _parted(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Where answers are not the target's own; nothing where all are."""
+    rows = [
+        (result["name"], [
+            f"{one['question']}, turn {one['turn'] + 1}", str(one["position"] + 1), _choice(one["own"]),
+            _choice(one["drafted"]), f"{one['distance']:.1f}", f"{one['rounding']:.1f}",
+            "near tie" if one["near_tie"] else "**wrong**",
+        ])
+        for result in results for one in result["decoded"].get("differences", ())
+    ]  # fmt: skip
+    head = ("", "prompt", "token", "the target's own", "with the draft", "distance", "rounding", "")
+    return ["", _PARTED, "", *_table(head, rows)] if rows else []
+
+
+def _choice(choice: dict[str, Any] | None) -> str:
+    """As a cell of a table."""
+    if choice is None:
+        return "the end"
+    text = repr(choice["text"]).replace("|", r"\|").replace("`", "'")
+    return f"`{text}` ({choice['logit']:.4f})"
+
+
 def _verdict(result: dict[str, Any]) -> str:
     """One sentence on wall time that hides nothing."""
     name, ratio, length = result["name"], result["speedup"], result["decoded"]["accept_length"]
@@ -159,14 +189,15 @@ def _verdict(result: dict[str, Any]) -> str:
 
 
 def _warn(result: dict[str, Any]) -> None:
-    """Where greedy answers are not what they should be."""
+    """Where greedy answers are not what they could be."""
     num = result["answers"]
     same = result["decoded"].get("identical_answers", num)
+    ties = sum(one["near_tie"] for one in result["decoded"].get("differences", ()))
     walked = result.get("teacher_forced", {}).get("answers_with_the_decoded_passes", num)
     if min(same, walked) < num:
         CONSOLE.print(
-            f"warning: of {num} answers {same} are the target's own, token for token, and {walked} walk with the "
-            "decoded passes; where two tokens are nearly equal, rounding may choose either"
+            f"warning: of {num} answers {same} are the target's own, token for token ({ties} part from it where two "
+            f"tokens are nearly equal, so that rounding chooses), and {walked} walk with the decoded passes"
         )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from flaxdraft.data.prompts import Prompt
 from flaxdraft.errors import InputError
+from flaxdraft.evaluate.differences import Difference, differences
 from flaxdraft.evaluate.measure import Guess, Measured, Session, Timing, texts_of
 from flaxdraft.evaluate.walk import EVALUATION_ROWS, TeacherForced, accept_length, histogram
 from flaxdraft.evaluate.walk_answers import walk_answers
@@ -95,7 +96,7 @@ def _identical(run: Measured, alone: Measured) -> int:
 
 def guess_result(
     runs: Sequence[Measured], alone: Sequence[Measured], category: Mapping[str, str], forced: TeacherForced | None,
-    greedy: bool,
+    parted: Sequence[Difference] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Every figure of one chain or tree, its seeds taken together.
 
@@ -103,7 +104,8 @@ def guess_result(
         runs, alone: with the draft and without it, by seed.
         category: of each prompt's id.
         forced: the walk over the target's own greedy answers; None where answers were sampled, and for a tree.
-        greedy: answers were not sampled, so those with the draft should be the target's own.
+        parted: where answers with the draft differ from the target's own, which they should be; None where answers were
+            sampled.
 
     Raises:
         InputError: no answer has a second token, so no target pass was made.
@@ -126,8 +128,10 @@ def guess_result(
         "alone": before,
         "speedup": speed["tokens_per_second"] / before["tokens_per_second"],
     }
-    if greedy:
-        result["decoded"]["identical_answers"] = _identical(runs[0], alone[0])
+    if parted is not None:
+        result["decoded"] |= {
+            "identical_answers": _identical(runs[0], alone[0]), "differences": [one.to_json() for one in parted],
+        }  # fmt: skip
     if forced is not None:
         # The walk goes over the answers of the target alone; a turn counts where decoding gave the same one.
         result["teacher_forced"] = teacher_forced_figures(forced, yields)
@@ -150,10 +154,10 @@ def guess_results(
         num_rows = min(session.num_rows, EVALUATION_ROWS)
         forced = walk_answers(session.target, session.draft, texts_of(alone[0]), chains, num_rows)
     own = {guess: [run for run in runs if run.guess == guess] for guess in guesses}
+    parted = {guess: differences(session, own[guess][0], alone[0]) if greedy else None for guess in guesses}
     return [
-        guess_result(own[guess], alone, category, forced.get(guess.chain_length), greedy)
-        for guess in guesses
-    ]  # fmt: skip
+        guess_result(own[guess], alone, category, forced.get(guess.chain_length), parted[guess]) for guess in guesses
+    ]
 
 
 def sample_of(session: Session, run: Measured) -> dict[str, Any]:

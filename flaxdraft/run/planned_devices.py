@@ -20,6 +20,8 @@ KNOWN = {
     "B200": (180, 2250), "v5e": (16, 197), "v5p": (95, 459), "v6e": (32, 918),
 }  # fmt: skip
 _KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # as JAX calls them
+_TPUS = {*_KINDS.values()}
+MEMORY_FRACTION = "XLA_CLIENT_MEM_FRACTION"  # as in the environment
 _COUNTED = re.compile(r"(\d+)\s*[x×]\s*(\S.*)")
 _TOPOLOGY = re.compile(r"(v\d+\w*):\d+(x\d+)*")
 
@@ -30,7 +32,7 @@ class PlannedDevices(NamedTuple):
     name: str
     devices: Sequence[Any]  # whose compiler says what a step takes
     total: int  # of the real ones
-    memory: float | None  # bytes of each, where known
+    memory: float | None  # bytes of each that JAX takes, where known
     peak: float | None  # FLOP/s of each in bfloat16, where known
     stand_in: bool  # whether a CPU is compiled for in their place
 
@@ -72,7 +74,14 @@ def planned_devices(wanted: str | None, num: int) -> PlannedDevices:
     with contextlib.suppress(RuntimeError):  # JAX has started: its devices are what there is
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", num)
-    return PlannedDevices(f"{count} x {name}", jax.devices("cpu"), count, memory * 1e9, peak * 1e12, True)
+    share = 1.0 if name in _TPUS else _share_of_gpus()
+    said = f"{count} x {name}" if share == 1 else f"{count} x {name} ({share:.0%} of {memory} GB, {MEMORY_FRACTION})"
+    return PlannedDevices(said, jax.devices("cpu"), count, share * memory * 1e9, peak * 1e12, True)
+
+
+def _share_of_gpus() -> float:
+    """Of its memory, that JAX takes of a GPU when it starts, and never more."""
+    return float(os.environ.get(MEMORY_FRACTION) or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75)
 
 
 def _known(text: str) -> str | None:

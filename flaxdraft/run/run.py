@@ -8,6 +8,7 @@ import jax
 
 from flaxdraft.config import RunConfig
 from flaxdraft.devices import hosts
+from flaxdraft.evaluate.differences import refuse_wrong_answers
 from flaxdraft.evaluate.report import print_headline
 from flaxdraft.progress import process_log
 from flaxdraft.run.answers import answer_prompts
@@ -26,6 +27,9 @@ def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
 
     Args:
         allowed: fields of the configuration that may differ from what the output directory was made with.
+
+    Raises:
+        WrongAnswersError: see `refuse_wrong_answers`; all is written by then.
     """
     setup = prepare(config, allowed)
     claim_folders(setup)
@@ -54,3 +58,4 @@ def run(config: RunConfig, allowed: Sequence[str] = ()) -> None:
                 report_dir = report_run(setup, evaluation)
                 engine = find_engine(setup.algorithm.serving(), config.engine)
                 print_headline(evaluation, export_dir, report_dir, config.target.path, engine)
+        refuse_wrong_answers([evaluation])

@@ -1,7 +1,8 @@
 """How a process of a run ends: what it says, what it tells the others, and its exit code.
 
 0, all is done; 2, wrong input, with one message; 75, the run can go on from its last checkpoint and should be started
-again (it was asked to stop, or another process was lost); 1, a bug, with a traceback. Two more mean "start it again":
+again (it was asked to stop, or another process was lost); 1, a bug, with a traceback, or answers that a draft must not
+have changed, with a message. Two more mean "start it again":
 134, where the JAX runtime was the first to miss process 0, whose end it notices as quickly as the watchdog does and
 answers with SIGABRT; and 143, SIGTERM outside training.
 """
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from flaxdraft.config import HostsConfig
 from flaxdraft.devices import hosts
 from flaxdraft.devices.watchdog import RESTART
-from flaxdraft.errors import InputError
+from flaxdraft.errors import InputError, WrongAnswersError
 from flaxdraft.progress import CONSOLE
 from flaxdraft.train.guards import PreemptedError
 
@@ -36,6 +37,10 @@ def supervised(config: HostsConfig, work: Callable[[], None]) -> int:
         if hosts.is_main():
             print(f"flaxdraft: {error} (exit code {RESTART})", file=sys.stderr)
         code = RESTART
+    except WrongAnswersError as error:  # every process has found it, with all else done
+        if hosts.is_main():
+            print(f"flaxdraft: {error}", file=sys.stderr)
+        code = 1
     except Exception as error:
         if hosts.peers() is None:
             raise

@@ -15,6 +15,7 @@ from flaxdraft.nn.layers import GatedMLP
 from flaxdraft.nn.mla import MLA, MLAConfig
 from flaxdraft.nn.moe import MoE, MoEConfig
 from flaxdraft.nn.precision import Precision
+from flaxdraft.plugins import first_architecture
 from flaxdraft.targets.decoder import DecoderConfig, Group
 from flaxdraft.targets.pre_norm_layer import PreNormLayer
 
@@ -110,7 +111,7 @@ class Config(DecoderConfig):
 
 
 def _is_version3(config: dict[str, Any]) -> bool:
-    architecture = (config.get("architectures") or [""])[0]
+    architecture = first_architecture(config)
     if architecture in ARCHITECTURES:
         return architecture == "DeepseekV3ForCausalLM"
     return config.get("model_type") != "deepseek_v2"

@@ -11,6 +11,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.nn.gqa import GQA, GQAConfig
 from flaxdraft.nn.layers import GatedMLP
 from flaxdraft.nn.precision import Precision
+from flaxdraft.plugins import first_architecture
 from flaxdraft.targets.decoder import DecoderConfig, Group
 from flaxdraft.targets.pre_norm_layer import PreNormLayer
 
@@ -74,7 +75,7 @@ class Config(DecoderConfig):
 def _kind(config: dict[str, Any]) -> str:
     """llama, qwen2 or qwen3: by the architecture where it is one of ours, else by the model type."""
     named: dict[str | None, str] = dict(zip(ARCHITECTURES, MODEL_TYPES, strict=True))
-    return named.get((config.get("architectures") or [None])[0]) or config.get("model_type", "llama")
+    return named.get(first_architecture(config)) or config.get("model_type", "llama")
 
 
 def name_table(config: Config):

@@ -99,8 +99,21 @@ class Lives:
         self.ended()
 
 
-def test_a_request_to_stop_a_stopped_peer_and_a_killed_one(undisturbed):
-    """All three befall one run, one after the other; it ends as the undisturbed one."""
+def test_a_process_that_is_killed_while_it_saves(undisturbed):
+    """The other one ends and says so; started again, the run ends as the undisturbed one."""
+    lives = Lives(undisturbed, "killed", 2, "hosts.heartbeat_seconds=15")
+    processes = lives.start()
+    _wait_for_a_save(lives, processes, random.Random(0))
+    processes[1].kill()
+    assert finish(processes) == [RESTART, -signal.SIGKILL]
+    lives.ended()
+    lives.finish()
+    undisturbed.assert_identical("killed", "undisturbed")
+
+
+@pytest.mark.slow
+def test_a_request_to_stop_and_a_stopped_peer(undisturbed):
+    """Both befall one run, one after the other; it ends as the undisturbed one."""
     lives = Lives(undisturbed, "disturbed", 2, "hosts.heartbeat_seconds=15")
     processes = lives.start()  # process 1 is asked to stop: both save the same step and end
     undisturbed.wait_for_step("disturbed", 2, processes)
@@ -119,12 +132,6 @@ def test_a_request_to_stop_a_stopped_peer_and_a_killed_one(undisturbed):
         processes[1].kill()
         processes[1].wait()
     assert "has given no sign of life for 5 s" in lives.output(0)
-    lives.ended()
-
-    processes = lives.start()  # process 1 is killed while it saves
-    _wait_for_a_save(lives, processes, random.Random(0))
-    processes[1].kill()
-    assert finish(processes) == [RESTART, -signal.SIGKILL]
     lives.ended()
     lives.finish()
     undisturbed.assert_identical("disturbed", "undisturbed")

@@ -19,6 +19,8 @@ from tiny_runs import make_workspace
 from flaxdraft.data.store import FeatureStore
 from flaxdraft.files.safetensors_file import load_safetensors
 
+# The default tests have one target over eight devices of a process, and two processes that train and evaluate.
+pytestmark = pytest.mark.slow
 SCRIPT, MESH = Path(all_commands.__file__), "fsdp=2"
 SHORT = {"num_steps": 2, "eval_every": 2, "checkpoint_every": 2, "batch_size": 2, "length_buckets": 1}
 
@@ -121,12 +123,10 @@ def test_the_first_process_alone_speaks(trained):
     assert "the target answers the prompts" not in said[1]
 
 
-@pytest.mark.slow
 def test_the_commands_evaluation_is_the_same(ended):
     assert_same_evaluation(*(read(root, "evaluation/results.json")["chains"][0] for root in ended))
 
 
-@pytest.mark.slow
 def test_conversations_and_stores_are_the_same(ended):
     one, two = ((root / "answers" / "conversations.jsonl").read_text() for root in ended)
     assert len(one.splitlines()) == 3

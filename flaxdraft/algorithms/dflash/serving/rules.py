@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from flaxdraft.algorithms.dflash.serving import tensors
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, TAPS, Engine
 from flaxdraft.algorithms.dflash.sizes import SERVING_ARCHITECTURE
+from flaxdraft.plugins import first_architecture
 from flaxdraft.serving import rope_fields, sanity
 from flaxdraft.serving.finding import Finding, few
 from flaxdraft.serving.view import DraftView
@@ -15,7 +16,7 @@ Rule = Callable[[Engine, DraftView], Iterator[Finding]]
 
 
 def architecture(engine: Engine, view: DraftView) -> Iterator[Finding]:
-    named = (view.config.get("architectures") or [None])[0]
+    named = first_architecture(view.config)
     if named != SERVING_ARCHITECTURE:
         yield Finding("refused", f"architectures names {named!r}, it knows {SERVING_ARCHITECTURE}",
                       f'write "architectures": ["{SERVING_ARCHITECTURE}"]')  # fmt: skip

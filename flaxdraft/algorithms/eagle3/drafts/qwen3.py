@@ -17,6 +17,7 @@ from flaxdraft.devices.sharding import Sharding
 from flaxdraft.interfaces import EmbeddingAndHead
 from flaxdraft.nn.gqa import GQA, GQAConfig
 from flaxdraft.nn.precision import Precision
+from flaxdraft.plugins import architectures_of
 
 SERVING_ARCHITECTURE = "Eagle3Qwen3ForCausalLM"
 ARCHITECTURES = (SERVING_ARCHITECTURE,)
@@ -71,7 +72,7 @@ def _weights(config: Mapping[str, Any]) -> Shapes:
 
 SERVING = Kind(
     name="qwen3", title="Qwen3", architecture=SERVING_ARCHITECTURE, model_type="qwen3",
-    claims=lambda config: isinstance(names := config.get("architectures"), list) and SERVING_ARCHITECTURE in names,
+    claims=lambda config: SERVING_ARCHITECTURE in architectures_of(config),
     attention=_weights, yarn=llama.SERVING.yarn,
     engines={
         "vllm": Served(ARCHITECTURES, ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")),

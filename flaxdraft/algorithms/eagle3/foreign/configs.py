@@ -9,6 +9,7 @@ from flaxdraft.algorithms.eagle3.serving import layer_ids
 from flaxdraft.algorithms.eagle3.serving.kinds import kind_of
 from flaxdraft.algorithms.eagle3.serving.terms import switch
 from flaxdraft.errors import InputError
+from flaxdraft.plugins import first_architecture
 from flaxdraft.serving import rope_fields
 
 Trainer = Literal["flaxdraft", "specforge", "torchspec", "nemo", "eagle", "speculators"]
@@ -52,7 +53,7 @@ def trainer_of(config: Mapping[str, Any], has_training_state: bool) -> Trainer |
         return "speculators"
     if has_training_state:
         return "specforge"
-    return _ARCHITECTURES.get((config.get("architectures") or [None])[0])
+    return _ARCHITECTURES.get(first_architecture(config) or "")
 
 
 def understand(

@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flaxdraft.plugins import architectures_of
+
 DEEPSEEK = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25")
 NAME = "eagle_aux_hidden_state_layer_ids"
 
 
 def is_deepseek(target: Mapping[str, Any]) -> bool:
     """Whether SGLang runs this target (its config.json) with the model that counts inputs."""
-    return target.get("model_type") in DEEPSEEK or any("Deepseek" in name for name in target.get("architectures") or [])
+    return target.get("model_type") in DEEPSEEK or any("Deepseek" in name for name in architectures_of(target))
 
 
 def default_outputs(num_layers: int) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from flaxdraft.algorithms.eagle3.serving import layer_ids, tensors
 from flaxdraft.algorithms.eagle3.serving.kinds import View
 from flaxdraft.algorithms.eagle3.serving.terms import SWITCHES, Engine, switch
+from flaxdraft.plugins import first_architecture
 from flaxdraft.serving import rope_fields, sanity
 from flaxdraft.serving.finding import Finding, few
 
@@ -14,7 +15,7 @@ Rule = Callable[[Engine, View], Iterator[Finding]]
 
 
 def architecture(engine: Engine, view: View) -> Iterator[Finding]:
-    named, served = (view.config.get("architectures") or [None])[0], engine.kinds.get(view.kind.name)
+    named, served = first_architecture(view.config), engine.kinds.get(view.kind.name)
     if served is None:
         yield Finding("refused", f"it serves no {view.kind.name} drafts", "serve it with SGLang or vLLM")
     elif named not in (names := served.architectures):
