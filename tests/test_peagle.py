@@ -168,6 +168,7 @@ def test_sampled_answers_are_distributed_as_the_targets(target, draft):
     assert excess([one.tokens for one in decoded], exact(target, 1.0)) < 4
 
 
+@pytest.mark.slow  # that no element sees another document is seen above
 def test_packed_documents_are_as_separate_ones(target, draft):
     """Chains and what they see end at a document's edge; the loss is that of the documents apart."""
     algorithm, rng, length = peagle.algorithm(num_depths=3).drafting(3), np.random.default_rng(0), 9

@@ -63,9 +63,9 @@ def test_the_elements_are_the_references(elements, golden):
         np.testing.assert_array_equal(anchors, golden["sample.anchor_pos"][golden["sample.depth"] == depth])
 
 
-@pytest.fixture(scope="module")
-def passed(golden, meta, elements):
-    """By attention: hidden states, sums, loss and gradients by PyTorch name. A row before the first one holds nothing
+@pytest.fixture(scope="module", params=["dense", pytest.param("chunked", marks=pytest.mark.slow)])
+def passed(request, golden, meta, elements):
+    """Hidden states, sums, loss and gradients by PyTorch name. A row before the first one holds nothing
     but what makes the reference's rows, which are shifted, rows of a text."""
     o, length = meta["options"], meta["options"]["T"]
     config = llama.Config.from_hf({
@@ -90,8 +90,8 @@ def passed(golden, meta, elements):
     chosen = jax.tree.map(jnp.asarray, joined([elements], [len(own) for own in elements], length + 1))
     head = jnp.eye(o["vocab"])[vocab.target_ids_W]
 
-    def loss(params, attention):
-        draft, how = nnx.merge(graphdef, params, frozen), UnrollOptions(attention, "none", 8)
+    def loss(params):
+        draft, how = nnx.merge(graphdef, params, frozen), UnrollOptions(request.param, "none", 8)
         hidden = states(draft, batch, taps, chosen, how)
         mask = before(golden["in.loss_mask"] > 0)
         options = DistillOptions((1.0,), chunk=7)
@@ -99,18 +99,12 @@ def passed(golden, meta, elements):
         numerator, count = sums.terms()
         return numerator / count, (hidden, sums)
 
-    def both(params):
-        return {name: jax.value_and_grad(loss, has_aux=True)(params, name) for name in ("dense", "chunked")}
-
-    return {
-        name: (hidden, sums, value, state_to_torch(gradients, llama.name_table(config), np.float32))
-        for name, ((value, (hidden, sums)), gradients) in jax.jit(both)(params).items()
-    }
+    (value, (hidden, sums)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return hidden, sums, value, state_to_torch(gradients, llama.name_table(config), np.float32)
 
 
-@pytest.mark.parametrize("attention", ["dense", "chunked"])
-def test_hidden_states_losses_and_gradients(attention, passed, golden, meta):
-    hidden, sums, value, gradients = passed[attention]
+def test_hidden_states_losses_and_gradients(passed, golden, meta):
+    hidden, sums, value, gradients = passed
     real = segments_of(golden)[golden["sample.anchor_pos"]] > 0
     assert_close(np.asarray(hidden)[0, real], golden["out.hidden_before_norm"][0, real], rtol=1e-5)
     results = meta["results"]

@@ -161,7 +161,7 @@ class Algorithm:
         self, draft: Any, head_VD: Float[Array, "V D"], example: Example, text: list[Keys], anchor_BA: Int[Array, "B A"]
     ) -> Any:
         """What is known of every slot of some blocks, as arrays [B, A, S] with `hit_BAS` among them."""
-        settings, states_BRD = self.settings, self.states(draft, example.batch, text, anchor_BA)
+        states_BRD = self.states(draft, example.batch, text, anchor_BA)
         label_BAS, asked_BAS = self.asked(example.batch, anchor_BA)
         label_BAS = draft.known(label_BAS)
         known_BAS = asked_BAS & (label_BAS >= 0)

@@ -1,4 +1,4 @@
-"""Which places a step computes, chosen on the host: "conditional on depth" sampling of arXiv 2602.01469 (COD).
+"""Which places a step computes, chosen on the host: the COD sampling of arXiv 2602.01469.
 
 An element (anchor s, depth d) stands at place p = s + d of its row. Depth 0 is computed at every row of the text, since
 all later depths attend to it; depth d > 0 has elements behind some anchors. Whoever has depth d has all depths before
