@@ -95,7 +95,6 @@ def test_other_sources_and_another_beginning(source, finished, workspace, tmp_pa
     [
         (["evaluate.chain_length=5"], "evaluate.chain_length: found 5, but such drafts of dspark propose at most 4"),
         (["draft.fields={markov_head_type: lstm}"], "draft.fields.markov_head_type: found 'lstm', expected one of"),
-        (["draft.fields={sample_from_anchor: false}"], "the newest token's slot of dspark predicts as well"),
         (["export.engine=vllm"], "export for vLLM 0.33.0: markov_head_type is rnn, it has vanilla alone"),
         (["draft.architecture=mla"], "export for SGLang 0.5.23: it serves no drafts with latent attention"),
         (["draft.fields={enable_confidence_head: false}", "algorithm.confidence_threshold=0.5"],
