@@ -3,6 +3,7 @@ what SpecForge writes is read; the confidence's temperatures."""
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from contracts import Pair, vocab_of
@@ -15,7 +16,7 @@ from flaxdraft.algorithms.dspark.drafts import qwen3
 from flaxdraft.algorithms.dspark.serving import contract
 from flaxdraft.algorithms.dspark.serving.temperatures import NAME, temperatures
 from flaxdraft.algorithms.dspark.settings import Settings
-from flaxdraft.algorithms.loading import abstract_params, contract_of, from_pretrained
+from flaxdraft.algorithms.loading import abstract_params, contract_of, from_pretrained, tapped_layers
 from flaxdraft.errors import InputError
 from flaxdraft.files.safetensors_file import load_safetensors, save_safetensors
 from flaxdraft.serving import lint
@@ -134,6 +135,21 @@ def test_a_checkpoint_of_specforge_is_read(kind, tmp_path):
     for one, other in zip(nnx.to_flat_state(found.params), nnx.to_flat_state(draft.params), strict=True):
         np.testing.assert_array_equal(one[1].get_value(), other[1].get_value())
     assert contract_of(theirs).title == "DSpark"
+
+
+def test_a_checkpoint_of_the_authors_is_read(good, tmp_path):
+    """Its fields at the top level, the target's embedding and head among the weights."""
+    tensors, config, where = good
+    theirs = {name: value for name, value in config.items() if name not in (NESTED, "sample_from_anchor")}
+    theirs |= {"target_layer_ids": [1, 2, 3, 4, 5], "mask_token_id": V - 1, "num_anchors": 512}
+    more = {name: np.ones((V, 32), np.float32) for name in ("embed_tokens.weight", "lm_head.weight")}
+    save_safetensors(tmp_path / "model.safetensors", tensors | more)
+    (tmp_path / "config.json").write_text(json.dumps(theirs))
+    found, ours = from_pretrained(tmp_path), from_pretrained(where)
+    assert found.config == ours.config
+    jax.tree.map(np.testing.assert_array_equal, found.params, ours.params)
+    assert tapped_layers(tmp_path, {}) == [1, 2, 3, 4, 5]
+    assert {name: one for name, one in check(tensors | more, theirs).items() if one} == {}
 
 
 def test_temperatures_stand_beside_what_they_were_fitted_for(tmp_path):

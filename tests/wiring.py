@@ -40,6 +40,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.evaluate import report, walk
 from flaxdraft.files.safetensors_file import load_safetensors
 from flaxdraft.plugins import parts_of
+from flaxdraft.run.setup import parts
 from flaxdraft.targets.decoder import DecoderTarget
 from flaxdraft.train import step as step_module
 from flaxdraft.train.__main__ import main
@@ -171,6 +172,10 @@ class Command:
     def config_json(self, *overrides: str) -> dict[str, Any]:
         """Of the export."""
         return self.ended(*overrides).config_json()
+
+    def drafter(self, *overrides: str) -> Any:
+        """How the draft proposes where it is evaluated."""
+        return parts(self.config(*overrides)).evaluation.drafter()
 
     def step(self, *overrides: str) -> str:
         return self._once("step", overrides, lambda *given: self.first(*given).step())

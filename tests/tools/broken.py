@@ -305,7 +305,25 @@ DEPTHS = (
           "if engine.why_not == 0: return [Finding(", of("test_peagle_check", "nothing")),
 )  # fmt: skip
 
+TRUST = (
+    Break("the teacher is of another row", "take_rows(features.last_BTE, rows_BR)",
+          "take_rows(features.last_BTE, rows_BR + 1)", ("tests/parity/test_dspark_golden.py",)),
+    Break("the recurrent head forgets", "keep * state + (1 - keep) * jnp.tanh(new), jnp.tanh(out)",
+          "(1 - keep) * jnp.tanh(new), jnp.tanh(out)", ("tests/parity/test_dspark_golden.py",)),
+    Break("the distance has half of its derivative", "p_CV * (jnp.sign(gap_CV) - leaning_C[:, None])",
+          "p_CV * jnp.sign(gap_CV)", ("tests/parity/test_dspark_golden.py",)),
+    Break("what is not trusted is proposed", "agree_BQ = agree_BQ * (jnp.arange",
+          "agree_BQ = agree_BQ + 0 * (jnp.arange",
+          of("test_dspark", "walk")),
+    Break("what was not drafted is subtracted", "jnp.where(there_BQ[..., None], q_BQW, 0)", "q_BQW",
+          of("test_dspark", "neither")),
+    Break("the confidence is fitted on all slots", "counts_BAQ = (reached_BAQ * asked_BAQ)",
+          "counts_BAQ = (1 + 0 * reached_BAQ * asked_BAQ)", of("test_dspark", "temperatures")),
+    Break("the newest token's slot is left out", "layout_of(self.settings.block_size, sample_from_anchor=True)",
+          "layout_of(self.settings.block_size, sample_from_anchor=False)", of("test_dspark", "walk")),
+)  # fmt: skip
+
 BREAKS = (
     *OPTIMIZER, *SCHEDULE, *BEGINNING, *SHARDING, *RESUME, *MASKS, *EXPORT, *EVALUATION, *HOSTS, *BLOCKS, *SEAMS,
-    *HEADS, *DEPTHS,
+    *HEADS, *TRUST, *DEPTHS,
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from flaxdraft.algorithms.dflash.sizes import BlockSizes
@@ -14,6 +15,14 @@ PROJECTOR = "dspark"
 HEAD_TYPES = ("vanilla", "gated", "rnn")
 # They stand at the top level, where engines read them, and in dflash_config, where SpecForge does.
 HEAD = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
+
+
+def nested(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with a dflash_config. DSpark's own authors write none, and its fields at the top level."""
+    if "dflash_config" in config or not config.get("target_layer_ids"):
+        return dict(config)
+    own = ("target_layer_ids", "mask_token_id", "confidence_head_alpha", *HEAD)
+    return {**config, "dflash_config": {name: config[name] for name in own if name in config}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,19 +71,20 @@ class DSparkSizes(BlockSizes):
         Raises:
             InputError: also where a field of the head stands in two places that differ, or slots are DFlash's.
         """
-        sizes, nested = super().from_hf_sizes(config), config["dflash_config"]
+        config = nested(config)
+        sizes, inner = super().from_hf_sizes(config), config["dflash_config"]
         for name in HEAD:
-            if name in config and name in nested and config[name] != nested[name]:
+            if name in config and name in inner and config[name] != inner[name]:
                 raise InputError(
-                    f"draft config: {name} is {config[name]}, in dflash_config {nested[name]}; write the one of "
+                    f"draft config: {name} is {config[name]}, in dflash_config {inner[name]}; write the one of "
                     "training in both"
                 )
-        said = {place["sample_from_anchor"] for place in (config, nested) if "sample_from_anchor" in place}
+        said = {place["sample_from_anchor"] for place in (config, inner) if "sample_from_anchor" in place}
         if said == {False}:
             raise InputError(
                 "draft config: sample_from_anchor is false: slots as DFlash has them, which no DSpark draft here has"
             )
-        both = nested | {name: config[name] for name in HEAD if name in config}
+        both = inner | {name: config[name] for name in HEAD if name in config}
         own = {name: both[name] for name in HEAD[:1]}
         if "markov_head_type" in both:
             own["markov_head_type"] = str(both["markov_head_type"]).lower()
@@ -86,9 +96,9 @@ class DSparkSizes(BlockSizes):
 
     def to_hf_sizes(self, model_type: str) -> dict[str, Any]:
         out, own = super().to_hf_sizes(model_type), {name: getattr(self, name) for name in HEAD}
-        nested = out["dflash_config"] | {"projector_type": PROJECTOR} | own
+        inner = out["dflash_config"] | {"projector_type": PROJECTOR} | own
         if (kv_heads := getattr(self, "num_key_value_heads", None)) is not None:  # SpecForge asks which
-            nested["attention_mode"] = "mha" if kv_heads == self.num_attention_heads else "gqa"
+            inner["attention_mode"] = "mha" if kv_heads == self.num_attention_heads else "gqa"
         return out | own | {
-            "architectures": [*ARCHITECTURES[:1]], "sample_from_anchor": True, "dflash_config": nested,
+            "architectures": [*ARCHITECTURES[:1]], "sample_from_anchor": True, "dflash_config": inner,
         }  # fmt: skip

@@ -3,8 +3,8 @@ said here is DFlash's."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from flaxdraft.algorithms.dflash.serving import contract as of_blocks
@@ -14,19 +14,44 @@ from flaxdraft.algorithms.dflash.serving.contract import config_json as config_j
 from flaxdraft.algorithms.dflash.serving.contract import flat_name as flat_name
 from flaxdraft.algorithms.dflash.serving.contract import tables as tables
 from flaxdraft.algorithms.dflash.serving.contract import take_vocab as take_vocab
-from flaxdraft.algorithms.dflash.serving.contract import tap_layers_of as tap_layers_of
 from flaxdraft.algorithms.dspark.serving.kind import DSPARK, of_head
 from flaxdraft.algorithms.dspark.serving.rules import RULES
 from flaxdraft.algorithms.dspark.serving.terms import Engine
+from flaxdraft.algorithms.dspark.sizes import nested
 from flaxdraft.plugins import parts_of
+from flaxdraft.serving.finding import Finding
+from flaxdraft.serving.view import DraftView
 
 title: str = "DSpark"
 tags: Sequence[str] = ("dspark", "dflash", "speculative-decoding")
-unreadable = partial(sanity.unreadable, kind=DSPARK)
-of_directory = partial(sanity.of_directory, kind=DSPARK)
-of_sizes = partial(sanity.of_sizes, kind=DSPARK)
-of_config = partial(of_block_rules.of_config, more=RULES)
-of_tensors = partial(of_block_rules.of_tensors, kind=DSPARK)
+
+
+def _nested(view: DraftView) -> DraftView:
+    return dataclasses.replace(view, config=nested(view.config))
+
+
+def tap_layers_of(config: Mapping[str, Any], target: Mapping[str, Any]) -> list[int] | None:
+    return of_blocks.tap_layers_of(nested(config), target)
+
+
+def unreadable(view: DraftView) -> list[Finding]:
+    return sanity.unreadable(_nested(view), DSPARK)
+
+
+def of_directory(view: DraftView) -> list[Finding]:
+    return sanity.of_directory(_nested(view), DSPARK)
+
+
+def of_sizes(view: DraftView) -> list[Finding]:
+    return sanity.of_sizes(_nested(view), DSPARK)
+
+
+def of_config(engine: Engine, view: DraftView) -> list[Finding]:
+    return of_block_rules.of_config(engine, _nested(view), RULES)
+
+
+def of_tensors(engine: Engine, view: DraftView) -> list[Finding]:
+    return of_block_rules.of_tensors(engine, _nested(view), DSPARK)
 
 
 def engines() -> Mapping[str, Engine]:
@@ -35,8 +60,8 @@ def engines() -> Mapping[str, Engine]:
 
 
 def describe(config: Mapping[str, Any]) -> str:
-    told = of_blocks.describe(config).removeprefix(f"{of_blocks.title}, ")
-    own = of_head(config)
+    told = of_blocks.describe(nested(config)).removeprefix(f"{of_blocks.title}, ")
+    own = of_head(nested(config))
     trusting = " and a confidence" if own.get("enable_confidence_head") else ""
     return f"{title}, {told}, a {own['markov_head_type']} Markov head of rank {own['markov_rank']}{trusting}"
 
