@@ -116,6 +116,7 @@ def test_no_imports_go_round():
 
 # An algorithm may build on another one, which does not know it.
 BUILDS_ON = {
+    "flaxdraft.algorithms.dflash2": "flaxdraft.algorithms.dflash",
     "flaxdraft.algorithms.domino": "flaxdraft.algorithms.dflash",
     "flaxdraft.algorithms.peagle": "flaxdraft.algorithms.eagle3",
 }

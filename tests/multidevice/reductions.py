@@ -52,8 +52,11 @@ def matrix_shapes(trained, tensor: int) -> collections.Counter:
     for path, leaf in jax.tree_util.tree_leaves_with_path(trained.params):
         if leaf.ndim > 1:
             name = jax.tree_util.keystr(path)
-            cut = 0 if re.search("o_proj|down_proj|embed_tokens|correction.*lm_head", name) else 1
-            whole = re.search("q_a_proj|kv_a_proj|mask_hidden|correction.*(input_proj|state_proj|projection)", name)
+            cut = 0 if re.search("o_proj|down_proj|embed_tokens|(correction|selector).*lm_head", name) else 1
+            whole = re.search(
+                "q_a_proj|kv_a_proj|mask_hidden|correction.*(input_proj|state_proj|projection)|selector.*projection|_conv",
+                name,
+            )
             parts = (n // (tensor if axis == cut and not whole else 1) for axis, n in enumerate(leaf.shape))
             shapes[tuple(sorted(parts))] += 1
     return shapes
