@@ -1,5 +1,5 @@
-"""DFlash2 through all that a run is: training, walking, decoding, export; going on to the bit in the middle of its ramp;
-beginning from an export, features from a store."""
+"""DFlash2 through all that a run is: training, walking, decoding, export; going on to the bit in the middle of its
+ramp; beginning from an export, features from a store."""
 
 import json
 import shutil
