@@ -15,20 +15,21 @@ from flaxdraft.train.state import split_draft
 # Rows of the loss: in one chunk of so many its loop, which counts once, has all of them.
 ROWS = {
     "eagle3": lambda example: example.chosen.rows_BR.size,
-    # A block of four predicts so many; of eight with shifted labels, and of DSpark's seven, slot 0 does as well.
+    # A block of four or eight predicts so many; of eight with shifted labels, and of DSpark's seven, slot 0 does as well.
     "dflash": lambda example: example.chosen.anchor_BA.size * 3,
+    "dflash2": lambda example: example.chosen.anchor_BA.size * 7,
     "domino": lambda example: example.chosen.anchor_BA.size * 8,
     "dspark": lambda example: example.chosen.anchor_BA.size * 7,
     "peagle": lambda example: sum(at_BR.size for at_BR in example.chosen.anchors),
 }
 # What that one chunk has beyond those rows: the teachers of its last steps.
-MORE = dict.fromkeys(("dflash", "domino", "dspark", "peagle"), lambda teacher: 0)
+MORE = dict.fromkeys(("dflash", "dflash2", "domino", "dspark", "peagle"), lambda teacher: 0)
 MORE["eagle3"] = lambda teacher: 2 * 6 * teacher.size
 
 
 def products(jaxpr) -> float:
     """Operations of the products that somebody reads; those of attention, batch by batch, are none with weights."""
-    total, read = 0.0, {*jaxpr.outvars}
+    total, read = 0.0, {x for x in jaxpr.outvars if not hasattr(x, "val")}
     for equation in reversed(jaxpr.eqns):
         if not read & {*equation.outvars}:
             continue
@@ -44,18 +45,19 @@ def products(jaxpr) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "fields"),
+    ("name", "fields", "settings"),
     [
-        *((name, {}) for name in PAIRS),
-        *(("eagle3-llama", {switch: True}) for switch in SWITCHES if "fc" in switch),
-        ("dflash-qwen3", {"draft_vocab_size": 24}),
+        *((name, {}, {}) for name in PAIRS),
+        *(("eagle3-llama", {switch: True}, {}) for switch in SWITCHES if "fc" in switch),
+        ("dflash-qwen3", {"draft_vocab_size": 24}, {}),
+        ("dflash2-qwen3", {}, {"selector_stop_gradient": True}),
     ],
 )
-def test_a_step_multiplies_what_is_said(name, fields):
+def test_a_step_multiplies_what_is_said(name, fields, settings):
     algorithm, module = PAIRS[name]
     kind, config = algorithm.settings.name, PAIRS[name].config(target_config(), **fields)
     example = contracts.example_of(algorithm, config)
-    chosen = {"loss_chunk": ROWS[kind](example), "attention": "dense"}
+    chosen = settings | {"loss_chunk": ROWS[kind](example), "attention": "dense"}
     algorithm = type(algorithm)(algorithm.settings.model_copy(update=chosen), True)
     graphdef, params, frozen = split_draft(Pair(algorithm, module).make(config, target_config()))
 

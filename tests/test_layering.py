@@ -116,7 +116,7 @@ def test_no_imports_go_round():
 
 # An algorithm may build on another one, which does not know it.
 BUILDS_ON = {
-    **{f"flaxdraft.algorithms.{name}": "flaxdraft.algorithms.dflash" for name in ("domino", "dspark")},
+    **{f"flaxdraft.algorithms.{name}": "flaxdraft.algorithms.dflash" for name in ("dflash2", "domino", "dspark")},
     "flaxdraft.algorithms.peagle": "flaxdraft.algorithms.eagle3",
 }
 

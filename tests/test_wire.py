@@ -122,6 +122,7 @@ PROCESSES = ("hosts.coordinator=localhost:1", "hosts.num_processes=2", "hosts.pr
 DFLASH = ("algorithm.name=dflash", "draft.fields={num_hidden_layers: 1}")
 DPACE = (*DFLASH, "algorithm.objective=dpace")
 DOMINO = ("algorithm.name=domino", "draft.fields={num_hidden_layers: 1}")
+DFLASH2 = ("algorithm.name=dflash2", "draft.fields={num_hidden_layers: 1}")
 SMALL = ("draft.draft_vocab_size=64", "draft.fields={num_hidden_layers: 1}")
 PEAGLE = ("algorithm.name=peagle", *SMALL, "algorithm.num_depths=2")
 DSPARK = ("algorithm.name=dspark", "draft.fields={num_hidden_layers: 1}")
@@ -257,6 +258,20 @@ SETTINGS: dict[str, dict[str, list]] = {
         "attention_chunk": [Differs("step", 16, (*DFLASH, "algorithm.attention=chunked"))],
         "remat": [Differs("step", "full", DFLASH)],
         "loss_chunk": [Differs("step", 16, DFLASH)],
+    },
+    "dflash2": {
+        "name": [Begins("dflash2", lambda first, _: "layer_0/mlp_conv/base_kernel" in first.weights)],
+        "block_size": [Differs("step", 4, DFLASH2)],
+        "stop_at_hole": [Differs("step", True, DFLASH2)],
+        "decay_gamma": [Differs("step", None, DFLASH2)],
+        "selector_alpha": [Differs("step", 0.5, DFLASH2)],
+        "selector_warmup_ratio": [Differs("step", 0.5, DFLASH2)],
+        "selector_ramp_ratio": [Differs("step", 0.5, DFLASH2)],
+        "selector_warmup_steps": [Differs("step", 3, DFLASH2)],
+        "selector_ramp_steps": [Differs("step", 3, DFLASH2)],
+        "selector_stop_gradient": [Differs("step", True, DFLASH2)],
+        "loss_chunk": [Differs("step", 16, DFLASH2)],  # the same figures: tests/test_candidate_head.py
+        **{name: [As("dflash")] for name in ("num_anchors", "attention", "attention_chunk", "remat")},
     },
     "domino": {
         "name": [Begins("domino", lambda first, _: "correction/prefix_gru/state_proj/kernel" in first.weights)],

@@ -66,34 +66,51 @@ class Told(NamedTuple):
 Rule = Callable[[Made, Any, Any], Told]
 
 
-def corrected(
-    rule: Rule, how: How, inputs: Inputs, heads: Heads, rows: Any, asked_BR: Bool[Array, "B R"], more: Any = ()
+class Chunk(NamedTuple):
+    """Some rows on one device, and all that is there to make losses of them."""
+
+    how: How
+    heads: Heads  # in the precision of the products
+    axis: str | None  # of the mesh, that splits the vocabulary
+    want_gradients: bool
+    inputs: Inputs  # of these rows: [C, ...]
+    rows: Any  # what is asked of each: arrays [C, ...]
+    more: Any
+
+
+# What is known of each row of a chunk and the gradients of the total by its inputs, () where none are wanted; the
+# total, and its gradient by the correction, at least float32, or (). Gradients are this device's parts.
+OfChunk = Callable[[Chunk], tuple[tuple[Any, Any], tuple[Any, Any]]]
+
+
+def walked(
+    of_chunk: OfChunk, how: How, inputs: Inputs, heads: Heads, rows: Any, asked_BR: Bool[Array, "B R"], more: Any = ()
 ) -> tuple[Float[Array, ""], Any]:
     """The total, which alone has a gradient, to inputs and correction; and what is known of each row.
 
     Args:
-        rule: a function of a module, since programs are compiled by it.
+        of_chunk: of equal ones the programs are the same: a function of a module, or a named tuple that is called.
         rows: arrays [B, R, ...].
-        more: further numbers for the rule, the same for all rows.
+        more: further numbers, the same for all rows.
     """
     # JAX types a custom_vjp that has options as giving anything.
-    found: Any = _total(rule, how, inputs, heads, rows, asked_BR, more)
+    found: Any = _total(of_chunk, how, inputs, heads, rows, asked_BR, more)
     return found
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _total(rule: Rule, how: How, inputs: Inputs, heads: Heads, rows, asked, more):
-    return _walk(rule, how, False, inputs, heads, rows, asked, more)[0]
+def _total(of_chunk: OfChunk, how: How, inputs: Inputs, heads: Heads, rows, asked, more):
+    return _walk(of_chunk, how, False, inputs, heads, rows, asked, more)[0]
 
 
-def _walk(rule, how: How, want_gradients, inputs: Inputs, heads: Heads, rows, asked, more):
+def _walk(of_chunk, how: How, want_gradients, inputs: Inputs, heads: Heads, rows, asked, more):
     rows_spec, head_spec = spec_of(inputs.states_BRD).partitions[:2], spec_of(heads.correction_VE)
     rows_axes, axis = axes_of(rows_spec), partitions_of(head_spec)[0]
     assert axis == partitions_of(spec_of(heads.frozen_VD))[0], "both heads are split alike"
 
     def local(inputs, heads, rows, asked, more):
         narrow = jax.tree.map(lambda x: x.astype(inputs.states_BRD.dtype), heads)
-        one = partial(_rows, rule, how, axis, want_gradients, narrow, more)
+        one = lambda of: of_chunk(Chunk(how, narrow, axis, want_gradients, of[0], of[1], more))  # noqa: E731
         (known, back), (total, to_head) = in_chunks(one, how.chunk, asked, (inputs, rows))
         total = added_up(total, jax.P(), rows_axes)
         if want_gradients:
@@ -107,37 +124,49 @@ def _walk(rule, how: How, want_gradients, inputs: Inputs, heads: Heads, rows, as
     )  # fmt: skip
 
 
-def _rows(rule, how: How, axis, want_gradients, heads: Heads, more, chunk: tuple[Inputs, Any]):
-    """What is known of the rows of one chunk, and this device's parts of the gradients."""
-    (state_CD, latent_CE), rows = chunk
-    product = partial(jnp.einsum, preferred_element_type=jnp.promote_types(state_CD.dtype, jnp.float32))
-    base_CV = how.logits.of(product("cd,vd->cv", state_CD, heads.frozen_VD))
-    final_CV = base_CV + product("ce,ve->cv", latent_CE, heads.correction_VE)
-    known, total, by_final_CV, by_base_CV = rule(Made(base_CV, final_CV, heads.frozen_VD, axis), rows, more)
-    if not want_gradients:
-        return (known, ()), (total, ())
-    both_CV = by_final_CV if by_base_CV is None else by_final_CV + by_base_CV
-    both_CV = (both_CV * how.logits.slope(base_CV)).astype(state_CD.dtype)
-    by_final_CV = by_final_CV.astype(state_CD.dtype)
-    back = Inputs(
-        product("cv,vd->cd", both_CV, heads.frozen_VD), product("cv,ve->ce", by_final_CV, heads.correction_VE)
-    )
-    back = jax.tree.map(lambda x: x.astype(state_CD.dtype), back)
-    return (known, back), (total, product("cv,ce->ve", by_final_CV, latent_CE))
-
-
-def _forward(rule, how, inputs, heads, rows, asked, more):
-    found, (back, to_head) = _walk(rule, how, True, inputs, heads, rows, asked, more)
+def _forward(of_chunk, how, inputs, heads, rows, asked, more):
+    found, (back, to_head) = _walk(of_chunk, how, True, inputs, heads, rows, asked, more)
     return found, (back, to_head, jnp.zeros((0,), heads.correction_VE.dtype))
 
 
-def _backward(rule, how, residuals, cotangent):
+def _backward(of_chunk, how, residuals, cotangent):
     (back, to_head, like), share = residuals, cotangent[0]
     back = jax.tree.map(lambda x: scaled(x, share, x.dtype), back)
     return back, Heads._make((None, scaled(to_head, share, like.dtype))), None, None, None
 
 
 _total.defvjp(_forward, _backward)
+
+
+class Products(NamedTuple):
+    """Every logit of a chunk corrected, for a rule: a function of a module."""
+
+    rule: Rule
+
+    def __call__(self, chunk: Chunk) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        (state_CD, latent_CE), heads, how = chunk.inputs, chunk.heads, chunk.how
+        product = partial(jnp.einsum, preferred_element_type=jnp.promote_types(state_CD.dtype, jnp.float32))
+        base_CV = how.logits.of(product("cd,vd->cv", state_CD, heads.frozen_VD))
+        final_CV = base_CV + product("ce,ve->cv", latent_CE, heads.correction_VE)
+        made = Made(base_CV, final_CV, heads.frozen_VD, chunk.axis)
+        known, total, by_final_CV, by_base_CV = self.rule(made, chunk.rows, chunk.more)
+        if not chunk.want_gradients:
+            return (known, ()), (total, ())
+        both_CV = by_final_CV if by_base_CV is None else by_final_CV + by_base_CV
+        both_CV = (both_CV * how.logits.slope(base_CV)).astype(state_CD.dtype)
+        by_final_CV = by_final_CV.astype(state_CD.dtype)
+        back = Inputs(
+            product("cv,vd->cd", both_CV, heads.frozen_VD), product("cv,ve->ce", by_final_CV, heads.correction_VE)
+        )
+        back = jax.tree.map(lambda x: x.astype(state_CD.dtype), back)
+        return (known, back), (total, product("cv,ce->ve", by_final_CV, latent_CE))
+
+
+def corrected(
+    rule: Rule, how: How, inputs: Inputs, heads: Heads, rows: Any, asked_BR: Bool[Array, "B R"], more: Any = ()
+) -> tuple[Float[Array, ""], Any]:
+    """See `walked`; what is said of rows is the rule's."""
+    return walked(Products(rule), how, inputs, heads, rows, asked_BR, more)
 
 
 class Labels(NamedTuple):

@@ -3,7 +3,7 @@
 `axis` is the mesh axis that splits the vocabulary, None where it is whole. Every function gives the same number on all
 devices of the axis.
 
-Shape letters: C rows, W a device's part of the vocabulary.
+Shape letters: C rows, W a device's part of the vocabulary, K tokens of it.
 """
 
 from __future__ import annotations
@@ -82,3 +82,17 @@ def at(logits_CW: Float[Array, "C W"], id_C: Int[Array, " C"], axis: str | None)
     inside_C = (own_C >= 0) & (own_C < logits_CW.shape[-1])
     found_C = jnp.take_along_axis(logits_CW, jnp.where(inside_C, own_C, 0)[:, None], axis=-1)[:, 0]
     return total(jnp.where(inside_C, found_C, 0.0), axis)
+
+
+def top(
+    logits_CW: Float[Array, "C W"], count: int, axis: str | None
+) -> tuple[Float[Array, "C K"], Int[Array, "C K"]]:  # fmt: skip
+    """The `count` highest logits of each row, falling, and their ids; of equal ones the lower id comes first."""
+    value_CK, id_CK = lax.top_k(logits_CW, min(count, logits_CW.shape[-1]))
+    if axis is None:
+        return value_CK, id_CK
+    id_CK = id_CK + lax.axis_index(axis) * logits_CW.shape[-1]
+    # In the order of the devices, hence of the ids.
+    values, ids = (lax.all_gather(x, axis, axis=1, tiled=True) for x in (value_CK, id_CK))
+    value_CK, at_CK = lax.top_k(values, count)
+    return value_CK, jnp.take_along_axis(ids, at_CK, axis=1)

@@ -52,9 +52,9 @@ def matrix_shapes(trained, tensor: int) -> collections.Counter:
     for path, leaf in jax.tree_util.tree_leaves_with_path(trained.params):
         if leaf.ndim > 1:
             name = jax.tree_util.keystr(path)
-            cut = 0 if re.search("o_proj|down_proj|embed_tokens|(correction|markov).*lm_head", name) else 1
+            cut = 0 if re.search("o_proj|down_proj|embed_tokens|(correction|markov|selector).*lm_head", name) else 1
             once = "q_a_proj|kv_a_proj|mask_hidden|correction.*(input_proj|state_proj|projection)|confidence"
-            whole = re.search(once, name)
+            whole = re.search(f"{once}|selector.*projection|_conv", name)
             parts = (n // (tensor if axis == cut and not whole else 1) for axis, n in enumerate(leaf.shape))
             shapes[tuple(sorted(parts))] += 1
     return shapes

@@ -8,6 +8,9 @@ from closeness import assert_close
 from reductions import matrices, matrix_shapes, reduced_operands
 from test_dflash_meshes import train
 
+from flaxdraft.algorithms.dflash2 import algorithm as dflash2
+from flaxdraft.algorithms.dflash2.drafts import qwen3 as dflash2_draft
+from flaxdraft.algorithms.dflash2.settings import Settings as DFlash2Settings
 from flaxdraft.algorithms.domino import algorithm as domino
 from flaxdraft.algorithms.domino.drafts import qwen3 as domino_draft
 from flaxdraft.algorithms.domino.settings import Settings as DominoSettings
@@ -18,9 +21,12 @@ from flaxdraft.algorithms.dspark.settings import Settings as DSparkSettings
 pytestmark = pytest.mark.slow
 SIZES = {"block_size": 4, "num_anchors": 3, "attention": "chunked", "attention_chunk": 8, "loss_chunk": 8}
 HEADS = {
+    "dflash2": (
+        dflash2.Algorithm(DFlash2Settings(**SIZES, selector_warmup_steps=1, selector_ramp_steps=2)), dflash2_draft
+    ),
     "domino": (domino.Algorithm(DominoSettings(**SIZES, base_steps=8)), domino_draft),
     "dspark": (dspark.Algorithm(DSparkSettings(**SIZES)), dspark_draft),
-}
+}  # fmt: skip
 SHAPE = (("data", 2), ("fsdp", 2), ("tensor", 2))
 
 

@@ -280,6 +280,54 @@ HEADS = (
           "of_final_C, of_base_C = weight_C, weight_C * base_share", of("test_corrected_head")),
 )  # fmt: skip
 
+DFLASH2 = ("tests/parity/test_dflash2_golden.py",)
+CANDIDATES = (
+    Break("convolutions read what comes behind", "jnp.pad(x_BASD, ((0, 0), (0, 0), (j, 0), (0, 0)))[:, :, :size]",
+          "jnp.pad(x_BASD, ((0, 0), (0, 0), (0, j), (0, 0)))[:, :, j:]", of("test_dflash2", "stay_in_their_block")),
+    Break("convolutions go on from the block before", "size = c.block_size", "size = 2 * c.block_size",
+          of("test_dflash2", "stay_in_their_block")),
+    Break("the way out has the kernel of the way in", "return self._along(1, part(read), added)",
+          "return self._along(0, part(read), added)", DFLASH2),
+    Break("the kernels of the way out are made of what the part gives", "return self._along(1, part(read), added)",
+          "return self._along(1, out := part(read), self.kernel_projection(out))", DFLASH2),
+    Break("channels of a group lie apart", "jnp.repeat(added[:, :, :, j], width // added.shape[-1], axis=-1)",
+          "jnp.tile(added[:, :, :, j], width // added.shape[-1])", DFLASH2),
+    Break("the feed-forward passes no convolution",
+          "self.mlp_conv(self.post_attention_layernorm(hidden_BRD), self.mlp)",
+          "self.mlp(self.post_attention_layernorm(hidden_BRD))", DFLASH2),
+    Break("the selector reads the token that it chooses", "jnp.maximum(jnp.arange(settings.block_size) - 1, 0)",
+          "jnp.arange(settings.block_size)", DFLASH2),
+    Break("the selector reads the newest token alone", "score_BK) chosen.append(choose(score_BV, j)) "
+          "token_B = chosen[-1][0]", "score_BK)\n            chosen.append(choose(score_BV, j))", DFLASH2),
+    Break("tokens that are no candidates are proposed", "jnp.full_like(logits_BQV[:, j], -jnp.inf).at[rows_B1, id_BK]",
+          "logits_BQV[:, j].at[rows_B1, id_BK]", of("test_dflash2", "candidates_alone")),
+    Break("labels that are no candidates count", "jnp.where(covered_C, loss_C, 0)", "loss_C",
+          of("test_candidate_head")),
+    Break("their gradient counts", "jnp.where(covered_C[:, None], jax.nn.softmax(score_CK, axis=1) - right_CK, 0)",
+          "jax.nn.softmax(score_CK, axis=1) - right_CK", of("test_candidate_head")),
+    Break("the selector's loss never reaches the logits", "if self.coupled:", "if False:", DFLASH2),
+    Break("it reaches the states though it is stopped",
+          "jax.lax.stop_gradient(states_BRD) if settings.selector_stop_gradient else states_BRD", "states_BRD",
+          of("test_dflash2", "stopped_gradient")),
+    Break("it reaches the logits though it is stopped", "not settings.selector_stop_gradient), How(",
+          "True), How(", of("test_dflash2", "stopped_gradient")),
+    Break("candidates are those of one device", "value_CK, at_CK = lax.top_k(values, count)",
+          "value_CK, at_CK = lax.top_k(values[:, : logits_CW.shape[-1]], count)",
+          of("test_candidate_head", "may_be_split")),
+    Break("ids are counted on each device", "id_CK = id_CK + lax.axis_index(axis) * logits_CW.shape[-1]", "",
+          of("test_candidate_head", "may_be_split")),
+    Break("the selector's loss counts from the first step", "jnp.clip((step - warmup + 1) / max(ramp, 1), 0, 1)",
+          "jnp.clip((step + 1) / max(ramp, 1), 0, 1)", of("test_dflash2", "comes_with_the_step or specforges")),
+    Break("the selector's schedule stands still",
+          "sums: DFlash2Sums, step: Int[Array, \"\"]) -> Int[Array, \"\"]: return step + 1",
+          "sums: DFlash2Sums, step: Int[Array, \"\"]) -> Int[Array, \"\"]: return carry",
+          of("test_dflash2", "comes_with_the_step")),
+    Break("codebooks are written as they are called in memory", "f\"{SELECTOR}.successor_codebook\")",
+          "f\"{SELECTOR}.successor_codebook.weight\")", of("test_dflash2_check")),
+    Break("vLLM is said to pass the scale of logits over", "scales_logits=True, reduced_vocabulary=False, mixed",
+          "reduced_vocabulary=False, mixed", of("test_dflash2_check")),
+)  # fmt: skip
+
 PEAGLE = ("tests/parity/test_peagle_golden.py",)
 DEPTHS = (
     Break("places that drew the highest numbers are kept", "np.argsort(uniform_T[candidates]",
@@ -325,5 +373,5 @@ TRUST = (
 
 BREAKS = (
     *OPTIMIZER, *SCHEDULE, *BEGINNING, *SHARDING, *RESUME, *MASKS, *EXPORT, *EVALUATION, *HOSTS, *BLOCKS, *SEAMS,
-    *HEADS, *TRUST, *DEPTHS,
+    *HEADS, *TRUST, *CANDIDATES, *DEPTHS,
 )  # fmt: skip

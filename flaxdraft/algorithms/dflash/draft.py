@@ -61,23 +61,33 @@ class Layer(nnx.Module):
         """Keys and values of the text."""
         return Keys(*self.self_attn.key_value(self.self_attn.project(context_BTD), positions_BT))
 
-    def __call__(self, hidden_BRD: Float[Array, "B R D"], text: Keys, places: Places, way: Way):
+    def attend(
+        self, normed_BRD: Float[Array, "B R D"], text: Keys, places: Places, way: Way
+    ) -> Float[Array, "B R D"]:  # fmt: skip
+        """What attention adds to the slots."""
         position_BRs = places.position_BA[:, :, None] + jnp.arange(self.sight.size)[None, None]
-        positions_BR = position_BRs.reshape(hidden_BRD.shape[:2])
+        positions_BR = position_BRs.reshape(normed_BRD.shape[:2])
         attention = self.self_attn
-        projected = attention.project(self.input_layernorm(hidden_BRD))
+        projected = attention.project(normed_BRD)
         q, own = attention.query(projected, positions_BR), Keys(*attention.key_value(projected, positions_BR))
         seen = self.sight.text(places.anchor_BA, places.first_BA)
         sink = self.sink[...] if hasattr(self, "sink") else None
         heads = block_attention(q, text, own, seen, self.sight, attention.softmax_scale, way, sink)
         if self.value_scale != 1:  # of all values, hence of what they add up to
             heads = heads * self.value_scale
-        hidden_BRD = hidden_BRD + attention.output(heads)
+        return attention.output(heads)
+
+    def __call__(
+        self, hidden_BRD: Float[Array, "B R D"], text: Keys, places: Places, way: Way
+    ) -> Float[Array, "B R D"]:  # fmt: skip
+        hidden_BRD = hidden_BRD + self.attend(self.input_layernorm(hidden_BRD), text, places, way)
         return hidden_BRD + self.mlp(self.post_attention_layernorm(hidden_BRD))
 
 
 class BlockDraft(nnx.Module):
     """See `interfaces.Draft`; an architecture gives the config and each layer's attention."""
+
+    layer: type[Layer] = Layer  # an algorithm that builds on this one may have its own
 
     def __init__(
         self, config: Any, attentions: Sequence[Heads], vocab: VocabMap, target: EmbeddingAndHead, *,
@@ -101,7 +111,7 @@ class BlockDraft(nnx.Module):
         self.fc = column(c.num_taps * c.target_hidden_size, c.hidden_size, precision, rngs, sharding)
         self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
         for i, (attention, sight) in enumerate(zip(attentions, c.sights(), strict=True)):
-            setattr(self, f"layer_{i}", Layer(c, attention, sight, precision, sharding, rngs))
+            setattr(self, f"layer_{i}", self.layer(c, attention, sight, precision, sharding, rngs))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, precision)
 
     @property

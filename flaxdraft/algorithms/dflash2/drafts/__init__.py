@@ -1,0 +1,1 @@
+"""The draft's architectures, one a file."""

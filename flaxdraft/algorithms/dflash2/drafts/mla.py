@@ -1,0 +1,44 @@
+"""Layers with multi-head latent attention, which no released engine serves; see `algorithms/dflash/drafts/mla.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from flaxdraft.algorithms.dflash.drafts import mla
+from flaxdraft.algorithms.dflash2.draft import DFlash2Draft
+from flaxdraft.algorithms.dflash2.names import own_names
+from flaxdraft.algorithms.dflash2.sizes import ARCHITECTURE, DFlash2Sizes
+from flaxdraft.devices.sharding import Sharding
+from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
+from flaxdraft.nn.precision import Precision
+
+ARCHITECTURES = (ARCHITECTURE,)
+MODEL_TYPES = ()
+
+
+def claims(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json of the architecture name that all drafts share has this attention."""
+    return mla.describes(config)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(DFlash2Sizes, mla.Config):
+    """Sizes of a draft."""
+
+
+def name_table(config: Config):
+    """(JAX path, PyTorch key, transform) of what is trained."""
+    return (*mla.name_table(config), *own_names(config))
+
+
+def make(
+    config: Config, vocab: VocabMap, target: EmbeddingAndHead, *, precision: Precision, sharding: Sharding,
+    rngs: nnx.Rngs,
+) -> DFlash2Draft:  # fmt: skip
+    """A draft with fresh weights; see `DFlash2Draft`."""
+    of_layers = mla.attentions(config, precision, sharding, rngs)
+    return DFlash2Draft(config, of_layers, vocab, target, precision=precision, sharding=sharding, rngs=rngs)

@@ -1,0 +1,48 @@
+"""DFlash2's exports: the contract of flaxdraft/serving/contract.py, where these functions are described. What is not
+said here is DFlash's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from flaxdraft.algorithms.dflash.serving import contract as of_blocks
+from flaxdraft.algorithms.dflash.serving import rules, sanity
+from flaxdraft.algorithms.dflash.serving.contract import config_json as config_json
+from flaxdraft.algorithms.dflash.serving.contract import of_config as of_config
+from flaxdraft.algorithms.dflash.serving.contract import tables as tables
+from flaxdraft.algorithms.dflash.serving.contract import take_vocab as take_vocab
+from flaxdraft.algorithms.dflash.serving.contract import tap_layers_of as tap_layers_of
+from flaxdraft.algorithms.dflash.serving.terms import CONFIG, Engine
+from flaxdraft.algorithms.dflash2.names import CODEBOOKS
+from flaxdraft.algorithms.dflash2.serving.kind import DFLASH2
+from flaxdraft.plugins import parts_of
+
+title: str = "DFlash2"
+tags: Sequence[str] = ("dflash2", "dflash", "speculative-decoding")
+unreadable = partial(sanity.unreadable, kind=DFLASH2)
+of_directory = partial(sanity.of_directory, kind=DFLASH2)
+of_sizes = partial(sanity.of_sizes, kind=DFLASH2)
+of_tensors = partial(rules.of_tensors, kind=DFLASH2)
+
+
+def engines() -> Mapping[str, Engine]:
+    found = parts_of("flaxdraft.algorithms.dflash2.serving.engines")
+    return {name.replace("_", "-"): module.ENGINE for name, module in sorted(found)}
+
+
+def flat_name(key: str) -> str | None:
+    """The classes that trained a draft call the codebooks `.weight`; what they save does not."""
+    name = of_blocks.flat_name(key)
+    codebook = (name or "").removesuffix(".weight")
+    return codebook if codebook in CODEBOOKS else name
+
+
+def describe(config: Mapping[str, Any]) -> str:
+    told = of_blocks.describe(config).removeprefix(f"{of_blocks.title}, ")
+    return f"{title}, {told}, a choice among {config[CONFIG]['selector_top_k']} candidates"
+
+
+def describe_training(settings: Mapping[str, Any]) -> str:
+    return f"{settings['num_anchors']} blocks of {settings['block_size']} a conversation"

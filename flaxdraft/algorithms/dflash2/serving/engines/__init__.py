@@ -1,0 +1,1 @@
+"""One engine a file, its contract as a table; a new file is found by its name."""
