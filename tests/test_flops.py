@@ -15,7 +15,7 @@ from flaxdraft.train.state import split_draft
 # Rows of the loss: in one chunk of so many its loop, which counts once, has all of them.
 ROWS = {
     "eagle3": lambda example: example.chosen.rows_BR.size,
-    # A block of four or eight predicts so many; of eight with shifted labels, and of DSpark's seven, slot 0 does as well.
+    # A block of four or eight predicts so many; of shifted labels and of DSpark, slot 0 does as well.
     "dflash": lambda example: example.chosen.anchor_BA.size * 3,
     "dflash2": lambda example: example.chosen.anchor_BA.size * 7,
     "domino": lambda example: example.chosen.anchor_BA.size * 8,
