@@ -19,6 +19,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.files.fetch import content_of
 from flaxdraft.files.gguf_file import GGUFCheckpoint
 from flaxdraft.run.run import run
+from flaxdraft.targets.__main__ import main as show_target
 
 # End tokens.
 
@@ -179,6 +180,23 @@ def test_rows_are_cut_at_the_targets_context(tmp_path, capsys):
     assert "1 rows, 40 tokens, 19 supervised; 1 rows cut at 40 tokens" in said(capsys)
     assert main(["check", str(file), "--target", str(path)]) == 0
     assert "cut 1 rows at 40 tokens" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"max_position_embeddings": 16}, "--new-tokens: found 3; after the prompt (49 tokens) that leaves"),
+        (
+            {"template": "{{ raise_exception('never') }}"},
+            "--prompt: the chat template refuses this conversation: never",
+        ),
+        ({"named": {"rag": BODY + ASKS}}, "several chat templates (rag) and none is called 'default'"),
+    ],
+)
+def test_a_sample_is_refused_before_the_target_is_loaded(tmp_path, capsys, monkeypatch, how, words):
+    monkeypatch.setattr(targets, "from_pretrained", lambda *args, **how: pytest.fail("it was loaded"))
+    assert show_target([str(target_at(tmp_path / "t", **how)), "--new-tokens", "3"]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(("name", "text", "words"), [
