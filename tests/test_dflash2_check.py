@@ -97,6 +97,14 @@ def test_both_engines_serve_what_was_exported(good):
     }  # fmt: skip
 
 
+def test_both_engines_scale_and_cap_the_logits_of_candidates(good):
+    """vLLM does it for these drafts alone: among candidates it is not the likeliest token that is proposed."""
+    tensors, config = dict(good[0]), json.loads(json.dumps(good[1]))
+    nested(output_multiplier=0.5, final_logit_softcapping=30.0)(tensors, config)
+    found = check(tensors, config)
+    assert not any(found[engine] for engine in (DIRECTORY, *BOTH))
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_found(good, name):
     tensors, config = dict(good[0]), json.loads(json.dumps(good[1]))
