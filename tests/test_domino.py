@@ -75,10 +75,11 @@ def test_sampled_answers_are_distributed_as_the_targets(models):
     target, make = models
     settings, num = SHIFTED | {"block_size": 4, "pure_draft_prefix_len": 0}, 12_000
     draft, algorithm = make(qwen3, **settings), make_algorithm(**settings)
+    draft.correction.lm_head[...] *= 0.5  # so that it is not too sure
     ready = ReadyDraft(*nnx.split(draft), algorithm.drafter())
     decoded = Decoding(target, ready, [PROMPT] * num, Settings(TOKENS, 2, (-1,), temperature=1.0)).finish()
     yields = np.bincount([gained for one in decoded for gained in one.yields])
-    assert (yields[1:] > num // 50).all()  # refused at once, after one token, and accepted whole
+    assert (yields[1:] > num // 100).all()  # refused at once, after one token, and accepted whole
     assert excess([one.tokens for one in decoded], exact(target, 1.0)) < 4
 
 
