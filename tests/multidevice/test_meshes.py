@@ -24,13 +24,16 @@ SHAPES += [{a: 2, b: 4} for a, b in itertools.permutations(AXIS_NAMES, 2)]
 SHAPES += [{"fsdp": 2, "tensor": 2, "sequence": 2}]
 # By default every axis once, and two together; what a draft's own projections do on an axis is much the same.
 DEFAULT = {"llama": ({"data": 8}, {"fsdp": 8}, {"sequence": 8}), "mla": ({"tensor": 8}, {"fsdp": 4, "tensor": 2})}
+# What every change has to pass besides: each axis alone, and three together. All others are for changes of sharding.
+SLOW = [*({axis: 8} for axis in AXIS_NAMES), {"fsdp": 2, "tensor": 2, "sequence": 2}]
 
 
 def cases():
     """A draft and a mesh each."""
     for name in DRAFTS:
         for shape in SHAPES:
-            marks = () if shape in DEFAULT.get(name, ()) else pytest.mark.slow
+            marks = (pytest.mark.slow,) if shape in SLOW else (pytest.mark.slow, pytest.mark.exhaustive)
+            marks = () if shape in DEFAULT.get(name, ()) else marks
             yield pytest.param(name, shape, id=f"{name}-{shape}", marks=marks)
 
 
