@@ -98,8 +98,10 @@ def find_by_architecture(packages: list[str], config: dict[str, Any], origin: st
     have a function `claims(config)`, and one of them claims it.
 
     Raises:
-        InputError: none declares it, or two do.
+        InputError: none declares it, or two do; `architectures` is no list.
     """
+    if not isinstance(found := config.get("architectures"), list | type(None)):
+        raise InputError(f"{origin}: architectures: found {found!r}, expected a list of names")
     named, model_type = first_architecture(config), config.get("model_type")
     wanted = [name for name in (named, model_type) if isinstance(name, str)]
     known: dict[str, list[ModuleType]] = {}

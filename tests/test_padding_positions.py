@@ -60,8 +60,8 @@ def test_a_draft_does_too(name):
         state = drafter.read(draft, state, states, tokens_BT, jnp.asarray(POSITIONS), last_B)
         newest_B = jnp.where(last_B > 0, last_B + 1, SLOTS)
         greedy = lambda logits_BW, j: (jnp.argmax(logits_BW, axis=-1).astype(jnp.int32), logits_BW)  # noqa: E731
-        _, (_, logits) = drafter.propose(draft, state, newest_B, jnp.zeros(3, jnp.int32), 4, greedy)
-        return state.hidden_BD, logits
+        _, proposal = drafter.propose(draft, state, newest_B, jnp.zeros(3, jnp.int32), 4, greedy)
+        return state.hidden_BD, proposal.q_BQW
 
     (hidden, logits), (plain_hidden, plain_logits) = (
         drafted(*nnx.split(make_draft(DRAFTS[name], rope=rope))) for rope in (DYNAMIC, PLAIN)

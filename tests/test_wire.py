@@ -245,7 +245,7 @@ SETTINGS: dict[str, dict[str, list]] = {
     },
     "dflash": {
         "name": [Begins("dflash", lambda first, _: "layer_1/self_attn/q_norm/scale" in first.weights)],
-        "block_size": [Differs("step", 4, DFLASH)],
+        "block_size": [Differs("step", 8, DFLASH)],
         "sample_from_anchor": [Differs("step", True, (*DFLASH, "export.engine=hf"))],
         "num_anchors": [Differs("batches", 2, DFLASH)],
         "decay_gamma": [Differs("step", None, DFLASH)],
