@@ -6,7 +6,6 @@ compiled; that the parts do what they are told is what the other tests are for.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -21,10 +20,10 @@ from closeness import assert_close
 from pydantic import BaseModel
 from stand_ins import MEAN_MOVES
 from tiny import TEMPLATE, write_prompts, write_tiny_gguf
+from wire_rows import As, Begins, Differs, Ends, Says, Told
+from wire_settings import SETTINGS
 from wiring import (
     Command,
-    Ended,
-    First,
     algorithms,
     begins_with,
     best,
@@ -41,56 +40,6 @@ from flaxdraft.plugins import settings_of
 
 # In every value and override below, {here} is the folder of the module's files, {base} that of a run of `run.yaml` that
 # has ended.
-
-
-@dataclasses.dataclass(frozen=True)
-class Differs:
-    """Something is not the same with another value. `look` is a method of `Command`."""
-
-    look: str
-    to: Any
-    given: tuple[str, ...] = ()  # overrides of both
-
-
-@dataclasses.dataclass(frozen=True)
-class Begins:
-    """What reaches the first step is as another value says."""
-
-    to: Any
-    holds: Callable[[First, Any], bool]
-
-
-@dataclasses.dataclass(frozen=True)
-class Ends:
-    """A run of `run.yaml` and one with all of OTHER end as their own values say, and not as the other's says."""
-
-    holds: Callable[[Ended, Any], bool]
-
-
-@dataclasses.dataclass(frozen=True)
-class Says:
-    """With another value the run says something, and is refused unless `code` is 0."""
-
-    to: Any
-    message: str
-    given: tuple[str, ...] = ()
-    loss: float = 1.0  # of every step
-    code: int = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class As:
-    """The same class declares the field for another algorithm, whose code for it this one takes over."""
-
-    algorithm: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Told:
-    """JAX is told another value when the processes of a run meet."""
-
-    to: Any
-    name: str  # of the argument
 
 
 BASE = {
@@ -119,13 +68,6 @@ OTHER = {
 CHATS = ("data.conversations={here}/chats.jsonl",)
 DATED = ("target.path={here}/dated.gguf",)  # whose chat template writes the day, and a mood
 PROCESSES = ("hosts.coordinator=localhost:1", "hosts.num_processes=2", "hosts.process_id=1")
-DFLASH = ("algorithm.name=dflash", "draft.fields={num_hidden_layers: 1}")
-DPACE = (*DFLASH, "algorithm.objective=dpace")
-DOMINO = ("algorithm.name=domino", "draft.fields={num_hidden_layers: 1}")
-DFLASH2 = ("algorithm.name=dflash2", "draft.fields={num_hidden_layers: 1}")
-SMALL = ("draft.draft_vocab_size=64", "draft.fields={num_hidden_layers: 1}")
-PEAGLE = ("algorithm.name=peagle", *SMALL, "algorithm.num_depths=2")
-DSPARK = ("algorithm.name=dspark", "draft.fields={num_hidden_layers: 1}")
 WSD, MEAN = ("train.schedule=wsd",), ("train.ema_decay=0.5",)
 EVERY_FOURTH = [*range(0, 256, 4)]
 SERVED_AS = {"sglang": "LlamaForCausalLMEagle3", "tpu-inference": "Eagle3LlamaForCausalLM"}
@@ -230,86 +172,6 @@ ROWS: dict[str, list] = {
     "hosts.process_id": [Told(0, "process_id")],
     "hosts.heartbeat_seconds": [Told(60, "heartbeat_timeout_seconds")],
 }  # fmt: skip
-# The fields of each algorithm's section. (Rows of one that is not in `run.yaml` give `algorithm.name`.)
-SETTINGS: dict[str, dict[str, list]] = {
-    "eagle3": {
-        "name": [Says("none", "algorithm.name: no 'none' .* found dflash, .*eagle3")],
-        "ttt_length": [Differs("step", 2)],
-        "step_decay": [Differs("step", 0.5, ("algorithm.ttt_length=2",))],
-        "objective": [Differs("step", "lk_lambda")],
-        # The same figures, laid out in another way: tests/test_suffix_attention.py, tests/test_distillation.py.
-        "attention": [Differs("step", "chunked")],
-        "attention_chunk": [Differs("step", 16, ("algorithm.attention=chunked",))],
-        "remat": [Differs("step", "full")],
-        "loss_chunk": [Differs("step", 16)],
-    },
-    "dflash": {
-        "name": [Begins("dflash", lambda first, _: "layer_1/self_attn/q_norm/scale" in first.weights)],
-        "block_size": [Differs("step", 8, DFLASH)],
-        "sample_from_anchor": [Differs("step", True, (*DFLASH, "export.engine=hf"))],
-        "num_anchors": [Differs("batches", 2, DFLASH)],
-        "decay_gamma": [Differs("step", None, DFLASH)],
-        "objective": [Differs("step", "dpace", DFLASH), Differs("step", "dpace_continuation", DPACE)],
-        "dpace_alpha": [Differs("step", 0.3, DPACE)],
-        "stop_at_hole": [Differs("step", True, DFLASH)],
-        "denominator": [Differs("step", "rows", DFLASH)],
-        # The same figures, laid out in another way: tests/test_block_attention.py, tests/test_cross_entropy.py.
-        "attention": [Differs("step", "chunked", DFLASH)],
-        "attention_chunk": [Differs("step", 16, (*DFLASH, "algorithm.attention=chunked"))],
-        "remat": [Differs("step", "full", DFLASH)],
-        "loss_chunk": [Differs("step", 16, DFLASH)],
-    },
-    "dflash2": {
-        "name": [Begins("dflash2", lambda first, _: "layer_0/mlp_conv/base_kernel" in first.weights)],
-        "block_size": [Differs("step", 4, DFLASH2)],
-        "stop_at_hole": [Differs("step", True, DFLASH2)],
-        "decay_gamma": [Differs("step", None, DFLASH2)],
-        "selector_alpha": [Differs("step", 0.5, DFLASH2)],
-        "selector_warmup_ratio": [Differs("step", 0.5, DFLASH2)],
-        "selector_ramp_ratio": [Differs("step", 0.5, DFLASH2)],
-        "selector_warmup_steps": [Differs("step", 3, DFLASH2)],
-        "selector_ramp_steps": [Differs("step", 3, DFLASH2)],
-        "selector_stop_gradient": [Differs("step", True, DFLASH2)],
-        "loss_chunk": [Differs("step", 16, DFLASH2)],  # the same figures: tests/test_candidate_head.py
-        **{name: [As("dflash")] for name in ("num_anchors", "attention", "attention_chunk", "remat")},
-    },
-    "domino": {
-        "name": [Begins("domino", lambda first, _: "correction/prefix_gru/state_proj/kernel" in first.weights)],
-        "block_size": [Differs("step", 4, DOMINO)],
-        "shift_label": [Differs("step", False, DOMINO)],
-        "pure_draft_prefix_len": [Differs("step", 2, (*DOMINO, "export.engine=hf"))],
-        "base_start": [Differs("step", 0.5, DOMINO)],
-        "base_ratio": [Differs("step", 0.5, DOMINO)],
-        "base_steps": [Differs("step", 3, DOMINO)],
-        "decay_gamma": [Differs("step", None, DOMINO)],
-        "stop_at_hole": [Differs("step", True, DOMINO)],
-        "loss_chunk": [Differs("step", 16, DOMINO)],  # the same figures: tests/test_corrected_head.py
-        **{name: [As("dflash")] for name in ("num_anchors", "attention", "attention_chunk", "remat")},
-    },
-    "dspark": {
-        "name": [Begins("dspark", lambda first, _: "confidence/proj/kernel" in first.weights)],
-        "block_size": [Differs("step", 4, DSPARK)],
-        "ce_alpha": [Differs("step", 0.3, DSPARK)],
-        "l1_alpha": [Differs("step", 0.3, DSPARK)],
-        "confidence_alpha": [Differs("step", 0.3, DSPARK)],
-        "confidence_threshold": [Differs("drafter", 0.5, DSPARK)],  # what it cuts: tests/test_dspark.py
-        "decay_gamma": [Differs("step", None, DSPARK)],
-        "loss_chunk": [Differs("step", 16, DSPARK)],  # the same figures: tests/test_corrected_head.py
-        **{name: [As("dflash")] for name in ("num_anchors", "attention", "attention_chunk", "remat")},
-    },
-    "peagle": {
-        "name": [Differs("weights", "peagle", SMALL[:1])],
-        "num_depths": [Differs("batches", 3, PEAGLE)],
-        "down_sample_ratio": [Differs("batches", 0.5, PEAGLE)],
-        "down_sample_ratio_min": [Differs("batches", 0.9, PEAGLE)],
-        "objective": [Differs("step", "lk_alpha", PEAGLE)],
-        # The same figures, laid out in another way: tests/test_suffix_attention.py, tests/test_distillation.py.
-        "attention": [Differs("step", "chunked", PEAGLE)],
-        "attention_chunk": [Differs("step", 16, (*PEAGLE, "algorithm.attention=chunked"))],
-        "remat": [Differs("step", "full", PEAGLE)],
-        "loss_chunk": [Differs("step", 16, PEAGLE)],
-    },
-}
 
 
 def fields(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
