@@ -17,7 +17,8 @@ Rule = Callable[[Engine, View], Iterator[Finding]]
 def architecture(engine: Engine, view: View) -> Iterator[Finding]:
     named, served = first_architecture(view.config), engine.kinds.get(view.kind.name)
     if served is None:
-        yield Finding("refused", f"it serves no {view.kind.name} drafts", "serve it with SGLang or vLLM")
+        others = " or ".join(name for name in view.kind.engines if name != "hf") or "sglang or vllm"
+        yield Finding("refused", f"it serves no {view.kind.name} drafts", f"take an engine that does: {others}")
     elif named not in (names := served.architectures):
         yield Finding("refused", f"architectures names {named!r}, it knows {' and '.join(names)}",
                       f'write "architectures": ["{names[0]}"], or export with --engine for it')  # fmt: skip
