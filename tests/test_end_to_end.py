@@ -22,7 +22,7 @@ from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
 from flaxdraft.files.gguf_file import GGUFCheckpoint
 from flaxdraft.nn.precision import Precision
-from flaxdraft.run import answers, results, training
+from flaxdraft.run import answers, results, run, training
 from flaxdraft.run.draft_source import open_draft
 from flaxdraft.stages.directory_lock import directory_lock
 from flaxdraft.targets import deepseek
@@ -77,6 +77,24 @@ def test_a_runs_folder_is_exported_as_the_run_did(finished, tmp_path, monkeypatc
         assert (out / path.name).read_bytes() == path.read_bytes(), path.name
     assert "accept length" in (out / "README.md").read_text()
     assert tool("convert/check").main([str(out)]) == 0
+
+
+def test_a_run_whose_draft_changed_answers_ends_with_one(finished, workspace, monkeypatch, capfd):
+    """All stages are done, and said, before."""
+    choice = {"token": 5, "text": "x", "logit": 1.0}
+    wrong = {"question": "p", "turn": 0, "position": 2, "own": choice, "drafted": choice, "distance": 99.0,
+             "rounding": 1.0, "near_tie": False}  # fmt: skip
+    evaluate = run.evaluate_draft
+
+    def spoilt(*args):
+        found = evaluate(*args)
+        return found | {"decoded": found["decoded"] | {"differences": [wrong]}}
+
+    monkeypatch.setattr(run, "evaluate_draft", spoilt)
+    assert call(workspace, "evaluate.decode_prompts=4") == 1
+    said = capfd.readouterr()
+    assert "of the answers with the draft 1 differ from the target's own by more than rounding" in said.err
+    assert "answers identical to the target's own" in " ".join(said.out.split())
 
 
 def test_a_second_run_does_nothing_again(finished, workspace, monkeypatch, capfd):

@@ -109,7 +109,9 @@ def test_answers_that_a_draft_changed_end_the_command_with_one(workspace, tiny_g
 
     monkeypatch.setattr(measure_module, "measure", spoilt)
     assert call(workspace, tiny_gguf, tmp_path / "out", "--limit", "2") == 1
-    assert "answers with the draft differ from the target's own by more than rounding" in capfd.readouterr().err
+    assert (
+        "of the answers with the draft 1 differ from the target's own by more than rounding" in capfd.readouterr().err
+    )
     assert "**wrong**" in (tmp_path / "out" / "report.md").read_text()
     (result,) = json.loads((tmp_path / "out" / "results.json").read_text())["chains"]
     assert [one["near_tie"] for one in result["decoded"]["differences"]] == [False]

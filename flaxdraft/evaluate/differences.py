@@ -26,7 +26,8 @@ from flaxdraft.interfaces import Batch, Target
 from flaxdraft.ops.padding import round_up
 
 MULTIPLE = 128  # of padded lengths, each of which compiles once
-# The distance of two logits is rounded in both answers: twice the root mean square, and four deviations of that.
+# Where rounding moves one logit by r (root mean square), it moves the distance of two logits, each computed in both
+# ways, by 2 r. Four times that happens once in ten thousand.
 LIMIT = 8
 
 
@@ -152,10 +153,11 @@ def refuse_wrong_answers(results: Sequence[dict[str, Any]]) -> None:
     if wrong:
         name, one = wrong[0]
         raise WrongAnswersError(
-            f"{len(wrong)} answers with the draft differ from the target's own by more than rounding explains; the "
-            f"first: {name}, prompt {one['question']!r}, turn {one['turn'] + 1}, token {one['position'] + 1}: "
-            f"{_told(one['drafted'])} instead of {_told(one['own'])}, {one['distance']:.1f} units apart where rounding "
-            f"makes {one['rounding']:.1f}. Verified answers must be the target's: this is a fault of flaxdraft or of "
+            f"of the answers with the draft {len(wrong)} differ from the target's own by more than rounding explains; "
+            f"the first: {name}, prompt {one['question']!r}, turn {one['turn'] + 1}, token {one['position'] + 1}: "
+            f"{_told(one['drafted'])} instead of {_told(one['own'])}. The lower of the two lies {one['distance']:.1f} "
+            f"units below the highest logit, and rounding is {one['rounding']:.1f} here. Verified answers must be the "
+            "target's: this is a fault of flaxdraft or of "
             "the machine, not of the draft; please report it with the report's table"
         )
 

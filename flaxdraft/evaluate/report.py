@@ -49,11 +49,12 @@ _FIRST_PASS = (
     "mask left where it was), or on few answers."
 )
 _PARTED = (
-    "Greedy answers with a draft should be the target's own. These part from them at the token shown, with its logit; "
-    f"distance: from the highest logit to the lower of the two; rounding: how far logits of this text are apart when "
-    "the target computes them in two ways (root mean square); both in units of the last place of the highest logit in "
-    f"the precision that decoded. Up to {LIMIT} times the rounding, one unit at least, is a near tie: two tokens so "
-    "nearly equal that either may be chosen. Later turns of these conversations answer other texts and are not judged."
+    "Greedy answers with a draft should be the target's own. These differ, from the token shown on; its logit stands "
+    "behind it. Distance is how far the lower of the two logits lies below the highest. Rounding is how far the logits "
+    "of this text are apart (root mean square) when the target computes them in two ways. Both are in units of the "
+    "last place of the highest logit, in the precision that decoded. A distance of up to "
+    f"{LIMIT} times the rounding, or {LIMIT} units where rounding is less than one, is a near tie: either token may be "
+    "chosen. Later turns of these conversations answer other texts and are not judged."
 )
 _SAMPLE = (
     "The answer for which the draft saved the most target passes, each token coloured by how many tokens its target "
