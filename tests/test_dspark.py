@@ -171,5 +171,7 @@ def test_a_fresh_head_says_nothing_and_slots_are_its_own(models):
     assert not fresh.markov.logits(latents).any()
     with pytest.raises(InputError, match="slot of dspark predicts as well"):
         make(qwen3, block_size=4, sample_from_anchor=False)
+    with pytest.raises(InputError, match=f"draft_vocab_size: found 3, expected the target's {V}: the Markov head"):
+        make(qwen3, block_size=4, draft_vocab_size=3)
     with pytest.raises(InputError, match="markov_head_type: found 'best', expected one of vanilla, gated, rnn"):
         make(qwen3, block_size=4, markov_head_type="best")
