@@ -27,7 +27,6 @@ from flaxdraft.algorithms.dflash2.sums import DFlash2Sums
 from flaxdraft.interfaces import Example
 from flaxdraft.ops.candidate_head import Candidates, candidate_cross_entropy
 from flaxdraft.ops.corrected_head import Heads, Inputs, Labels
-from flaxdraft.ops.cross_entropy import How
 from flaxdraft.ops.rows import take_rows
 from flaxdraft.serving.contract import Contract
 
@@ -81,7 +80,7 @@ class Algorithm(dflash.Algorithm):
         weight_BAS = decayed(settings.decay_gamma, self.layout, asked_BAS.astype(wide))
         total, (unary, choice) = candidate_cross_entropy(
             Candidates(draft.config.selector_top_k, not settings.selector_stop_gradient),
-            How(settings.loss_chunk, draft.made_of), Inputs(states_BRD, latents_BRE),
+            self.how(draft, anchor_BA), Inputs(states_BRD, latents_BRE),
             Heads(head_VD, draft.selector.successors_VE()), Labels(flat(label_BAS), flat(weight_BAS)),
             flat(asked_BAS), share,
         )  # fmt: skip

@@ -24,7 +24,6 @@ from flaxdraft.algorithms.domino.settings import Settings
 from flaxdraft.algorithms.domino.sums import DominoSums, runs
 from flaxdraft.interfaces import Example
 from flaxdraft.ops.corrected_head import Heads, Inputs, Labels, corrected_cross_entropy
-from flaxdraft.ops.cross_entropy import How
 from flaxdraft.ops.rows import take_rows
 from flaxdraft.serving.contract import Contract
 
@@ -71,7 +70,7 @@ class Algorithm(dflash.Algorithm):
         wide = jnp.promote_types(states_BRD.dtype, jnp.float32)
         weight_BAS = decayed(settings.decay_gamma, self.layout, asked_BAS.astype(wide))
         total, (final, base) = corrected_cross_entropy(
-            How(chunk=settings.loss_chunk, logits=draft.made_of), Inputs(states_BRD, latents_BRE),
+            self.how(draft, anchor_BA), Inputs(states_BRD, latents_BRE),
             Heads(head_VD, draft.correction.head_VE()), Labels(flat(label_BAS), flat(weight_BAS)),
             flat(asked_BAS), share,
         )  # fmt: skip
