@@ -12,8 +12,8 @@ from test_contracts import PAIRS, target_config
 from flaxdraft.algorithms.eagle3.draft import SWITCHES
 from flaxdraft.train.state import split_draft
 
-# Rows of the loss: in one chunk of so many its loop, which counts once, has all of them. Drafts that fill blocks take no
-# larger chunks than they have rows.
+# Rows of the loss: in one chunk of so many its loop, which counts once, has all of them. Drafts that fill blocks have
+# fewer rows than their default chunk, and take one no larger than that.
 ROWS = {
     "eagle3": lambda example: example.chosen.rows_BR.size,
     "peagle": lambda example: sum(at_BR.size for at_BR in example.chosen.anchors),
