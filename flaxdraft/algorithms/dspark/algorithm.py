@@ -124,7 +124,7 @@ class Algorithm(dflash.Algorithm):
         found = self.summed(scores)
         if found.confidence is not None:
             total = total + self.settings.confidence_alpha * found.confidence.loss
-        return dataclasses.replace(found, blocks=dataclasses.replace(found.blocks, loss=total))
+        return found.trained_by(total)
 
     def flops(self, params: nnx.State, frozen: nnx.State, example: Example) -> float:
         """The table of tokens is looked up; the head makes the teacher's logits as well."""
