@@ -98,7 +98,7 @@ class Algorithm(dflash.Algorithm):
         return scores.hit_BAS & trusted(scores.confidence_BAS, self.settings.confidence_threshold)
 
     def summed(self, scores: Scores) -> DSparkSums:
-        """Where the sums have no gradient."""
+        """Losses by text and teacher have no gradient here; `sums` puts in the loss that has it."""
         settings, weight_BAS = self.settings, scores.weight_BAS
         blocks = block_sums(weight_BAS, self.counted, scores.asked_BAS, scores.loss_BAS, scores.hit_BAS)
         # The probability that sampled verification accepts a slot.

@@ -1,4 +1,4 @@
-"""What directories of the family's algorithms hold otherwise: each has its part of config.json and of the weights."""
+"""How directories of the family's algorithms differ: each has fields and weights of its own."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Section(BaseModel):
 
 
 class Kind(NamedTuple):
-    """One algorithm."""
+    """What the directories of one algorithm's drafts hold."""
 
     section: type[Section]
     required: str  # fields of it, for messages
