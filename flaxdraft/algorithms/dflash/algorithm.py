@@ -217,7 +217,7 @@ class Algorithm:
         attention = choose(s.attention, num_queries, draft.config.num_attention_heads, num_keys)
         chunks = f" ({s.attention_chunk} x {s.attention_chunk})" if attention == "chunked" else ""
         return (
-            f"{num_blocks} blocks of {s.block_size} a row, attention {attention}{chunks}, loss in chunks of "
+            f"{num_blocks} blocks of {s.block_size} a row, attention {attention}{chunks}, loss in chunks of at most "
             f"{self._loss_chunk(example.chosen.anchor_BA)} slots, rematerialisation {s.remat}"
         )
 
