@@ -49,6 +49,13 @@ def test_values_and_gradients_are_the_plain_ones(how):
     assert_close(got[2], want[2], summands=V)
 
 
+def test_no_more_rows_are_multiplied_than_there_are():
+    states, head, label, asked = make()
+    traced = str(jax.make_jaxpr(lambda states: cross_entropy(How(64), states, head, label, asked))(states))
+    assert f"[{B * R},{V}]" in traced
+    assert f"[64,{V}]" not in traced
+
+
 def test_the_gradient_may_depend_on_the_losses_themselves():
     """As weights by confidence do: each row's slope is kept unweighted."""
     states, head, label, asked = make()

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_walk import assert_samples_are_the_targets, assert_the_walk_is_decoding, packed_and_apart
 from closeness import assert_close
 from contracts import batch_of
 from flax import nnx
 from test_contracts import TARGET_HF
-from test_rejection import PROMPT, TOKENS, V, exact, excess, fill
+from test_rejection import V, fill
 
 from flaxdraft.algorithms.dflash import algorithm as algorithm_module
 from flaxdraft.algorithms.dflash import anchors
@@ -21,12 +22,9 @@ from flaxdraft.algorithms.dflash.drafts import mla, qwen3
 from flaxdraft.algorithms.dflash.layout import Layout, layout_of, wanted
 from flaxdraft.algorithms.dflash.objective import weights
 from flaxdraft.config import TrainConfig
-from flaxdraft.decode.decoding import Decoding, ReadyDraft, Settings
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
-from flaxdraft.evaluate.walk import evaluate_teacher_forced, make_accepted
-from flaxdraft.evaluate.walk_answers import featured
-from flaxdraft.interfaces import Batch, Draw, Example, Features
+from flaxdraft.interfaces import Batch, Draw, Example
 from flaxdraft.nn.precision import Precision
 from flaxdraft.targets import decoder
 from flaxdraft.targets import llama as llama_target
@@ -209,36 +207,14 @@ SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_wind
     ids=["dflash", "from the anchor, sliding", "mla", "reduced, with sinks"],
 )
 def test_the_walk_is_greedy_decoding(settings, fields, models, monkeypatch):
-    """Pass by pass, over runs of every length."""
     target, make = models
-    algorithm, draft, chain, rng = dflash.algorithm(**settings), make(**settings, **fields), 3, np.random.default_rng(0)
-    assert algorithm.drafter().most_tokens == chain
-    prompts = [rng.integers(0, V, rng.integers(1, 9)).tolist() for _ in range(48)]
-    ready = ReadyDraft(*nnx.split(draft), algorithm.drafter())
-    decoded = Decoding(target, ready, prompts, Settings(20, chain, (-1,))).finish()
-    alone = Decoding(target, None, prompts, Settings(20, 0, (-1,))).finish()
-    assert [one.tokens for one in decoded] == [one.tokens for one in alone]
-    assert {gained for one in decoded for gained in one.yields} == set(range(1, chain + 2))
-    texts = [([*prompt, *one.tokens], len(prompt)) for prompt, one in zip(prompts, decoded, strict=True)]
-    rows = featured(target, texts, len(texts), 32)
-    graphdef, params, frozen = split_draft(draft)
-    evaluation = algorithm.drafting(chain)
-    monkeypatch.setattr(algorithm_module, "SLOTS_AT_ONCE", 6 * 48 * draft.config.block_size)  # six blocks of a row
-    accepted = make_accepted(graphdef, evaluation, frozen, ())(params)
-    forced = evaluate_teacher_forced(accepted, rows, evaluation, len(rows))
-    assert forced.yields == [one.yields for one in decoded]
+    assert_the_walk_is_decoding(target, make(**settings, **fields), dflash.algorithm(**settings), monkeypatch)
 
 
 @pytest.mark.slow
 def test_sampled_answers_are_distributed_as_the_targets(models):
     target, make = models
-    draft, num = make(block_size=4), 12_000
-    ready = ReadyDraft(*nnx.split(draft), dflash.algorithm(block_size=4).drafter())
-    decoded = Decoding(target, ready, [PROMPT] * num, Settings(TOKENS, 2, (-1,), temperature=1.0)).finish()
-    yields = np.bincount([gained for one in decoded for gained in one.yields], minlength=4)
-    assert len(yields) == 4
-    assert (yields[1:] > num // 50).all()  # refused at once, after one token, and accepted whole
-    assert excess([one.tokens for one in decoded], exact(target, 1.0)) < 4
+    assert_samples_are_the_targets(target, make(block_size=4), dflash.algorithm(block_size=4))
 
 
 def test_a_token_that_the_draft_does_not_know_is_missed_and_trains_nothing(models):
@@ -292,21 +268,8 @@ def test_packed_documents_are_as_separate_ones(models):
     """Blocks and what they see end at a document's edge; the loss is that of the documents apart."""
     _, make = models
     draft, algorithm = make(block_size=4, **SLIDING), dflash.algorithm(block_size=4)
-    rng, length = np.random.default_rng(0), 9
-    tokens, taps = rng.integers(0, V, (2, length)), rng.normal(size=(2, length, 3, 8)).astype(np.float32)
-    assistant = np.arange(length)[None] >= np.array([[3], [5]])
-    positions = np.tile(np.arange(length), (2, 1))
-    apart = Batch(tokens, assistant, np.ones_like(tokens), positions)
-    packed = Batch(*(x.reshape(1, -1) for x in (tokens, assistant, [[1], [2]] * np.ones_like(tokens), positions)))
-
-    @jax.jit
-    def sums(example):
-        return algorithm.sums(draft, example, ())
-
-    got, want = (
-        sums(Example(batch, Features(taps.reshape(*batch.tokens_BT.shape, 3, 8)), anchors.every(batch, 16)))
-        for batch in (packed, apart)
-    )
+    sums = jax.jit(lambda example: algorithm.sums(draft, example, ()))
+    got, want = map(sums, packed_and_apart())
     assert_close(got, want, rtol=2e-6)
     assert int(got.num_blocks) == 5 + 3
 

@@ -271,3 +271,6 @@ def test_a_plain_config_must_say_its_mask_and_taps(tmp_path):
         config = {name: value for name, value in source.hf.items() if name != "num_target_layers"}
         with pytest.raises(InputError, match=message):
             imported(tmp_path / "out", source.tensors, config | {"dflash_config": nested})
+    config = source.hf | {"dflash_config": {"mask_token_id": 63}, "num_hidden_layers": None, "num_target_layers": 8}
+    with pytest.raises(InputError, match="no num_hidden_layers; write how many"):
+        imported(tmp_path / "out", source.tensors, config)

@@ -7,22 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_walk import assert_samples_are_the_targets, assert_the_walk_is_decoding, decode, packed_and_apart
 from closeness import assert_close
 from flax import nnx
 from test_dflash import models as models
-from test_rejection import PROMPT, TOKENS, V, exact, excess
+from test_rejection import V
 
-from flaxdraft.algorithms.dflash import algorithm as blocks_module
-from flaxdraft.algorithms.dflash import anchors
 from flaxdraft.algorithms.domino.algorithm import Algorithm
 from flaxdraft.algorithms.domino.drafts import mla, qwen3
 from flaxdraft.algorithms.domino.settings import Settings as DominoSettings
-from flaxdraft.decode.decoding import Decoding, ReadyDraft, Settings
 from flaxdraft.errors import InputError
-from flaxdraft.evaluate.walk import Part, combine, evaluate_teacher_forced, make_accepted
-from flaxdraft.evaluate.walk_answers import featured
-from flaxdraft.interfaces import Batch, Draw, Example, Features
-from flaxdraft.train.state import split_draft
+from flaxdraft.evaluate.walk import Part, combine
+from flaxdraft.interfaces import Draw
 
 SHIFTED = {"shift_label": True, "pure_draft_prefix_len": 1}
 PLAIN = {"shift_label": False, "pure_draft_prefix_len": 0}
@@ -42,45 +38,23 @@ def make_algorithm(**settings) -> Algorithm:
     ids=["shifted", "plain", "mla"],
 )
 def test_the_walk_is_greedy_decoding(settings, module, models, monkeypatch):
-    """Pass by pass, over runs of every length; and what the head says changes them."""
+    """And what the head says changes its passes."""
     target, make = models
     algorithm, draft = make_algorithm(block_size=4, **settings), make(module, block_size=4, **settings)
-    chain, rng = algorithm.drafter().most_tokens, np.random.default_rng(0)
-    assert chain == 3
-    prompts = [rng.integers(0, V, rng.integers(1, 9)).tolist() for _ in range(48)]
-    decode = lambda draft: Decoding(  # noqa: E731
-        target, ReadyDraft(*nnx.split(draft), algorithm.drafter()), prompts, Settings(20, chain, (-1,))
-    ).finish()
-    decoded = decode(draft)
-    alone = Decoding(target, None, prompts, Settings(20, 0, (-1,))).finish()
-    assert [one.tokens for one in decoded] == [one.tokens for one in alone]
-    assert {gained for one in decoded for gained in one.yields} == set(range(1, chain + 2))
-    texts = [([*prompt, *one.tokens], len(prompt)) for prompt, one in zip(prompts, decoded, strict=True)]
-    rows = featured(target, texts, len(texts), 32)
-    graphdef, params, frozen = split_draft(draft)
-    evaluation = algorithm.drafting(chain)
-    monkeypatch.setattr(blocks_module, "SLOTS_AT_ONCE", 6 * 48 * 4)  # six blocks of a row
-    forced = evaluate_teacher_forced(
-        make_accepted(graphdef, evaluation, frozen, ())(params), rows, evaluation, len(rows)
-    )
-    assert forced.yields == [one.yields for one in decoded]
+    forced = assert_the_walk_is_decoding(target, draft, algorithm, monkeypatch)
     silent = nnx.clone(draft)
     silent.correction.lm_head[...] = jnp.zeros_like(silent.correction.lm_head[...])
-    assert [one.yields for one in decode(silent)] != forced.yields
+    assert [one.yields for one in decode(target, silent, algorithm)] != forced.yields
 
 
 @pytest.mark.slow
 def test_sampled_answers_are_distributed_as_the_targets(models):
     """The head's distribution of each slot is that after the tokens which were drawn before it."""
     target, make = models
-    settings, num = SHIFTED | {"block_size": 4, "pure_draft_prefix_len": 0}, 12_000
-    draft, algorithm = make(qwen3, **settings), make_algorithm(**settings)
+    settings = SHIFTED | {"block_size": 4, "pure_draft_prefix_len": 0}
+    draft = make(qwen3, **settings)
     draft.correction.lm_head[...] *= 0.5  # so that it is not too sure
-    ready = ReadyDraft(*nnx.split(draft), algorithm.drafter())
-    decoded = Decoding(target, ready, [PROMPT] * num, Settings(TOKENS, 2, (-1,), temperature=1.0)).finish()
-    yields = np.bincount([gained for one in decoded for gained in one.yields])
-    assert (yields[1:] > num // 100).all()  # refused at once, after one token, and accepted whole
-    assert excess([one.tokens for one in decoded], exact(target, 1.0)) < 4
+    assert_samples_are_the_targets(target, draft, make_algorithm(**settings), rarest=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +66,7 @@ def pair(models):
 
 def test_packed_documents_are_as_separate_ones(pair):
     _, _, sums = pair
-    rng, length = np.random.default_rng(0), 9
-    tokens, taps = rng.integers(0, V, (2, length)), rng.normal(size=(2, length, 3, 8)).astype(np.float32)
-    assistant = np.arange(length)[None] >= np.array([[3], [5]])
-    positions = np.tile(np.arange(length), (2, 1))
-    apart = Batch(tokens, assistant, np.ones_like(tokens), positions)
-    packed = Batch(*(x.reshape(1, -1) for x in (tokens, assistant, [[1], [2]] * np.ones_like(tokens), positions)))
-    got, want = (
-        sums(Example(b, Features(taps.reshape(*b.tokens_BT.shape, 3, 8)), anchors.every(b, 16)), jnp.int32(5))
-        for b in (packed, apart)
-    )
+    got, want = (sums(example, jnp.int32(5)) for example in packed_and_apart())
     assert_close(got, want, rtol=2e-6)
     assert int(got.blocks.num_blocks) == 5 + 3
 

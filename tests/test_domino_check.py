@@ -58,6 +58,8 @@ FAULTS = {
     "the head left out": (drop(STATE), {"sglang": ("refused", f"no weights for {STATE}")}),
     "another width of the state": (nested(gru_hidden_dim=32), {DIRECTORY: ("refused", f"{STATE} (192, 64)")}),
     "two widths": (field(emb_dim=16), {DIRECTORY: ("refused", "emb_dim is 16, in dflash_config 32")}),
+    "no width of the latents": (nested(emb_dim=None), {DIRECTORY: ("refused", "no emb_dim")}),
+    "a width that is none": (field(emb_dim="wide"), {DIRECTORY: ("refused", "emb_dim is 'wide', expected a positive")}),
     "no width of the state": (nested(gru_hidden_dim=0), {DIRECTORY: ("refused", "an object with")}),
     "logits that are capped": (field(final_logit_softcapping=30.0), {"sglang": ("wrong", "softcapping is 30.0")}),
     "wide weights": (field(torch_dtype="float32"), {"sglang": ("note", "it wants bfloat16 of target and draft")}),

@@ -7,48 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_walk import assert_samples_are_the_targets, assert_the_walk_is_decoding, decode, packed_and_apart, walk
 from closeness import assert_close
-from flax import nnx
 from test_dflash import models as models
-from test_rejection import PROMPT, TOKENS, V, exact, excess
+from test_rejection import V
 
-from flaxdraft.algorithms.dflash import algorithm as blocks_module
-from flaxdraft.algorithms.dflash import anchors
 from flaxdraft.algorithms.dspark.algorithm import Algorithm
 from flaxdraft.algorithms.dspark.drafts import mla, qwen3
 from flaxdraft.algorithms.dspark.settings import Settings as DSparkSettings
 from flaxdraft.algorithms.dspark.sums import TEMPERATURES, best_temperatures, surprise
-from flaxdraft.decode.decoding import Decoding, ReadyDraft, Settings
 from flaxdraft.errors import InputError
-from flaxdraft.evaluate.walk import evaluate_teacher_forced, make_accepted
-from flaxdraft.evaluate.walk_answers import featured
-from flaxdraft.interfaces import Batch, Example, Features
 from flaxdraft.ops import rejection
-from flaxdraft.train.state import split_draft
 
 
 def make_algorithm(**settings) -> Algorithm:
     return Algorithm(DSparkSettings(**settings))
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    rng = np.random.default_rng(0)
-    return [rng.integers(0, V, rng.integers(1, 9)).tolist() for _ in range(48)]
-
-
-def decode(target, draft, algorithm, prompts):
-    ready = ReadyDraft(*nnx.split(draft), algorithm.drafter())
-    return Decoding(target, ready, prompts, Settings(20, algorithm.drafter().most_tokens, (-1,))).finish()
-
-
-def walk(target, draft, algorithm, prompts, decoded, changed=lambda row: row):
-    texts = [([*prompt, *one.tokens], len(prompt)) for prompt, one in zip(prompts, decoded, strict=True)]
-    rows = [changed(row) for row in featured(target, texts, len(texts), 32)]
-    graphdef, params, frozen = split_draft(draft)
-    evaluation = algorithm.drafting(algorithm.drafter().most_tokens)
-    accepted = make_accepted(graphdef, evaluation, frozen, ())(params)
-    return evaluate_teacher_forced(accepted, rows, evaluation, len(rows))
 
 
 @pytest.mark.parametrize(
@@ -60,22 +33,14 @@ def walk(target, draft, algorithm, prompts, decoded, changed=lambda row: row):
     ],
     ids=["cut", "rnn", "gated, mla"],
 )
-def test_the_walk_is_greedy_decoding(threshold, fields, module, models, prompts, monkeypatch):
-    """Pass by pass, over runs of every length."""
+def test_the_walk_is_greedy_decoding(threshold, fields, module, models, monkeypatch):
     target, make = models
     draft = make(module, block_size=3, **fields)
-    monkeypatch.setattr(blocks_module, "SLOTS_AT_ONCE", 6 * 48 * 3)  # six blocks of a row
     algorithm = make_algorithm(block_size=3, confidence_threshold=threshold)
-    assert algorithm.drafter().most_tokens == 3
-    decoded = decode(target, draft, algorithm, prompts)
-    alone = Decoding(target, None, prompts, Settings(20, 0, (-1,))).finish()
-    assert [one.tokens for one in decoded] == [one.tokens for one in alone]
-    assert {gained for one in decoded for gained in one.yields} == {1, 2, 3, 4}
-    forced = walk(target, draft, algorithm, prompts, decoded)
-    assert forced.yields == [one.yields for one in decoded]
+    forced = assert_the_walk_is_decoding(target, draft, algorithm, monkeypatch)
     assert forced.figures()["teacher_accuracy"] == 1
     if threshold:  # which cuts some of what would have been accepted
-        uncut = decode(target, draft, make_algorithm(block_size=3), prompts)
+        uncut = decode(target, draft, make_algorithm(block_size=3))
         assert sum(map(len, forced.yields)) > sum(len(one.yields) for one in uncut)
 
 
@@ -84,11 +49,7 @@ def test_the_walk_is_greedy_decoding(threshold, fields, module, models, prompts,
 def test_sampled_answers_are_distributed_as_the_targets(threshold, models):
     target, make = models
     draft, algorithm = make(qwen3, block_size=4), make_algorithm(block_size=4, confidence_threshold=threshold)
-    ready, num = ReadyDraft(*nnx.split(draft), algorithm.drafter()), 12_000
-    decoded = Decoding(target, ready, [PROMPT] * num, Settings(TOKENS, 2, (-1,), temperature=1.0)).finish()
-    yields = np.bincount([gained for one in decoded for gained in one.yields])
-    assert (yields[1:] > num // 50).all()  # refused at once, after one token, and accepted whole
-    assert excess([one.tokens for one in decoded], exact(target, 1.0)) < 4
+    assert_samples_are_the_targets(target, draft, algorithm)
 
 
 def test_what_was_not_drafted_is_neither_accepted_nor_subtracted():
@@ -120,30 +81,19 @@ def last(change):
     [lambda x: np.roll(x, 1, axis=0), lambda x: x * np.linspace(-3, 4, 8, dtype=np.float32)],
     ids=["of another row", "not normed"],
 )
-def test_a_wrong_teacher_is_seen(change, models, prompts):
+def test_a_wrong_teacher_is_seen(change, models):
     """The target's likeliest token is then not the one that it said."""
     target, make = models
     draft, algorithm = make(qwen3, block_size=3), make_algorithm(block_size=3)
-    alone = Decoding(target, None, prompts, Settings(20, 0, (-1,))).finish()
-    assert walk(target, draft, algorithm, prompts, alone).figures()["teacher_accuracy"] == 1
-    assert walk(target, draft, algorithm, prompts, alone, last(change)).figures()["teacher_accuracy"] < 0.9
+    alone = decode(target)
+    assert walk(target, draft, algorithm, alone).figures()["teacher_accuracy"] == 1
+    assert walk(target, draft, algorithm, alone, last(change)).figures()["teacher_accuracy"] < 0.9
 
 
 def test_packed_documents_are_as_separate_ones(models):
     draft, algorithm = models[1](qwen3, block_size=4, markov_head_type="rnn"), make_algorithm(block_size=4)
-    rng, length = np.random.default_rng(0), 9
-    tokens, taps = rng.integers(0, V, (2, length)), rng.normal(size=(2, length, 3, 8)).astype(np.float32)
-    assistant = np.arange(length)[None] >= np.array([[3], [5]])
-    positions = np.tile(np.arange(length), (2, 1))
-    apart = Batch(tokens, assistant, np.ones_like(tokens), positions)
-    packed = Batch(*(x.reshape(1, -1) for x in (tokens, assistant, [[1], [2]] * np.ones_like(tokens), positions)))
     sums = jax.jit(lambda example: algorithm.sums(draft, example, ()))
-
-    def features(batch):
-        shaped = taps.reshape(*batch.tokens_BT.shape, 3, 8)
-        return Features(shaped, shaped[:, :, 0])
-
-    got, want = (sums(Example(b, features(b), anchors.every(b, 16))) for b in (packed, apart))
+    got, want = map(sums, packed_and_apart())
     assert_close(got, want, rtol=2e-6)
     assert int(got.blocks.num_blocks) == 5 + 3
 
@@ -171,5 +121,7 @@ def test_a_fresh_head_says_nothing_and_slots_are_its_own(models):
     assert not fresh.markov.logits(latents).any()
     with pytest.raises(InputError, match="slot of dspark predicts as well"):
         make(qwen3, block_size=4, sample_from_anchor=False)
+    with pytest.raises(InputError, match=f"draft_vocab_size: found 3, expected the target's {V}: the Markov head"):
+        make(qwen3, block_size=4, draft_vocab_size=3)
     with pytest.raises(InputError, match="markov_head_type: found 'best', expected one of vanilla, gated, rnn"):
         make(qwen3, block_size=4, markov_head_type="best")

@@ -59,6 +59,9 @@ FAULTS = {
     "the name of its trainer": (field(architectures=["DSparkDraftModel"]), {
         "vllm": ("refused", "names 'DSparkDraftModel', it knows Qwen3DSparkModel"),
     }),
+    "no rank": (both(nested(markov_rank=None), field(markov_rank=None)), {DIRECTORY: ("refused", "no markov_rank")}),
+    "a rank that is none": (field(markov_rank=[]), {DIRECTORY: ("refused", "markov_rank is [], expected a positive")}),
+    "a head of no type": (field(markov_head_type=[1]), {DIRECTORY: ("refused", "expected vanilla, gated or rnn")}),
     "half of the head left out": (drop(W2), {"sglang": ("refused", f"no weights for {W2}")}),
     "a confidence of another width": (
         both(nested(confidence_head_with_markov=False), field(confidence_head_with_markov=False)),
@@ -68,7 +71,10 @@ FAULTS = {
         both(nested(enable_confidence_head=False), field(enable_confidence_head=False)),
         {"vllm": ("wrong", "passes over confidence_head")},
     ),
-    "logits that are scaled": (field(output_multiplier=0.5), {"sglang": ("wrong", "output_multiplier is 0.5, which")}),
+    "logits that are scaled": (nested(output_multiplier=0.5), {
+        "sglang": ("wrong", "output_multiplier is 0.5, which"), "vllm": ("wrong", "output_multiplier is 0.5, which"),
+    }),
+    "logits that are capped": (nested(final_logit_softcapping=30.0), {"sglang": ("wrong", "softcapping is 30.0")}),
     "another drafter": (nested(projector_type="domino", shift_label=True), {DIRECTORY: ("refused", "another drafter")}),
     "the target's last layer": (nested(target_layer_ids=[1, 2, 3, 4, 7]), {"sglang": ("refused", "target's last")}),
 }  # fmt: skip

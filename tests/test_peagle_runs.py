@@ -2,17 +2,19 @@
 features from a store and from a target that reads while the draft trains."""
 
 import json
-import shutil
 
-import jax
-import numpy as np
 import pytest
-from tiny_runs import call, make_workspace, metrics
-
-from flaxdraft.algorithms.loading import from_pretrained
-from flaxdraft.data.__main__ import main as data
-from flaxdraft.errors import InputError
-from flaxdraft.run.draft_source import open_draft
+from algorithm_runs import (
+    assert_begins_elsewhere,
+    assert_goes_on_to_the_bit,
+    assert_read_again,
+    learns,
+    result_of,
+    said,
+)
+from algorithm_runs import finished as finished
+from algorithm_runs import workspace as workspace
+from tiny_runs import call, metrics
 
 pytestmark = pytest.mark.slow
 
@@ -24,28 +26,10 @@ RUN = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory, tiny_gguf):
-    return make_workspace(tmp_path_factory.mktemp("peagle"), tiny_gguf)
-
-
-@pytest.fixture(scope="module")
-def finished(workspace):
-    assert call(workspace, *RUN) == 0
-    return workspace / "out" / "llama"
-
-
-def said(capfd) -> str:
-    return " ".join(capfd.readouterr().err.split())
-
-
 def test_a_run_leaves_its_results(finished):
-    result = json.loads((finished / "evaluation.json").read_text())["result"]
-    assert result["decoded"]["identical_answers"] == result["answers"] == 4
-    assert result["teacher_forced"]["answers_with_the_decoded_passes"] == 4
-    assert result["decoded"]["accept_length"] == result["teacher_forced"]["accept_length"] > 1.0
+    result_of(finished)
     lines = metrics(finished, "train")
-    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert learns(lines)
     assert len(lines[-1]["accuracy"]) == 3
     assert "- draft: peagle, llama" in (finished / "report" / "report.md").read_text()
 
@@ -61,51 +45,20 @@ def test_the_export_says_what_engines_read(finished):
 
 
 def test_an_export_is_read_again_as_what_it_was(finished):
-    exported, trained = from_pretrained(finished / "export"), open_draft(finished, step="best")
-    jax.tree.map(np.testing.assert_array_equal, exported.params, trained.draft.params)
-    assert [*open_draft(finished / "export").target.tap_layers] == [*trained.target.tap_layers]
-    assert exported.config == trained.draft.config
-    assert exported.algorithm.settings.name == trained.draft.algorithm.settings.name == "peagle"
+    exported, _ = assert_read_again(finished)
+    assert exported.algorithm.settings.name == "peagle"
 
 
-def test_a_run_that_goes_on_ends_with_the_same_bits(finished, workspace, tmp_path, monkeypatch):
+def test_a_run_that_goes_on_ends_with_the_same_bits(finished, workspace, tmp_path, monkeypatch, capfd):
     """From its third step: the elements that are drawn, the mean and the weights."""
-    shutil.copytree(finished.parent, tmp_path / "out", symlinks=True)
-
-    def enough(*args):
-        raise InputError("that was enough")
-
-    monkeypatch.setattr("flaxdraft.run.run.evaluate_draft", enough)
-    assert call(workspace, *RUN, f"output_dir={tmp_path / 'out'}", "train.resume=step 3") == 2
-    again = tmp_path / "out" / "llama"
-    one, other = (open_draft(root, step="6").draft.params for root in (again, finished))
-    jax.tree.map(np.testing.assert_array_equal, one, other)
-    steps = [[(m["step"], m["loss"], m["grad_norm"]) for m in metrics(root, "train")] for root in (again, finished)]
-    assert steps[0] == steps[1]
+    assert_goes_on_to_the_bit(RUN, finished, workspace, tmp_path, monkeypatch, capfd)
 
 
 @pytest.mark.parametrize("source", ["data.store", "data.conversations"])
 def test_other_sources_and_another_beginning(finished, workspace, tmp_path, tiny_gguf, source):
     """The target reads conversations while the draft trains, or has read them into a store; the draft begins from the
     finished one's export."""
-    chat = [{"role": "user", "content": "and the inn"}, {"role": "assistant", "content": "then an inn in the land"}]
-    given = tmp_path / "chats.jsonl"
-    given.write_text(
-        "".join(json.dumps({"messages": [chat[0] | {"content": f"and {i}"}, chat[1]]}) + "\n" for i in range(8))
-    )
-    if source == "data.store":
-        store = tmp_path / "store"
-        assert data(["capture", str(given), str(store), "--target", str(tiny_gguf), "--algorithm", "peagle"]) == 0
-        given = store
-    more = (
-        f"{source}={given}",
-        f"output_dir={tmp_path / 'out'}",
-        f"draft.init_from={finished / 'export'}",
-        "draft.fields={}",
-    )
-    assert call(workspace, *RUN, *more) == 0
-    lines = metrics(tmp_path / "out" / "llama", "train")
-    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert_begins_elsewhere(RUN, source, finished, workspace, tmp_path, tiny_gguf)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@
     score = unary + latents . codebook row, of candidates alone
     total = weight (CE(unary) + share CE(scores)), the latter where the label is a candidate
 
-The codebook is a trained matrix over the whole vocabulary, of which a row of a chunk reads its candidates alone; the
-walk over chunks and the gradient's accumulator are those of ops/corrected_head.py.
+The codebook is a trained matrix over the whole vocabulary, of which only the candidates' rows are read. The walk over
+chunks and the gradient's accumulator are those of ops/corrected_head.py.
 
 Shape letters: B batch, R rows, C rows of a chunk, D width, E width of latents and codebook, K candidates, V vocabulary,
 or a device's part of it (ops/vocabulary_axis.py).
@@ -37,7 +37,7 @@ class Choice(NamedTuple):
 class Candidates(NamedTuple):
     """See the head of this file.
 
-    most: K.
+    most: candidates of a row.
     coupled: whether the scores' loss reaches the states through the unary logits.
     """
 

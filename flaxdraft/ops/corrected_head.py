@@ -56,10 +56,8 @@ class Told(NamedTuple):
 
     known: Any  # of each row: arrays [C, ...], the same on every device
     total: Float[Array, ""]  # the weighted losses, added up
-    # The total's derivatives by the logits, through the correction alone and through the base's share of the loss;
-    # None: there is none.
-    by_final_CV: Float[Array, "C V"]
-    by_base_CV: Float[Array, "C V"] | None
+    by_final_CV: Float[Array, "C V"]  # the total's derivative by the corrected logits
+    by_base_CV: Float[Array, "C V"] | None  # by the others, where these have a loss of their own; None: they have none
 
 
 # (logits, what is asked of the rows of the chunk, further numbers) -> what is said of them
@@ -89,7 +87,8 @@ def walked(
     """The total, which alone has a gradient, to inputs and correction; and what is known of each row.
 
     Args:
-        of_chunk: of equal ones the programs are the same: a function of a module, or a named tuple that is called.
+        of_chunk: a function of a module, or a named tuple that is called, so that equal ones compare as equal: each
+            other one is compiled anew.
         rows: arrays [B, R, ...].
         more: further numbers, the same for all rows.
     """
@@ -139,9 +138,9 @@ _total.defvjp(_forward, _backward)
 
 
 class Products(NamedTuple):
-    """Every logit of a chunk corrected, for a rule: a function of a module."""
+    """Makes and corrects every logit of a chunk, and asks a rule what the losses are."""
 
-    rule: Rule
+    rule: Rule  # a function of a module
 
     def __call__(self, chunk: Chunk) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
         (state_CD, latent_CE), heads, how = chunk.inputs, chunk.heads, chunk.how

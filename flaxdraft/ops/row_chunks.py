@@ -22,7 +22,7 @@ def in_chunks(one: Callable[[Any], tuple[Any, Any]], size: int, asked_BR: Bool[A
     Args:
         one: from some of the rows [C, ...] to what is known of each of them [C, ...], and sums over them. What fills
             the last chunk up is a row of zeros.
-        size: C.
+        size: C at most; a device that has fewer rows takes them all at once.
         rows: a pytree of arrays [B, R, ...].
 
     Returns:
@@ -30,6 +30,7 @@ def in_chunks(one: Callable[[Any], tuple[Any, Any]], size: int, asked_BR: Bool[A
     """
     (num_batch, num_rows), asked_M = asked_BR.shape, asked_BR.ravel()
     total = num_batch * num_rows
+    size = min(size, total)
     flat = jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), rows)
     # What fills the last chunk lies past the end.
     order, count = jnp.argsort(~asked_M, stable=True), jnp.sum(asked_M)

@@ -15,6 +15,7 @@ import numpy as np
 
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import VocabMap
+from flaxdraft.plugins import parts_of
 from flaxdraft.serving.finding import Finding
 from flaxdraft.serving.trained_draft import AboutTarget
 from flaxdraft.serving.view import DraftView
@@ -116,6 +117,11 @@ class Contract(Protocol):
     def describe_training(self, settings: Mapping[str, Any]) -> str:
         """What the algorithm's section of the configuration says of a run."""
         ...
+
+
+def tables_in(package: str) -> dict[str, Any]:
+    """The tables of an algorithm's engines, one a file of the package, by the names that a command line takes."""
+    return {name.replace("_", "-"): module.ENGINE for name, module in sorted(parts_of(package))}
 
 
 def find_engine(contract: Contract, name: str, field: str = "engine") -> Any:

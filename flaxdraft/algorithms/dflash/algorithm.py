@@ -146,6 +146,10 @@ class Algorithm:
         for nothing."""
         return even_part(anchor_BA.size * (self.counted.stop - self.counted.start), self.settings.loss_chunk)
 
+    def how(self, draft: Any, anchor_BA: Int[Array, "B A"]) -> How:
+        """How the logits of some blocks are computed."""
+        return How(self._loss_chunk(anchor_BA), draft.made_of)
+
     @property
     def stops_at_hole(self) -> bool:
         """Whether training asks nothing behind a token that is not the assistant's."""
@@ -166,8 +170,9 @@ class Algorithm:
         label_BAS = draft.known(label_BAS)
         known_BAS = asked_BAS & (label_BAS >= 0)
         flat = lambda x: x.reshape(states_BRD.shape[:2])  # noqa: E731
-        how = How(self._loss_chunk(anchor_BA), draft.made_of)
-        loss_BR, hit_BR = cross_entropy(how, states_BRD, head_VD, flat(label_BAS), flat(known_BAS))
+        loss_BR, hit_BR = cross_entropy(
+            self.how(draft, anchor_BA), states_BRD, head_VD, flat(label_BAS), flat(known_BAS)
+        )
         return Scores(asked_BAS, known_BAS, loss_BR.reshape(asked_BAS.shape), hit_BR.reshape(asked_BAS.shape))
 
     def summed(self, scores: Any) -> Any:
@@ -212,7 +217,7 @@ class Algorithm:
         attention = choose(s.attention, num_queries, draft.config.num_attention_heads, num_keys)
         chunks = f" ({s.attention_chunk} x {s.attention_chunk})" if attention == "chunked" else ""
         return (
-            f"{num_blocks} blocks of {s.block_size} a row, attention {attention}{chunks}, loss in chunks of "
+            f"{num_blocks} blocks of {s.block_size} a row, attention {attention}{chunks}, loss in chunks of at most "
             f"{self._loss_chunk(example.chosen.anchor_BA)} slots, rematerialisation {s.remat}"
         )
 

@@ -23,8 +23,9 @@ NESTED: dict[str, tuple[Any, ...]] = {
 
 
 def of_algorithm(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a config.json of the architecture name that all drafters of the family share is of one algorithm: of the
-    one that it names, and of dflash where there is none of that name."""
+    """Whether a config.json is of one algorithm. The family's drafters share an architecture name, so `projector_type`
+    says which it is; without it, or where no algorithm has that name, it is dflash, which refuses what it does not
+    know."""
     nested = config.get("dflash_config")
     named = nested.get("projector_type") if isinstance(nested, Mapping) else None
     others = {other for other, _ in parts_of("flaxdraft.algorithms")} - {"dflash"}

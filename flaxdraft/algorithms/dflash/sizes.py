@@ -35,6 +35,12 @@ SWITCHES = {
 }  # fmt: skip
 
 
+def narrow_width(hidden_size: int) -> int:
+    """Of a matrix over the vocabulary beside the target's head: a sixteenth of the target's width, as in drafts of
+    Qwen3-8B (256 to 4096), a multiple of 16, and at least 32."""
+    return max(hidden_size // 16 // 16 * 16, 32)
+
+
 def switch(config: Mapping[str, Any], name: str) -> Any:
     """The value of a switch as trainers read it: from dflash_config, else from the top level, where no engine looks."""
     places = config["dflash_config"], config
@@ -76,6 +82,7 @@ class BlockSizes:
     projector: ClassVar[str] = "dflash"  # how dflash_config.projector_type names it
     own_fields: ClassVar[tuple[str, ...]] = ()  # of `foreign_fields.NESTED`, those whose meaning it knows
     may_be_zero: ClassVar[tuple[str, ...]] = ("mask_token_id",)
+    whole_vocabulary: ClassVar[str | None] = None  # why drafts know every token of the target; None: they need not
 
     def __post_init__(self):
         for name, kind in get_type_hints(type(self)).items():
@@ -105,6 +112,11 @@ class BlockSizes:
             raise InputError(
                 f"draft.fields.draft_vocab_size: found {self.draft_vocab_size}, expected at most the target's "
                 f"{self.vocab_size} tokens"
+            )
+        if self.whole_vocabulary is not None and not self.knows_every_token:
+            raise InputError(
+                f"draft.fields.draft_vocab_size: found {self.draft_vocab_size}, expected the target's "
+                f"{self.vocab_size}: {self.whole_vocabulary}"
             )
         if type(self.mask_token_id) is not int or not 0 <= self.mask_token_id < self.vocab_size:
             raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -41,3 +42,29 @@ class BlockSums:
             "accuracy": (self.hit_Q / np.maximum(self.asked_Q, 1)).tolist(),
             "mean_over_rows": float(1 + self.prefix_hit_Q.sum() / max(int(self.num_blocks), 1)),
         }
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HeadSums:
+    """Of drafts with a head that goes along the block; an algorithm adds what it counts besides."""
+
+    blocks: BlockSums  # with the head; its loss is the whole one
+
+    def __add__(self, other: Self) -> Self:
+        return jax.tree.map(jnp.add, self, other)
+
+    def trained_by(self, loss: Float[Array, ""]) -> Self:
+        """The same with the loss that has a gradient."""
+        return dataclasses.replace(self, blocks=dataclasses.replace(self.blocks, loss=loss))
+
+    def terms(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        return self.blocks.terms()
+
+    def figures(self) -> dict[str, float | list[float]]:
+        """Besides those of blocks token_accuracy: hits over tokens, of all slots together."""
+        return self.blocks.figures() | {"token_accuracy": self.share_of_tokens(self.blocks.hit_Q)}
+
+    def share_of_tokens(self, count: Int[Array, ...]) -> float:
+        """A count, added up over slots, by the tokens that are asked for."""
+        return float(np.sum(count) / max(int(self.blocks.asked_Q.sum()), 1))

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from flaxdraft.algorithms.dflash import algorithm as dflash
 from flaxdraft.algorithms.dflash.block_attention import Keys
 from flaxdraft.algorithms.dflash.layout import Layout, layout_of
 from flaxdraft.algorithms.dflash.objective import block_sums, decayed
+from flaxdraft.algorithms.dflash.scheduled import ScheduledAlgorithm
 from flaxdraft.algorithms.dflash2.draft import DFlash2Draft
 from flaxdraft.algorithms.dflash2.drafter import DFlash2Drafter
 from flaxdraft.algorithms.dflash2.schedule import selector_share
@@ -27,7 +27,6 @@ from flaxdraft.algorithms.dflash2.sums import DFlash2Sums
 from flaxdraft.interfaces import Example
 from flaxdraft.ops.candidate_head import Candidates, candidate_cross_entropy
 from flaxdraft.ops.corrected_head import Heads, Inputs, Labels
-from flaxdraft.ops.cross_entropy import How
 from flaxdraft.ops.rows import take_rows
 from flaxdraft.serving.contract import Contract
 
@@ -47,7 +46,7 @@ class Scores(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Algorithm(dflash.Algorithm):
+class Algorithm(ScheduledAlgorithm):
     """DFlash's blocks, with a selector that reads the text's own tokens in training and in the walk, and the draft's
     proposals in decoding: on the target's own answers these are the same up to the first wrong one."""
 
@@ -57,18 +56,13 @@ class Algorithm(dflash.Algorithm):
     def layout(self) -> Layout:
         return layout_of(self.settings.block_size, sample_from_anchor=False)
 
-    def first_carry(self) -> Int[Array, ""]:
-        """The step, which the schedule reads."""
-        return jnp.zeros((), jnp.int32)
+    def share_at(self, step: Int[Array, ""]) -> Float[Array, ""]:
+        return selector_share(self.settings, step)
 
-    def next_carry(self, carry: Int[Array, ""], sums: DFlash2Sums, step: Int[Array, ""]) -> Int[Array, ""]:
-        return step + 1
-
-    def _scored(
+    def with_share(
         self, draft: DFlash2Draft, head_VD: Float[Array, "V D"], example: Example, text: list[Keys],
         anchor_BA: Int[Array, "B A"], share: Float[Array, ""],
     ) -> tuple[Float[Array, ""], Scores]:  # fmt: skip
-        """The weighted losses of all slots, added up, and what is known of each."""
         settings, batch = self.settings, example.batch
         states_BRD = self.states(draft, batch, text, anchor_BA)
         label_BAS, asked_BAS = self.asked(batch, anchor_BA)
@@ -81,17 +75,11 @@ class Algorithm(dflash.Algorithm):
         weight_BAS = decayed(settings.decay_gamma, self.layout, asked_BAS.astype(wide))
         total, (unary, choice) = candidate_cross_entropy(
             Candidates(draft.config.selector_top_k, not settings.selector_stop_gradient),
-            How(settings.loss_chunk, draft.made_of), Inputs(states_BRD, latents_BRE),
-            Heads(head_VD, draft.selector.successors_VE()), Labels(flat(label_BAS), flat(weight_BAS)),
+            self.how(draft, anchor_BA), Inputs(states_BRD, latents_BRE),
+            Heads(head_VD, draft.selector.head_VE()), Labels(flat(label_BAS), flat(weight_BAS)),
             flat(asked_BAS), share,
         )  # fmt: skip
         return total, Scores(asked_BAS, weight_BAS, *map(apart, (*unary, *choice)))
-
-    def scored(
-        self, draft: DFlash2Draft, head_VD: Float[Array, "V D"], example: Example, text: list[Keys],
-        anchor_BA: Int[Array, "B A"],
-    ) -> Scores:  # fmt: skip
-        return self._scored(draft, head_VD, example, text, anchor_BA, jnp.zeros(()))[1]
 
     def summed(self, scores: Scores) -> DFlash2Sums:
         """In evaluation the selector's loss counts in full."""
@@ -102,13 +90,6 @@ class Algorithm(dflash.Algorithm):
             for x in (scores.base_hit_BAS, scores.covered_BAS)
         )
         return DFlash2Sums(blocks, base_hit_Q, covered_Q)
-
-    def sums(self, draft: DFlash2Draft, example: Example, carry: Int[Array, ""]) -> DFlash2Sums:
-        text, anchor_BA = self.read(draft, example), example.chosen.anchor_BA
-        share = selector_share(self.settings, carry)
-        total, scores = self._scored(draft, draft.head_VD(), example, text, anchor_BA, share)
-        found = self.summed(scores)
-        return dataclasses.replace(found, blocks=dataclasses.replace(found.blocks, loss=total))
 
     def flops(self, params: nnx.State, frozen: nnx.State, example: Example) -> float:
         """Of a candidate one row of the codebook is read and multiplied, as a key in attention is, which counts here as

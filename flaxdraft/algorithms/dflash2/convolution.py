@@ -3,7 +3,7 @@
     kernels = base_kernel + kernel_projection u, one for the way in and one for the way out
     in:  x_t = sum over j of kernel[in, t, j] u_(t-j);  out: y_t = sum over j of kernel[out, t, j] part(x)_(t-j)
 
-Channels are multiplied one by one, those of a group by what the projection adds to all of them alike. Slots before the
+Each channel has its own base kernel; what the projection adds is the same for all channels of a group. Slots before the
 first one of a block count as 0, so nothing passes from block to block.
 
 Shape letters: B batch, A blocks, S slots of a block, R = A S rows, J places of a kernel, D width, M = 2 J times as many

@@ -15,22 +15,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.devices.sharding import Sharding, gathered
+from flaxdraft.algorithms.dflash.logits_head import LogitsHead
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.nn.layers import latent
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.vocabulary import lookup
 
 
-class Selector(nnx.Module):
-    """It adds nothing before training: the successors' codebook begins as 0."""
+class Selector(LogitsHead):
+    """The successors' codebook is its head."""
 
     def __init__(self, config: Any, precision: Precision, sharding: Sharding, rngs: nnx.Rngs):
         c, precision = config, dataclasses.replace(precision, float8=False)
-        self.precision, self.sharding, shape = precision, sharding, (c.vocab_size, c.selector_rank)
-        # Predecessors and successors; by these names optimizers know what reads tokens and what makes logits.
-        tokens = nnx.initializers.normal(0.02)(rngs.params(), shape, precision.param)
+        super().__init__(c.vocab_size, c.selector_rank, precision, sharding)
+        self.precision = precision
+        tokens = nnx.initializers.normal(0.02)(rngs.params(), (c.vocab_size, c.selector_rank), precision.param)
+        # The predecessors' codebook; by this name optimizers know what reads tokens.
         self.embed_tokens = nnx.Param(tokens, place="weight_ve")
-        self.lm_head = nnx.Param(jnp.zeros(shape, precision.param), place="weight_ve")
         self.projection = latent(c.hidden_size, c.selector_rank, precision, rngs, sharding)
 
     def latents(
@@ -44,13 +45,9 @@ class Selector(nnx.Module):
         before_BRE = lookup(self.embed_tokens[...], before_BR, self.sharding).astype(self.precision.compute)
         return before_BRE * self.projection(hidden_BRD)
 
-    def successors_VE(self) -> Float[Array, "V E"]:
-        """Whole along fsdp."""
-        return gathered(self.lm_head[...], self.sharding.weight_ve)
-
     def scores(
         self, logit_BK: Float[Array, "B K"], id_BK: Int[Array, "B K"], latent_BE: Float[Array, "B E"]
     ) -> Float[Array, "B K"]:
         """Of the candidates of one slot a row, at least float32."""
-        code_BKE = self.successors_VE().astype(latent_BE.dtype)[id_BK]
+        code_BKE = self.head_VE()[id_BK].astype(latent_BE.dtype)
         return logit_BK + jnp.einsum("be,bke->bk", latent_BE, code_BKE, preferred_element_type=logit_BK.dtype)

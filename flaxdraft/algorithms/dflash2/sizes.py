@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
-from flaxdraft.algorithms.dflash.sizes import BlockSizes
+from flaxdraft.algorithms.dflash.sizes import BlockSizes, narrow_width
 from flaxdraft.errors import InputError
 
 ARCHITECTURE = "DFlash2DraftModel"  # SGLang, vLLM and other trainers, whatever the attention
@@ -33,17 +33,13 @@ class DFlash2Sizes(BlockSizes):
 
     projector: ClassVar[str] = PROJECTOR
     own_fields: ClassVar[tuple[str, ...]] = OWN_FIELDS
+    whole_vocabulary: ClassVar[str | None] = "candidates are tokens of the whole vocabulary"
 
     def __post_init__(self):
         super().__post_init__()
         if self.sample_from_anchor:
             raise InputError(
                 "draft.fields.sample_from_anchor: found True; dflash2's slots predict the token at their own place"
-            )
-        if not self.knows_every_token:
-            raise InputError(
-                f"draft.fields.draft_vocab_size: found {self.draft_vocab_size}, expected the target's "
-                f"{self.vocab_size}: candidates are tokens of the whole vocabulary"
             )
         for name, most, what in (
             ("conv_kernel_size", self.block_size, "block_size"), ("selector_top_k", self.vocab_size, "vocab_size"),
@@ -58,10 +54,9 @@ class DFlash2Sizes(BlockSizes):
 
     @classmethod
     def sizes_for_target(cls, target: Any, draft_vocab_size: int) -> dict[str, Any]:
-        """The rank is to the target's width as that of published drafts is, 256 to 4096."""
         own = {
             "conv_kernel_size": 2, "conv_group_size": math.gcd(target.hidden_size, 16),
-            "selector_rank": max(target.hidden_size // 16 // 16 * 16, 32),
+            "selector_rank": narrow_width(target.hidden_size),
             "selector_top_k": min(16, target.vocab_size),
         }  # fmt: skip
         return super().sizes_for_target(target, draft_vocab_size) | own

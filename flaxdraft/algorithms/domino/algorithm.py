@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from flaxdraft.algorithms.dflash import algorithm as dflash
 from flaxdraft.algorithms.dflash.block_attention import Keys
 from flaxdraft.algorithms.dflash.layout import Layout, layout_of
 from flaxdraft.algorithms.dflash.objective import block_sums, decayed
+from flaxdraft.algorithms.dflash.scheduled import ScheduledAlgorithm
 from flaxdraft.algorithms.domino.draft import DominoDraft
 from flaxdraft.algorithms.domino.drafter import DominoDrafter
 from flaxdraft.algorithms.domino.schedule import base_share
@@ -24,7 +24,6 @@ from flaxdraft.algorithms.domino.settings import Settings
 from flaxdraft.algorithms.domino.sums import DominoSums, runs
 from flaxdraft.interfaces import Example
 from flaxdraft.ops.corrected_head import Heads, Inputs, Labels, corrected_cross_entropy
-from flaxdraft.ops.cross_entropy import How
 from flaxdraft.ops.rows import take_rows
 from flaxdraft.serving.contract import Contract
 
@@ -40,7 +39,7 @@ class Scores(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Algorithm(dflash.Algorithm):
+class Algorithm(ScheduledAlgorithm):
     """DFlash's blocks, with a head that reads the text's own tokens in training and in the walk, and the draft's
     proposals in decoding: on the target's own answers these are the same up to the first wrong one."""
 
@@ -50,18 +49,13 @@ class Algorithm(dflash.Algorithm):
     def layout(self) -> Layout:
         return layout_of(self.settings.block_size, self.settings.shift_label)
 
-    def first_carry(self) -> Int[Array, ""]:
-        """The step, which the schedule reads."""
-        return jnp.zeros((), jnp.int32)
+    def share_at(self, step: Int[Array, ""]) -> Float[Array, ""]:
+        return base_share(self.settings, step)
 
-    def next_carry(self, carry: Int[Array, ""], sums: DominoSums, step: Int[Array, ""]) -> Int[Array, ""]:
-        return step + 1
-
-    def _scored(
+    def with_share(
         self, draft: DominoDraft, head_VD: Float[Array, "V D"], example: Example, text: list[Keys],
         anchor_BA: Int[Array, "B A"], share: Float[Array, ""],
     ) -> tuple[Float[Array, ""], Scores]:  # fmt: skip
-        """The weighted losses of all slots, added up, and what is known of each."""
         settings, batch = self.settings, example.batch
         states_BRD = self.states(draft, batch, text, anchor_BA)
         label_BAS, asked_BAS = self.asked(batch, anchor_BA)
@@ -71,19 +65,12 @@ class Algorithm(dflash.Algorithm):
         wide = jnp.promote_types(states_BRD.dtype, jnp.float32)
         weight_BAS = decayed(settings.decay_gamma, self.layout, asked_BAS.astype(wide))
         total, (final, base) = corrected_cross_entropy(
-            How(chunk=settings.loss_chunk, logits=draft.made_of), Inputs(states_BRD, latents_BRE),
+            self.how(draft, anchor_BA), Inputs(states_BRD, latents_BRE),
             Heads(head_VD, draft.correction.head_VE()), Labels(flat(label_BAS), flat(weight_BAS)),
             flat(asked_BAS), share,
         )  # fmt: skip
         of_slots = map(apart, (*final, base.hit_BR))
         return total, Scores(asked_BAS, weight_BAS, *of_slots)
-
-    def scored(
-        self, draft: DominoDraft, head_VD: Float[Array, "V D"], example: Example, text: list[Keys],
-        anchor_BA: Int[Array, "B A"],
-    ) -> Scores:  # fmt: skip
-        """In evaluation, whose loss is that with the head."""
-        return self._scored(draft, head_VD, example, text, anchor_BA, jnp.zeros(()))[1]
 
     def summed(self, scores: Scores) -> DominoSums:
         asked_BAS, weight_BAS, loss_BAS, hit_BAS, base_hit_BAS = scores
@@ -91,13 +78,6 @@ class Algorithm(dflash.Algorithm):
         asked, hit, base_hit = (x[:, :, self.counted] for x in (asked_BAS, hit_BAS, base_hit_BAS))
         base_hit_Q = jnp.sum(base_hit, axis=(0, 1), dtype=jnp.int32)
         return DominoSums(blocks, base_hit_Q, runs(asked, hit), runs(asked, base_hit))
-
-    def sums(self, draft: DominoDraft, example: Example, carry: Int[Array, ""]) -> DominoSums:
-        text, anchor_BA = self.read(draft, example), example.chosen.anchor_BA
-        share = base_share(self.settings, carry)
-        total, scores = self._scored(draft, draft.head_VD(), example, text, anchor_BA, share)
-        found = self.summed(scores)
-        return dataclasses.replace(found, blocks=dataclasses.replace(found.blocks, loss=total))
 
     def flops(self, params: nnx.State, frozen: nnx.State, example: Example) -> float:
         """The tokens that the head reads are the target's embedding, of which nobody needs the gradient."""

@@ -10,17 +10,16 @@ width of the latents, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float
 
-from flaxdraft.devices.per_device import per_device
-from flaxdraft.devices.sharding import Sharding, gathered, spec_of
+from flaxdraft.algorithms.dflash.logits_head import LogitsHead
+from flaxdraft.algorithms.dflash.recurrence import along_blocks
+from flaxdraft.devices.sharding import Sharding, gathered
 from flaxdraft.nn.layers import latent
 from flaxdraft.nn.precision import Precision
 
@@ -43,46 +42,33 @@ class PrefixGRU(nnx.Module):
 
     def step(self, state_BG: Float[Array, "B G"], token_BD: Float[Array, "B D"]) -> Float[Array, "B G"]:
         """The state after one more token."""
-        return _cell(self._kernel(), state_BG, self.input_proj(token_BD[:, None])[:, 0])
+        return _cell(self._kernel(), state_BG, self.input_proj(token_BD[:, None])[:, 0])[0]
 
     def __call__(self, tokens_BRD: Float[Array, "B R D"], size: int) -> Float[Array, "B R G"]:
         """The state after each of a block's tokens; each block of `size` begins anew."""
         gates = self.input_proj(tokens_BRD)
-        return per_device(partial(_along_blocks, size), spec_of(gates), gates, self._kernel())
+        return along_blocks(_cell, size, gates, self._kernel())
 
 
 def _cell(kernel, state, gates):
-    """One step; gates [..., 3 G] are those of the token."""
+    """One step, which gives its state; gates [..., 3 G] are those of the token."""
     wide = state.dtype
     product = jnp.einsum("...g,gh->...h", state.astype(kernel.dtype), kernel, preferred_element_type=wide)
     (r, z, n), (of_r, of_z, of_n) = (jnp.split(x, 3, axis=-1) for x in (gates.astype(wide), product))
     r, z = jax.nn.sigmoid(r + of_r), jax.nn.sigmoid(z + of_z)
-    return (1 - z) * jnp.tanh(n + r * of_n) + z * state
+    state = (1 - z) * jnp.tanh(n + r * of_n) + z * state
+    return state, state
 
 
-def _along_blocks(size: int, gates_BR3, kernel):
-    gates = gates_BR3.reshape(gates_BR3.shape[0], -1, size, gates_BR3.shape[2])
-    wide = jnp.promote_types(gates.dtype, jnp.float32)
-    start = jnp.zeros((*gates.shape[:2], kernel.shape[0]), wide)
-
-    def step(state, gates):
-        state = _cell(kernel, state, gates)
-        return state, state.astype(gates.dtype)
-
-    _, states = lax.scan(step, start, jnp.moveaxis(gates, 2, 0))
-    return jnp.moveaxis(states, 0, 2).reshape(*gates_BR3.shape[:2], -1)
-
-
-class Correction(nnx.Module):
-    """What the head adds. It adds nothing before training: its last matrix begins as 0."""
+class Correction(LogitsHead):
+    """What the head adds."""
 
     def __init__(self, config: Any, precision: Precision, sharding: Sharding, rngs: nnx.Rngs):
         c, precision = config, dataclasses.replace(precision, float8=False)
-        self.width, self.sharding = c.hidden_size, sharding
+        super().__init__(c.vocab_size, c.emb_dim, precision, sharding)
+        self.width = c.hidden_size
         self.prefix_gru = PrefixGRU(c.hidden_size, c.gru_hidden_dim, precision, sharding, rngs)
         self.projection = latent(c.hidden_size + c.gru_hidden_dim, c.emb_dim, precision, rngs, sharding)
-        # By this name optimizers know what makes logits.
-        self.lm_head = nnx.Param(jnp.zeros((c.vocab_size, c.emb_dim), precision.param), place="weight_ve")
 
     def latents(
         self, hidden_BRD: Float[Array, "B R D"], state_BRG: Float[Array, "B R G"]
@@ -90,13 +76,3 @@ class Correction(nnx.Module):
         """Of slots, with the state after the token before what each predicts."""
         of_hidden = self.projection(hidden_BRD, slice(self.width))
         return jax.nn.silu(of_hidden + self.projection(state_BRG, slice(self.width, None)))
-
-    def head_VE(self) -> Float[Array, "V E"]:
-        """Whole along fsdp."""
-        return gathered(self.lm_head[...], self.sharding.weight_ve)
-
-    def logits(self, latent_BRE: Float[Array, "B R E"]) -> Float[Array, "B R V"]:
-        """What is added to logits, at least float32."""
-        wide = jnp.promote_types(latent_BRE.dtype, jnp.float32)
-        head_VE = self.head_VE().astype(latent_BRE.dtype)
-        return jnp.einsum("bre,ve->brv", latent_BRE, head_VE, preferred_element_type=wide)

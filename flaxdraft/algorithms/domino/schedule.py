@@ -9,7 +9,7 @@ from flaxdraft.algorithms.domino.settings import Settings
 
 
 def base_share(settings: Settings, step: Int[Array, ""]) -> Float[Array, ""]:
-    """Of a step, from 0: it falls along a line. Outside a run, whose number of steps is not known, it is 0."""
+    """It falls along a line; steps count from 0. Outside a run, whose number of steps is not known, it is 0."""
     if settings.base_steps is None:
         return jnp.zeros(())
     return jnp.clip(settings.base_start * (1 - jnp.minimum(step / settings.base_steps, 1)), 0, 1)

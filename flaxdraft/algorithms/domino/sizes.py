@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from flaxdraft.algorithms.dflash.sizes import BlockSizes
+from flaxdraft.algorithms.dflash.sizes import BlockSizes, narrow_width
 from flaxdraft.errors import InputError
 
 # SpecForge writes the second one, which no engine registers.
@@ -29,6 +29,7 @@ class DominoSizes(BlockSizes):
 
     projector: ClassVar[str] = PROJECTOR
     own_fields: ClassVar[tuple[str, ...]] = ("shift_label",)
+    whole_vocabulary: ClassVar[str | None] = "the head corrects the logit of every token"
     may_be_zero: ClassVar[tuple[str, ...]] = (*BlockSizes.may_be_zero, "pure_draft_prefix_len")
 
     def __post_init__(self):
@@ -36,11 +37,6 @@ class DominoSizes(BlockSizes):
         if self.sample_from_anchor:
             raise InputError(
                 "draft.fields.sample_from_anchor: found True; of domino algorithm.shift_label says what a slot predicts"
-            )
-        if not self.knows_every_token:
-            raise InputError(
-                f"draft.fields.draft_vocab_size: found {self.draft_vocab_size}, expected the target's "
-                f"{self.vocab_size}: the correction is one of every token"
             )
         if type(self.pure_draft_prefix_len) is not int or not 0 <= self.pure_draft_prefix_len < self.block_size:
             raise InputError(
@@ -50,9 +46,9 @@ class DominoSizes(BlockSizes):
 
     @classmethod
     def sizes_for_target(cls, target: Any, draft_vocab_size: int) -> dict[str, Any]:
-        """The head's widths are to the target's as those for Qwen3-8B are, 256 and 1024 to 4096."""
+        """The state is a quarter as wide as the target, as in drafts of Qwen3-8B (1024 to 4096)."""
         widths = {
-            "emb_dim": max(target.hidden_size // 16 // 16 * 16, 32),
+            "emb_dim": narrow_width(target.hidden_size),
             "gru_hidden_dim": max(target.hidden_size // 4 // 64 * 64, 64),
         }  # fmt: skip
         return super().sizes_for_target(target, draft_vocab_size) | widths

@@ -25,7 +25,6 @@ from flaxdraft.algorithms.dspark.settings import Settings
 from flaxdraft.algorithms.dspark.sums import ConfidenceSums, DSparkSums, binary_cross_entropy, surprise
 from flaxdraft.interfaces import Example
 from flaxdraft.ops.corrected_head import Heads, Inputs, corrected
-from flaxdraft.ops.cross_entropy import How
 from flaxdraft.ops.rows import take_rows
 from flaxdraft.serving.contract import Contract
 
@@ -79,7 +78,7 @@ class Algorithm(dflash.Algorithm):
         # The target's state at a token predicts the next one.
         last_BRE = take_rows(features.last_BTE, rows_BR).astype(states_BRD.dtype)
         total, known = corrected(
-            text_and_teacher, How(chunk=settings.loss_chunk, logits=draft.made_of), Inputs(states_BRD, latents_BRE),
+            text_and_teacher, self.how(draft, anchor_BA), Inputs(states_BRD, latents_BRE),
             Heads(head_VD, draft.markov.head_VE()), Asked(flat(label_BAS), flat(weight_BAS), last_BRE),
             flat(asked_BAS), Shares(*(jnp.asarray(x, wide) for x in (settings.ce_alpha, settings.l1_alpha))),
         )  # fmt: skip
@@ -99,7 +98,7 @@ class Algorithm(dflash.Algorithm):
         return scores.hit_BAS & trusted(scores.confidence_BAS, self.settings.confidence_threshold)
 
     def summed(self, scores: Scores) -> DSparkSums:
-        """Where the sums have no gradient."""
+        """Losses by text and teacher have no gradient here; `sums` puts in the loss that has it."""
         settings, weight_BAS = self.settings, scores.weight_BAS
         blocks = block_sums(weight_BAS, self.counted, scores.asked_BAS, scores.loss_BAS, scores.hit_BAS)
         # The probability that sampled verification accepts a slot.
@@ -125,7 +124,7 @@ class Algorithm(dflash.Algorithm):
         found = self.summed(scores)
         if found.confidence is not None:
             total = total + self.settings.confidence_alpha * found.confidence.loss
-        return dataclasses.replace(found, blocks=dataclasses.replace(found.blocks, loss=total))
+        return found.trained_by(total)
 
     def flops(self, params: nnx.State, frozen: nnx.State, example: Example) -> float:
         """The table of tokens is looked up; the head makes the teacher's logits as well."""

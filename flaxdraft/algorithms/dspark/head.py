@@ -18,28 +18,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from flaxdraft.devices.per_device import per_device
-from flaxdraft.devices.sharding import Sharding, gathered, spec_of
+from flaxdraft.algorithms.dflash.logits_head import LogitsHead
+from flaxdraft.algorithms.dflash.recurrence import along_blocks
+from flaxdraft.devices.sharding import Sharding, gathered
 from flaxdraft.nn.layers import latent
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.vocabulary import lookup
 
 
-class MarkovHead(nnx.Module):
-    """It adds nothing before training: its last matrix begins as 0."""
+class MarkovHead(LogitsHead):
+    """What the token before a slot adds."""
 
     def __init__(self, config: Any, precision: Precision, sharding: Sharding, rngs: nnx.Rngs):
         c, precision = config, dataclasses.replace(precision, float8=False)
-        self.kind, self.rank, self.sharding, self.precision = c.markov_head_type, c.markov_rank, sharding, precision
-        shape = (c.vocab_size, c.markov_rank)
-        # By these names optimizers know what reads tokens and what makes logits.
+        super().__init__(c.vocab_size, c.markov_rank, precision, sharding)
+        self.kind, self.rank, self.precision = c.markov_head_type, c.markov_rank, precision
+        # By this name optimizers know what reads tokens.
         self.embed_tokens = nnx.Param(
-            nnx.initializers.normal(0.02)(rngs.params(), shape, precision.param), place="weight_ve"
+            nnx.initializers.normal(0.02)(rngs.params(), (c.vocab_size, c.markov_rank), precision.param),
+            place="weight_ve",
         )
-        self.lm_head = nnx.Param(jnp.zeros(shape, precision.param), place="weight_ve")
         projection = partial(latent, precision=precision, rngs=rngs, s=sharding, use_bias=True)
         if self.kind == "gated":
             self.gate_proj = projection(c.hidden_size + c.markov_rank, c.markov_rank)
@@ -66,7 +66,7 @@ class MarkovHead(nnx.Module):
         """Of every slot of blocks of `size`."""
         if self.kind == "rnn":
             gates, kernel = self._read(before_BRE, hidden_BRD)
-            return per_device(partial(_along_blocks, size), spec_of(gates), gates, kernel)
+            return along_blocks(_cell, size, gates, kernel)
         if self.kind == "gated":
             gate = self.gate_proj(jnp.concatenate([hidden_BRD, before_BRE], axis=-1))
             return jax.nn.sigmoid(gate) * before_BRE
@@ -82,16 +82,6 @@ class MarkovHead(nnx.Module):
         state_BE, latent_BE = _cell(kernel, state_BE, gates[:, 0])
         return state_BE, latent_BE[:, None].astype(before_B1E.dtype)
 
-    def head_VE(self) -> Float[Array, "V E"]:
-        """Whole along fsdp."""
-        return gathered(self.lm_head[...], self.sharding.weight_ve)
-
-    def logits(self, latent_BRE: Float[Array, "B R E"]) -> Float[Array, "B R V"]:
-        """What is added to logits, at least float32."""
-        wide = jnp.promote_types(latent_BRE.dtype, jnp.float32)
-        head_VE = self.head_VE().astype(latent_BRE.dtype)
-        return jnp.einsum("bre,ve->brv", latent_BRE, head_VE, preferred_element_type=wide)
-
 
 def _cell(kernel, state, gates):
     """One slot; gates [..., 3 E] are those of the token and the draft's state."""
@@ -99,18 +89,6 @@ def _cell(kernel, state, gates):
     keep, new, out = jnp.split(gates.astype(state.dtype) + product, 3, axis=-1)
     keep = jax.nn.sigmoid(keep)
     return keep * state + (1 - keep) * jnp.tanh(new), jnp.tanh(out)
-
-
-def _along_blocks(size: int, gates_BR3, kernel):
-    gates = gates_BR3.reshape(gates_BR3.shape[0], -1, size, gates_BR3.shape[2])
-    start = jnp.zeros((*gates.shape[:2], kernel.shape[0]), jnp.promote_types(gates.dtype, jnp.float32))
-
-    def step(state, gates):
-        state, latent = _cell(kernel, state, gates)
-        return state, latent.astype(gates.dtype)
-
-    _, latents = lax.scan(step, start, jnp.moveaxis(gates, 2, 0))
-    return jnp.moveaxis(latents, 0, 2).reshape(*gates_BR3.shape[:2], -1)
 
 
 class ConfidenceHead(nnx.Module):

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from flaxdraft.algorithms.dflash.sizes import BlockSizes
+from flaxdraft.algorithms.dflash.sizes import BlockSizes, narrow_width
 from flaxdraft.errors import InputError
 
 # What SGLang and vLLM register, and SpecForge's name.
@@ -42,6 +42,7 @@ class DSparkSizes(BlockSizes):
 
     projector: ClassVar[str] = PROJECTOR
     own_fields: ClassVar[tuple[str, ...]] = ("markov_rank",)
+    whole_vocabulary: ClassVar[str | None] = "the Markov head corrects the logit of every token"
 
     def __post_init__(self):
         super().__post_init__()
@@ -58,9 +59,8 @@ class DSparkSizes(BlockSizes):
 
     @classmethod
     def sizes_for_target(cls, target: Any, draft_vocab_size: int) -> dict[str, Any]:
-        """The rank is to the target's width as for Qwen3-8B, 256 to 4096."""
         own = {
-            "markov_rank": max(target.hidden_size // 16 // 16 * 16, 32), "markov_head_type": HEAD_TYPES[0],
+            "markov_rank": narrow_width(target.hidden_size), "markov_head_type": HEAD_TYPES[0],
             "enable_confidence_head": True, "confidence_head_with_markov": True,
         }  # fmt: skip
         return super().sizes_for_target(target, draft_vocab_size) | own

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from flaxdraft.algorithms.dflash.sums import BlockSums
+from flaxdraft.algorithms.dflash.sums import HeadSums
 
 # Among which a slot's is chosen: from 1/8 to 8.
 TEMPERATURES = tuple(float(2 ** (i / 8)) for i in range(-24, 25))
@@ -28,32 +28,24 @@ class ConfidenceSums:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DSparkSums:
+class DSparkSums(HeadSums):
     """Sums over blocks."""
 
-    blocks: BlockSums  # its loss is the whole one
     text: Float[Array, ""]  # weighted cross entropies
     distance: Float[Array, ""]  # weighted distances of the draft's distributions from the target's
     expected: Float[Array, ""]  # draft tokens that sampled verification would accept, in expectation
     teacher_hit: Int[Array, ""]
     confidence: ConfidenceSums | None
 
-    def __add__(self, other: DSparkSums) -> DSparkSums:
-        return jax.tree.map(jnp.add, self, other)
-
-    def terms(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        return self.blocks.terms()
-
     def figures(self) -> dict[str, float | list[float]]:
-        """Besides DFlash's: token_accuracy, hits over tokens, of all slots together. text_loss, distance_loss and
-        confidence_loss, the three parts before their shares. expected_length: 1 + the draft tokens that sampled
-        verification would accept, mean over blocks (reference trainers' tau), teacher-forced. teacher_accuracy: how
-        often the target's likeliest token is the text's; on its own greedy answers always, unless the teacher is of
-        another row or was not normed. confidence_temperatures: of each slot, see `best_temperatures`."""
-        blocks, asked = self.blocks, max(int(self.blocks.asked_Q.sum()), 1)
-        weight, num_blocks = max(float(blocks.weight), 1.0), max(int(blocks.num_blocks), 1)
-        found = blocks.figures() | {
-            "token_accuracy": float(np.sum(blocks.hit_Q) / asked), "teacher_accuracy": float(self.teacher_hit / asked),
+        """text_loss, distance_loss and confidence_loss, the three parts before their shares. expected_length: 1 + the
+        draft tokens that sampled verification would accept, mean over blocks (reference trainers' tau), teacher-forced.
+        teacher_accuracy: how often the target's likeliest token is the text's; on its own greedy answers always, unless
+        the teacher is of another row or was not normed. confidence_temperatures: of each slot, see
+        `best_temperatures`."""
+        weight, num_blocks = max(float(self.blocks.weight), 1.0), max(int(self.blocks.num_blocks), 1)
+        found = super().figures() | {
+            "teacher_accuracy": self.share_of_tokens(self.teacher_hit),
             "text_loss": float(self.text / weight), "distance_loss": float(self.distance / weight),
             "expected_length": float(1 + self.expected / num_blocks),
         }  # fmt: skip

@@ -96,8 +96,12 @@ def attentions(config: Config, precision: Precision, sharding: Sharding, rngs: n
 
 def make(
     config: Config, vocab: VocabMap, target: EmbeddingAndHead, *, precision: Precision, sharding: Sharding,
-    rngs: nnx.Rngs,
+    rngs: nnx.Rngs, draft: type[BlockDraft] = BlockDraft,
 ) -> BlockDraft:  # fmt: skip
-    """A draft with fresh weights; see `BlockDraft`."""
+    """A draft with fresh weights; see `BlockDraft`.
+
+    Args:
+        draft: the class of an algorithm that builds on this one.
+    """
     of_layers = attentions(config, precision, sharding, rngs)
-    return BlockDraft(config, of_layers, vocab, target, precision=precision, sharding=sharding, rngs=rngs)
+    return draft(config, of_layers, vocab, target, precision=precision, sharding=sharding, rngs=rngs)

@@ -44,6 +44,8 @@ def understand(config: Mapping[str, Any], origin: str) -> Understood:
 def _plain(config: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], list[str]]:
     """A config of SpecForge or z-lab: the engines' form, the tapped layers that its trainer derived written out."""
     nested, remarks = dict(config.get(CONFIG) or {}), []
+    if config.get("num_hidden_layers") is None:
+        raise InputError(f"{origin}: no num_hidden_layers; write how many layers the weights are of")
     if nested.get(TAPS) is None:
         if (num_target := config.get("num_target_layers")) is None:
             raise InputError(f"{origin}: neither {CONFIG}.{TAPS} nor num_target_layers; write the tapped layers there, "

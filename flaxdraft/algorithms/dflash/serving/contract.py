@@ -18,8 +18,8 @@ from flaxdraft.algorithms.dflash.serving.sanity import of_sizes as of_sizes
 from flaxdraft.algorithms.dflash.serving.sanity import unreadable as unreadable
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, TAPS, Engine
 from flaxdraft.interfaces import VocabMap
-from flaxdraft.plugins import parts_of
 from flaxdraft.serving import rope_fields, vocabulary_tables
+from flaxdraft.serving.contract import tables_in
 from flaxdraft.serving.finding import Finding
 from flaxdraft.serving.sanity import MARK
 from flaxdraft.serving.trained_draft import AboutTarget
@@ -30,8 +30,7 @@ tags: Sequence[str] = ("dflash", "speculative-decoding")
 
 
 def engines() -> Mapping[str, Engine]:
-    found = parts_of("flaxdraft.algorithms.dflash.serving.engines")
-    return {name.replace("_", "-"): module.ENGINE for name, module in sorted(found)}
+    return tables_in("flaxdraft.algorithms.dflash.serving.engines")
 
 
 def config_json(draft: Mapping[str, Any], about: AboutTarget, dtype: str, engine: Engine) -> dict[str, Any]:
@@ -78,10 +77,18 @@ def of_tensors(engine: Engine, view: DraftView) -> list[Finding]:
 
 
 def describe(config: Mapping[str, Any]) -> str:
+    return f"{title}, {describe_layers(config)}"
+
+
+def describe_layers(config: Mapping[str, Any]) -> str:
     layers, size = config["num_hidden_layers"], layout.block_size(config)
     kind = "DeepSeek-MLA" if layout.is_latent(config) else "Qwen3"
-    return f"DFlash, {layers} {kind} layer{'s' * (layers > 1)} of width {config['hidden_size']}, blocks of {size}"
+    return f"{layers} {kind} layer{'s' * (layers > 1)} of width {config['hidden_size']}, blocks of {size}"
 
 
 def describe_training(settings: Mapping[str, Any]) -> str:
-    return f"{settings['num_anchors']} blocks of {settings['block_size']} a conversation, {settings['objective']}"
+    return f"{describe_blocks(settings)}, {settings['objective']}"
+
+
+def describe_blocks(settings: Mapping[str, Any]) -> str:
+    return f"{settings['num_anchors']} blocks of {settings['block_size']} a conversation"

@@ -50,7 +50,7 @@ def missing(config: Mapping[str, Any], kind: Kind) -> list[str]:
     """Fields without which there is no draft, where they are missing or something else."""
     required = dict.fromkeys((*_SIZES, *(_LATENT if tensors.is_latent(config) else ())), SIZE)
     required |= {"rms_norm_eps": POSITIVE, CONFIG: Expected(f"an object with {kind.required}", kind.section)}
-    found, nested = fields.wrong(config, required), config.get(CONFIG)
-    if all((place or {}).get("block_size") is None for place in (config, nested) if isinstance(place, Mapping)):
-        found.append("no block_size")
-    return found
+    found = [*fields.wrong(config, required), *fields.malformed(config, kind.top)]
+    places = [place for place in (config, config.get(CONFIG)) if isinstance(place, Mapping)]
+    either = ("block_size", *kind.either)
+    return [*found, *(f"no {name}" for name in either if all(place.get(name) is None for place in places))]

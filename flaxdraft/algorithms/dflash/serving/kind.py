@@ -1,4 +1,4 @@
-"""What directories of the family's algorithms hold otherwise: each has its part of config.json and of the weights."""
+"""How directories of the family's algorithms differ: each has fields and weights of its own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from flaxdraft.algorithms.dflash.serving import tensors
+from flaxdraft.serving.fields import Expected
 from flaxdraft.serving.finding import Finding
 from flaxdraft.serving.view import DraftView
 
@@ -28,7 +29,7 @@ class Section(BaseModel):
 
 
 class Kind(NamedTuple):
-    """One algorithm."""
+    """What the directories of one algorithm's drafts hold."""
 
     section: type[Section]
     required: str  # fields of it, for messages
@@ -36,6 +37,8 @@ class Kind(NamedTuple):
     own_fields: tuple[str, ...] = ()
     head: Callable[[Mapping[str, Any]], tensors.Shapes] = lambda config: {}  # weights besides the layers'
     rules: tuple[Callable[[DraftView], Iterator[Finding]], ...] = ()  # of config.json, besides those of all
+    top: Mapping[str, Expected] = {}  # those of its fields that may stand at the top level as well
+    either: tuple[str, ...] = ()  # of these, the ones that must stand in one of both places
     from_anchor: bool = False  # whether the newest token's slot predicts, where dflash_config does not say it
 
     def weights(self, config: Mapping[str, Any]) -> tensors.Shapes:

@@ -8,12 +8,13 @@ from typing import Any
 from flaxdraft.algorithms.dflash.serving import tensors
 from flaxdraft.algorithms.dflash.serving.kind import DFLASH, Kind
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, TAPS, Engine
-from flaxdraft.algorithms.dflash.sizes import SWITCHES
+from flaxdraft.algorithms.dflash.sizes import SWITCHES, switch
 from flaxdraft.plugins import first_architecture
 from flaxdraft.serving import rope_fields, sanity
 from flaxdraft.serving.finding import Finding, few
 from flaxdraft.serving.view import DraftView
 
+_LOGITS = ("output_multiplier", "final_logit_softcapping")
 Rule = Callable[[Any, DraftView], Iterator[Finding]]  # the first is an engine's table
 
 
@@ -49,14 +50,23 @@ def slots(engine: Engine, view: DraftView) -> Iterator[Finding]:
 
 
 def switches(engine: Engine, view: DraftView) -> Iterator[Finding]:
-    """Sinks, scales and caps, which are read in one place."""
+    """Sinks, scales and caps are read in one place."""
     nested = view.config[CONFIG]
     moved = [name for name in SWITCHES if view.config.get(name) is not None and nested.get(name) is None]
     if moved and engine.serves:
         yield Finding("wrong", f"it reads {few(moved)} in {CONFIG} alone, not at the top level",
                       f"write {'it' if len(moved) == 1 else 'them'} there")  # fmt: skip
-    unread = [name for name in ("output_multiplier", "final_logit_softcapping") if nested.get(name) is not None]
-    if unread and not engine.scales_logits:
+
+
+def logits(engine: Engine, view: DraftView) -> Iterator[Finding]:
+    """What scales and caps them. A head that corrects logits is trained on the scaled ones."""
+    unread = [name for name in _LOGITS if view.config[CONFIG].get(name) is not None]
+    if engine.plain_logits:
+        for name in _LOGITS:
+            if (found := switch(view.config, name)) != SWITCHES[name]:
+                yield Finding("wrong", f"{name} is {found}, which it passes over where the head corrects logits",
+                              f"train without {name}")  # fmt: skip
+    elif unread and not engine.scales_logits:
         yield Finding("note", f"it does not read {few(unread)}; the likeliest tokens, which it proposes, are the same",
                       "nothing is to be done")  # fmt: skip
 
@@ -98,7 +108,7 @@ def keys(engine: Engine, view: DraftView, kind: Kind) -> Iterator[Finding]:
         yield Finding("refused", f"it finds no weights for {few(missing)}", "export the draft again")
 
 
-CONFIG_RULES: tuple[Rule, ...] = (architecture, slots, switches, vocabulary, tapped_layers, rope)
+CONFIG_RULES: tuple[Rule, ...] = (architecture, slots, switches, logits, vocabulary, tapped_layers, rope)
 
 
 def of_config(engine: Engine, view: DraftView, more: tuple[Rule, ...] = ()) -> list[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, TypeVar
 
 from flaxdraft.algorithms.dflash.sizes import SERVING_ARCHITECTURE
 from flaxdraft.serving import contract
@@ -19,11 +20,21 @@ class Engine(contract.Engine):
     nested_causal: bool = False  # reads dflash_config.causal besides the top-level is_causal
     mixed_layers: str | None = None  # what has to be set for drafts of sliding and full layers; None: nothing
     scales_logits: bool = False  # by output_multiplier and final_logit_softcapping
+    plain_logits: bool = False  # passes both over, and a head corrects its logits, so that it proposes other tokens
     reduced_vocabulary: bool = False  # reads draft_vocab_size, and the tables and the head that go with it
     last_layer: bool = False  # can hand over the output of the target's last layer
 
     rope_dialects: tuple[str, ...]  # of "rope_parameters" and "rope_theta", those it reads
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+
+
+_Table = TypeVar("_Table", bound=Engine)
+
+
+def like(table: Engine, kind: type[_Table], **own: Any) -> _Table:
+    """The table of an engine that reads an algorithm's drafts as it reads DFlash's, but for `own`."""
+    fields: dict[str, Any] = {field.name: getattr(table, field.name) for field in dataclasses.fields(table)} | own
+    return kind(**fields)
 
 
 CONFIG = "dflash_config"  # the object of config.json that holds what is the algorithm's own

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
-
-from flax import nnx
 
 from flaxdraft.algorithms.dflash.drafts import mla
 from flaxdraft.algorithms.dflash2.draft import DFlash2Draft
 from flaxdraft.algorithms.dflash2.names import own_names
 from flaxdraft.algorithms.dflash2.sizes import ARCHITECTURE, DFlash2Sizes
-from flaxdraft.devices.sharding import Sharding
-from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
-from flaxdraft.nn.precision import Precision
 
 ARCHITECTURES = (ARCHITECTURE,)
 MODEL_TYPES = ()
@@ -35,10 +31,4 @@ def name_table(config: Config):
     return (*mla.name_table(config), *own_names(config))
 
 
-def make(
-    config: Config, vocab: VocabMap, target: EmbeddingAndHead, *, precision: Precision, sharding: Sharding,
-    rngs: nnx.Rngs,
-) -> DFlash2Draft:  # fmt: skip
-    """A draft with fresh weights; see `DFlash2Draft`."""
-    of_layers = mla.attentions(config, precision, sharding, rngs)
-    return DFlash2Draft(config, of_layers, vocab, target, precision=precision, sharding=sharding, rngs=rngs)
+make = partial(mla.make, draft=DFlash2Draft)

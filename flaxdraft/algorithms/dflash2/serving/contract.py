@@ -17,10 +17,11 @@ from flaxdraft.algorithms.dflash.serving.contract import tap_layers_of as tap_la
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, Engine
 from flaxdraft.algorithms.dflash2.names import CODEBOOKS
 from flaxdraft.algorithms.dflash2.serving.kind import DFLASH2
-from flaxdraft.plugins import parts_of
+from flaxdraft.serving.contract import tables_in
 
 title: str = "DFlash2"
 tags: Sequence[str] = ("dflash2", "dflash", "speculative-decoding")
+describe_training = of_blocks.describe_blocks
 unreadable = partial(sanity.unreadable, kind=DFLASH2)
 of_directory = partial(sanity.of_directory, kind=DFLASH2)
 of_sizes = partial(sanity.of_sizes, kind=DFLASH2)
@@ -28,8 +29,7 @@ of_tensors = partial(rules.of_tensors, kind=DFLASH2)
 
 
 def engines() -> Mapping[str, Engine]:
-    found = parts_of("flaxdraft.algorithms.dflash2.serving.engines")
-    return {name.replace("_", "-"): module.ENGINE for name, module in sorted(found)}
+    return tables_in("flaxdraft.algorithms.dflash2.serving.engines")
 
 
 def flat_name(key: str) -> str | None:
@@ -40,9 +40,4 @@ def flat_name(key: str) -> str | None:
 
 
 def describe(config: Mapping[str, Any]) -> str:
-    told = of_blocks.describe(config).removeprefix(f"{of_blocks.title}, ")
-    return f"{title}, {told}, a choice among {config[CONFIG]['selector_top_k']} candidates"
-
-
-def describe_training(settings: Mapping[str, Any]) -> str:
-    return f"{settings['num_anchors']} blocks of {settings['block_size']} a conversation"
+    return f"{title}, {of_blocks.describe_layers(config)}, a choice among {config[CONFIG]['selector_top_k']} candidates"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
-
-from flax import nnx
 
 from flaxdraft.algorithms.dflash.drafts import mla
 from flaxdraft.algorithms.dflash.foreign_fields import of_algorithm
@@ -14,9 +13,6 @@ from flaxdraft.algorithms.domino.draft import DominoDraft
 from flaxdraft.algorithms.domino.names import head_names
 from flaxdraft.algorithms.domino.sizes import ARCHITECTURES as ARCHITECTURES
 from flaxdraft.algorithms.domino.sizes import PROJECTOR, DominoSizes
-from flaxdraft.devices.sharding import Sharding
-from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
-from flaxdraft.nn.precision import Precision
 
 MODEL_TYPES = ()
 
@@ -36,10 +32,4 @@ def name_table(config: Config):
     return (*mla.name_table(config), *head_names())
 
 
-def make(
-    config: Config, vocab: VocabMap, target: EmbeddingAndHead, *, precision: Precision, sharding: Sharding,
-    rngs: nnx.Rngs,
-) -> DominoDraft:  # fmt: skip
-    """A draft with fresh weights; see `DominoDraft`."""
-    of_layers = mla.attentions(config, precision, sharding, rngs)
-    return DominoDraft(config, of_layers, vocab, target, precision=precision, sharding=sharding, rngs=rngs)
+make = partial(mla.make, draft=DominoDraft)

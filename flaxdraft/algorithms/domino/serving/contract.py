@@ -19,10 +19,11 @@ from flaxdraft.algorithms.dflash.serving.terms import CONFIG
 from flaxdraft.algorithms.domino.serving.kind import DOMINO
 from flaxdraft.algorithms.domino.serving.rules import RULES
 from flaxdraft.algorithms.domino.serving.terms import Engine
-from flaxdraft.plugins import parts_of
+from flaxdraft.serving.contract import tables_in
 
 title: str = "Domino"
 tags: Sequence[str] = ("domino", "dflash", "speculative-decoding")
+describe_training = of_blocks.describe_blocks
 unreadable = partial(sanity.unreadable, kind=DOMINO)
 of_directory = partial(sanity.of_directory, kind=DOMINO)
 of_sizes = partial(sanity.of_sizes, kind=DOMINO)
@@ -31,14 +32,8 @@ of_tensors = partial(of_block_rules.of_tensors, kind=DOMINO)
 
 
 def engines() -> Mapping[str, Engine]:
-    found = parts_of("flaxdraft.algorithms.domino.serving.engines")
-    return {name.replace("_", "-"): module.ENGINE for name, module in sorted(found)}
+    return tables_in("flaxdraft.algorithms.domino.serving.engines")
 
 
 def describe(config: Mapping[str, Any]) -> str:
-    told = of_blocks.describe(config).removeprefix(f"{of_blocks.title}, ")
-    return f"{title}, {told}, a recurrent state of {config[CONFIG]['gru_hidden_dim']}"
-
-
-def describe_training(settings: Mapping[str, Any]) -> str:
-    return f"{settings['num_anchors']} blocks of {settings['block_size']} a conversation"
+    return f"{title}, {of_blocks.describe_layers(config)}, a recurrent state of {config[CONFIG]['gru_hidden_dim']}"

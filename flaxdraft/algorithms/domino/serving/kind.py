@@ -11,6 +11,7 @@ from flaxdraft.algorithms.dflash.serving.kind import Kind, Section
 from flaxdraft.algorithms.dflash.serving.tensors import Shapes, block_size
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG
 from flaxdraft.algorithms.domino.sizes import PROJECTOR
+from flaxdraft.serving.fields import SIZE
 from flaxdraft.serving.finding import Finding
 from flaxdraft.serving.view import DraftView
 
@@ -58,4 +59,5 @@ def slots(view: DraftView) -> Iterator[Finding]:
 DOMINO = Kind(
     DominoSection, "mask_token_id, target_layer_ids, gru_hidden_dim, pure_draft_prefix_len and shift_label (true or "
     "false)", PROJECTOR, ("shift_label",), head, (widths, slots),
+    top={"emb_dim": SIZE}, either=("emb_dim",),
 )  # fmt: skip

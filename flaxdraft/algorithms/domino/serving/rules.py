@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from flaxdraft.algorithms.dflash.serving.rules import Rule
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG
-from flaxdraft.algorithms.dflash.sizes import switch
 from flaxdraft.algorithms.domino.serving.terms import Engine
 from flaxdraft.serving.finding import Finding
 from flaxdraft.serving.view import DraftView
@@ -17,13 +16,6 @@ def prefix(engine: Engine, view: DraftView) -> Iterator[Finding]:
     if engine.prefix is not None and found != engine.prefix:
         yield Finding("refused", f"pure_draft_prefix_len is {found}, it serves {engine.prefix} alone",
                       f"train with algorithm.pure_draft_prefix_len={engine.prefix}")  # fmt: skip
-
-
-def logits(engine: Engine, view: DraftView) -> Iterator[Finding]:
-    for name, harmless in (("output_multiplier", (None, 1)), ("final_logit_softcapping", (None,))):
-        if engine.plain_logits and (found := switch(view.config, name)) not in harmless:
-            yield Finding("wrong", f"{name} is {found}, which it passes over where the head corrects "
-                          "logits", f"train without {name}")  # fmt: skip
 
 
 def code(engine: Engine, view: DraftView) -> Iterator[Finding]:
@@ -38,4 +30,4 @@ def dtype(engine: Engine, view: DraftView) -> Iterator[Finding]:
                       "bfloat16, or export so (export.dtype=bfloat16)")  # fmt: skip
 
 
-RULES: tuple[Rule, ...] = (prefix, logits, code, dtype)
+RULES: tuple[Rule, ...] = (prefix, code, dtype)

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
-
-from flax import nnx
 
 from flaxdraft.algorithms.dflash.drafts import qwen3
 from flaxdraft.algorithms.dspark.draft import DSparkDraft
 from flaxdraft.algorithms.dspark.names import head_names
 from flaxdraft.algorithms.dspark.sizes import ARCHITECTURES as ARCHITECTURES
 from flaxdraft.algorithms.dspark.sizes import DSparkSizes
-from flaxdraft.devices.sharding import Sharding
-from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
-from flaxdraft.nn.precision import Precision
 
 MODEL_TYPES = ()
 
@@ -35,10 +31,4 @@ def name_table(config: Config):
     return (*qwen3.name_table(config), *head_names(config))
 
 
-def make(
-    config: Config, vocab: VocabMap, target: EmbeddingAndHead, *, precision: Precision, sharding: Sharding,
-    rngs: nnx.Rngs,
-) -> DSparkDraft:  # fmt: skip
-    """A draft with fresh weights; see `DSparkDraft`."""
-    of_layers = qwen3.attentions(config, precision, sharding, rngs)
-    return DSparkDraft(config, of_layers, vocab, target, precision=precision, sharding=sharding, rngs=rngs)
+make = partial(qwen3.make, draft=DSparkDraft)

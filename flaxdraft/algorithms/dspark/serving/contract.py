@@ -18,12 +18,13 @@ from flaxdraft.algorithms.dspark.serving.kind import DSPARK, of_head
 from flaxdraft.algorithms.dspark.serving.rules import RULES
 from flaxdraft.algorithms.dspark.serving.terms import Engine
 from flaxdraft.algorithms.dspark.sizes import nested
-from flaxdraft.plugins import parts_of
+from flaxdraft.serving.contract import tables_in
 from flaxdraft.serving.finding import Finding
 from flaxdraft.serving.view import DraftView
 
 title: str = "DSpark"
 tags: Sequence[str] = ("dspark", "dflash", "speculative-decoding")
+describe_training = of_blocks.describe_blocks
 
 
 def _nested(view: DraftView) -> DraftView:
@@ -55,16 +56,10 @@ def of_tensors(engine: Engine, view: DraftView) -> list[Finding]:
 
 
 def engines() -> Mapping[str, Engine]:
-    found = parts_of("flaxdraft.algorithms.dspark.serving.engines")
-    return {name.replace("_", "-"): module.ENGINE for name, module in sorted(found)}
+    return tables_in("flaxdraft.algorithms.dspark.serving.engines")
 
 
 def describe(config: Mapping[str, Any]) -> str:
-    told = of_blocks.describe(nested(config)).removeprefix(f"{of_blocks.title}, ")
-    own = of_head(nested(config))
+    told, own = of_blocks.describe_layers(nested(config)), of_head(nested(config))
     trusting = " and a confidence" if own.get("enable_confidence_head") else ""
     return f"{title}, {told}, a {own['markov_head_type']} Markov head of rank {own['markov_rank']}{trusting}"
-
-
-def describe_training(settings: Mapping[str, Any]) -> str:
-    return f"{settings['num_anchors']} blocks of {settings['block_size']} a conversation"

@@ -11,15 +11,18 @@ from flaxdraft.algorithms.dflash.serving.kind import Kind, Section
 from flaxdraft.algorithms.dflash.serving.tensors import Shapes
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG
 from flaxdraft.algorithms.dspark.sizes import HEAD, PROJECTOR
+from flaxdraft.serving.fields import FLAG, SIZE, Expected
 from flaxdraft.serving.finding import Finding
 from flaxdraft.serving.view import DraftView
+
+_HeadType = Literal["vanilla", "gated", "rnn"]
 
 
 class DSparkSection(Section):
     """dflash_config of config.json."""
 
     markov_rank: Annotated[int, Field(gt=0)] | None = None  # here or at the top level, as the next ones
-    markov_head_type: Literal["vanilla", "gated", "rnn"] | None = None
+    markov_head_type: _HeadType | None = None
     enable_confidence_head: bool | None = None
     confidence_head_with_markov: bool | None = None
 
@@ -30,13 +33,12 @@ def of_head(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def head(config: Mapping[str, Any]) -> Shapes:
-    """
-    Raises:
-        KeyError: config.json lacks the rank.
-    """
     told, hidden, vocab_size = of_head(config), config["hidden_size"], config["vocab_size"]
     rank = told["markov_rank"]
-    shapes: Shapes = {f"markov_head.markov_{name}.weight": (vocab_size, rank) for name in ("w1", "w2")}
+    num_known = config.get("draft_vocab_size") or vocab_size
+    shapes: Shapes = {
+        "markov_head.markov_w1.weight": (vocab_size, rank), "markov_head.markov_w2.weight": (num_known, rank),
+    }  # fmt: skip
     linears = {"gated": ("gate_proj", rank, hidden + rank), "rnn": ("joint_proj", 3 * rank, 2 * rank + hidden)}
     if (kind := told.get("markov_head_type", "vanilla")) in linears:
         name, rows, columns = linears[kind]
@@ -64,7 +66,11 @@ def slots(view: DraftView) -> Iterator[Finding]:
                           "write true")  # fmt: skip
 
 
+_TOP = {
+    "markov_rank": SIZE, "markov_head_type": Expected("vanilla, gated or rnn", _HeadType),
+    "enable_confidence_head": FLAG, "confidence_head_with_markov": FLAG,
+}  # fmt: skip
 DSPARK = Kind(
     DSparkSection, "mask_token_id and target_layer_ids (and the heads' fields, of which markov_head_type is vanilla, "
-    "gated or rnn)", PROJECTOR, ("markov_rank",), head, (fields, slots), from_anchor=True,
+    "gated or rnn)", PROJECTOR, ("markov_rank",), head, (fields, slots), _TOP, ("markov_rank",), from_anchor=True,
 )  # fmt: skip

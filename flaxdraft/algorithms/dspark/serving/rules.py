@@ -26,11 +26,4 @@ def head_type(engine: Engine, view: DraftView) -> Iterator[Finding]:
                       "train with draft.fields={markov_head_type: vanilla}")  # fmt: skip
 
 
-def logits(engine: Engine, view: DraftView) -> Iterator[Finding]:
-    for name, harmless in (("output_multiplier", (None, 1)), ("final_logit_softcapping", (None,))):
-        if engine.plain_logits and view.config.get(name) not in harmless:
-            yield Finding("wrong", f"{name} is {view.config[name]}, which it passes over where the head corrects "
-                          "logits", f"train without {name}")  # fmt: skip
-
-
-RULES: tuple[Rule, ...] = (top_level, head_type, logits)
+RULES: tuple[Rule, ...] = (top_level, head_type)

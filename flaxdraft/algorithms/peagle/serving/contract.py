@@ -22,7 +22,7 @@ from flaxdraft.algorithms.peagle.serving import rules, sanity
 from flaxdraft.algorithms.peagle.serving import tensors as layout
 from flaxdraft.algorithms.peagle.serving.terms import Engine
 from flaxdraft.interfaces import VocabMap
-from flaxdraft.plugins import parts_of
+from flaxdraft.serving.contract import tables_in
 from flaxdraft.serving.finding import Finding, few
 from flaxdraft.serving.view import DraftView
 
@@ -31,8 +31,7 @@ tags: Sequence[str] = ("p-eagle", "eagle3", "speculative-decoding")
 
 
 def engines() -> Mapping[str, Engine]:
-    found = parts_of("flaxdraft.algorithms.peagle.serving.engines")
-    return {name.replace("_", "-"): module.ENGINE for name, module in sorted(found)}
+    return tables_in("flaxdraft.algorithms.peagle.serving.engines")
 
 
 def flat_name(key: str) -> str | None:
