@@ -48,7 +48,7 @@ def products(jaxpr) -> float:
     ("name", "fields", "settings"),
     [
         *((name, {}, {}) for name in PAIRS),
-        *(("eagle3-llama", {switch: True}, {}) for switch in SWITCHES if "fc" in switch),
+        *((name, {switch: True}, {}) for name in ("eagle3-llama", "peagle-llama") for switch in SWITCHES if "fc" in switch),
         ("dflash-qwen3", {"draft_vocab_size": 24}, {}),
         ("dflash2-qwen3", {}, {"selector_stop_gradient": True}),
     ],
