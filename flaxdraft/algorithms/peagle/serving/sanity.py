@@ -33,8 +33,8 @@ def shapes(view: View) -> Iterator[Finding]:
     bad = []
     for key, found in view.shapes.items():
         name = tensors.flat_name(key)
-        # Engines make one row of it, however it lies.
-        flat = (1, 1, found[-1]) if name == tensors.MASK_STATE and set(found[:-1]) <= {1} else found
+        # Engines make one row of it, with however many axes of size 1 in front.
+        flat = (1, 1, *found[-1:]) if name == tensors.MASK_STATE and set(found[:-1]) <= {1} else found
         if name in expected and flat != expected[name]:
             bad.append(f"{key} {found}, config.json says {expected[name]}")
     if bad:
