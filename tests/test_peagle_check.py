@@ -170,6 +170,8 @@ def test_a_sequential_draft_and_a_parallel_one_are_told_apart(good):
     drafts = ["flaxdraft.algorithms.eagle3.drafts", "flaxdraft.algorithms.peagle.drafts"]
     assert find_by_architecture(drafts, config, "x") is llama
     assert find_by_architecture(drafts, {**config, "mask_token_id": None}, "x") is sequential
+    for name in sequential.ARCHITECTURES:
+        assert find_by_architecture(drafts, {**config, "architectures": [name]}, "x") is llama
     assert contract_of(config).title == "P-EAGLE"
     assert contract_of({**config, "mask_token_id": None}).title == "EAGLE-3"
 

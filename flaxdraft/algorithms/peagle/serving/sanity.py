@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from flaxdraft.algorithms.eagle3.parallel_fields import mask_tokens_of
 from flaxdraft.algorithms.eagle3.serving import fields, sanity
 from flaxdraft.algorithms.eagle3.serving.kinds import View
+from flaxdraft.algorithms.peagle.mask_fields import mask_tokens_of
 from flaxdraft.algorithms.peagle.serving import tensors
 from flaxdraft.serving import sanity as everywhere
 from flaxdraft.serving.fields import SIZE, wrong
