@@ -223,7 +223,9 @@ def say(**fields):
         (add("mask_hidden", np.ones((1, 1, 96), np.float32)), "a parallel-drafting"),
         # However many keys of one sort there are, the others are named.
         (
-            lambda tensors, config: tensors.update({f"layers.1.{i}": np.ones(1) for i in range(9)} | {"mask_hidden": 1}),
+            lambda tensors, config: tensors.update(
+                dict.fromkeys([*(f"layers.1.{i}" for i in range(9)), "mask_hidden"])
+            ),
             "layers.1.0, .* and 5 more: a second layer; drafts here have one; mask_hidden: a parallel-drafting",
         ),
         (add("fc.bias", np.ones(32, np.float32)), "fc.bias: a bias that is not zero"),

@@ -56,7 +56,7 @@ def test_norms_do_not_decay():
 
 
 def test_muon_is_for_matrices_between_states():
-    """Its updates are near orthogonal; head, norms and what has more axes get AdamW's, whose first update is the sign."""
+    """Its updates are near orthogonal; all others get AdamW's, whose first update is the sign."""
     rng = np.random.default_rng(0)
     shapes = {"fc": (6, 4), "lm_head": (6, 4), "norm": (4,), "mask": (1, 1, 4)}
     params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}

@@ -18,7 +18,7 @@ def of_step(params: nnx.State, example: Example) -> float:
 
     `fc` and the first layer's projections read every row of the text, and one masked place a batch row, which all
     masked places share. What follows reads every element, depth 0 in the last layer only where it is asked for. Nobody
-    needs the gradient of `fc` by the taps, but for norms that stand before it; the teacher is multiplied once, forwards.
+    needs the gradient of `fc` by the taps, but for norms before it; the teacher is multiplied once, forwards.
     """
     (num_batch, length), sizes = example.batch.tokens_BT.shape, [at_BR.size for at_BR in example.chosen.anchors]
     text, asked, layers = num_batch * length, sum(sizes), [name for name in params if str(name).startswith("layer_")]
