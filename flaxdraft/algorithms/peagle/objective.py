@@ -44,6 +44,7 @@ class Places(NamedTuple):
 
 
 def places_of(batch: Batch, anchors: Sequence[Int[Array, "B R"]], parents: tuple) -> Places:
+    """Of the elements behind these anchors, depth by depth."""
     positions = [take_rows(batch.positions_BT, at_BR) + depth for depth, at_BR in enumerate(anchors)]
     return Places(batch.positions_BT, positions, [visible_range(batch.segments_BT, at) for at in anchors], parents)
 
@@ -58,7 +59,7 @@ def attended(heads: Heads, text: Any, elements: list[Any], places: Places, way: 
     k0, v0 = heads.key_value(text, places.text_BT)
     suffix, out = Suffix(), []
     for depth, (projected, positions_BR, seen) in enumerate(zip(elements, places.positions, places.seen, strict=True)):
-        if depth > 1:  # the keys of its chain, of those anchors that go on
+        if depth > 1:  # the keys of the chains that reach this depth
             suffix = jax.tree.map(lambda x: take_rows(x, places.parents[depth - 1]), suffix)  # noqa: B023
         if depth > 0:
             suffix = suffix.longer(*heads.key_value(projected, positions_BR))
@@ -68,7 +69,7 @@ def attended(heads: Heads, text: Any, elements: list[Any], places: Places, way: 
 
 
 def cut(x: Any, sizes: Sequence[int]) -> list[Any]:
-    """Arrays [B, M, ...] by depth."""
+    """Arrays [B, M, ...] cut into one [B, R, ...] a depth."""
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return [jax.tree.map(lambda a: a[:, end - size : end], x) for size, end in zip(sizes, ends, strict=True)]  # noqa: B023
 
@@ -82,7 +83,7 @@ def states(
     """
     num_batch, length = batch.tokens_BT.shape
     after_BT = jnp.pad(batch.tokens_BT[:, 1:], ((0, 0), (0, 1)))  # row p reads the token behind it
-    all_BT = jnp.broadcast_to(jnp.arange(length)[None], (num_batch, length), out_sharding=_as(batch.tokens_BT))
+    all_BT = jnp.broadcast_to(jnp.arange(length)[None], (num_batch, length), out_sharding=_beside(batch.tokens_BT))
     sizes = [length, *(at_BR.shape[1] for at_BR in chosen.anchors[1:])]
     everywhere = places_of(batch, [all_BT, *chosen.anchors[1:]], chosen.parents)
     asked, layers = places_of(batch, chosen.anchors, chosen.parents), draft.further
@@ -120,16 +121,16 @@ def states(
     return hidden_BMD
 
 
-def _as(x_BT: Array) -> Any:
-    """Where an array [B, T] lives that is to lie as this one does; None without a mesh."""
+def _beside(x_BT: Array) -> Any:
+    """How x lies on the mesh, for an array that is to lie beside it; None without a mesh."""
     spec = spec_of(x_BT)
     return spec if any(spec.partitions) else None
 
 
 def _spread(x_B1F: Array, num: int) -> Array:
-    """The one row of each batch entry, as often as that."""
+    """The one row of each batch entry, repeated."""
     shape = (x_B1F.shape[0], num, *x_B1F.shape[2:])
-    return jnp.broadcast_to(x_B1F, shape, out_sharding=_as(x_B1F))
+    return jnp.broadcast_to(x_B1F, shape, out_sharding=_beside(x_B1F))
 
 
 @dataclasses.dataclass(frozen=True)

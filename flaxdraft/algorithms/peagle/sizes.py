@@ -11,7 +11,7 @@ from flaxdraft.errors import InputError
 
 MARK = "parallel_drafting"
 
-Token = NewType("Token", int)  # 0 is one, and no size
+Token = NewType("Token", int)  # unlike a size, it may be 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
