@@ -19,7 +19,7 @@ from flaxdraft.algorithms.eagle3.suffix_attention import choose
 from flaxdraft.algorithms.peagle import depths, flops
 from flaxdraft.algorithms.peagle.draft import ParallelDraft
 from flaxdraft.algorithms.peagle.drafter import ParallelDrafter
-from flaxdraft.algorithms.peagle.objective import Teachers, scored, states
+from flaxdraft.algorithms.peagle.objective import scored, states
 from flaxdraft.algorithms.peagle.settings import Settings
 from flaxdraft.algorithms.peagle.sums import DepthSums
 from flaxdraft.errors import InputError
@@ -92,7 +92,7 @@ class Algorithm:
         hidden_BMD = states(draft, batch, features.taps_BTKE.astype(head_WE.dtype), example.chosen, self.options)
         trainable_BT = supervision(batch.assistant_BT, batch.segments_BT, 1)[0]
         options = DistillOptions((1.0,), self.settings.objective, self.settings.loss_chunk)
-        return scored(options, draft, hidden_BMD, example.chosen, trainable_BT, Teachers(features, head_WE))
+        return scored(options, draft, hidden_BMD, example.chosen, trainable_BT, features, head_WE)
 
     def sums(self, draft: ParallelDraft, example: Example, carry: tuple[()]) -> DepthSums:
         return self._scored(draft, example)[0]

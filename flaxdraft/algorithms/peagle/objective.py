@@ -11,7 +11,6 @@ E target width, W draft vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -133,24 +132,16 @@ def _spread(x_B1F: Array, num: int) -> Array:
     return jnp.broadcast_to(x_B1F, shape, out_sharding=_beside(x_B1F))
 
 
-@dataclasses.dataclass(frozen=True)
-class Teachers:
-    """What the loss reads of the target."""
-
-    features: Features
-    head_WE: Float[Array, "W E"]  # its rows of the draft vocabulary
-
-
 def scored(
     options: distillation.DistillOptions, draft: ParallelDraft, hidden_BMD: Float[Array, "B M D"], chosen: Depths,
-    trainable_BT: Bool[Array, "B T"], teachers: Teachers,
+    trainable_BT: Bool[Array, "B T"], features: Features, head_WE: Float[Array, "W E"],
 ) -> tuple[DepthSums, list[Bool[Array, "B R"]]]:  # fmt: skip
     """The sums of all elements, and by depth which of them are right together with all before them in their chain.
 
     Args:
         trainable_BT: the places that are trained, whatever element stands there; see `depths.trainable`.
+        head_WE: the target's rows of the draft vocabulary.
     """
-    features, compute = teachers.features, teachers.head_WE.dtype
     assert features.last_BTE is not None, "an example has the features that `needs` names"
     assert features.argmax_BT is not None, "an example has the features that `needs` names"
     assert features.logsumexp_BT is not None, "an example has the features that `needs` names"
@@ -159,12 +150,12 @@ def scored(
     place_BM = jnp.concatenate(places, axis=1)
     argmax_BM, logsumexp_BM = (take_rows(x, place_BM + 1) for x in (features.argmax_BT, features.logsumexp_BT))
     argmax_BM = draft.draft_ids[...].at[argmax_BM].get(out_sharding=draft.sharding.act_b and spec_of(argmax_BM))
-    last_BME = take_rows(features.last_BTE, place_BM + 1).astype(compute)
+    last_BME = take_rows(features.last_BTE, place_BM + 1).astype(head_WE.dtype)
     asked_BM = take_rows(trainable_BT, place_BM)
     # JAX types a custom_vjp that has options as giving anything.
     sums, hit_BM1 = cast(tuple[StepSums, Array], distillation.distill(
         options, (draft.head_input(hidden_BMD),), draft.head(),
-        distillation.TeacherStates(last_BME, logsumexp_BM, argmax_BM), teachers.head_WE, asked_BM[None], jnp.zeros(1),
+        distillation.TeacherStates(last_BME, logsumexp_BM, argmax_BM), head_WE, asked_BM[None], jnp.zeros(1),
     ))  # fmt: skip
     asked, hit = cut(asked_BM, sizes), cut(hit_BM1[:, :, 0], sizes)
     chain, prefix = [asked[0]], [hit[0]]
