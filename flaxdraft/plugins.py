@@ -94,8 +94,9 @@ def first_architecture(config: Mapping[str, Any]) -> str | None:
 
 
 def find_by_architecture(packages: list[str], config: dict[str, Any], origin: str) -> ModuleType:
-    """The part that declares the config's `architectures` (first) or `model_type`. Parts that declare the same name
-    have a function `claims(config)`, and one of them claims it.
+    """The part that declares the config's `architectures` (first) or `model_type`. A part whose names others declare
+    too may have a function `claims(config)`, which says whether a config is its own; what nobody claims is for the part
+    without that function.
 
     Raises:
         InputError: none declares it, or two do; `architectures` is no list.
@@ -112,7 +113,9 @@ def find_by_architecture(packages: list[str], config: dict[str, Any], origin: st
                     modules.append(module)
     for key in wanted:
         declared = known.get(key, [])
-        if len(found := [part for part in declared if getattr(part, "claims", lambda _: True)(config)]) > 1:
+        claiming = [part for part in declared if hasattr(part, "claims") and part.claims(config)]
+        found = claiming or [part for part in declared if not hasattr(part, "claims")]
+        if len(found) > 1:
             raise InputError(f"{origin}: {' and '.join(module.__name__ for module in found)} both declare {key!r}")
         if found:
             return found[0]

@@ -297,6 +297,8 @@ def test_an_embedding_that_is_not_the_targets_is_wrong(on_disk, tmp_path, capsys
         capsys.readouterr()
         assert check.main([*changed, "--json"]) == code
         assert ("differs from the target's embedding in" in capsys.readouterr().out) == bool(code)
+    assert check.main([*on_disk(change=tensor("embed_tokens.weight", np.array(1, np.float32))), "--json"]) == 1
+    assert "embed_tokens.weight (), config.json says" in capsys.readouterr().out
     (Path(arguments[2]) / "model.safetensors").unlink()
     mine = tensor("embed_tokens.weight", theirs)
     unknown = TARGET | {"architectures": ["OddForCausalLM"], "model_type": "odd"}

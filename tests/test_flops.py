@@ -44,7 +44,7 @@ def products(jaxpr) -> float:
     ("name", "fields", "settings"),
     [
         *((name, {}, {}) for name in PAIRS),
-        *(("eagle3-llama", {switch: True}, {}) for switch in SWITCHES if "fc" in switch),
+        *((f"{name}-llama", {fc: True}, {}) for name in ("eagle3", "peagle") for fc in SWITCHES if "fc" in fc),
         ("dflash-qwen3", {"draft_vocab_size": 24}, {}),
         ("dflash2-qwen3", {}, {"selector_stop_gradient": True}),
     ],

@@ -221,6 +221,13 @@ def say(**fields):
         (add("midlayer.self_attn.q_norm.weight", np.ones(8, np.float32)), "q_norm.weight: a Qwen3 layer with norms"),
         (add("layers.1.mlp.up_proj.weight", np.ones((48, 32), np.float32)), "a second layer; drafts here have one"),
         (add("mask_hidden", np.ones((1, 1, 96), np.float32)), "a parallel-drafting"),
+        # However many keys of one sort there are, the others are named.
+        (
+            lambda tensors, config: tensors.update(
+                dict.fromkeys([*(f"layers.1.{i}" for i in range(9)), "mask_hidden"])
+            ),
+            "layers.1.0, .* and 5 more: a second layer; drafts here have one; mask_hidden: a parallel-drafting",
+        ),
         (add("fc.bias", np.ones(32, np.float32)), "fc.bias: a bias that is not zero"),
         (add("surprise.weight", np.ones(3, np.float32)), "surprise.weight: an unknown name; it would have been lost"),
         (

@@ -94,10 +94,12 @@ def draft(target):
     return draft_of(target)
 
 
-def test_a_draft_begins_with_the_targets_embedding_and_keeps_its_own(target):
-    config = llama.Config(**llama.Config.for_target(target.config, V))
-    draft = peagle.make_draft(config, VocabMap(np.arange(V), V), target)
+def test_a_draft_begins_with_the_targets_embedding_and_head_and_keeps_its_own(target):
+    config, vocab = llama.Config(**llama.Config.for_target(target.config, V)), VocabMap(np.arange(V), V)
+    draft = peagle.make_draft(config, vocab, target)
     np.testing.assert_array_equal(draft.embed_tokens[...], target.embedding())
+    peagle.algorithm().warm_start(draft, target, vocab)
+    np.testing.assert_array_equal(draft.lm_head.kernel[...], target.head().T)
     _, params, _ = split_draft(draft)
     assert {"embed_tokens", "mask_hidden"} <= {path[0] for path, _ in nnx.to_flat_state(params)}
 
@@ -106,8 +108,8 @@ def test_a_draft_begins_with_the_targets_embedding_and_keeps_its_own(target):
 def test_what_each_element_sees(draft, attention):
     """Against attention over all pairs of elements, with the mask of the paper written down."""
     rng, length, depths = np.random.default_rng(0), 9, 3
-    segments = np.array([[1] * 5 + [2] * 3 + [0]])
-    batch = Batch(rng.integers(0, V, (1, length)), segments > 0, segments, np.arange(length)[None])
+    segments, positions = np.array([[1] * 5 + [2] * 3 + [0]]), np.array([[0, 1, 2, 3, 4, 0, 1, 2, 0]])
+    batch = Batch(rng.integers(0, V, (1, length)), segments > 0, segments, positions)
     taps = rng.normal(size=(1, length, 3, 8)).astype(np.float32)
     chosen = every(batch, length, depths)
     got = states(draft, batch, jnp.asarray(taps), chosen, UnrollOptions(attention, "none", 4))
@@ -124,7 +126,7 @@ def test_what_each_element_sees(draft, attention):
     state = np.where((depth == 0)[:, None, None], taps[0][anchors], draft.mask_hidden[...].reshape(1, 3, 8))
     hidden = draft.project(jnp.asarray(state)[None])
     projected = draft.projections(draft.token_projections(draft.embed(jnp.asarray(tokens)[None])), hidden)
-    finish, heads, at = draft.finish, draft.self_attn, jnp.asarray(anchors + depth)[None]
+    finish, heads, at = draft.finish, draft.self_attn, jnp.asarray(positions[:, anchors] + depth)
     for layer in [*draft.further, None]:
         kv = heads.key_value(projected, at)
         seen = attend(heads.query(projected, at), *kv, jnp.asarray(sees)[None], heads.softmax_scale)

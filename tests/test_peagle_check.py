@@ -75,6 +75,9 @@ FAULTS = {
     "a mask state of one tap": (
         tensor(mask_hidden=np.ones((1, 1, 32), np.float32)), {DIRECTORY: ("refused", "mask_hidden (1, 1, 32)")},
     ),
+    "a mask state that is one number": (
+        tensor(mask_hidden=np.ones((), np.float32)), {DIRECTORY: ("refused", "mask_hidden ()")},
+    ),
     "no embedding": (drop("embed_tokens.weight"), {"vllm": ("wrong", "in which nobody learned the mask token")}),
     "a layer fewer than said": (field(num_hidden_layers=3), {"vllm": ("wrong", "random values for layers.2.")}),
     "a layer more than said": (field(num_hidden_layers=1), {"vllm": ("refused", "stops at layers.1.")}),
@@ -167,6 +170,8 @@ def test_a_sequential_draft_and_a_parallel_one_are_told_apart(good):
     drafts = ["flaxdraft.algorithms.eagle3.drafts", "flaxdraft.algorithms.peagle.drafts"]
     assert find_by_architecture(drafts, config, "x") is llama
     assert find_by_architecture(drafts, {**config, "mask_token_id": None}, "x") is sequential
+    for name in sequential.ARCHITECTURES:
+        assert find_by_architecture(drafts, {**config, "architectures": [name]}, "x") is llama
     assert contract_of(config).title == "P-EAGLE"
     assert contract_of({**config, "mask_token_id": None}).title == "EAGLE-3"
 

@@ -43,6 +43,7 @@ def test_two_parts_of_one_architecture_are_refused_and_no_others(tmp_path, monke
 
 def test_parts_of_one_architecture_may_say_whose_a_config_is(tmp_path, monkeypatch):
     package, named = "flaxdraft.algorithms.eagle3.drafts", {"architectures": ["LlamaForCausalLMEagle3"]}
-    claims = "ARCHITECTURES = ('LlamaForCausalLMEagle3',)\nMODEL_TYPES = ()\nclaims = lambda config: False\n"
+    claims = "ARCHITECTURES = ('LlamaForCausalLMEagle3',)\nMODEL_TYPES = ()\nclaims = lambda config: 'mine' in config\n"
     install(tmp_path, monkeypatch, "modest", package, claims)
     assert find_by_architecture([package], named, "config.json") is llama
+    assert find_by_architecture([package], named | {"mine": 1}, "config.json").__name__ == "modest_part"

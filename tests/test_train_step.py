@@ -56,9 +56,9 @@ def test_norms_do_not_decay():
 
 
 def test_muon_is_for_matrices_between_states():
-    """Its updates are near orthogonal; head and norms get AdamW's, whose first update is the sign."""
+    """Its updates are near orthogonal; all others get AdamW's, whose first update is the sign."""
     rng = np.random.default_rng(0)
-    shapes = {"fc": (6, 4), "lm_head": (6, 4), "norm": (4,)}
+    shapes = {"fc": (6, 4), "lm_head": (6, 4), "norm": (4,), "mask": (1, 1, 4)}
     params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
     tx = optimizer(CONFIG.model_copy(update={"optimizer": "muon", "schedule": "constant", "warmup_ratio": 0.0}))
     state = tx.init(params)
@@ -66,9 +66,10 @@ def test_muon_is_for_matrices_between_states():
     updates, _ = tx.update(params, state, params)
     values = np.linalg.svd(np.asarray(updates["fc"]), compute_uv=False)
     assert values.max() / values.min() < 2 < np.linalg.cond(params["fc"])
-    for name in ("lm_head", "norm"):
+    for name in ("lm_head", "norm", "mask"):
         np.testing.assert_array_equal(np.sign(updates[name]), -np.sign(params[name]))
         assert np.ptp(np.abs(updates[name])) < 1e-3
+        assert_close(np.abs(updates[name]).max(), np.abs(updates["norm"]).max(), rtol=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -53,11 +53,12 @@ def _decays(params: Any) -> Any:
 
 
 def _muon_or_adamw(params: Any) -> Any:
-    """Muon is for matrices that map states to states: not for the head, an embedding, or a vector."""
+    """Muon is for matrices that map states to states: not for the head, an embedding, or a vector, and nothing of more
+    axes is such a matrix (optax gives it to an Adam of its own, which knows nothing of the configuration)."""
 
     def label(path, param):
         name = jax.tree_util.keystr(path)
-        return "adamw" if param.ndim < 2 or "lm_head" in name or "embed_tokens" in name else "muon"
+        return "adamw" if param.ndim != 2 or "lm_head" in name or "embed_tokens" in name else "muon"
 
     return jax.tree_util.tree_map_with_path(label, params)
 

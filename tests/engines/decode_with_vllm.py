@@ -1,7 +1,7 @@
 """Greedy decoding in vLLM with a draft, run by a Python that has vLLM: python decode_with_vllm.py FOLDER
 
-The folder holds `target`, drafts, and asked.json: prompts as token ids, the longest answer, drafts and their chain
-length. What vLLM answers and how many target passes it took goes into told.json.
+The folder holds `target`, drafts, and asked.json: prompts as token ids, the longest answer, drafts and how vLLM is told
+of each. What vLLM answers and how many target passes it took goes into told.json.
 """
 
 import json
@@ -19,9 +19,7 @@ def decoded(folder: Path, asked: dict, draft: str) -> dict:
     llm = LLM(
         model=str(folder / "target"), dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=16,
         enable_prefix_caching=False, disable_log_stats=False, skip_tokenizer_init=True,
-        speculative_config={
-            "method": "dflash", "model": str(folder / draft), "num_speculative_tokens": asked["chain_length"],
-        },
+        speculative_config=asked["speculative"] | {"model": str(folder / draft)},
     )  # fmt: skip
     prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in asked["prompts"]]
     sampling = SamplingParams(temperature=0, max_tokens=asked["limit"], ignore_eos=True, detokenize=False)

@@ -1,11 +1,9 @@
 """Block drafts with a head over the axes of the mesh: losses, counts and weights of one device, whatever is split;
 every matrix gradient crosses devices once, the head's own among them."""
 
-import jax
-import numpy as np
 import pytest
-from closeness import assert_close
-from reductions import matrices, matrix_shapes, reduced_operands
+from reductions import matrices
+from steps_on_mesh import assert_trained_alike, reduced_inside
 from test_dflash_meshes import train
 
 from flaxdraft.algorithms.dflash2 import algorithm as dflash2
@@ -34,20 +32,11 @@ SHAPE = (("data", 2), ("fsdp", 2), ("tensor", 2))
 
 @pytest.mark.parametrize("name", HEADS)
 def test_training_is_that_of_one_device(name):
-    got, want = train(SHAPE, 2, *HEADS[name]), train((), 1, *HEADS[name])
-    assert_close(got.losses, want.losses, ulp=80, dtype=np.float32)
-    for a, b in zip(got.sums, want.sums, strict=True):
-        for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-            if np.issubdtype(one.dtype, np.integer):
-                np.testing.assert_array_equal(one, other)
-    assert_close(got.params, want.params, ulp=80, of="norm")
+    assert_trained_alike(train(SHAPE, 2, *HEADS[name]), train((), 1, *HEADS[name]))
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_every_matrix_gradient_is_reduced_once_after_the_loop(name):
-    trained = train(SHAPE, 2, *HEADS[name])
-    inside, outside = reduced_operands(trained.text)
-    wanted = matrix_shapes(trained, dict(SHAPE)["tensor"])
-    assert {key: outside[key] for key in wanted} == dict(wanted)
+    inside = reduced_inside(train(SHAPE, 2, *HEADS[name]), dict(SHAPE)["tensor"])
     inside.pop(IN_A_CHUNK.get(name), None)
     assert not matrices(inside), inside

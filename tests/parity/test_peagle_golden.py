@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from flaxdraft.algorithms.eagle3.objective import UnrollOptions
 from flaxdraft.algorithms.peagle.depths import chains, joined
 from flaxdraft.algorithms.peagle.drafts import llama
-from flaxdraft.algorithms.peagle.objective import Teachers, scored, states
+from flaxdraft.algorithms.peagle.objective import scored, states
 from flaxdraft.files.name_tables import state_to_torch
 from flaxdraft.interfaces import Batch, Features, VocabMap
 from flaxdraft.nn.layers import Frozen
@@ -95,7 +95,7 @@ def passed(request, golden, meta, elements):
         hidden = states(draft, batch, taps, chosen, how)
         mask = before(golden["in.loss_mask"] > 0)
         options = DistillOptions((1.0,), chunk=7)
-        sums, _ = scored(options, draft, hidden, chosen, mask, Teachers(features, head))
+        sums, _ = scored(options, draft, hidden, chosen, mask, features, head)
         numerator, count = sums.terms()
         return numerator / count, (hidden, sums)
 

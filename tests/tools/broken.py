@@ -340,6 +340,13 @@ DEPTHS = (
           "np.random.default_rng([draw.seed, 0, draw.first_row + i])", of("test_peagle", "every_step")),
     Break("masked places stand where their anchor does", "take_rows(batch.positions_BT, at_BR) + depth",
           "take_rows(batch.positions_BT, at_BR)", PEAGLE),
+    Break("masked places count rows of other documents", "take_rows(batch.positions_BT, at_BR) + depth",
+          "at_BR + depth", of("test_peagle", "each_element_sees")),
+    Break("a parallel draft's head begins at random",
+          "draft: ParallelDraft, target: EmbeddingAndHead, vocab: VocabMap) -> None: "
+          "\"\"\"See `from_target.warm_start`.\"\"\" from_target.warm_start(draft, target, vocab)",
+          "draft: ParallelDraft, target: EmbeddingAndHead, vocab: VocabMap) -> None: pass",
+          of("test_peagle", "begins_with")),
     Break("an element sees the first chain of the depth before", "np.where(there, at, widths[depth - 1])",
           "np.where(there, 0 * at, widths[depth - 1])", PEAGLE),
     Break("the teacher is that of the place before", "take_rows(x, place_BM + 1) for x in",

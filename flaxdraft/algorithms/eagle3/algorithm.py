@@ -17,11 +17,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flaxdraft.algorithms.eagle3 import flops, from_target, shared_rows
 from flaxdraft.algorithms.eagle3.drafter import ChainDrafter
-from flaxdraft.algorithms.eagle3.objective import ChosenRows, UnrollOptions, supervised_rows, supervision, unroll
+from flaxdraft.algorithms.eagle3.objective import (
+    ChosenRows,
+    UnrollOptions,
+    attention_of,
+    supervised_rows,
+    supervision,
+    unroll,
+)
 from flaxdraft.algorithms.eagle3.settings import Settings
-from flaxdraft.algorithms.eagle3.suffix_attention import choose
 from flaxdraft.algorithms.eagle3.surface import Draft
-from flaxdraft.devices.sharding import spec_of, split_like
+from flaxdraft.devices.sharding import spec_of
 from flaxdraft.errors import InputError
 from flaxdraft.interfaces import Batch, Draw, EmbeddingAndHead, Example, VocabMap
 from flaxdraft.ops import distillation
@@ -144,22 +150,10 @@ class Algorithm:
         """How sums of such an example are computed on this machine, for the log.
 
         Raises:
-            InputError: in a way that cannot run here; see `suffix_attention.choose`.
+            InputError: in a way that cannot run here; see `objective.attention_of`.
         """
-
-        def heads(batch, taps_BTKE):
-            tokens_BT, positions_BT = (split_like(taps_BTKE, x) for x in (batch.tokens_BT, batch.positions_BT))
-            tokens = draft.token_projections(draft.embed(tokens_BT))
-            projections = draft.projections(tokens, draft.project(taps_BTKE))
-            return draft.query(projections, positions_BT), *draft.key_value(projections, positions_BT)
-
-        assert example.features is not None, _NEEDED
-        s, compute = self.settings, example.teacher.dtype
-        q, k, v = jax.eval_shape(heads, example.batch, example.features.taps_BTKE.astype(compute))
-        q = jax.ShapeDtypeStruct((*example.chosen.rows_BR.shape, *q.shape[2:]), q.dtype)
-        attention = choose(s.attention, q, k, v)
-        chunks = f" ({s.attention_chunk} x {s.attention_chunk})" if attention == "chunked" else ""
-        return f"attention {attention}{chunks}, loss in chunks of {s.loss_chunk} rows, rematerialisation {s.remat}"
+        s, attention = self.settings, attention_of(draft, example, example.chosen.rows_BR.shape[1], self.options)
+        return f"attention {attention}, loss in chunks of {s.loss_chunk} rows, rematerialisation {s.remat}"
 
     def flops(self, params: nnx.State, frozen: nnx.State, example: Example) -> float:
         return flops.of_step(params, example, self.settings.ttt_length)

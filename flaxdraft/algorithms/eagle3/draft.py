@@ -157,7 +157,7 @@ class Eagle3Sizes:
             "attention_bias": False,
             "num_aux_hidden_states": 3,
         }
-        if self.owns_embedding:
+        if self.target_hidden_size != self.hidden_size:
             out["target_hidden_size"] = self.target_hidden_size
         # Only where true: a trainer exists that reads a false norm_output as "no norm before the head".
         return out | {switch: True for switch in SWITCHES if getattr(self, switch)}

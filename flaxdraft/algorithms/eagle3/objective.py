@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from flaxdraft.algorithms.eagle3.suffix_attention import Backend, Suffix, Way, suffix_attention
+from flaxdraft.algorithms.eagle3.suffix_attention import Backend, Suffix, Way, choose, suffix_attention
 from flaxdraft.algorithms.eagle3.surface import Draft
 from flaxdraft.devices.sharding import split_like, whole_in_time
-from flaxdraft.interfaces import AnyArray, Batch
+from flaxdraft.interfaces import AnyArray, Batch, Example
 from flaxdraft.ops.attention import KeyRange, document_ranges
 from flaxdraft.ops.range_attention import DEFAULT_CHUNK, Chunks
 from flaxdraft.ops.remat import POLICIES, Remat
@@ -65,6 +65,29 @@ class UnrollOptions:
     def way(self) -> Way:
         """Of the attention."""
         return Way(self.attention, Chunks(self.attention_chunk, self.attention_chunk), self.packed)
+
+
+def attention_of(draft: Draft, example: Example, num_queries: int, options: UnrollOptions) -> str:
+    """The attention of a draft's first layer on this machine, for the log.
+
+    Args:
+        num_queries: of a batch row.
+
+    Raises:
+        InputError: the one that was asked for cannot run here; see `suffix_attention.choose`.
+    """
+    assert example.features is not None, "an example has the features that `needs` names"
+
+    def heads(batch, taps_BTKE):
+        tokens_BT, positions_BT = (split_like(taps_BTKE, x) for x in (batch.tokens_BT, batch.positions_BT))
+        tokens = draft.token_projections(draft.embed(tokens_BT))
+        projections = draft.projections(tokens, draft.project(taps_BTKE))
+        return draft.query(projections, positions_BT), *draft.key_value(projections, positions_BT)
+
+    q, k, v = jax.eval_shape(heads, example.batch, example.features.taps_BTKE.astype(example.teacher.dtype))
+    q = jax.ShapeDtypeStruct((q.shape[0], num_queries, *q.shape[2:]), q.dtype)
+    attention, size = choose(options.attention, q, k, v), options.attention_chunk
+    return f"chunked ({size} x {size})" if attention == "chunked" else attention
 
 
 def supervision(assistant_BT, segments_BT, num_steps: int):

@@ -14,12 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from flaxdraft.algorithms.eagle3 import from_target
-from flaxdraft.algorithms.eagle3.objective import UnrollOptions, supervision
-from flaxdraft.algorithms.eagle3.suffix_attention import choose
+from flaxdraft.algorithms.eagle3.objective import UnrollOptions, attention_of, supervision
 from flaxdraft.algorithms.peagle import depths, flops
 from flaxdraft.algorithms.peagle.draft import ParallelDraft
 from flaxdraft.algorithms.peagle.drafter import ParallelDrafter
-from flaxdraft.algorithms.peagle.objective import Teachers, scored, states
+from flaxdraft.algorithms.peagle.objective import scored, states
 from flaxdraft.algorithms.peagle.settings import Settings
 from flaxdraft.algorithms.peagle.sums import DepthSums
 from flaxdraft.errors import InputError
@@ -92,7 +91,7 @@ class Algorithm:
         hidden_BMD = states(draft, batch, features.taps_BTKE.astype(head_WE.dtype), example.chosen, self.options)
         trainable_BT = supervision(batch.assistant_BT, batch.segments_BT, 1)[0]
         options = DistillOptions((1.0,), self.settings.objective, self.settings.loss_chunk)
-        return scored(options, draft, hidden_BMD, example.chosen, trainable_BT, Teachers(features, head_WE))
+        return scored(options, draft, hidden_BMD, example.chosen, trainable_BT, features, head_WE)
 
     def sums(self, draft: ParallelDraft, example: Example, carry: tuple[()]) -> DepthSums:
         return self._scored(draft, example)[0]
@@ -111,23 +110,13 @@ class Algorithm:
         """How sums of such an example are computed on this machine, for the log.
 
         Raises:
-            InputError: in a way that cannot run here; see `suffix_attention.choose`.
+            InputError: in a way that cannot run here; see `attention_of`.
         """
-        assert example.features is not None, "an example has the features that `needs` names"
-        s, batch = self.settings, example.batch
-
-        def heads(draft, batch, taps_BTKE):
-            projections = draft.projections(
-                draft.token_projections(draft.embed(batch.tokens_BT)), draft.project(taps_BTKE)
-            )
-            return draft.query(projections, batch.positions_BT), *draft.key_value(projections, batch.positions_BT)
-
-        q, k, v = jax.eval_shape(heads, draft, batch, example.features.taps_BTKE.astype(example.teacher.dtype))
-        attention = choose(s.attention, q, k, v)
-        chunks = f" ({s.attention_chunk} x {s.attention_chunk})" if attention == "chunked" else ""
+        s, length = self.settings, example.batch.tokens_BT.shape[1]
+        attention = attention_of(draft, example, length, self.options)
         sizes = " + ".join(str(at_BR.shape[1]) for at_BR in example.chosen.anchors[1:]) or "none"
         return (
-            f"{batch.tokens_BT.shape[1]} places of a row and, masked, at most {sizes}, attention {attention}{chunks}, "
+            f"{length} places of a row and, masked, at most {sizes}, attention {attention}, "
             f"loss in chunks of {s.loss_chunk} places, rematerialisation {s.remat}"
         )
 

@@ -27,7 +27,8 @@ class Depths:
     """The elements of each depth, by their anchors; of depth 0 those whose outputs are asked for."""
 
     anchors: tuple[Int[AnyArray, "B R"], ...]  # ascending; entries >= T are padding
-    # Of each depth but the first: where its anchors stand among those of the depth before; its R where they do not.
+    # Of each depth but the first: the index of each anchor among those of the depth before. Where it is not among them
+    # (padding, and anchors at which depth 0 is not asked for), the number of these.
     parents: tuple[Int[AnyArray, "B R"], ...]
 
 
@@ -42,7 +43,7 @@ def _supervision(batch: Batch, num_depths: int) -> Bool[np.ndarray, "D B T"]:
 
 
 def share(settings: Settings, depth: int) -> float:
-    """Of the places, that a depth trains."""
+    """The part of the places that can be trained at which a depth is trained."""
     return max(settings.down_sample_ratio**depth, settings.down_sample_ratio_min)
 
 
@@ -93,9 +94,10 @@ def every(batch: Batch, most: int, num_depths: int) -> Depths:
 
 
 def joined(rows: list[list[np.ndarray]], widths: list[int], length: int) -> Depths:
-    """Of batch rows, each of which has its anchors by depth.
+    """The elements of all batch rows in arrays, padded.
 
     Args:
+        rows: of each batch row, the anchors by depth.
         widths: the most elements of each depth.
     """
     widths = [max(width, 1) for width in widths]

@@ -83,7 +83,7 @@ class ParallelDraft(Eagle3Draft):
         layer's projections make of it. All masked places have the same.
 
         Args:
-            taps_BTKE: some of the text's, for their shape and place alone.
+            taps_BTKE: any; only their shape and how they lie on the mesh are read.
         """
         like_B1KE = jax.lax.stop_gradient(taps_BTKE[:, :1])
         tokens_B1 = jnp.full_like(like_B1KE[:, :, 0, 0], self.config.mask_token_id, jnp.int32)

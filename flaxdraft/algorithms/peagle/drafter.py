@@ -116,7 +116,7 @@ class ParallelDrafter:
             begin, projected = jax.tree.map(
                 lambda x: jnp.broadcast_to(x, (x.shape[0], num, *x.shape[2:])), draft.masked(like)
             )
-            # Position of the place that predicts the token behind the newest one, and so on.
+            # The place of the newest token would read the first proposal; it is masked instead, and gives the second.
             positions_BQ = newest_B[:, None] + jnp.arange(num)[None]
             caches, masked_BQD = through(draft, caches, begin, projected, positions_BQ)
             hidden_BQD = jnp.concatenate([hidden_BQD, masked_BQD], axis=1)

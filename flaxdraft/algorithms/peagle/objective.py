@@ -11,7 +11,6 @@ E target width, W draft vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -44,6 +43,7 @@ class Places(NamedTuple):
 
 
 def places_of(batch: Batch, anchors: Sequence[Int[Array, "B R"]], parents: tuple) -> Places:
+    """Of the elements behind these anchors, depth by depth."""
     positions = [take_rows(batch.positions_BT, at_BR) + depth for depth, at_BR in enumerate(anchors)]
     return Places(batch.positions_BT, positions, [visible_range(batch.segments_BT, at) for at in anchors], parents)
 
@@ -58,7 +58,7 @@ def attended(heads: Heads, text: Any, elements: list[Any], places: Places, way: 
     k0, v0 = heads.key_value(text, places.text_BT)
     suffix, out = Suffix(), []
     for depth, (projected, positions_BR, seen) in enumerate(zip(elements, places.positions, places.seen, strict=True)):
-        if depth > 1:  # the keys of its chain, of those anchors that go on
+        if depth > 1:  # the keys of the chains that reach this depth
             suffix = jax.tree.map(lambda x: take_rows(x, places.parents[depth - 1]), suffix)  # noqa: B023
         if depth > 0:
             suffix = suffix.longer(*heads.key_value(projected, positions_BR))
@@ -68,7 +68,7 @@ def attended(heads: Heads, text: Any, elements: list[Any], places: Places, way: 
 
 
 def cut(x: Any, sizes: Sequence[int]) -> list[Any]:
-    """Arrays [B, M, ...] by depth."""
+    """Arrays [B, M, ...] cut into one [B, R, ...] a depth."""
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return [jax.tree.map(lambda a: a[:, end - size : end], x) for size, end in zip(sizes, ends, strict=True)]  # noqa: B023
 
@@ -82,7 +82,7 @@ def states(
     """
     num_batch, length = batch.tokens_BT.shape
     after_BT = jnp.pad(batch.tokens_BT[:, 1:], ((0, 0), (0, 1)))  # row p reads the token behind it
-    all_BT = jnp.broadcast_to(jnp.arange(length)[None], (num_batch, length), out_sharding=_as(batch.tokens_BT))
+    all_BT = jnp.broadcast_to(jnp.arange(length)[None], (num_batch, length), out_sharding=_beside(batch.tokens_BT))
     sizes = [length, *(at_BR.shape[1] for at_BR in chosen.anchors[1:])]
     everywhere = places_of(batch, [all_BT, *chosen.anchors[1:]], chosen.parents)
     asked, layers = places_of(batch, chosen.anchors, chosen.parents), draft.further
@@ -120,36 +120,28 @@ def states(
     return hidden_BMD
 
 
-def _as(x_BT: Array) -> Any:
-    """Where an array [B, T] lives that is to lie as this one does; None without a mesh."""
+def _beside(x_BT: Array) -> Any:
+    """How x lies on the mesh, for an array that is to lie beside it; None without a mesh."""
     spec = spec_of(x_BT)
     return spec if any(spec.partitions) else None
 
 
 def _spread(x_B1F: Array, num: int) -> Array:
-    """The one row of each batch entry, as often as that."""
+    """The one row of each batch entry, repeated."""
     shape = (x_B1F.shape[0], num, *x_B1F.shape[2:])
-    return jnp.broadcast_to(x_B1F, shape, out_sharding=_as(x_B1F))
-
-
-@dataclasses.dataclass(frozen=True)
-class Teachers:
-    """What the loss reads of the target."""
-
-    features: Features
-    head_WE: Float[Array, "W E"]  # its rows of the draft vocabulary
+    return jnp.broadcast_to(x_B1F, shape, out_sharding=_beside(x_B1F))
 
 
 def scored(
     options: distillation.DistillOptions, draft: ParallelDraft, hidden_BMD: Float[Array, "B M D"], chosen: Depths,
-    trainable_BT: Bool[Array, "B T"], teachers: Teachers,
+    trainable_BT: Bool[Array, "B T"], features: Features, head_WE: Float[Array, "W E"],
 ) -> tuple[DepthSums, list[Bool[Array, "B R"]]]:  # fmt: skip
     """The sums of all elements, and by depth which of them are right together with all before them in their chain.
 
     Args:
         trainable_BT: the places that are trained, whatever element stands there; see `depths.trainable`.
+        head_WE: the target's rows of the draft vocabulary.
     """
-    features, compute = teachers.features, teachers.head_WE.dtype
     assert features.last_BTE is not None, "an example has the features that `needs` names"
     assert features.argmax_BT is not None, "an example has the features that `needs` names"
     assert features.logsumexp_BT is not None, "an example has the features that `needs` names"
@@ -158,12 +150,12 @@ def scored(
     place_BM = jnp.concatenate(places, axis=1)
     argmax_BM, logsumexp_BM = (take_rows(x, place_BM + 1) for x in (features.argmax_BT, features.logsumexp_BT))
     argmax_BM = draft.draft_ids[...].at[argmax_BM].get(out_sharding=draft.sharding.act_b and spec_of(argmax_BM))
-    last_BME = take_rows(features.last_BTE, place_BM + 1).astype(compute)
+    last_BME = take_rows(features.last_BTE, place_BM + 1).astype(head_WE.dtype)
     asked_BM = take_rows(trainable_BT, place_BM)
     # JAX types a custom_vjp that has options as giving anything.
     sums, hit_BM1 = cast(tuple[StepSums, Array], distillation.distill(
         options, (draft.head_input(hidden_BMD),), draft.head(),
-        distillation.TeacherStates(last_BME, logsumexp_BM, argmax_BM), teachers.head_WE, asked_BM[None], jnp.zeros(1),
+        distillation.TeacherStates(last_BME, logsumexp_BM, argmax_BM), head_WE, asked_BM[None], jnp.zeros(1),
     ))  # fmt: skip
     asked, hit = cut(asked_BM, sizes), cut(hit_BM1[:, :, 0], sizes)
     chain, prefix = [asked[0]], [hit[0]]

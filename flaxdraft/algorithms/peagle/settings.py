@@ -16,7 +16,7 @@ class Settings(AlgorithmConfig):
     # Sections are frozen by their `model_config`, which pyright does not read.
     name: Literal["peagle"] = "peagle"  # pyright: ignore[reportIncompatibleVariableOverride]
     num_depths: int = Field(default=5, ge=1)  # that are trained; more can be proposed, but nothing was learned of them
-    # Of the places that can be trained, depth d trains a share of ratio^d, and never less than the smallest.
+    # Depth d is trained at a share down_sample_ratio^d of the places, and never at less than down_sample_ratio_min.
     down_sample_ratio: Number = Field(default=0.8, gt=0, le=1)
     down_sample_ratio_min: Number = Field(default=0.2, ge=0, le=1)
     objective: Literal["soft_cross_entropy", "hard_label", "lk_alpha"] = "soft_cross_entropy"

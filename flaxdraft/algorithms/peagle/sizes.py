@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NewType
 
-from flaxdraft.algorithms.eagle3.draft import COMMON_NAMES, OWN_EMBEDDING_NAMES, Eagle3Sizes, extra_names
-from flaxdraft.algorithms.eagle3.parallel_fields import MASK_FIELDS, mask_token_of
+from flaxdraft.algorithms.eagle3.draft import COMMON_NAMES, Eagle3Sizes, extra_names
+from flaxdraft.algorithms.peagle.mask_fields import MASK_FIELDS, mask_token_of
 from flaxdraft.errors import InputError
 
 MARK = "parallel_drafting"
 
-Token = NewType("Token", int)  # 0 is one, and no size
+Token = NewType("Token", int)  # unlike a size, it may be 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,17 +65,14 @@ class ParallelSizes(Eagle3Sizes):
 
     def to_hf_sizes(self, architecture: str, model_type: str) -> dict[str, Any]:
         """The common fields of config.json."""
-        out = super().to_hf_sizes(architecture, model_type)
-        if self.target_hidden_size == self.hidden_size:
-            del out["target_hidden_size"]
-        return out | {"num_hidden_layers": self.num_hidden_layers, "mask_token_id": self.mask_token_id, MARK: True}
+        own = {"num_hidden_layers": self.num_hidden_layers, "mask_token_id": self.mask_token_id, MARK: True}
+        return super().to_hf_sizes(architecture, model_type) | own
 
 
 def parallel_names(config: ParallelSizes) -> list[tuple[str, str, str]]:
     """(JAX path, PyTorch key, transform) of what every draft trains, but for its attention."""
     first = [(path, key.replace("midlayer.", "layers.0."), how) for path, key, how in COMMON_NAMES]
-    extra = [row for row in extra_names(config) if row not in OWN_EMBEDDING_NAMES]
-    rows = [*first, *extra, *OWN_EMBEDDING_NAMES, ("mask_hidden", "mask_hidden", "copy")]
+    rows = [*first, *extra_names(config), ("mask_hidden", "mask_hidden", "copy")]
     for i in range(1, config.num_hidden_layers):
         for name in ("input_layernorm", "post_attention_layernorm"):
             rows.append((f"layer_{i}/{name}/scale", f"layers.{i}.{name}.weight", "copy"))

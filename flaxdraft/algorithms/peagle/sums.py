@@ -31,7 +31,8 @@ class DepthSums:
 
     def figures(self) -> dict[str, float | list[float]]:
         """accuracy: of each depth. mean_over_rows: 1 + the shares of chains that are right from depth 0 on; larger than
-        the walk, since decoding begins more chains at hard places. expected_accept: mean of sum_w min(p, q)."""
+        the walk's accept length, since decoding begins more chains at hard places. expected_accept: the mean of
+        sum_w min(p, q)."""
         prefix_D = self.prefix_hit_D / np.maximum(self.chain_D, 1)
         return {
             "accuracy": (self.hit_D / np.maximum(self.asked_D, 1)).tolist(),

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flaxdraft.errors import InputError
+from flaxdraft.serving.finding import few
 
 # Wrappers of modules that end up in front of every key; all are taken off, in any order.
 _WRAPPERS = ("module.", "_orig_mod.", "draft_model.", "model.")
@@ -56,11 +57,11 @@ def rename(
     """The weights under flat names, the tables among them, and one row a key.
 
     Raises:
-        InputError: keys that nothing is known of, or two that mean the same; all are listed.
+        InputError: keys that nothing is known of, a few of each sort, or two that mean the same.
     """
     wanted = {*layout.shapes, *layout.tables}
     out: dict[str, np.ndarray] = {}
-    rows, problems = [], []
+    rows, problems, strangers = [], [], {}
     for key, array in tensors.items():
         name = unwrapped(key, layout.flat_name)
         parts = {name: array} if name in wanted else _split(name, array, layout)
@@ -75,7 +76,8 @@ def rename(
         elif name.endswith(".bias") and not np.any(array):
             rows.append(Row(key, "", "a bias of zeros"))
         else:
-            problems.append(f"{key}: {layout.stranger(name)}")
+            strangers.setdefault(layout.stranger(name), []).append(key)
+    problems += [f"{few(keys)}: {what}" for what, keys in strangers.items()]
     if problems:
         raise InputError(f"{origin}: {'; '.join(problems[:8])}{' ...' if len(problems) > 8 else ''}")
     return out, rows

@@ -9,7 +9,6 @@ from typing import Any
 from flax import nnx
 
 from flaxdraft.algorithms.eagle3.draft import COMMON_NAMES, Eagle3Draft, Eagle3Sizes, extra_names
-from flaxdraft.algorithms.eagle3.parallel_fields import mask_token_of
 from flaxdraft.algorithms.eagle3.serving.terms import Kind, Shapes
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
@@ -38,11 +37,6 @@ NAME_TABLE = (
     ("self_attn/v_proj/kernel", "midlayer.self_attn.v_proj.weight", "transpose"),
     ("self_attn/o_proj/kernel", "midlayer.self_attn.o_proj.weight", "transpose"),
 )
-
-
-def claims(config: Mapping[str, Any]) -> bool:
-    """Whether a draft of such a name proposes one token after another."""
-    return mask_token_of(config) is None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

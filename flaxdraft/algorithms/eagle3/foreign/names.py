@@ -9,10 +9,11 @@ from flaxdraft.algorithms.eagle3.serving.kinds import kind_of
 from flaxdraft.algorithms.eagle3.serving.tensors import ATTENTION, BUFFERS, LAYER, flat_name, weights
 from flaxdraft.serving.foreign.names import OF_THE_TARGET, Layout
 
+_HEAD_NORM = "a Qwen3 layer with norms over each head, whose config.json would name Eagle3Qwen3ForCausalLM"
 _STRANGERS = {
     "mask_hidden": "a parallel-drafting (P-EAGLE) draft, whose directory of safetensors draft.init_from takes as it is",
-    ATTENTION + "q_norm.weight": "a Qwen3 layer with norms over each head, which no draft of this project has",
-    ATTENTION + "k_norm.weight": "a Qwen3 layer with norms over each head, which no draft of this project has",
+    ATTENTION + "q_norm.weight": _HEAD_NORM,
+    ATTENTION + "k_norm.weight": _HEAD_NORM,
     "input_norm.weight": "that of norm_before_fc, which config.json does not name",
 }
 _QKV_A = [ATTENTION + "q_a_proj.weight", ATTENTION + "kv_a_proj_with_mqa.weight"]

@@ -31,8 +31,10 @@ class View(DraftView):
     kind: Kind = dataclasses.field(kw_only=True)
 
     @classmethod
-    def of(cls, view: DraftView) -> View:
-        return cls(*(getattr(view, field.name) for field in dataclasses.fields(view)), kind=kind_of(view.config))
+    def of(cls, view: DraftView, kind: Kind | None = None) -> View:
+        """Of that kind, or of the one that claims its config.json."""
+        known = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
+        return cls(**known, kind=kind or kind_of(view.config))
 
 
 def engines() -> dict[str, Engine]:

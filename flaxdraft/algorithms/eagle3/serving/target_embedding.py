@@ -17,9 +17,11 @@ _ROUNDING = 2.0**-7  # of bfloat16, relative
 def embedding(view: View) -> Iterator[Finding]:
     """A draft of the target's width shares its embedding. Engines put the target's in the place of another one, or
     serve with what lies there, so that one of them serves another network whichever was trained."""
-    hidden, target_hidden, _, _ = tensors.sizes(view.config)
+    hidden, target_hidden, vocab, _ = tensors.sizes(view.config)
     held = next((key for key in view.shapes if tensors.flat_name(key) == "embed_tokens.weight"), None)
     if held is None or view.target is None or hidden != target_hidden:
+        return
+    if view.shapes[held] != (vocab, hidden):  # sizes are another rule's
         return
     if view.target_rows is None:
         yield Finding(
@@ -31,7 +33,7 @@ def embedding(view: View) -> Iterator[Finding]:
     for at in range(0, len(ours), _ROWS):
         mine = ours[at : at + _ROWS].astype(np.float32)
         theirs = view.target_rows(slice(at, at + _ROWS)).astype(np.float32)
-        if mine.shape != theirs.shape:  # sizes are another rule's
+        if mine.shape != theirs.shape:  # the target is of another size
             return
         num_differing += int((np.abs(mine - theirs) > _ROUNDING * np.abs(theirs) + 1e-6).any(axis=1).sum())
     if num_differing:

@@ -9,8 +9,9 @@ from typing import Any
 from flax import nnx
 
 from flaxdraft.algorithms.eagle3.drafts import llama
-from flaxdraft.algorithms.eagle3.parallel_fields import mask_token_of
 from flaxdraft.algorithms.peagle.draft import ParallelDraft
+from flaxdraft.algorithms.peagle.mask_fields import mask_token_of
+from flaxdraft.algorithms.peagle.serving.terms import KIND
 from flaxdraft.algorithms.peagle.sizes import ParallelSizes, parallel_names
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.interfaces import EmbeddingAndHead, VocabMap
@@ -19,14 +20,15 @@ from flaxdraft.nn.precision import Precision
 from flaxdraft.plugins import first_architecture
 
 SERVING_ARCHITECTURE = "LlamaForCausalLMEagle3"  # vLLM, which tells parallel drafts apart by how it is started
-# Names that trainers write: SpecForge, speculators as vLLM reads it, NeMo; the others are those of sequential drafts.
+# Names that trainers write: SpecForge, speculators as vLLM reads it, NeMo.
 OWN_NAMES = ("PEagleDraftModel", "PeagleLlamaForCausalLM", "LlamaForCausalLMPeagle")
-ARCHITECTURES = (*OWN_NAMES, SERVING_ARCHITECTURE, "Eagle3LlamaForCausalLM")
-MODEL_TYPES = ()  # sequential drafts say llama as well
+# The others, and the model type, are those of sequential drafts.
+ARCHITECTURES = (*OWN_NAMES, *llama.ARCHITECTURES)
+MODEL_TYPES = llama.MODEL_TYPES
 
 
 def claims(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json of an architecture name that sequential drafts have too is of a parallel one."""
+    """Whether a config.json with one of these names is of a parallel draft."""
     return first_architecture(config) in OWN_NAMES or mask_token_of(config) is not None
 
 
@@ -61,4 +63,4 @@ def make(
     return ParallelDraft(c, attentions, vocab, target, precision=precision, sharding=sharding, rngs=rngs)
 
 
-SERVING = dataclasses.replace(llama.SERVING, name="parallel")  # as engines know it
+SERVING = dataclasses.replace(llama.SERVING, name=KIND)  # as engines know it

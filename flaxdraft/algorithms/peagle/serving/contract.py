@@ -6,7 +6,6 @@ which is trained; d2t as offsets and t2d where the engine wants them.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,7 +46,7 @@ def take_vocab(tensors: dict[str, np.ndarray], config: Any, origin: str) -> Voca
 
 
 def _known(view: DraftView) -> View:
-    return View(*(getattr(view, field.name) for field in dataclasses.fields(view)), kind=SERVING)
+    return View.of(view, SERVING)
 
 
 def unreadable(view: DraftView) -> list[Finding]:

@@ -8,26 +8,18 @@ from collections.abc import Callable, Iterator
 from flaxdraft.algorithms.eagle3.serving import rules
 from flaxdraft.algorithms.eagle3.serving.kinds import View
 from flaxdraft.algorithms.peagle.serving import tensors
-from flaxdraft.algorithms.peagle.serving.terms import KIND, Engine
-from flaxdraft.plugins import first_architecture
+from flaxdraft.algorithms.peagle.serving.terms import Engine
 from flaxdraft.serving.finding import Finding, few
 
 Rule = Callable[[Engine, View], Iterator[Finding]]
 
 
-def architecture(engine: Engine, view: View) -> Iterator[Finding]:
-    named, names = first_architecture(view.config), engine.kinds[KIND].architectures
-    if named not in names:
-        yield Finding("refused", f"architectures names {named!r}, it knows {' and '.join(names)}",
-                      f'write "architectures": ["{names[0]}"], or export with --engine for it')  # fmt: skip
-
-
 def keys(engine: Engine, view: View) -> Iterator[Finding]:
     """Names that it does not understand, and weights that it therefore lacks."""
     expected, taken, strange = tensors.weights(view.config, view.kind), set(), []
-    known = {*expected, *tensors.tables(view.config)}
+    known, prefixed = {*expected, *tensors.tables(view.config)}, engine.kinds[view.kind.name].model_prefix
     for key in view.shapes:
-        name = None if key.startswith("model.") and not engine.kinds[KIND].model_prefix else tensors.flat_name(key)
+        name = None if key.startswith("model.") and not prefixed else tensors.flat_name(key)
         if name in known:
             taken.add(name)
         elif not tensors.BUFFERS.search(key):
@@ -50,7 +42,7 @@ def keys(engine: Engine, view: View) -> Iterator[Finding]:
 
 
 CONFIG_RULES: tuple[Rule, ...] = (
-    architecture, rules.switches, rules.config_fields, rules.tapped_layers, rules.rope, rules.widths,
+    rules.architecture, rules.switches, rules.config_fields, rules.tapped_layers, rules.rope, rules.widths,
 )  # fmt: skip
 TENSOR_RULES: tuple[Rule, ...] = (keys, rules.vocabulary)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from flaxdraft.algorithms.eagle3.parallel_fields import mask_tokens_of
 from flaxdraft.algorithms.eagle3.serving import fields, sanity
 from flaxdraft.algorithms.eagle3.serving.kinds import View
+from flaxdraft.algorithms.peagle.mask_fields import mask_tokens_of
 from flaxdraft.algorithms.peagle.serving import tensors
 from flaxdraft.serving import sanity as everywhere
 from flaxdraft.serving.fields import SIZE, wrong
@@ -33,8 +33,8 @@ def shapes(view: View) -> Iterator[Finding]:
     bad = []
     for key, found in view.shapes.items():
         name = tensors.flat_name(key)
-        # Engines make one row of it, however it lies.
-        flat = (1, 1, found[-1]) if name == tensors.MASK_STATE and set(found[:-1]) <= {1} else found
+        # Engines make one row of it, with however many axes of size 1 in front.
+        flat = (1, 1, *found[-1:]) if name == tensors.MASK_STATE and set(found[:-1]) <= {1} else found
         if name in expected and flat != expected[name]:
             bad.append(f"{key} {found}, config.json says {expected[name]}")
     if bad:

@@ -24,7 +24,7 @@ def _as(table: terms.Engine, **changes: Any) -> Engine:
 
 def serving(table: terms.Engine, served: Served, serve: str | None) -> Engine:
     """An engine that serves parallel drafts as it does sequential ones, but for the command."""
-    return _as(table, kinds={KIND: served}, serve=serve, max_layers=None)
+    return _as(table, kinds={KIND: served}, serve=serve)
 
 
 def refusing(table: terms.Engine, why_not: str) -> Engine:

@@ -1,5 +1,5 @@
-"""Where a config.json names the token of masked places. A draft that names one proposes in one pass; of the same
-architecture names, it is the draft of another algorithm."""
+"""Where a config.json names the token of masked places. By that a draft that proposes in one pass is told from a
+sequential one, which may have the same architecture name."""
 
 from __future__ import annotations
 
