@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +29,13 @@ class Answers:
     stops: list[int]  # tokens that end an answer
     special: list[int]  # tokens that every draft vocabulary holds
     chunk: int  # answered at a time
+    _rows: dict[str, list[Answer]] = dataclasses.field(default_factory=dict)
 
-    @functools.cache  # noqa: B019 (a run has one, and its rows are wanted to its end)
     def rows(self, split: str) -> list[Answer]:
-        return load_split(self.directory, split, len(self.order[split]), self.chunk)
+        """Read once: they are wanted to the run's end, and go with it."""
+        if split not in self._rows:
+            self._rows[split] = load_split(self.directory, split, len(self.order[split]), self.chunk)
+        return self._rows[split]
 
 
 def answer_prompts(setup: Setup, target: RunTarget) -> Answers:

@@ -33,6 +33,8 @@ OPTIMIZER = (
           wire("train.weight_decay")),
     Break("norm scales decay too", "lambda p: p.ndim > 1 and not", "lambda p: p.ndim > 0 and not",
           of("test_train_step", "norms_do_not_decay")),
+    Break("a head that is kept decays", "p.ndim > 1 and not isinstance(variable, Kept)", "p.ndim > 1",
+          of("test_train_step", "kept")),
     Break("muon takes the head as well", '"lm_head" in name or "embed_tokens" in name', '"embed_tokens" in name',
           of("test_train_step", "muon")),
     Break("the micro-batches' gradients are averaged, and divided again", "lambda g: g / count, gradients",
