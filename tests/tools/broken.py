@@ -180,8 +180,8 @@ EXPORT = (
     Break("the engine of the export is fixed", "engine=config.engine, origin", 'engine="sglang", origin',
           wire("export.engine")),
     Break("the tapped layers of the export are the defaults",
-          "AboutTarget(self.opened.source.config, self.config.tap_layers)",
-          "AboutTarget(self.opened.source.config, [1, 3, 4])", wire("target.tap_layers")),
+          "AboutTarget(self.opened.hf_config, self.config.tap_layers)",
+          "AboutTarget(self.opened.hf_config, [1, 3, 4])", wire("target.tap_layers")),
     Break("tapped layers are counted by output everywhere", "inputs = [layer + 1 for layer in outputs]",
           "inputs = list(outputs)", of("test_export", "layer_ids")),
     Break("gate and up are exchanged", '("mlp/gate_proj/kernel", "midlayer.mlp.gate_proj.weight", "transpose"), '
