@@ -62,10 +62,14 @@ class Reader:
         raise _ReadError(batch)
 
 
+TEXTS = PROMPTS[:2]
+ROWS = [Rendered(np.array(text), np.ones(len(text), bool)) for text in TEXTS]
+
+
 @pytest.mark.parametrize("read", [
-    lambda target: store_capture._read(target, [Rendered(np.array(text), np.array(text) > 0) for text in PROMPTS[:2]], [0, 1]),
-    lambda target: walk_answers.featured(target, [(text, 1) for text in PROMPTS[:2]], 4, 32),
-    lambda target: differences._logits_of(target, PROMPTS[:2], 4),
+    lambda target: store_capture._read(target, ROWS, [0, 1]),
+    lambda target: walk_answers.featured(target, [(text, 1) for text in TEXTS], 4, 32),
+    lambda target: differences._logits_of(target, TEXTS, 4),
 ], ids=["captures", "walks", "differences"])  # fmt: skip
 def test_whole_texts_are_read_as_if_nothing_stood_behind_them(read):
     """Without a cache: no position is farther than those of the texts."""
@@ -73,7 +77,7 @@ def test_whole_texts_are_read_as_if_nothing_stood_behind_them(read):
         read(Reader())
     (batch,) = found.value.args
     assert batch.tokens_BT.shape[1] > 12
-    for i, text in enumerate(PROMPTS[:2]):
+    for i, text in enumerate(TEXTS):
         assert batch.tokens_BT[i, : len(text)].tolist() == text
         assert batch.positions_BT[i, : len(text)].tolist() == [*range(len(text))]
         assert batch.segments_BT[i].sum() == len(text)

@@ -24,15 +24,13 @@ from flaxdraft.run.chat_options import (
     add_bad_row_option,
     add_row_options,
     add_template_options,
-    at_least,
     bad_rows,
     chat_options,
-    share,
     template_inputs,
     template_of,
     template_of_rows,
 )
-from flaxdraft.run.commands import ADDRESS, Command, call_one_of
+from flaxdraft.run.commands import ADDRESS, Command, at_least, call_one_of, share
 from flaxdraft.run.target_options import add_target_options, dtype_or_default, on_all_hosts, target_mesh
 
 

@@ -8,8 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from flaxdraft.errors import InputError
-from flaxdraft.run.chat_options import at_least
-from flaxdraft.run.commands import ADDRESS, Command, call
+from flaxdraft.run.commands import ADDRESS, Command, at_least, call
 from flaxdraft.run.target_options import AXES, add_target_options, dtype_or_default, on_all_hosts, target_mesh
 
 PROMPT = "What is the capital of France?"
