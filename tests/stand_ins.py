@@ -107,13 +107,13 @@ class Call(NamedTuple):
     settings: decoding.Settings
 
 
-_load, _loaded = targets.from_pretrained, {}
+_load, _loaded = targets.load_target, {}
 
 
-def load_once(*args: Any, **how: Any) -> targets.LoadedTarget:
-    key = repr((args, how))
+def load_once(opened: targets.OpenedTarget, **how: Any) -> targets.LoadedTarget:
+    key = repr((opened.path, how))
     if key not in _loaded:
-        _loaded[key] = _load(*args, **how)
+        _loaded[key] = _load(opened, **how)
     return _loaded[key]
 
 

@@ -155,17 +155,16 @@ def test_the_card_records_the_arguments_and_evaluation_takes_them(tmp_path):
     card = (tmp_path / "draft" / "README.md").read_text()
     assert card.count('"chat_template_kwargs": {"mood": "kind"}') == 1  # in requests
     assert recorded_template(tmp_path / "draft") == {"mood": "kind"}
-    path = target_at(tmp_path / "t", MOOD + BODY + ASKS)
+    opened = targets.open_target(str(target_at(tmp_path / "t", MOOD + BODY + ASKS)))
     asked = lambda *given: argparse.Namespace(  # noqa: E731
-        draft=tmp_path / "draft", target=str(path), template=[*given], date=None, out=tmp_path / "out",
-        max_new_tokens=500,
-    )  # fmt: skip
-    assert template_of_draft(asked(), [])[0].arguments == {"mood": "kind"}
-    assert template_of_draft(asked(("mood", "kind")), [])[1] == {"template": {"mood": "kind"}}
+        draft=tmp_path / "draft", template=[*given], date=None, out=tmp_path / "out", max_new_tokens=500
+    )
+    assert template_of_draft(asked(), opened, [])[0].arguments == {"mood": "kind"}
+    assert template_of_draft(asked(("mood", "kind")), opened, [])[1] == {"template": {"mood": "kind"}}
     with pytest.raises(InputError, match=r"--template: found {'mood': 'bad'}, the draft was trained with"):
-        template_of_draft(asked(("mood", "bad")), [])
+        template_of_draft(asked(("mood", "bad")), opened, [])
     with pytest.raises(InputError, match=r"--max-new-tokens: found 500; after turn 1 of prompt 'x' .* context of 512"):
-        template_of_draft(asked(), [Prompt("x", "c", "held_out", ("hi",))])
+        template_of_draft(asked(), opened, [Prompt("x", "c", "held_out", ("hi",))])
 
 
 # What is refused before the first minute is spent.
@@ -183,7 +182,7 @@ def test_bad_conversations_are_refused_before_the_target_is_asked(tmp_path, tiny
 def test_conversations_that_cannot_be_asked_are_refused_before_the_target_is_loaded(tmp_path, capsys, monkeypatch):
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     path = target_at(tmp_path / "t", refusing + BODY + ASKS)
-    monkeypatch.setattr(targets, "from_pretrained", lambda *args, **how: pytest.fail("it was loaded"))
+    monkeypatch.setattr(targets, "load_target", lambda *args, **how: pytest.fail("it was loaded"))
     system = {"role": "system", "content": "s"}
     tokens = {"input_ids": [1, 2], "loss_mask": [0, 1]}
     rows = {"id": "a", "messages": [HI]}, {"messages": [system, HI]}, tokens, {"id": "a", "messages": [HI]}
@@ -200,7 +199,7 @@ def test_conversations_that_cannot_be_asked_are_refused_before_the_target_is_loa
 def test_every_turn_can_be_asked(tmp_path, capsys, monkeypatch):
     refusing = "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('late') }}"
     path = target_at(tmp_path / "t", refusing + "{% endif %}{% endfor %}" + BODY + ASKS)
-    monkeypatch.setattr(targets, "from_pretrained", lambda *args, **how: pytest.fail("it was loaded"))
+    monkeypatch.setattr(targets, "load_target", lambda *args, **how: pytest.fail("it was loaded"))
     tool = {"role": "tool", "content": "3"}  # such are left out, whatever the template makes of them
     system = {"role": "system", "content": "s"}
     rows = {"messages": [HI, HELLO, system, HI]}, {"messages": [HI, tool, HELLO, system, HI]}

@@ -14,6 +14,7 @@ from flaxdraft.data.__main__ import main, runs
 from flaxdraft.errors import InputError
 from flaxdraft.run.setup import claim_folders, prepare
 from flaxdraft.stages.claims import RECORD
+from flaxdraft.targets.__main__ import main as show_target
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,12 @@ def test_numbers_that_are_too_small(command, option, value, least, capsys):
     with pytest.raises(SystemExit):
         main([command, "file.jsonl", *out, "--target", "t", option, value])
     assert f"{option}: found '{value}', expected a whole number from {least} on" in capsys.readouterr().err
+
+
+def test_a_sample_of_fewer_than_no_tokens(capsys):
+    with pytest.raises(SystemExit):
+        show_target(["t", "--new-tokens", "-1"])
+    assert "--new-tokens: found '-1', expected a whole number from 0 on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["nan", "-0.1", "1.5", "x"])

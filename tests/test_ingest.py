@@ -45,6 +45,12 @@ def target(tmp_path_factory):
     return write_tiny_gguf(tmp_path_factory.mktemp("target") / "tiny.gguf", final_norm_noise=0.3)
 
 
+def test_files_of_no_tokens(capsys):
+    with pytest.raises(SystemExit):
+        call("folder", "store", "target", "--shard-tokens", "0")
+    assert "--shard-tokens: found '0', expected a whole number from 1 on" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def native(tmp_path_factory, target):
     """The target's own store of six conversations, float32."""

@@ -11,7 +11,10 @@ from test_contracts import DRAFTS, V, make_draft
 
 from flaxdraft import targets
 from flaxdraft.algorithms.eagle3.drafter import ChainDrafter
+from flaxdraft.data import store_capture
+from flaxdraft.data.templates import Rendered
 from flaxdraft.devices.sharding import Sharding
+from flaxdraft.evaluate import differences, walk_answers
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig, cos_sin, turning_positions
 from flaxdraft.targets import decoder, llama
@@ -44,6 +47,42 @@ def test_a_target_reads_padded_prompts_as_if_nothing_stood_behind_them(tiny_gguf
         return np.asarray(other.extend(other.new_cache(3, SLOTS), TOKENS, POSITIONS, "end")[1].taps_BTKE)[REAL]
 
     np.testing.assert_allclose(taps(DYNAMIC), taps(PLAIN), atol=1e-5)
+
+
+class _ReadError(Exception):
+    """Holds the batch that a target is to read."""
+
+
+class Reader:
+    """A target, as far as it is asked to read."""
+
+    row_multiple = 1
+
+    def features(self, batch):
+        raise _ReadError(batch)
+
+
+TEXTS = PROMPTS[:2]
+ROWS = [Rendered(np.array(text), np.ones(len(text), bool)) for text in TEXTS]
+
+
+@pytest.mark.parametrize("read", [
+    lambda target: store_capture._read(target, ROWS, [0, 1]),
+    lambda target: walk_answers.featured(target, [(text, 1) for text in TEXTS], 4, 32),
+    lambda target: differences._logits_of(target, TEXTS, 4),
+], ids=["captures", "walks", "differences"])  # fmt: skip
+def test_whole_texts_are_read_as_if_nothing_stood_behind_them(read):
+    """Without a cache: no position is farther than those of the texts."""
+    with pytest.raises(_ReadError) as found:
+        read(Reader())
+    (batch,) = found.value.args
+    assert batch.tokens_BT.shape[1] > 12
+    for i, text in enumerate(TEXTS):
+        assert batch.tokens_BT[i, : len(text)].tolist() == text
+        assert batch.positions_BT[i, : len(text)].tolist() == [*range(len(text))]
+        assert batch.segments_BT[i].sum() == len(text)
+    assert batch.positions_BT.max() == 11
+    assert not batch.segments_BT[2:].any()
 
 
 @pytest.mark.parametrize("name", DRAFTS)

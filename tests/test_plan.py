@@ -74,9 +74,10 @@ def test_each_part_is_what_a_device_holds_of_it(made):
     assert made.training["target"] == 4 * ((MATRICES + 2 * V * E) // 4 + norms)
     assert made.answering["target"] == made.training["target"]
     rows, heads = 6 // 2, KV // 2
-    assert made.answering["caches"] == rows * (20 + 12) * L * heads * 2 * H * 4
-    chunk = 32  # of prompts of 20 tokens; answers of 10 are asked for: the held-out ones alone
-    assert made.answering["answers' features"] == 6 * (10 + chunk) * 4 * E * 4
+    answer = 10  # of the held-out prompts, which alone are asked
+    assert made.answering["caches"] == rows * (20 + answer) * L * heads * 2 * H * 4
+    chunk = 32  # of prompts of 20 tokens
+    assert made.answering["answers' features"] == 6 * (answer + chunk) * 4 * E * 4
     trained = made.step.trained * 4 / 4
     assert 3 * trained <= made.training["moments"] < 3.2 * trained
     assert trained < made.training["draft"]

@@ -54,7 +54,7 @@ def without_eos(path: Path) -> Path:
 def test_no_end_token_is_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
     path = without_eos(target_at(tmp_path / "t"))
     file = rows_at(tmp_path / "c.jsonl", {"messages": [HI, HELLO]})
-    monkeypatch.setattr(targets, "from_pretrained", lambda *args, **how: pytest.fail("it was loaded"))
+    monkeypatch.setattr(targets, "load_target", lambda *args, **how: pytest.fail("it was loaded"))
     assert main(["regenerate", str(file), str(tmp_path / "out"), "--target", str(path)]) == 2
     assert "names no token that ends an answer" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -194,7 +194,7 @@ def test_rows_are_cut_at_the_targets_context(tmp_path, capsys):
     ],
 )
 def test_a_sample_is_refused_before_the_target_is_loaded(tmp_path, capsys, monkeypatch, how, words):
-    monkeypatch.setattr(targets, "from_pretrained", lambda *args, **how: pytest.fail("it was loaded"))
+    monkeypatch.setattr(targets, "load_target", lambda *args, **how: pytest.fail("it was loaded"))
     assert show_target([str(target_at(tmp_path / "t", **how)), "--new-tokens", "3"]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
 

@@ -4,10 +4,17 @@ import argparse
 
 import jax
 import pytest
+from small_chats import HELLO, HI
+from small_drafts import config_of, random_params, vocab_of, write_export
+from small_targets import rows_at, target_at
+from test_contracts import DRAFTS, TARGET_HF, W
+from tiny import write_prompts
 
+from flaxdraft import targets
 from flaxdraft.data.__main__ import main as data_main
 from flaxdraft.errors import InputError
 from flaxdraft.evaluate.__main__ import main as evaluate_main
+from flaxdraft.nn.precision import of_both
 from flaxdraft.run.target_options import dtype_or_default, mesh_shape, target_mesh
 from flaxdraft.targets.__main__ import main as targets_main
 
@@ -46,6 +53,41 @@ def test_every_command_refuses_it_by_name(capsys):
             main(arguments)
         assert ended.value.code == 2
         assert "argument --mesh: no axis 'fspd'; did you mean 'fsdp'" in capsys.readouterr().err
+
+
+class _EnoughError(Exception):
+    """What was to be seen is seen."""
+
+
+@pytest.mark.parametrize("command", ["regenerate", "capture", "evaluate", "targets"])
+def test_every_command_loads_its_target_as_it_is_told(command, tmp_path, monkeypatch):
+    path, loaded = target_at(tmp_path / "t", num_hidden_layers=8), []
+    chats = rows_at(tmp_path / "chats.jsonl", {"messages": [HI, HELLO]})
+    write_prompts(tmp_path / "prompts.jsonl")
+    config = config_of("llama")
+    write_export(
+        tmp_path / "draft", DRAFTS["llama"], config, random_params("llama", config), vocab_of(W), tap_layers=(1, 3, 4),
+        target=TARGET_HF,
+    )  # fmt: skip
+
+    def load(opened, **how):
+        loaded.append((opened.path, how["precision"], how["mesh"] and how["mesh"].shape["data"]))
+        raise _EnoughError
+
+    monkeypatch.setattr(targets, "load_target", load)
+    for number, more in enumerate(((), ("--dtype", "bfloat16", "--mesh", "data=2"))):
+        out, target = str(tmp_path / f"out-{number}"), ("--target", str(path))
+        main, arguments = {
+            "regenerate": (data_main, ("regenerate", str(chats), out, *target, "--max-prompt-tokens", "100")),
+            "capture": (data_main, ("capture", str(chats), out, *target)),
+            "evaluate": (evaluate_main, (str(tmp_path / "draft"), *target, "--prompts", str(tmp_path / "prompts.jsonl"),
+                                         "--out", out)),
+            "targets": (targets_main, (str(path), "--new-tokens", "9")),
+        }[command]  # fmt: skip
+        limit = ("--max-new-tokens", "9") if command in ("regenerate", "evaluate") else ()
+        with pytest.raises(_EnoughError):
+            main([*arguments, *limit, *more])
+    assert loaded == [(path, of_both("float32"), None), (path, of_both("bfloat16"), 2)]
 
 
 def test_one_process_takes_what_it_is_told():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from closeness import assert_close
 from eagle3 import algorithm as make_algorithm
+from flax import nnx
 from test_contracts import DRAFTS, T, V, W, example, make_draft
 
 from flaxdraft.algorithms.eagle3.objective import ChosenRows
@@ -16,6 +17,7 @@ from flaxdraft.data.batching import Buckets, Sizes
 from flaxdraft.data.documents import Answer, AnsweredPrompts
 from flaxdraft.data.pipeline import Pipeline
 from flaxdraft.interfaces import Features
+from flaxdraft.nn.layers import Kept
 from flaxdraft.train.optimizer import optimizer, schedule
 from flaxdraft.train.state import evaluation_params, init_state, split_draft
 from flaxdraft.train.step import make_train_step
@@ -53,6 +55,18 @@ def test_norms_do_not_decay():
         updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
     assert_close(updates["kernel"], np.full((2, 2), -0.5 * 0.1), ulp=8)
     assert not updates["scale"].any()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_head_that_is_kept_does_not_decay(kind):
+    params = nnx.State({"kernel": nnx.Param(jnp.ones((2, 2))), "lm_head": Kept(jnp.ones((2, 2)))})
+    changed = {"weight_decay": 0.5, "schedule": "constant", "optimizer": kind}
+    tx = optimizer(CONFIG.model_copy(update=changed))
+    state = tx.init(params)
+    for _ in range(2):  # the first rate of the warmup is 0
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    assert_close(updates["kernel"][...], np.full((2, 2), -0.5 * 0.1), ulp=8)
+    assert not updates["lm_head"][...].any()
 
 
 def test_muon_is_for_matrices_between_states():

@@ -27,6 +27,7 @@ from small_chats import (
 )
 from test_chat import SPECIAL, TEMPLATES, deepseek_v3
 
+from flaxdraft.data.chat import Chat
 from flaxdraft.data.conversations import parse
 from flaxdraft.data.templates import ChatOptions, render
 from flaxdraft.errors import InputError
@@ -361,3 +362,20 @@ def test_turns_end_as_the_template_of_conversations_with_tools_ends_them():
     assert spans(tokenizer, row_of(row)) == ["hello #END"] * 2
     rendered = render(tokenizer, row_of(row, tools=tools), ChatOptions(1000))
     assert tokenizer.decode(rendered.tokens[rendered.assistant]) == "hello #STOP" * 2
+
+
+def test_the_whole_text_is_rendered_once(monkeypatch):
+    """And for each turn what stands before it; what the template writes around turns is asked of it once."""
+    tokenizer, options, rendered, text = tokenizer_of(BODY + ASKS, IM, Kind()), ChatOptions(100), [], Chat.text
+
+    def counted(chat, messages, prompt=False):
+        rendered.append((len(messages), prompt))
+        return text(chat, messages, prompt)
+
+    monkeypatch.setattr(Chat, "text", counted)
+    for more, want in (([], [(2, False), (1, True)]), ([HI], [(3, False), (1, True), (2, False)])):
+        row = row_of([HI, HELLO, *more])
+        render(tokenizer, row, options)
+        rendered.clear()
+        render(tokenizer, row, options)
+        assert rendered == want

@@ -220,7 +220,7 @@ class Command:
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.redirect_stdout(out))
             stack.enter_context(contextlib.redirect_stderr(err))
-            stack.enter_context(patch.object(targets, "from_pretrained", stand_ins.load_once))
+            stack.enter_context(patch.object(targets, "load_target", stand_ins.load_once))
             stack.enter_context(replaced(answers, "answer_greedily", stand_ins.answer))
             stack.enter_context(replaced(walk, "make_accepted", lambda *args: lambda params: params))
             stack.enter_context(replaced(walk, "evaluate_teacher_forced", evaluate))

@@ -56,10 +56,10 @@ def configured(a: argparse.Namespace, *more: str):
 def generate(a: argparse.Namespace) -> None:
     """Prompts until there are enough or time is up, then answers until all are there or time is up."""
     from flaxdraft import targets
-    from flaxdraft.nn.precision import DTYPES, Precision
+    from flaxdraft.nn.precision import of_both
 
     config, started = configured(a), time.monotonic()
-    precision = Precision(DTYPES[a.dtype], DTYPES[a.dtype])
+    precision = of_both(a.dtype)
     loaded = targets.from_pretrained(config.target.path, sha256=config.target.sha256, precision=precision)
     say(f"target loaded, {time.monotonic() - started:.0f} s")
     prompts = write_prompts(a, config, loaded)

@@ -68,12 +68,11 @@ def load(target: Path, shape: str, workdir: Path, axes: dict[str, int]) -> dict[
 
     from flaxdraft import targets
     from flaxdraft.devices.mesh import make_mesh
-    from flaxdraft.nn.precision import Precision
+    from flaxdraft.nn.precision import of_both
 
     start = time.perf_counter()
     mesh = make_mesh(**axes) if axes else None
-    dtype = jax.numpy.bfloat16
-    loaded = targets.from_pretrained(str(target), precision=Precision(dtype, dtype), mesh=mesh)
+    loaded = targets.from_pretrained(str(target), precision=of_both("bfloat16"), mesh=mesh)
     jax.block_until_ready(jax.tree.leaves(loaded.model))
     seconds = time.perf_counter() - start
     total = sum(x.nbytes for x in jax.tree.leaves(loaded.model))
@@ -157,7 +156,8 @@ def axes_of(text: str) -> dict[str, int]:
 def write_results(workdir: Path) -> None:
     """results.md beside this script: one row a line, cases apart."""
     lines = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
-    text = ["# Targets of real size", "", "Written by `run.py`; every row is one process.", ""]
+    text = ["# Targets of real size", "", "Written by `run.py`; every row is one process:",
+            "`python experiments/real_target/run.py SHAPE --workdir DIR --cases CASE --mesh MESH`.", ""]  # fmt: skip
     for case in CASES:
         rows = [line for line in lines if line["case"] == case]
         if not rows:

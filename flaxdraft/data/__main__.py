@@ -24,15 +24,13 @@ from flaxdraft.run.chat_options import (
     add_bad_row_option,
     add_row_options,
     add_template_options,
-    at_least,
     bad_rows,
     chat_options,
-    share,
     template_inputs,
     template_of,
     template_of_rows,
 )
-from flaxdraft.run.commands import ADDRESS, Command, call_one_of
+from flaxdraft.run.commands import ADDRESS, Command, at_least, call_one_of, share
 from flaxdraft.run.target_options import add_target_options, dtype_or_default, on_all_hosts, target_mesh
 
 
@@ -202,7 +200,7 @@ def _answer_all(arguments: argparse.Namespace) -> None:
         **template_inputs(template, tokenizer),
     }  # fmt: skip
     claim_together(arguments.output_dir, inputs, "Give another folder, or remove it to start anew.")
-    loaded = targets.from_pretrained(arguments.target, precision=of_both(dtype), mesh=mesh)
+    loaded = targets.load_target(opened, precision=of_both(dtype), mesh=mesh)
     counts = regenerate(
         arguments.output_dir, conversations, loaded.model, tokenizer, loaded.stop_tokens, options, arguments.rows,
         template,
@@ -262,11 +260,10 @@ def _capture_all(arguments: argparse.Namespace) -> None:
     missing = start(arguments.output_dir, plan)
     if missing:
         CONSOLE.print(f"{len(missing)} shards to do")
-    target = targets.from_pretrained(
-        arguments.target, tap_layers=config.tap_layers, precision=of_both(dtype), mesh=mesh
-    ).model
+    loaded = targets.load_target(opened, tap_layers=config.tap_layers, precision=of_both(dtype), mesh=mesh)
     complete = capture(
-        arguments.output_dir, plan, documents.rows, target, batch_tokens=arguments.batch_tokens, part=arguments.part
+        arguments.output_dir, plan, documents.rows, loaded.model, batch_tokens=arguments.batch_tokens,
+        part=arguments.part,
     )  # fmt: skip
     done = "complete" if complete else "this part is done; when all are, run part 0 again, which finishes the store"
     CONSOLE.print(f"{arguments.output_dir}: {done}")

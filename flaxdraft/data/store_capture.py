@@ -12,9 +12,10 @@ import numpy as np
 from flaxdraft.data.documents import Document
 from flaxdraft.data.store_writer import StorePlan, fill
 from flaxdraft.data.templates import Rendered
+from flaxdraft.data.whole_texts import batch_of
 from flaxdraft.devices import host_reads
 from flaxdraft.errors import InputError
-from flaxdraft.interfaces import Batch, Target
+from flaxdraft.interfaces import Target
 from flaxdraft.ops.padding import round_up
 
 
@@ -54,7 +55,7 @@ def capture(
 def _padded(length: int) -> int:
     """Few distinct lengths, so that few programs are compiled: eighths of the next power of two."""
     step = max(1 << max(length.bit_length() - 3, 0), 32)
-    return -(-length // step) * step
+    return round_up(length, step)
 
 
 def _batches(sizes: list[tuple[int, int]], batch_tokens: int) -> list[list[int]]:
@@ -72,13 +73,9 @@ def _batches(sizes: list[tuple[int, int]], batch_tokens: int) -> list[list[int]]
 def _read(target: Target, rows: Sequence[Rendered], members: list[int]) -> dict[int, Document]:
     """One forward pass; the batch is filled up to a power of two rows, or to as many as the devices share."""
     length = max(_padded(len(rows[i].tokens)) for i in members)
-    shape = (round_up(1 << (len(members) - 1).bit_length(), target.row_multiple), length)
-    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    for at, i in enumerate(members):
-        tokens[at, : len(rows[i].tokens)] = rows[i].tokens
-        segments[at, : len(rows[i].tokens)] = 1
-    positions = np.tile(np.arange(length, dtype=np.int32), (shape[0], 1))
-    features = host_reads.read(target.features(Batch(tokens, segments > 0, segments, positions)))
+    num_rows = round_up(1 << (len(members) - 1).bit_length(), target.row_multiple)
+    batch = batch_of([rows[i].tokens for i in members], num_rows, length)
+    features = host_reads.read(target.features(batch))
     out = {}
     for at, i in enumerate(members):
         inside = (at, slice(len(rows[i].tokens)))

@@ -69,8 +69,8 @@ def _of_mark(chat: Chat, text: str, mark: Span, found: Sequence[Span], trim: boo
 
 
 def _by_prefixes(chat: Chat, text: str, i: int, last_only: bool) -> Span:
-    begin = _begin(chat, text, i)
-    after = _without_footer(chat, chat.text(chat.messages[: i + 1]))
+    begin, is_last = _begin(chat, text, i), i + 1 == len(chat.messages)
+    after = _without_footer(chat, text if is_last else chat.text(chat.messages[: i + 1]))
     if not text.startswith(after):
         raise InputError(_unstable(chat, i, "up to and with", after, text, last_only))
     return begin, max(_end(chat, text, begin, len(after)), begin)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from flaxdraft.data.prompts import Prompt
     from flaxdraft.nn.precision import Precision
     from flaxdraft.serving.trained_draft import TrainedDraft
+    from flaxdraft.targets import OpenedTarget
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,6 +135,7 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     from flaxdraft.nn.precision import of_both
     from flaxdraft.progress import CONSOLE
     from flaxdraft.stages.claims import claim_together
+    from flaxdraft.targets import open_target
 
     guesses = [*(Guess(chain_length=chain) for chain in a.chain), *(Guess(tree=tuple(tree)) for tree in a.tree)]
     draft = from_pretrained(directory)
@@ -144,7 +146,8 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     prompts = [prompt for prompt in prompts if a.split in ("all", prompt.split)][: a.limit]
     dtype, mesh = dtype_or_default(a.dtype), target_mesh(a.mesh)
     shape = {} if mesh is None else {name: size for name, size in mesh.shape.items() if size > 1}
-    template, of_template = _template(a, prompts)
+    opened = open_target(a.target)
+    template, of_template = _template(a, opened, prompts)
     inputs = {
         "draft": {path.name: sha256_of(path) for path in serving_files(directory)},
         "target": {"address": a.target, "content": content_of(a.target, None)}, "prompts": sha256_of(a.prompts),
@@ -154,7 +157,7 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
         "data": shape.get("data", 1), "target_mesh": {name: size for name, size in shape.items() if name != "data"},
     }  # fmt: skip
     claim_together(a.out, inputs, "Give another --out, or remove it to start anew.")
-    loaded, paired = _load(a.target, directory, draft, of_both(dtype), mesh)
+    loaded, paired = _load(opened, directory, draft, of_both(dtype), mesh)
     CONSOLE.print(
         f"{len(prompts)} prompts, {sum(len(prompt.turns) for prompt in prompts)} turns, up to {a.max_new_tokens} "
         f"tokens each; {', '.join(map(str, guesses))}; temperature {a.temperature:g}"
@@ -178,18 +181,19 @@ def evaluate(a: argparse.Namespace, directory: Path) -> None:
     refuse_wrong_answers(results)
 
 
-def _template(a: argparse.Namespace, prompts: Sequence[Prompt]) -> tuple[ChatTemplate, dict[str, Any]]:
+def _template(
+    a: argparse.Namespace, opened: OpenedTarget, prompts: Sequence[Prompt]
+) -> tuple[ChatTemplate, dict[str, Any]]:  # fmt: skip
     """What the chat template is given, and what the results record of it. Nothing is loaded for it.
 
     Raises:
         InputError: the target cannot be asked these prompts, or the draft was trained with other arguments.
     """
-    from flaxdraft import targets
     from flaxdraft.data.prompts import check_context, render_messages
     from flaxdraft.serving.card import recorded_template
     from flaxdraft.stages.claims import RECORD
 
-    opened, trained = targets.open_target(a.target), recorded_template(a.draft)
+    trained = recorded_template(a.draft)
     tokenizer = opened.needed_tokenizer(with_template=True)
     opened.needed_stop_tokens()
     if trained and not a.template:
@@ -207,7 +211,7 @@ def _template(a: argparse.Namespace, prompts: Sequence[Prompt]) -> tuple[ChatTem
     return template, template_inputs(template, tokenizer)
 
 
-def _load(address: str, directory: Path, draft: TrainedDraft, precision: Precision, mesh: Mesh | None):
+def _load(opened: OpenedTarget, directory: Path, draft: TrainedDraft, precision: Precision, mesh: Mesh | None):
     """The target with the layers that the draft taps, and the draft beside it.
 
     Raises:
@@ -217,10 +221,9 @@ def _load(address: str, directory: Path, draft: TrainedDraft, precision: Precisi
     from flaxdraft.algorithms.loading import tapped_layers
     from flaxdraft.evaluate.loading import pair
 
-    opened = targets.open_target(address)
     named = tapped_layers(directory, opened.source.config)
     taps = draft.algorithm.tap_layers(opened.config().num_hidden_layers, None if named is None else tuple(named))
-    loaded = targets.from_pretrained(address, tap_layers=taps, precision=precision, mesh=mesh)
+    loaded = targets.load_target(opened, tap_layers=taps, precision=precision, mesh=mesh)
     return loaded, pair(directory, draft, loaded, precision)
 
 

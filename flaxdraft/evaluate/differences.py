@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxdraft.data.whole_texts import batch_of
 from flaxdraft.devices import host_reads
 from flaxdraft.devices.sharding import everywhere
 from flaxdraft.errors import WrongAnswersError
 from flaxdraft.evaluate.measure import Measured, Session, Turn
-from flaxdraft.interfaces import Batch, Target
+from flaxdraft.interfaces import Target
 from flaxdraft.ops.padding import round_up
 
 MULTIPLE = 128  # of padded lengths, each of which compiles once
@@ -111,17 +112,14 @@ def _logits_of(target: Target, texts: Sequence[Sequence[int]], num_rows: int) ->
     """Logits behind the last token of each text, read at once, [rows, V]; and the root mean square of what they are
     apart from those of a last token that is read alone, as decoding does, [rows]."""
     slots = round_up(max(map(len, texts)), MULTIPLE)
-    tokens_BT = np.zeros((num_rows, slots), np.int32)
-    length_B = np.full(num_rows, 2, np.int32)  # of rows that are padding
-    for i, text in enumerate(texts):
-        tokens_BT[i, : len(text)], length_B[i] = text, len(text)
+    batch = batch_of(texts, num_rows, slots)
+    read = target.features(batch)
+    length_B = np.array([*map(len, texts), *[2] * (num_rows - len(texts))], np.int32)  # rows behind them are padding
     counted_BT = np.tile(np.arange(slots, dtype=np.int32), (num_rows, 1))
-    inside_BT = counted_BT < length_B[:, None]
-    read = target.features(Batch(tokens_BT, inside_BT, inside_BT.astype(np.int32), counted_BT))
     cache = target.new_cache(num_rows, slots)
     before_BT = np.where(counted_BT < length_B[:, None] - 1, counted_BT, slots)
-    cache, _ = target.extend(cache, tokens_BT, before_BT, "end")
-    ends_B1 = np.take_along_axis(tokens_BT, length_B[:, None] - 1, axis=1)
+    cache, _ = target.extend(cache, batch.tokens_BT, before_BT, "end")
+    ends_B1 = np.take_along_axis(batch.tokens_BT, length_B[:, None] - 1, axis=1)
     _, alone = target.extend(cache, ends_B1, length_B[:, None] - 1, "end")
     with target.on_mesh():
         last_BE, other_BE = _at(read.last_BTE, length_B - 1), _at(alone.last_BTE, np.zeros_like(length_B))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 
 from flaxdraft.data.documents import Answer
+from flaxdraft.data.whole_texts import batch_of
 from flaxdraft.devices import host_reads
 from flaxdraft.evaluate.loading import PairedDraft
 from flaxdraft.evaluate.walk import TeacherForced, combine, evaluate_teacher_forced, make_accepted
-from flaxdraft.interfaces import Batch, Target
+from flaxdraft.interfaces import Target
 from flaxdraft.ops.padding import round_up
 from flaxdraft.progress import bar
 from flaxdraft.targets.decoder import DecoderTarget
@@ -26,14 +26,10 @@ def featured(target: Target, texts: Sequence[tuple[list[int], int]], num_rows: i
     Args:
         num_rows, length: of the compiled batch.
     """
-    tokens = np.zeros((num_rows, length), np.int32)
-    inside = np.zeros((num_rows, length), np.int32)
-    for i, (text, _) in enumerate(texts):
-        tokens[i, : len(text)], inside[i, : len(text)] = text, 1
-    positions = np.tile(np.arange(length, dtype=np.int32), (num_rows, 1))
-    features = host_reads.read(target.features(Batch(tokens, inside > 0, inside, positions)))
+    batch = batch_of([text for text, _ in texts], num_rows, length)
+    features = host_reads.read(target.features(batch))
     return [
-        Answer(tokens[i, : len(text)], num_prompt, jax.tree.map(lambda x: x[i, : len(text)], features))  # noqa: B023
+        Answer(batch.tokens_BT[i, : len(text)], num_prompt, jax.tree.map(lambda x: x[i, : len(text)], features))  # noqa: B023
         for i, (text, num_prompt) in enumerate(texts)
     ]
 

@@ -31,7 +31,6 @@ PIECE = 1 << 23  # values that are read at a time, for all devices of this proce
 READERS = 8  # pieces that are in memory at a time
 
 Places = Mapping[tuple[str, ...], jax.NamedSharding]
-Bounds = tuple[slice, ...]
 
 
 class _Piece(NamedTuple):

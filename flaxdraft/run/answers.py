@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +29,13 @@ class Answers:
     stops: list[int]  # tokens that end an answer
     special: list[int]  # tokens that every draft vocabulary holds
     chunk: int  # answered at a time
+    _rows: dict[str, list[Answer]] = dataclasses.field(default_factory=dict)
 
-    @functools.cache  # noqa: B019 (a run has one, and its rows are wanted to its end)
     def rows(self, split: str) -> list[Answer]:
-        return load_split(self.directory, split, len(self.order[split]), self.chunk)
+        """Read once: they are wanted to the run's end, and go with it."""
+        if split not in self._rows:
+            self._rows[split] = load_split(self.directory, split, len(self.order[split]), self.chunk)
+        return self._rows[split]
 
 
 def answer_prompts(setup: Setup, target: RunTarget) -> Answers:
@@ -66,7 +68,7 @@ def answer_prompts(setup: Setup, target: RunTarget) -> Answers:
     loaded = target.loaded
     say("data", "the target answers the prompts")
     for split in setup.splits:
-        _, limit = _answer_limit(setup, split)
+        _, limit = answer_limit(setup, split)
         dtype = data.feature_dtype if split == "train" else "float32"
         order[split] = capture(directory, split, loaded.model, rendered[split], stops, limit, data.rows, dtype)
     with hosts.main_first("answers"):  # the others read what it has written
@@ -95,8 +97,8 @@ def _prompts(setup: Setup, split: str) -> list[Prompt]:
     return [prompts[i] for i in sorted(order)]
 
 
-def _answer_limit(setup: Setup, split: str) -> tuple[str, int]:
-    """The field and its value."""
+def answer_limit(setup: Setup, split: str) -> tuple[str, int]:
+    """The tokens that an answer of a split has at most: the field that says so, and its value."""
     if split == "train":
         return "data.max_answer_tokens", setup.config.data.max_answer_tokens
     return "evaluate.max_new_tokens", setup.config.evaluate.max_new_tokens
@@ -108,7 +110,7 @@ def _rendered(setup: Setup, target: RunTarget, split: str, prompts: list[Prompt]
         InputError: a prompt is too long, or with its longest answer it would leave the target's context.
     """
     rendered = render_prompts(target.tokenizer, prompts, setup.config.data.max_prompt_tokens, target.template)
-    field, limit = _answer_limit(setup, split)
+    field, limit = answer_limit(setup, split)
     longest = max(map(len, rendered.values()))
     check_context(longest, "the longest prompt", limit, field, target.config.context)
     return rendered

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,40 +11,13 @@ import yaml
 from flaxdraft.config import BAD_YAML, iso_date, template_arguments
 from flaxdraft.errors import InputError
 from flaxdraft.files.json_files import read_record
+from flaxdraft.run.commands import at_least
 
 if TYPE_CHECKING:
     from flaxdraft.data.bad_rows import BadRows
     from flaxdraft.data.chat_template import ChatTemplate
     from flaxdraft.data.templates import ChatOptions
     from flaxdraft.targets import OpenedTarget
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """Makes a `type` of argparse that takes whole numbers from `least` on.
-
-    Raises:
-        argparse.ArgumentTypeError: (what is returned) it is something else.
-    """
-
-    def number(text: str) -> int:
-        with contextlib.suppress(ValueError):
-            if (value := int(text)) >= least:
-                return value
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from {least} on")
-
-    return number
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1, as a `type` of argparse.
-
-    Raises:
-        argparse.ArgumentTypeError: it is something else.
-    """
-    with contextlib.suppress(ValueError):
-        if 0 <= (value := float(text)) <= 1:
-            return value
-    raise argparse.ArgumentTypeError(f"found {text!r}, expected a share from 0 to 1")
 
 
 def add_template_options(parser: argparse.ArgumentParser) -> None:

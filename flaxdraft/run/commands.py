@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import runpy
@@ -57,6 +58,34 @@ def _work(arguments: argparse.Namespace, work: Callable[[argparse.Namespace], in
     except InputError as error:
         print(f"flaxdraft: {error}", file=sys.stderr)
         return 2
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Makes a `type` of argparse that takes whole numbers from `least` on.
+
+    Raises:
+        argparse.ArgumentTypeError: (what is returned) it is something else.
+    """
+
+    def number(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if (value := int(text)) >= least:
+                return value
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from {least} on")
+
+    return number
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1, as a `type` of argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"found {text!r}, expected a share from 0 to 1")
 
 
 def flaxdraft(argv: Sequence[str] | None = None) -> int:

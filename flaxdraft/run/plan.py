@@ -19,6 +19,7 @@ from flaxdraft.files import streaming
 from flaxdraft.nn.precision import DTYPES
 from flaxdraft.ops.padding import round_up
 from flaxdraft.progress import CONSOLE
+from flaxdraft.run.answers import answer_limit
 from flaxdraft.run.draft import check_draft, draft_config
 from flaxdraft.run.estimate import Estimate, estimate
 from flaxdraft.run.planned_devices import PlannedDevices, planned_devices
@@ -156,7 +157,7 @@ def made_plan(config: RunConfig, devices: PlannedDevices) -> Plan:
     setup = parts(config, devices.devices)
     target = PlannedTarget(setup)
     check_draft(setup, target)
-    longest = config.data.max_prompt_tokens + max(config.data.max_answer_tokens, config.evaluate.max_new_tokens)
+    longest = config.data.max_prompt_tokens + _longest_answer(setup)
     mesh = setup.target_mesh or make_mesh(devices=devices.devices)
     figures = target_figures(target, mesh, DTYPES[setup.target_dtype], config.data.rows, longest)
     step = estimate(setup, draft_config(setup, target), len(target.config.tap_layers))
@@ -174,10 +175,14 @@ def made_plan(config: RunConfig, devices: PlannedDevices) -> Plan:
 def _told(setup: Setup, target: PlannedTarget) -> int:
     """Bytes of the features of all answers at a time and of a chunk of their prompts, whole on every device."""
     data, c = setup.config.data, target.config
-    longest = max(data.max_answer_tokens if "train" in setup.splits else 0, setup.config.evaluate.max_new_tokens)
     chunk = min(PREFILL_CHUNK, round_up(data.max_prompt_tokens, MULTIPLE))
     width = (len(c.tap_layers) + 1) * c.hidden_size * jnp.dtype(DTYPES[setup.target_dtype]).itemsize
-    return data.rows * (longest + chunk) * width
+    return data.rows * (_longest_answer(setup) + chunk) * width
+
+
+def _longest_answer(setup: Setup) -> int:
+    """Tokens, of the splits that the run asks."""
+    return max(answer_limit(setup, split)[1] for split in setup.splits)
 
 
 def _training(setup: Setup, step: Estimate, figures: TargetFigures) -> dict[str, int]:
@@ -213,5 +218,4 @@ def _answered_tokens(setup: Setup) -> int:
     counts = {split: sum(prompt.split == split for prompt in setup.prompts) for split in setup.splits}
     if "train" in counts:
         counts["train"] = min(counts["train"], data.num_prompts or counts["train"])
-    limits = {"train": data.max_answer_tokens, "held_out": setup.config.evaluate.max_new_tokens}
-    return sum(count * (data.max_prompt_tokens + limits[split]) for split, count in counts.items())
+    return sum(count * (data.max_prompt_tokens + answer_limit(setup, split)[1]) for split, count in counts.items())

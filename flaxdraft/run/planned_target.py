@@ -23,6 +23,21 @@ from flaxdraft.targets.decoder import DecoderConfig
 from flaxdraft.train.batch_placement import SHARDING
 
 
+def tapped_config(setup: Setup, target: targets.DescribedTarget) -> DecoderConfig:
+    """A target's configuration with the layers that the run taps.
+
+    Raises:
+        InputError: these are none of the algorithm's, or the draft to begin from is of another target.
+    """
+    given, begun = setup.config.target.tap_layers, setup.config.draft.init_from
+    num_layers = target.config().num_hidden_layers
+    config = target.config(setup.algorithm.tap_layers(num_layers, None if given is None else tuple(given)))
+    if setup.start is not None:
+        assert begun is not None, "what a run begins from has an address"
+        check_target(setup.start, begun, config, target.hf_config)
+    return config
+
+
 class PlannedTarget:
     """As a `RunTarget`, as far as sizes go."""
 
@@ -34,16 +49,9 @@ class PlannedTarget:
     def config(self) -> DecoderConfig:
         """
         Raises:
-            InputError: the tapped layers are none of the algorithm's, or the draft to begin from is of another target.
+            InputError: see `tapped_config`.
         """
-        given, begun = self._setup.config.target.tap_layers, self._setup.config.draft.init_from
-        taps = self._setup.algorithm.tap_layers(
-            self.described.config().num_hidden_layers, None if given is None else tuple(given)
-        )
-        config = self.described.config(taps)
-        if self._setup.start is not None and begun is not None:
-            check_target(self._setup.start, begun, config, self.described.hf_config)
-        return config
+        return tapped_config(self._setup, self.described)
 
     @property
     def about(self) -> AboutTarget:

@@ -5,7 +5,6 @@ Every stage keeps its result under the output directory and is skipped while its
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +59,25 @@ def _standing(stage: Stage, chosen: Chosen) -> dict[str, Any] | None:
     return stored
 
 
-@functools.cache
 def chosen_params(setup: Setup, trained: Trained, chosen: Chosen) -> nnx.State:
-    """Of a checkpoint, on one device.
+    """Of a checkpoint, which is read once, on one device.
 
     Raises:
         InputError: the checkpoint is damaged.
     """
     if chosen.step == chosen.last:
         return trained.params
+    if chosen.step in trained.earlier:
+        return trained.earlier[chosen.step]
     path = setup.draft_dir / "checkpoints" / str(chosen.step)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trained.params)
     try:
-        return load_params(path, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trained.params))[0]
+        trained.earlier[chosen.step], _ = load_params(path, like)
     except DamagedError as error:
         raise InputError(
             f"{path}: the best checkpoint cannot be read ({error}); take the last one (export.step=latest)"
         ) from error
+    return trained.earlier[chosen.step]
 
 
 RESULT = 2  # what an evaluation holds; one of before, which was without the target alone, is made anew

@@ -13,7 +13,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.nn.precision import of_both
 from flaxdraft.progress import CONSOLE
 from flaxdraft.run.given import open_given
-from flaxdraft.run.init_from import check_target
+from flaxdraft.run.planned_target import tapped_config
 from flaxdraft.run.saying import say
 from flaxdraft.run.setup import Setup
 from flaxdraft.serving.trained_draft import AboutTarget
@@ -37,24 +37,12 @@ class RunTarget:
         return targets.open_target(self._wanted.path, self._wanted.sha256)
 
     @functools.cached_property
-    def _taps(self) -> tuple[int, ...]:
-        given = self._wanted.tap_layers
-        return self._setup.algorithm.tap_layers(
-            self.opened.config().num_hidden_layers, None if given is None else tuple(given)
-        )
-
-    @functools.cached_property
     def config(self) -> DecoderConfig:
         """
         Raises:
-            InputError: the tapped layers are none of the algorithm's, the draft to begin from is of another target, or
-                the mesh does not divide it.
+            InputError: see `tapped_config`; the mesh does not divide it.
         """
-        c = self.opened.config(self._taps)
-        if self._setup.start is not None:
-            begun = self._setup.config.draft.init_from
-            assert begun is not None, "what a run begins from has an address"
-            check_target(self._setup.start, begun, c, self.opened.source.config)
+        c = tapped_config(self._setup, self.opened)
         CONSOLE.print(
             f"  {c.num_hidden_layers} layers, width {c.hidden_size}, vocabulary {c.vocab_size}, "
             f"taps after layers {', '.join(map(str, c.tap_layers))}"
@@ -65,7 +53,7 @@ class RunTarget:
     @property
     def about(self) -> AboutTarget:
         """What an export asks of it."""
-        return AboutTarget(self.opened.source.config, self.config.tap_layers)
+        return AboutTarget(self.opened.hf_config, self.config.tap_layers)
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -104,11 +92,10 @@ class RunTarget:
         must ask for it."""
         if self._loaded is None:
             _ = self.config, self.tokenizer  # refuse what does not go together before gigabytes are read
-            wanted, setup = self._wanted, self._setup
-            self._loaded = targets.from_pretrained(
-                wanted.path, sha256=wanted.sha256, tap_layers=self._taps, precision=of_both(setup.target_dtype),
-                mesh=setup.target_mesh,
-            )  # fmt: skip
+            precision = of_both(self._setup.target_dtype)
+            self._loaded = targets.load_target(
+                self.opened, tap_layers=self.config.tap_layers, precision=precision, mesh=self._setup.target_mesh
+            )
         return self._loaded
 
     def release(self) -> None:

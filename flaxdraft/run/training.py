@@ -35,6 +35,7 @@ class Trained:
 
     material: Material
     params: nnx.State  # on one device
+    earlier: dict[int, nnx.State] = dataclasses.field(default_factory=dict)  # of steps that were asked for, likewise
 
 
 def train_draft(setup: Setup, material: Material) -> Trained:

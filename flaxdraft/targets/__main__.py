@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from flaxdraft.errors import InputError
-from flaxdraft.run.commands import ADDRESS, Command, call
+from flaxdraft.run.commands import ADDRESS, Command, at_least, call
 from flaxdraft.run.target_options import AXES, add_target_options, dtype_or_default, on_all_hosts, target_mesh
 
 PROMPT = "What is the capital of France?"
@@ -18,7 +18,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("address", help=ADDRESS)
     add_target_options(parser)
     parser.add_argument("--prompt", default=PROMPT, help="what the sample answers")
-    parser.add_argument("--new-tokens", type=int, default=48, help="of the sample; 0 puts no weights on a device")
+    parser.add_argument(
+        "--new-tokens", type=at_least(0), default=48, help="of the sample; 0: no weights are put on a device"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,9 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(arguments: argparse.Namespace) -> None:
+    import jax
+
     from flaxdraft import targets
     from flaxdraft.devices.sharding import Sharding
     from flaxdraft.nn.precision import of_both
+    from flaxdraft.plugins import first_architecture
     from flaxdraft.progress import CONSOLE
     from flaxdraft.targets import decoder
 
@@ -51,8 +56,8 @@ def show(arguments: argparse.Namespace) -> None:
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * (config.key_width + config.value_width)
     facts = {
         "path": str(opened.path),
-        "family": f"{family.__name__.rpartition('.')[2]}, {(opened.source.config.get('architectures') or ['?'])[0]}",
-        "parameters": f"{sum(math.prod(v.shape) for v in decoder.jax.tree.leaves(abstract)) / 1e6:,.1f} M",
+        "family": f"{family.__name__.rpartition('.')[2]}, {first_architecture(opened.hf_config) or '?'}",
+        "parameters": f"{sum(math.prod(v.shape) for v in jax.tree.leaves(abstract)) / 1e6:,.1f} M",
         "layers": ", ".join(f"{len(group.layers)} {group.name}" for group in groups),
         "width": f"{config.hidden_size}, {config.num_attention_heads} heads, {config.num_key_value_heads} of keys",
         "vocabulary": f"{config.vocab_size:,}, {'tied' if config.tie_word_embeddings else 'own'} head",
@@ -74,7 +79,7 @@ def show(arguments: argparse.Namespace) -> None:
     opened.needed_stop_tokens()
     prompt = render_messages(tokenizer, [{"role": "user", "content": arguments.prompt}], "--prompt")
     check_context(len(prompt), "the prompt", arguments.new_tokens, "--new-tokens", config.context)
-    loaded = targets.from_pretrained(arguments.address, precision=precision, mesh=target_mesh(arguments.mesh))
+    loaded = targets.load_target(opened, precision=precision, mesh=target_mesh(arguments.mesh))
     answer = generate(loaded.model, [prompt], max_new_tokens=arguments.new_tokens, stop_tokens=loaded.stop_tokens)[0]
     CONSOLE.print(f"{'prompt':>11}  {arguments.prompt}")
     CONSOLE.print(f"{'answer':>11}  {tokenizer.decode(answer, skip_special_tokens=True)}")

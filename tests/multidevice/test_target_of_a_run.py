@@ -34,7 +34,7 @@ def workspace(tmp_path_factory, tiny_gguf):
 @pytest.fixture
 def loaded(monkeypatch):
     """Every loading of a target: all bytes of its weights, those of each device, and whether they are still there."""
-    found, load = [], targets.from_pretrained
+    found, load = [], targets.load_target
 
     def spy(*args, **how):
         target = load(*args, **how)
@@ -45,7 +45,7 @@ def loaded(monkeypatch):
         found.append((sum(x.nbytes for x in weights), held, [weakref.ref(x) for x in weights]))
         return target
 
-    monkeypatch.setattr(targets, "from_pretrained", spy)
+    monkeypatch.setattr(targets, "load_target", spy)
     return found
 
 

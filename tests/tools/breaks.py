@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from broken import BREAKS, Break
@@ -33,17 +34,22 @@ def pattern(text: str) -> re.Pattern[str]:
     return re.compile(r"\s+".join(map(re.escape, text.split())))
 
 
-def place_of(broken: Break, root: Path) -> Path:
-    """The one file of the package that holds the text, once.
+def sources(root: Path) -> dict[Path, str]:
+    """The package's files."""
+    return {path: path.read_text() for path in sorted((root / "flaxdraft").rglob("*.py"))}
+
+
+def place_of(broken: Break, texts: Mapping[Path, str]) -> Path:
+    """The one of the files that holds the text, once.
 
     Raises:
         LookupError: there are none or several.
     """
     found = pattern(broken.old)
-    counts = {path: len(found.findall(path.read_text())) for path in sorted((root / "flaxdraft").rglob("*.py"))}
+    counts = {path: len(found.findall(text)) for path, text in texts.items()}
     where = [path for path, count in counts.items() if count]
     if [counts[path] for path in where] != [1]:
-        names = ", ".join(str(path.relative_to(root)) for path in where) or "no file"
+        names = ", ".join(map(str, where)) or "no file"
         raise LookupError(f"expected one place in the package that says {broken.old!r}, found it in {names}")
     return where[0]
 
@@ -51,7 +57,7 @@ def place_of(broken: Break, root: Path) -> Path:
 def outcome(broken: Break, root: Path) -> tuple[bool, str]:
     """Whether all is as it should be with a break, and what to say of it."""
     try:
-        path = place_of(broken, root)
+        path = place_of(broken, sources(root))
     except LookupError as error:
         return False, f"NOT FOUND  {error}"
     whole = path.read_text()

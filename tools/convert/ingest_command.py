@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flaxdraft import algorithms
-from flaxdraft.run.commands import Command, call
+from flaxdraft.run.commands import Command, at_least, call
 
 if TYPE_CHECKING:
     from flaxdraft.data.ingest import Folder
@@ -24,7 +24,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="the layers (0-based) whose outputs were kept, in place of the default; vLLM and SGLang count inputs, "
              "which is one more",
     )  # fmt: skip
-    parser.add_argument("--shard-tokens", type=int, default=16384, help="of one file, about")
+    parser.add_argument("--shard-tokens", type=at_least(1), default=16384, help="of one file, about")
 
 
 def main(
