@@ -15,12 +15,13 @@ class Draft(Protocol):
     """One layer and a head; nothing outside its file knows which attention it has."""
 
     config: Any
-    softmax_scale: float
     precision: Any
     sharding: Any
     target_ids: Any
     draft_ids: Any
 
+    @property
+    def softmax_scale(self) -> float: ...
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]: ...
     def project(self, taps_BTKE: Float[Array, "B T K E"]) -> Float[Array, "B T D"]: ...
     def token_projections(self, embeds_BTD: Float[Array, "B T D"]) -> Any:
