@@ -1,9 +1,12 @@
-"""experiments/flagship: which prompts are kept, and that its tables and figures can be drawn."""
+"""experiments/flagship: which prompts are kept, what a proposal costs, and that its tables and figures can be drawn."""
 
 import sys
 from pathlib import Path
 
 import pytest
+from contracts import Pair
+from flax import nnx
+from test_contracts import PAIRS, W, target_config
 
 from flaxdraft import targets
 
@@ -13,7 +16,7 @@ HERE = Path(__file__).parents[1] / "experiments" / "flagship"
 @pytest.fixture(scope="module")
 def flagship():
     """Its modules, which are no package."""
-    names = ("prompts", "report")
+    names = ("prompts", "report", "contestants", "drafting", "comparison")
     sys.path.insert(0, str(HERE))
     yield [__import__(name) for name in names]
     sys.path.remove(str(HERE))
@@ -75,3 +78,55 @@ def test_the_report(flagship, tmp_path):
     held[-1]["accuracy"] = [0.5, 0.25]
     flagship[1].write(tmp_path, [draft._replace(evaluation=None) for draft in drafts], data, None)
     assert "| llama | 1.80 | 0.50 | 0.25 |" in (tmp_path / "results.md").read_text()  # walked alone
+
+
+def test_every_contestant_has_a_label_and_proposes_as_many_tokens(flagship):
+    from flaxdraft.config import load_config
+    from flaxdraft.run.setup import parts
+
+    contestants = flagship[2]
+    assert contestants.LABELS.keys() == contestants.CONTESTANTS.keys()
+    for name, overrides in contestants.CONTESTANTS.items():
+        setup = parts(load_config(str(HERE / "flagship.yaml"), [*overrides, f"name={name}"]))
+        assert (setup.algorithm.drafter().most_tokens or 7) >= contestants.MOST_TOKENS
+
+
+def test_what_a_proposal_costs(flagship):
+    """Counted by hand: a chain runs its layer and head once a token; fc and the layer read what the target says."""
+    algorithm, module = PAIRS["eagle3-llama"]
+    config = module.Config(**module.Config.for_target(target_config(), W))
+    draft = Pair(algorithm, module).make(config, target_config())
+    weights = {
+        "/".join(map(str, path)): x.size
+        for path, x in nnx.to_flat_state(nnx.state(draft, nnx.Param)) if x.ndim == 2
+    }  # fmt: skip
+    taps, width = 3, target_config().hidden_size
+    one, two = (flagship[3].of_pass(draft, algorithm.drafter(), taps, width, tokens) for tokens in (1, 2))
+    head = next(size for name, size in weights.items() if "head" in name)
+    layer = sum(weights.values()) - head - next(size for name, size in weights.items() if name.startswith("fc"))
+    assert one.weights == sum(weights.values())
+    assert two.weights == one.weights + layer + head
+    assert one.flops > 2 * (2 * layer + head)  # two states are read
+
+
+def test_the_comparison(flagship, tmp_path):
+    def draft(name, seed, accept, weights):
+        chains = [
+            {"chain_length": n, "accept_length": accept + n / 10, "passes": 5, "passes_alone": 9, "identical": 10,
+             "answers": 10, "flops": 2e6 * n, "weights": weights * n} for n in (1, 7)
+        ]  # fmt: skip
+        return {
+            "name": name, "seed": seed, "steps": 100, "tokens": 4_000_000, "tokens_per_second": 1e5, "parameters": 2e6,
+            "curve": [[1.0, 1.1], [4.0, accept]], "chains": chains, "target_weights": 1e8,
+        }  # fmt: skip
+
+    drafts = [draft("llama", 0, 1.5, 1e6), draft("llama", 1, 1.7, 1e6), draft("dflash", 0, 2.0, 2e6)]
+    kept = {"note": "one machine", "drafts": drafts, "data": {"answers": 10, "tokens": 2_000_000}}
+    flagship[4].write(tmp_path, kept)
+    text = (tmp_path / "comparison.md").read_text()
+    assert "| EAGLE-3 (Llama) | 1.70 ± 0.10 | 2.30 ± 0.10 |" in text
+    assert "| EAGLE-3 (Llama) | 7 | 2.30 ± 0.10 | 2.0 M | 14 M | 7 M | 7% | 20 of 20 |" in text
+    # The cheapest proposal reads 7 M weights; DFlash's reads 14 M, and takes twice as long.
+    assert "| DFlash, 2 layers | 2.65 (7) | 2.45 (7) | 1.99 (1) | 1.84 (1) |" in text
+    assert "| EAGLE-3 (Llama) | 1 | 100 | 4.0 M | 2.0 | 100,000 | 0.7 | 1.70 |" in text
+    assert (tmp_path / "comparison.png").stat().st_size > 10000

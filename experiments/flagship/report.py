@@ -49,7 +49,7 @@ class Draft(NamedTuple):
         return [line["step"] * per_step / 1e6 for line in held], [line["accept_length"] for line in held]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows] + [""]
 
@@ -66,7 +66,7 @@ def _accept_table(drafts: Sequence[Draft]) -> list[str]:
             identical = f"{decoded['identical_answers']} of {chain['answers']}"
             row += [f"{decoded['accept_length']:.2f}", passes, identical]
         rows.append(row)
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _by_position(drafts: Sequence[Draft]) -> list[str]:
@@ -74,13 +74,13 @@ def _by_position(drafts: Sequence[Draft]) -> list[str]:
         [draft.name, *(f"{share:.2f}" for share in draft.chains[-1]["decoded"]["acceptance_by_position"])]
         for draft in drafts
     ]
-    return _table(["draft", *(str(i + 1) for i in range(len(rows[0]) - 1))], rows)
+    return table(["draft", *(str(i + 1) for i in range(len(rows[0]) - 1))], rows)
 
 
 def _by_category(drafts: Sequence[Draft]) -> list[str]:
     found = [draft.chains[-1]["decoded"]["accept_length_by_category"] for draft in drafts]
     rows = [[name, *(f"{one[name]:.2f}" for one in found)] for name in found[0]]
-    return _table(["category", *(draft.name for draft in drafts)], rows)
+    return table(["category", *(draft.name for draft in drafts)], rows)
 
 
 def _training(drafts: Sequence[Draft], data: dict[str, Any]) -> list[str]:
@@ -94,7 +94,7 @@ def _training(drafts: Sequence[Draft], data: dict[str, Any]) -> list[str]:
             f"{speed:,.0f}", f"{wait:.1%}", f"{seconds / 60:.1f}",
         ])  # fmt: skip
     head = ["draft", "steps", "tokens", "epochs", "tokens/s", "waiting for data", "minutes of steps"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _plot(path: Path, drafts: Sequence[Draft], decoded: bool) -> None:
@@ -153,7 +153,7 @@ def _walked(drafts: Sequence[Draft]) -> list[str]:
         "Held-out prompts, the target's own answers walked with teacher forcing in the precision of training (real "
         "decoding has not been run yet): accept length and accuracy by unroll step.",
         "",
-        *_table(["draft", "accept length", *steps], rows),
+        *table(["draft", "accept length", *steps], rows),
     ]
 
 

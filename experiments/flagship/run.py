@@ -1,9 +1,10 @@
-"""Two drafts for SmolLM2-135M-Instruct on one GPU: prompts, the target's answers, training, accept lengths.
+"""Drafts for SmolLM2-135M-Instruct on one GPU: prompts, the target's answers, training, accept lengths.
 
     python experiments/flagship/run.py STAGE --work DIR [--set section.field=value ...]
 
-STAGE is `generate`, `train llama`, `train mla`, `evaluate` or `report`. Every stage goes on where it was stopped and
-has time limits as options; all of it lies under DIR. Settings are in flagship.yaml, results in results.md.
+STAGE is `generate`, `train NAME`, `evaluate`, `report` or `compare`; NAME is one of contestants.py. Every stage goes on
+where it was stopped and has time limits as options; all of it lies under DIR. Settings are in flagship.yaml, results in
+results.md (`report`: the two EAGLE-3 drafts) and comparison.md (`compare`: whatever was trained).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from contestants import CONTESTANTS, folder_of
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -47,7 +50,7 @@ def configured(a: argparse.Namespace, *more: str):
     from flaxdraft.config import load_config
 
     os.chdir(ROOT)  # the prompts' path is the repository's
-    return load_config(str(HERE / "flagship.yaml"), [f"output_dir={a.work}", *more, *a.overrides])
+    return load_config(str(HERE / "flagship.yaml"), [*more, *a.overrides])
 
 
 # generate
@@ -167,6 +170,7 @@ def statistics(a: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
 def train(a: argparse.Namespace) -> None:
     """As many steps as the minutes allow, at the speed of a trial run on a part of the data."""
     from flaxdraft.data.regenerate import FILE
+    from flaxdraft.run.setup import parts
     from flaxdraft.train.guards import PreemptedError
 
     if a.limit:
@@ -174,8 +178,10 @@ def train(a: argparse.Namespace) -> None:
         timer = threading.Timer(a.limit, os.kill, (os.getpid(), signal.SIGTERM))
         timer.daemon = True
         timer.start()
-    vocabulary = f"draft.draft_vocab_size={read_json(a.work / 'data.json')['draft_vocab_size']}"
-    shared = [f"draft.architecture={a.draft}", vocabulary]
+    output = (a.work / folder_of(name_of(a))).parent
+    shared = [*CONTESTANTS[a.draft], f"seed={a.seed}", f"output_dir={output}", f"name={name_of(a)}"]
+    if not parts(configured(a, *shared)).algorithm.full_vocabulary:
+        shared.append(f"draft.draft_vocab_size={read_json(a.work / 'data.json')['draft_vocab_size']}")
     answers, plan = a.work / FILE, a.work / f"plan-{a.draft}.json"
     try:
         if not plan.exists():
@@ -194,7 +200,12 @@ def train(a: argparse.Namespace) -> None:
     except PreemptedError as error:
         say(str(error))
         sys.exit(75)
-    say(f"train {a.draft}: {steps} steps, {time.monotonic() - start:.0f} s with compilation and evaluation")
+    say(f"train {name_of(a)}: {steps} steps, {time.monotonic() - start:.0f} s with compilation and evaluation")
+
+
+def name_of(a: argparse.Namespace) -> str:
+    """Of a training's folder."""
+    return f"{a.draft}-seed-{a.seed}" if a.seed else a.draft
 
 
 def fitted(config: Any, *, export: bool) -> None:
@@ -216,7 +227,7 @@ def fitted(config: Any, *, export: bool) -> None:
 
 def trial(a: argparse.Namespace, shared: list[str], answers: Path) -> dict[str, Any]:
     """Some steps on some answers. What is compiled for them is found in the cache by the run that follows."""
-    directory, lines = a.work / "trial", []
+    directory, lines = a.work / f"trial-{a.draft}", []
     directory.mkdir(parents=True, exist_ok=True)
     with answers.open("rb") as file:
         for line in file:
@@ -226,7 +237,7 @@ def trial(a: argparse.Namespace, shared: list[str], answers: Path) -> dict[str, 
     (directory / "some.jsonl").write_bytes(b"".join(lines))
     start = time.monotonic()
     config = configured(
-        a, *shared, f"output_dir={directory}", f"data.conversations={directory / 'some.jsonl'}",
+        a, *shared, f"name=trial-{name_of(a)}", f"data.conversations={directory / 'some.jsonl'}",
         f"train.num_steps={a.trial_steps}", "train.log_every=5",
     )  # fmt: skip
     fitted(config, export=False)
@@ -248,19 +259,19 @@ def metrics_of(directory: Path) -> list[dict[str, Any]]:
 
 
 def evaluate(a: argparse.Namespace) -> None:
-    """Both drafts at once, each in a process of its own: most of the time is compilation, on the host. In float32, with
+    """All drafts at once, each in a process of its own: most of the time is compilation, on the host. In float32, with
     products to match, so that an answer with a draft is the target's own to the last token: in bfloat16 a pass over a
     chain rounds otherwise than a pass over one token, and near ties between two tokens go either way."""
     config, running = configured(a), []
     environment = os.environ | {
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest", "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.8 / len(drafts_of(a)):.2f}",
         # A chain length is decoded in seconds; choosing the best kernels for its products took more than a minute.
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }  # fmt: skip
     for name in drafts_of(a):
         command = [
-            sys.executable, "-m", "flaxdraft.evaluate", str(a.work / name), "--target", config.target.path,
+            sys.executable, "-m", "flaxdraft.evaluate", str(a.work / folder_of(name)), "--target", config.target.path,
             "--prompts", config.data.prompts, "--out", str(a.work / f"evaluation-{name}"), "--chain",
             *map(str, a.chains), "--max-new-tokens", str(config.evaluate.max_new_tokens), "--rows", str(a.rows),
             "--dtype", "float32", *(["--limit", str(a.prompts)] if a.prompts else []),
@@ -275,31 +286,56 @@ def evaluate(a: argparse.Namespace) -> None:
 
 
 def drafts_of(a: argparse.Namespace) -> list[str]:
-    return [name for name in ("llama", "mla") if (a.work / name / "export").is_dir()]
+    """Those that have an export, in the order of contestants.py, the seeds of each together."""
+    folders = [path.parent.name for path in a.work.glob("*/*/export")]
+    return sorted(folders, key=lambda name: ([*CONTESTANTS].index(name.split("-seed-")[0]), name))
+
+
+def found_of(a: argparse.Namespace, names: list[str]) -> list[Any]:
+    from report import Draft
+
+    found = []
+    for name in names:
+        results = a.work / f"evaluation-{name}" / "results.json"
+        folder, plan = a.work / folder_of(name), a.work / f"plan-{name.split('-seed-')[0]}.json"
+        found.append(Draft(
+            name, read_json(results) if results.exists() else None, metrics_of(folder), read_json(plan),
+            read_json(folder / "inputs.json"),
+        ))  # fmt: skip
+    return found
 
 
 def report(a: argparse.Namespace) -> None:
-    from report import Draft, write
+    from report import write
 
-    results = {name: a.work / f"evaluation-{name}" / "results.json" for name in drafts_of(a)}
-    found = [
-        Draft(name, read_json(path) if path.exists() else None, metrics_of(a.work / name),
-              read_json(a.work / f"plan-{name}.json"), read_json(a.work / name / "inputs.json"))
-        for name, path in results.items()
-    ]  # fmt: skip
+    found = found_of(a, [name for name in ("llama", "mla") if name in drafts_of(a)])
     a.out.mkdir(parents=True, exist_ok=True)
     write(a.out, found, read_json(a.work / "data.json"), a.note)
     shutil.copy(a.work / "data.json", a.out)
     for draft in found:
         if draft.evaluation is not None:
-            shutil.copy(results[draft.name], a.out / f"results-{draft.name}.json")
-        shutil.copy(a.work / draft.name / "metrics.jsonl", a.out / f"metrics-{draft.name}.jsonl")
+            write_json(a.out / f"results-{draft.name}.json", draft.evaluation)
+        shutil.copy(a.work / folder_of(draft.name) / "metrics.jsonl", a.out / f"metrics-{draft.name}.jsonl")
     say(f"report: {a.out}")
+
+
+def compare(a: argparse.Namespace) -> None:
+    """comparison.md, comparison.png and what they are made of, comparison.json."""
+    from comparison import summary, write
+
+    target = configured(a).target
+    kept = [
+        summary(draft, a.work / folder_of(draft.name) / "export", target.path) for draft in found_of(a, drafts_of(a))
+    ]
+    a.out.mkdir(parents=True, exist_ok=True)
+    write_json(a.out / "comparison.json", {"note": a.note, "data": read_json(a.work / "data.json"), "drafts": kept})
+    write(a.out, read_json(a.out / "comparison.json"))
+    say(f"compare: {a.out}")
 
 
 def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = whole.add_subparsers(required=True, metavar="generate | train | evaluate | report")
+    stages = whole.add_subparsers(required=True, metavar="generate | train | evaluate | report | compare")
     one = stages.add_parser("generate")
     one.set_defaults(stage=generate)
     one.add_argument("--prompts", type=int, default=100000, help="at most")
@@ -312,7 +348,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--dtype", default="bfloat16", help="of weights and products")
     two = stages.add_parser("train")
     two.set_defaults(stage=train)
-    two.add_argument("draft", choices=("llama", "mla"))
+    two.add_argument("draft", choices=tuple(CONTESTANTS))
+    two.add_argument("--seed", type=int, default=0, help="of the weights, the batches' order and all that is drawn")
     two.add_argument("--minutes", type=float, default=5.0, help="of steps; compilation and evaluation come on top")
     two.add_argument("--steps", type=int, help="so many, and no trial")
     two.add_argument("--trial-steps", type=int, default=TRIAL_STEPS)
@@ -326,7 +363,11 @@ def parser() -> argparse.ArgumentParser:
     four.set_defaults(stage=report)
     four.add_argument("--out", type=Path, required=True)
     four.add_argument("--note", help="a paragraph for the results: machine, versions, what was special")
-    for each in (one, two, three, four):
+    five = stages.add_parser("compare")
+    five.set_defaults(stage=compare)
+    five.add_argument("--out", type=Path, required=True)
+    five.add_argument("--note", help="a paragraph for the results: machine, versions, what was special")
+    for each in (one, two, three, four, five):
         each.add_argument("--work", type=Path, required=True, help="a folder for everything; the same one goes on")
         each.add_argument(
             "--set", dest="overrides", action="append", default=[], metavar="section.field=value",
