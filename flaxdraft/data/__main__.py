@@ -64,7 +64,7 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _answer_arguments(parser: argparse.ArgumentParser) -> None:
-    from flaxdraft.data.regenerate import Answering
+    from flaxdraft.data.talks import Answering
 
     _file_and_target(parser)
     add_target_options(parser)
@@ -172,7 +172,8 @@ def answer_all(arguments: argparse.Namespace) -> int:
 def _answer_all(arguments: argparse.Namespace) -> None:
     from flaxdraft import targets
     from flaxdraft.data.conversations import read_conversations
-    from flaxdraft.data.regenerate import FILE, Answering, answerable, regenerate
+    from flaxdraft.data.regenerate import regenerate
+    from flaxdraft.data.talks import FILE, Answering, answerable
     from flaxdraft.files.fetch import content_of, sha256_of
     from flaxdraft.nn.precision import of_both
     from flaxdraft.progress import CONSOLE
