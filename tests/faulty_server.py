@@ -56,7 +56,8 @@ class FaultyServer:
             choice["logprobs"] = {"content": [{"id": token, "logprob": -0.1} for token in said.ids]}
         if self.gives == "tagged" and body.get("logprobs") and body.get("return_tokens_as_token_ids"):
             choice["logprobs"] = {"tokens": [f"token_id:{token}" for token in said.ids]}
-        return {"choices": [choice], "usage": {"completion_tokens": len(said.ids)} if self.counts else None}
+        usage = {"completion_tokens": len(said.ids), "prompt_tokens": len(body["prompt"])}
+        return {"choices": [choice], "usage": usage if self.counts else None}
 
 
 def _handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:

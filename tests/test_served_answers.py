@@ -268,6 +268,8 @@ def test_an_answer_that_is_not_done_ends_its_conversation(answer, text, tmp_path
 
 
 WRONG = {
+    "no text": ("text", lambda said: Said([7], "", "length"), "tokens are none"),
+    "no tokens": ("token_ids", lambda said: Said([], "", "length"), "tokens are none"),
     "other ids": ("token_ids", lambda said: said._replace(ids=[9, *said.ids[1:]]), "tokens do not say its text"),
     "a special token is left out": (
         "text", lambda said: said._replace(ids=[260, *said.ids]), "text is tokenised otherwise than the server did",
@@ -357,6 +359,8 @@ def test_wrong_servers(server, target, tmp_path, capsys, monkeypatch):
     assert f"--server {server.url}: HTTP 422: " in refused([server])
     server.first_fault = {"choices": [{"prompt_token_ids": [1, 2], "token_ids": [3], "text": ""}]}
     assert "reads another prompt than it was given (2 tokens, not" in refused([server])
+    server.first_fault = {"choices": [{"text": ""}], "usage": {"prompt_tokens": 3}}
+    assert "reads another prompt than it was given (3 tokens, not" in refused([server])
     server.first_fault = None
     assert call(ROWS, tmp_path / "out", target, [server]) == 0
 

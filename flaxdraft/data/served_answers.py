@@ -119,7 +119,7 @@ class _Work:
     ):  # fmt: skip
         self._servers, self._reader, self._counts, self._progress, self._file = servers, reader, counts, progress, file
         self._queue: asyncio.Queue[Talk] = asyncio.Queue()
-        # Of a talk at a server: how many answers the server had given at the first failure, and the number of failures.
+        # Of a talk at a server: how many answers the server had given at the first failure, and how often it failed.
         self._failures: dict[tuple[int, str], tuple[int, int]] = {}
         self._tokens, self._start, self._spoke = 0, time.monotonic(), -math.inf
 
@@ -198,10 +198,10 @@ class _Work:
         if (now := time.monotonic()) - self._spoke > SECONDS_BETWEEN_LINES or server.is_gone > was_gone:
             self._spoke = now
             CONSOLE.print(f"  {server.url}: {error}; {'given up' if server.is_gone else 'asked again'}", markup=False)
-        answers, tries = self._failures.get((talk.number, server.url), (server.used, 0))
+        answers, tries = self._failures.get((talk.number, server.url), (server.heard, 0))
         tries += not error.is_servers
         self._failures[talk.number, server.url] = answers, tries
-        if tries >= patience.tries and answers < server.used:
+        if tries >= patience.tries and answers < server.heard:
             self._counts[f"not answered in {patience.tries} tries, left out until the command is run again"] += 1
             self._progress.advance(1, self._speed())
         else:

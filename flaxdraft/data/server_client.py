@@ -72,6 +72,11 @@ class Server:
         self._failed_at = self._free_at = 0.0
         self._silent_since: float | None = None  # failures alone
 
+    @property
+    def heard(self) -> int:
+        """Answers, whatever became of them."""
+        return self.used + self.unused
+
     async def check_model(self, longest: int) -> None:
         """
         Args:
@@ -112,12 +117,12 @@ class Server:
         taken, refusal = None, ""
         for self.way in ways(stop_tokens):
             try:
-                choice = first_choice(await self._patiently(prompt, {**fields, "max_tokens": 1}))
+                reply = await self._patiently(prompt, {**fields, "max_tokens": 1})
             except Refused as error:
                 refusal = refusal or str(error)
                 continue
-            self._check_prompt(choice.get("prompt_token_ids"), prompt)
-            if given_ids(choice) is not None:
+            self._check_prompt(reply, prompt)
+            if given_ids(first_choice(reply)) is not None:
                 return True
             taken = self.way if taken is None else taken
         if taken is None:
@@ -125,10 +130,17 @@ class Server:
         self.way = taken
         return False
 
-    def _check_prompt(self, read: Any, prompt: Sequence[int]) -> None:
-        if isinstance(read, list) and read != [*prompt]:
+    def _check_prompt(self, reply: Mapping[str, Any], prompt: Sequence[int]) -> None:
+        """
+        Raises:
+            InputError: the server reads another prompt than it was given, as far as it says what it reads.
+        """
+        read, usage = first_choice(reply).get("prompt_token_ids"), reply.get("usage")
+        num = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+        if (isinstance(read, list) and read != [*prompt]) or (type(num) is int and num != len(prompt)):
+            num = len(read) if isinstance(read, list) else num
             raise InputError(
-                f"--server {self.url}: reads another prompt than it was given ({len(read)} tokens, not {len(prompt)}); "
+                f"--server {self.url}: reads another prompt than it was given ({num} tokens, not {len(prompt)}); "
                 "expected a server that takes token ids as they are"
             )
 

@@ -111,7 +111,7 @@ class Reader:
             ids = self._encoded(text, chat, prompt)
         answer = ids if why == "length" or (ids and ids[-1] in self.asking.stop_tokens) else [*ids, self._end(choice)]
         if not answer:
-            raise Unanswered("its answer is empty")
+            raise Unlike("tokens are none")
         if given_ids(choice) is None:
             self._check_count(reply, len(answer), why)
         return answer
