@@ -274,7 +274,7 @@ WRONG = {
     "a special token is left out": (
         "text", lambda said: said._replace(ids=[260, *said.ids]), "text is tokenised otherwise than the server did",
     ),
-    "half a letter": ("text", lambda said: said._replace(text="\ufffd" + said.text, ids=[0, *said.ids]), None),
+    "half a letter": ("text", lambda said: said._replace(text="\ufffd" + said.text), "text has halves of letters"),
     "a text of another tokenizer": (
         "text", lambda said: said._replace(ids=[*said.ids[:3], *said.ids]), "text is tokenised otherwise than the",
     ),
@@ -293,7 +293,7 @@ def test_answers_whose_tokens_are_not_known_are_left_out(answer, text, tmp_path,
     assert {name: whole[name] for name in found} == found
     assert 0 < len(found) < len(whole)
     (left_out,) = {*counts} - {"answered"}
-    assert (why or "text") in left_out
+    assert why in left_out
     assert counts[left_out] == len(whole) - len(found)
 
 

@@ -19,6 +19,7 @@ from flaxdraft.data.templates import ChatOptions, render
 from flaxdraft.data.token_spans import encode
 from flaxdraft.errors import InputError
 
+_HALF = "\ufffd"  # what decoders write for bytes that are no letter
 _TAGGED = "token_id:"  # what a token is called in logprobs where return_tokens_as_token_ids was asked for
 
 
@@ -134,6 +135,8 @@ class Reader:
             raise Unlike("tokens do not say its text")
 
     def _encoded(self, text: str, chat: Chat, prompt: list[int]) -> list[int]:
+        if _HALF in text:
+            raise Unlike("text has halves of letters")
         whole, _ = encode(self.asking.tokenizer, chat.text(chat.messages, prompt=True) + text)
         ids = whole.tolist()
         if ids[: len(prompt)] != prompt:
@@ -156,4 +159,4 @@ class Reader:
 
 def _plain(text: str) -> str:
     """Without what decoders differ in: white space at the ends, and halves of letters."""
-    return text.replace("\ufffd", "").strip()
+    return text.replace(_HALF, "").strip()
