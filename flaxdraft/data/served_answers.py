@@ -22,7 +22,7 @@ import httpx2
 from flaxdraft.data.chat import Chat
 from flaxdraft.data.conversations import Conversation
 from flaxdraft.data.prompts import render_messages
-from flaxdraft.data.server_client import KEY, Patience, Refused, Server
+from flaxdraft.data.server_client import KEY, Patience, RequestRefused, Server
 from flaxdraft.data.server_replies import Reader, Unanswered, Unlike, end_of_turn
 from flaxdraft.data.talks import FILE, Asking, Talk, finished, to_answer
 from flaxdraft.errors import InputError
@@ -172,7 +172,7 @@ class _Work:
             except Unanswered as error:
                 self._put_back(server, talk, error, started, patience)
                 return
-            except (Unlike, Refused) as error:
+            except (Unlike, RequestRefused) as error:
                 server.answered()
                 self._end(server, talk, error)
             else:
@@ -219,8 +219,10 @@ class _Work:
                 f"--server {server.url}: none of its first {HOPELESS} answers can be used ({error}); does it run "
                 "another model than --target?"
             )
-        kind = "whose request the server refused" if isinstance(error, Refused) else f"with an answer whose {error}"
-        if isinstance(error, Refused) and server.unused == 1:
+        kind = (
+            "whose request the server refused" if isinstance(error, RequestRefused) else f"with an answer whose {error}"
+        )
+        if isinstance(error, RequestRefused) and server.unused == 1:
             CONSOLE.print(f"  {server.url}: {talk.source.where}: {error}", markup=False)
         talk.ended = f"{kind}, ended before it"
 

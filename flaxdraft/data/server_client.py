@@ -56,7 +56,7 @@ class Patience:
     tries: int = 8  # of one conversation, at a server that answers others
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """The server takes no such request."""
 
 
@@ -87,7 +87,7 @@ class Server:
         """
         try:
             reply = await self._request("GET", "models", None)
-        except (Unanswered, Refused) as error:
+        except (Unanswered, RequestRefused) as error:
             raise InputError(
                 f"--server {self.url}: {error}; start the server, or correct the address (http://HOST:PORT/v1)"
             ) from error
@@ -118,7 +118,7 @@ class Server:
         for self.way in ways(stop_tokens):
             try:
                 reply = await self._patiently(prompt, {**fields, "max_tokens": 1})
-            except Refused as error:
+            except RequestRefused as error:
                 refusal = refusal or str(error)
                 continue
             self._check_prompt(reply, prompt)
@@ -149,7 +149,7 @@ class Server:
 
         Raises:
             InputError: nothing came.
-            Refused: see `complete`.
+            RequestRefused: see `complete`.
         """
         why = ""
         for _ in range(_FIRST_TRIES):
@@ -170,7 +170,7 @@ class Server:
 
         Raises:
             Unanswered: there is no whole reply.
-            Refused: the server takes no such request.
+            RequestRefused: the server takes no such request.
             InputError: it takes none at all.
         """
         body = {"model": self.model, "prompt": [*prompt], **fields, **self.way}
@@ -202,7 +202,7 @@ class Server:
         if code >= 500 or code in (*_BUSY, *_LATER):
             raise Unanswered(said, wait=_retry_after(response.headers.get("Retry-After")), is_servers=code in _BUSY)
         if code in _NOT_THIS:
-            raise Refused(said)
+            raise RequestRefused(said)
         mend = f"give its key in the environment variable {KEY}" if code in (401, 403) else "correct the address"
         raise InputError(f"--server {self.url}: {said}; {mend}")
 

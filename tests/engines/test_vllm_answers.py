@@ -33,7 +33,8 @@ ROWS = [
     {"id": f"one {i}", "messages": [{"role": "user", "content": f"tell me {i} {'more ' * (i % 5)}"}]} for i in range(20)
 ] + [
     {"id": f"two {i}", "messages": [
-        {"role": "user", "content": f"tell {i}"}, {"role": "assistant", "content": "no"}, {"role": "user", "content": "x"},
+        {"role": "user", "content": f"tell {i}"}, {"role": "assistant", "content": "no"},
+        {"role": "user", "content": "more"},
     ]} for i in range(10)
 ]  # fmt: skip
 
