@@ -9,7 +9,10 @@ from threading import Lock, Thread
 from typing import Any, NamedTuple
 
 MODEL = "org/target"
-OPENAIS = {"model", "prompt", "max_tokens", "temperature", "top_p", "seed", "logprobs"}
+OPENAIS = frozenset({"model", "prompt", "max_tokens", "temperature", "top_p", "seed", "logprobs"})
+TENSORRTS = OPENAIS | {
+    "top_k", "min_p", "repetition_penalty", "skip_special_tokens", "spaces_between_special_tokens", "stop_token_ids",
+}  # fmt: skip
 
 
 class Said(NamedTuple):
@@ -26,7 +29,7 @@ class FaultyServer:
     def __init__(self, answer: Callable[[list[int]], Said]):
         self.answer = answer
         self.gives = "token_ids"  # or "content", "tagged" (both in logprobs), "text"
-        self.is_strict = False  # refuses fields that OpenAI does not have
+        self.fields: frozenset[str] | None = None  # that it takes; all by default
         self.counts = True  # tokens
         self.fault: Callable[[int, list[int]], Any] = lambda number, prompt: None  # of each request; see `Handler`
         self.first_fault: Any = None  # of those that try what the server takes
@@ -81,7 +84,7 @@ def _handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if server.is_strict and (more := sorted({*body} - OPENAIS)):
+            if server.fields is not None and (more := sorted({*body} - server.fields)):
                 return self.say(400, {"error": f"extra inputs are not permitted: {more}"})
             if body["max_tokens"] == 1:
                 server.tried.append(body)

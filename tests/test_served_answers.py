@@ -10,7 +10,7 @@ import time
 from contextlib import ExitStack
 
 import pytest
-from faulty_server import MODEL, Said, serving
+from faulty_server import MODEL, OPENAIS, TENSORRTS, Said, serving
 from small_targets import rows_at, target_at
 
 from flaxdraft.data.__main__ import main
@@ -136,16 +136,17 @@ def test_the_file_trains_as_it_is(server, text, tmp_path):
 
 
 @pytest.mark.parametrize("gives", ["content", "tagged", "text"])
-@pytest.mark.parametrize("is_strict", [False, True])
-def test_servers_of_all_kinds_give_the_same(answer, text, tmp_path, gives, is_strict):
+@pytest.mark.parametrize("fields", [None, TENSORRTS, OPENAIS], ids=["any", "TensorRT-LLM's", "OpenAI's"])
+def test_servers_of_all_kinds_give_the_same(answer, text, tmp_path, gives, fields):
     with serving(answer) as plain, serving(answer) as other:
-        other.gives, other.is_strict = gives, is_strict
+        other.gives, other.fields = gives, fields
         ask(ROWS, tmp_path / "plain", text, [plain])
         ask(ROWS, tmp_path / "other", text, [other])
     assert lines(tmp_path / "plain") == lines(tmp_path / "other")
-    sent = {*other.asked[0]} - {"model", "prompt", "max_tokens", "temperature", "top_p"}
-    assert ("logprobs" in sent) == (gives != "text" and not is_strict)
-    assert not (is_strict and sent)
+    sent = {*other.asked[0]}
+    assert ("logprobs" in sent) == (gives != "text" and fields is None)
+    assert other.asked[0].get("top_k") == {None: -1, TENSORRTS: 0, OPENAIS: None}[fields]
+    assert sent <= (fields or sent)
 
 
 def test_greedy_requests_have_no_seed(server, text, tmp_path):
@@ -247,7 +248,7 @@ def test_a_conversation_that_a_server_fails_at_is_left_out(server, text, tmp_pat
 def test_a_request_that_is_refused_ends_its_conversation_alone(server, text, tmp_path, capsys):
     server.fault = lambda number, prompt: 400 if len(prompt) > 60 else None
     counts = ask(ROWS, tmp_path / "out", text, [server])
-    assert counts["whose request the server refused, ended before it"] == 1
+    assert counts["with a request that the server refused, ended before it"] == 1
     assert [message["role"] for message in lines(tmp_path / "out")["two"]["messages"]] == ["user", "assistant"]
     assert 'HTTP 400: {"error": "told to"}' in " ".join(capsys.readouterr().out.split())
 
@@ -338,6 +339,7 @@ def test_wrong_servers(server, target, tmp_path, capsys, monkeypatch):
         assert not (tmp_path / "out" / FILE).exists()
         return said
 
+    assert "expected http://HOST:PORT/v1" in refused(["http://host:port/v1"])
     gone = nowhere()
     assert f"--server {gone}: cannot be reached" in refused([server, gone])
     assert "correct the address" in refused([server.url.removesuffix("/v1")])

@@ -28,7 +28,6 @@ from flaxdraft.data.talks import FILE, Asking, Talk, finished, to_answer
 from flaxdraft.errors import InputError
 from flaxdraft.progress import CONSOLE, SECONDS_BETWEEN_LINES, Bar, bar
 
-_CONNECT = 30.0  # seconds
 HOPELESS = 16  # answers that cannot be used, when none could be before
 
 
@@ -79,7 +78,6 @@ def _client(served: Served) -> httpx2.AsyncClient:
     total = served.in_flight * len(served.urls)
     return httpx2.AsyncClient(
         headers={"Authorization": f"Bearer {key}"} if key else {},
-        timeout=httpx2.Timeout(served.patience.timeout, connect=min(served.patience.timeout, _CONNECT)),
         limits=httpx2.Limits(max_connections=total, max_keepalive_connections=total),
     )
 
@@ -219,12 +217,12 @@ class _Work:
                 f"--server {server.url}: none of its first {HOPELESS} answers can be used ({error}); does it run "
                 "another model than --target?"
             )
-        kind = (
-            "whose request the server refused" if isinstance(error, RequestRefused) else f"with an answer whose {error}"
-        )
-        if isinstance(error, RequestRefused) and server.unused == 1:
-            CONSOLE.print(f"  {server.url}: {talk.source.where}: {error}", markup=False)
-        talk.ended = f"{kind}, ended before it"
+        if isinstance(error, RequestRefused):
+            if server.unused == 1:
+                CONSOLE.print(f"  {server.url}: {talk.source.where}: {error}", markup=False)
+            talk.ended = "with a request that the server refused, ended before it"
+        else:
+            talk.ended = f"with an answer whose {error}, ended before it"
 
     def _write(self, talk: Talk) -> None:
         if talk.answers:

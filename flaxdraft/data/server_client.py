@@ -39,17 +39,18 @@ _PURE = {
 
 
 def ways(stop_tokens: Sequence[int]) -> list[dict[str, Any]]:
-    """Fields beyond OpenAI's, from the best to none. TensorRT-LLM refuses fields that it does not know, and calls
-    top_k 0 what others call -1."""
+    """Fields beyond OpenAI's, from the best to none. Most servers ignore fields that they do not know; TensorRT-LLM
+    refuses them, and calls top_k 0 what others call -1."""
     pure = _PURE | {"stop_token_ids": [*stop_tokens]}
-    return [pure | _IDS, pure | _LOGPROBS, pure, pure | {"top_k": 0}, {}]
+    return [pure | _IDS, pure | _LOGPROBS, pure | {"top_k": 0}, {}]
 
 
 @dataclasses.dataclass(frozen=True)
 class Patience:
     """How long servers are waited for, in seconds."""
 
-    timeout: float = 600.0  # of one request
+    timeout: float = 600.0  # of one answer
+    check: float = 30.0  # of what is asked before work begins, and of connections
     first_pause: float = 0.5  # behind a failure; doubled by each further one
     longest_pause: float = 60.0
     give_up: float = 300.0  # a server that answers nothing for so long
@@ -86,7 +87,7 @@ class Server:
             InputError: the server is not there, does not have the model, or not for so many tokens.
         """
         try:
-            reply = await self._request("GET", "models", None)
+            reply = await self._request("GET", "models", None, self._patience.check)
         except (Unanswered, RequestRefused) as error:
             raise InputError(
                 f"--server {self.url}: {error}; start the server, or correct the address (http://HOST:PORT/v1)"
@@ -156,17 +157,20 @@ class Server:
             await self.when_free()
             started = time.monotonic()
             try:
-                return await self.complete(prompt, fields)
+                return await self.complete(prompt, fields, self._patience.check)
             except Unanswered as error:
                 self.failed(error, started)
                 why = str(error)
         raise InputError(f"--server {self.url}: {why}, {_FIRST_TRIES} times; look at what the server says")
 
-    async def complete(self, prompt: Sequence[int], fields: Mapping[str, Any]) -> dict[str, Any]:
+    async def complete(
+        self, prompt: Sequence[int], fields: Mapping[str, Any], timeout: float | None = None
+    ) -> dict[str, Any]:  # fmt: skip
         """The reply to a request.
 
         Args:
             fields: of the request, beside those of the server's way.
+            timeout: in seconds; that of its patience by default.
 
         Raises:
             Unanswered: there is no whole reply.
@@ -174,19 +178,24 @@ class Server:
             InputError: it takes none at all.
         """
         body = {"model": self.model, "prompt": [*prompt], **fields, **self.way}
-        reply = await self._request("POST", "completions", body)
+        reply = await self._request("POST", "completions", body, timeout or self._patience.timeout)
         first_choice(reply)
         return reply
 
-    async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+    async def _request(
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout: float
+    ) -> dict[str, Any]:  # fmt: skip
+        seconds = httpx2.Timeout(timeout, connect=min(timeout, self._patience.check))
         try:
-            response = await self._client.request(method, f"{self.url}/{path}", json=body)
+            response = await self._client.request(method, f"{self.url}/{path}", json=body, timeout=seconds)
         except httpx2.TimeoutException as error:
             raise Unanswered(f"no answer in time ({type(error).__name__})") from error
         except httpx2.ConnectError as error:
             raise Unanswered(f"cannot be reached ({str(error)[:_SHOWN]})", is_servers=True) from error
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise Unanswered(f"{type(error).__name__} ({str(error)[:_SHOWN]})") from error
+        except httpx2.InvalidURL as error:
+            raise InputError(f"--server {self.url}: {error}; expected http://HOST:PORT/v1") from error
         if (code := response.status_code) != 200:
             self._fail(code, response)
         try:
@@ -233,7 +242,7 @@ class Server:
         if now - self._silent_since > self._patience.give_up:
             self.is_gone = True
         if started >= self._failed_at:
-            pause = min(self._patience.first_pause * 2**self._failures, self._patience.longest_pause)
+            pause = min(self._patience.first_pause * 2 ** min(self._failures, 20), self._patience.longest_pause)
             self._free_at = max(self._free_at, now + pause * random.uniform(0.5, 1.0))
             self._failures, self._failed_at = self._failures + 1, now
 

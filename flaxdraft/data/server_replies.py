@@ -119,8 +119,10 @@ class Reader:
 
     def _end(self, choice: Mapping[str, Any]) -> int:
         """What ended an answer: servers say so of tokens beside the tokenizer's own."""
-        named = choice.get("stop_reason") or choice.get("matched_stop")  # vLLM's and SGLang's
-        return named if named in self.asking.stop_tokens else self.end
+        for named in (choice.get("stop_reason"), choice.get("matched_stop")):  # vLLM's and SGLang's
+            if type(named) is int and named in self.asking.stop_tokens:
+                return named
+        return self.end
 
     def _check(self, ids: list[int], text: str, where: str) -> None:
         wrong = [token for token in ids if not 0 <= token < self.num_tokens]

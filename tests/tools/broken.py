@@ -394,7 +394,7 @@ SERVED = (
           "if not talk.is_done and (found :=", of("test_served_answers", "said")),
     Break("a server gets no time", "self._free_at, self._silent_since = max(self._free_at, now + error.wait), None",
           "self._silent_since = None", of("test_served_answers", "asks_for_time")),
-    Break("pauses do not grow", "self._patience.first_pause * 2**self._failures", "self._patience.first_pause",
+    Break("pauses do not grow", "self._patience.first_pause * 2 ** min(self._failures, 20)", "self._patience.first_pause",
           of("test_served_answers", "pauses_grow")),
     Break("a broken server decides what is left out", "and answers < server.heard:", "and answers <= server.heard:",
           of("test_served_answers", "share_the_work")),
