@@ -24,7 +24,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.stages.claims import RECORD
 from flaxdraft.targets.text_side import open_text_side
 
-QUICK = Patience(timeout=0.3, first_pause=0.01, longest_pause=0.05, give_up=0.5, tries=4)
+QUICK = Patience(timeout=5, first_pause=0.01, longest_pause=0.05, give_up=0.5, tries=4)
 USER = "user"
 
 
@@ -163,14 +163,15 @@ def test_faults_lose_nothing_and_double_nothing(answer, text, tmp_path):
     with ExitStack() as stack:
         servers = [stack.enter_context(serving(answer)) for _ in range(3)]
         ask(MANY, tmp_path / "whole", text, servers[:1])
+        faults = iter([part for fault in FAULTS for part in (fault, None)])
         for server in servers[1:]:
-            # Between them answers: a server that fails all the time is gone.
-            server.fault = lambda number, prompt: None if number % 2 else dict(enumerate(FAULTS)).get(number // 2)
+            server.fault = lambda number, prompt: next(faults, None)
         patient = Patience(timeout=0.3, first_pause=0.01, longest_pause=0.05, give_up=20, tries=99)
         counts = ask(MANY, tmp_path / "out", text, servers[1:], patience=patient)
     assert counts == {"answered": len(MANY)}
     assert lines(tmp_path / "out") == lines(tmp_path / "whole")
-    assert all(len(server.asked) > 2 * len(FAULTS) for server in servers[1:])
+    assert sum(len(server.asked) for server in servers[1:]) >= len(MANY) + len(FAULTS)
+    assert all(len(server.asked) > 5 for server in servers[1:])
 
 
 def test_a_server_that_asks_for_time_gets_it(server, text, tmp_path):
@@ -189,7 +190,7 @@ def test_a_date_to_come_back_at(server, text, tmp_path):
 
 def test_pauses_grow(server, text, tmp_path):
     server.fault = lambda number, prompt: 500 if number < 4 else None
-    patient = Patience(timeout=1, first_pause=0.04, longest_pause=0.16, give_up=20)
+    patient = Patience(timeout=5, first_pause=0.04, longest_pause=0.16, give_up=20)
     assert ask(MANY[:1], tmp_path / "out", text, [server], patience=patient) == {"answered": 1}
     pauses = [later - sooner for sooner, later in itertools.pairwise(server.times)]
     for pause, least in zip(pauses, (0.02, 0.04, 0.08, 0.08), strict=True):
