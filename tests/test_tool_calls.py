@@ -13,7 +13,7 @@ from small_chats import ASKS, BODY, CALLED, FOOTER, HELLO, HI, IM, TOOLED, Kind,
 from flaxdraft.data.chat_template import ChatTemplate
 from flaxdraft.data.conversations import parse, read_conversations
 from flaxdraft.data.prompts import render_messages
-from flaxdraft.data.regenerate import _earlier, _Talk
+from flaxdraft.data.talks import Answering, Asking, Talk, earlier_mask
 from flaxdraft.data.templates import ChatOptions, render
 from flaxdraft.errors import InputError
 
@@ -208,7 +208,7 @@ def test_earlier_answers_are_learned_from_where_a_template_ends_in_an_end_of_tex
         stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<eos>"])
         answer = tokenizer("hello<|im_end|>", add_special_tokens=False)["input_ids"]
         asked = [HI, HELLO, HI]
-        talk = _Talk(
+        talk = Talk(
             0, row_of(asked), [[HI], [HI]], [*asked, HELLO], render_messages(tokenizer, asked, "x"), [answer] * 2
         )
-        assert sum(_earlier(talk, tokenizer, ChatTemplate(), stops)) == len(answer)
+        assert sum(earlier_mask(talk, Asking(tokenizer, ChatTemplate(), stops, Answering()))) == len(answer)

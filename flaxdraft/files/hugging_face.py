@@ -30,7 +30,56 @@ _VALUES = {
 }
 
 
-class HFDirectory:
+class HFDescription:
+    """config.json and the tokenizer of a model directory, whose weights need not be there."""
+
+    def __init__(self, directory: Path):
+        """
+        Raises:
+            InputError: there is no config.json that can be read.
+        """
+        self.origin = str(directory)
+        self.path = directory
+        self.config = read_config(directory)
+
+    def end_tokens(self) -> list[int]:
+        """Ids that end an answer, by config.json and generation_config.json.
+
+        Raises:
+            InputError: a file cannot be read, or what it names are no ids.
+        """
+        named = {"config.json": [self.config, self.config.get("text_config")]}
+        if (self.path / GENERATION).exists():
+            named[GENERATION] = [_read_json(self.path / GENERATION)]
+        found = []
+        for name, configs in named.items():
+            for config in configs:
+                value = config.get("eos_token_id") if isinstance(config, dict) else None
+                ids = value if isinstance(value, list) else [] if value is None else [value]
+                if not all(type(token) is int and token >= 0 for token in ids):
+                    raise InputError(
+                        f"{self.path / name}: eos_token_id: found {value!r}, expected a token id or a list"
+                    )
+                found += ids
+        return found
+
+    def tokenizer(self) -> PreTrainedTokenizerFast | None:
+        """The tokenizer with its chat template, None where the directory has none.
+
+        Raises:
+            InputError: its files cannot be read.
+        """
+        if not (self.path / "tokenizer.json").exists():
+            return None
+        from transformers import PreTrainedTokenizerFast  # the import takes seconds
+
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(str(self.path), local_files_only=True)
+        except Exception as error:  # the tokenizers library raises nothing narrower
+            raise InputError(f"{self.path}: its tokenizer cannot be read ({error}); fetch it again") from error
+
+
+class HFDirectory(HFDescription):
     """A `leaves.TensorSource`; nothing is read before it is asked for."""
 
     def __init__(self, directory: Path):
@@ -39,9 +88,7 @@ class HFDirectory:
             InputError: a file is missing, cut or altered, the index and the files disagree, or the weights are
                 quantised in a way that is not supported.
         """
-        self.origin = str(directory)
-        self.path = directory
-        self.config = read_config(directory)
+        super().__init__(directory)
         self._files = self._open()
         quantisation = self.config.get("quantization_config") or {}
         self._block = _block_size(quantisation, directory / "config.json") if quantisation else None
@@ -78,27 +125,6 @@ class HFDirectory:
             if tensor not in files[name].entries:
                 raise InputError(f"{index}: says that {tensor} is in {name}, which does not hold it; fetch it again")
         return {tensor: files[name] for tensor, name in held.items()}
-
-    def end_tokens(self) -> list[int]:
-        """Ids that end an answer, by config.json and generation_config.json.
-
-        Raises:
-            InputError: a file cannot be read, or what it names are no ids.
-        """
-        named = {"config.json": [self.config, self.config.get("text_config")]}
-        if (self.path / GENERATION).exists():
-            named[GENERATION] = [_read_json(self.path / GENERATION)]
-        found = []
-        for name, configs in named.items():
-            for config in configs:
-                value = config.get("eos_token_id") if isinstance(config, dict) else None
-                ids = value if isinstance(value, list) else [] if value is None else [value]
-                if not all(type(token) is int and token >= 0 for token in ids):
-                    raise InputError(
-                        f"{self.path / name}: eos_token_id: found {value!r}, expected a token id or a list"
-                    )
-                found += ids
-        return found
 
     def names(self) -> list[str]:
         return [name for name in self._files if not (self._block and name.endswith(_SCALES))]
@@ -137,21 +163,6 @@ class HFDirectory:
         for axis, block in enumerate(self._block):
             found = np.repeat(found, block, axis=axis)
         return found[tuple(inside)]
-
-    def tokenizer(self) -> PreTrainedTokenizerFast | None:
-        """The tokenizer with its chat template, None where the directory has none.
-
-        Raises:
-            InputError: its files cannot be read.
-        """
-        if not (self.path / "tokenizer.json").exists():
-            return None
-        from transformers import PreTrainedTokenizerFast  # the import takes seconds
-
-        try:
-            return PreTrainedTokenizerFast.from_pretrained(str(self.path), local_files_only=True)
-        except Exception as error:  # the tokenizers library raises nothing narrower
-            raise InputError(f"{self.path}: its tokenizer cannot be read ({error}); fetch it again") from error
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -17,17 +16,17 @@ from flaxdraft.files.fetch import fetch, fetch_description
 from flaxdraft.files.gguf_file import GGUFCheckpoint
 from flaxdraft.files.hugging_face import HFDirectory, read_config
 from flaxdraft.files.name_tables import load_state
-from flaxdraft.files.slow_tokenizers import how_to_convert
 from flaxdraft.nn.precision import Precision
 from flaxdraft.plugins import find_by_architecture
 from flaxdraft.targets import decoder
+from flaxdraft.targets.text_side import TextSide
 from flaxdraft.targets.tied_head import say_which_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # Modules that are no family.
-SHARED = ("decoder", "embedding_and_head", "kv_cache", "pre_norm_layer", "target_attention", "tied_head")
+SHARED = ("decoder", "embedding_and_head", "kv_cache", "pre_norm_layer", "target_attention", "text_side", "tied_head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,59 +60,14 @@ class DescribedTarget:
 
 
 @dataclasses.dataclass(frozen=True)
-class OpenedTarget(DescribedTarget):
+class OpenedTarget(DescribedTarget, TextSide):
     """Weights that can be read; nothing is loaded yet."""
 
     source: HFDirectory | GGUFCheckpoint
 
-    @functools.cached_property
-    def tokenizer(self) -> PreTrainedTokenizerFast | None:
-        """
-        Raises:
-            InputError: its files cannot be read.
-        """
-        return self.source.tokenizer()
-
-    def needed_tokenizer(self, with_template: bool = False) -> PreTrainedTokenizerFast:
-        """
-        Raises:
-            InputError: there is none, or none with a chat template.
-        """
-        tokenizer = self.tokenizer
-        if tokenizer is None or (with_template and not tokenizer.chat_template):
-            mend, how = "give a file whose metadata hold it, or the model's Hugging Face directory", ""
-            if self.path.is_dir():
-                mend = "put the model's tokenizer.json and tokenizer_config.json there"
-                how = how_to_convert(self.path) if tokenizer is None else ""
-            raise InputError(
-                f"target.path: {self.path} has no {'tokenizer' if tokenizer is None else 'chat template'}, which it "
-                f"takes to ask the target; {mend}{'. ' * bool(how)}{how}"
-            )
-        return tokenizer
-
-    @functools.cached_property
-    def stop_tokens(self) -> list[int]:
-        """What ends an answer: all that the configurations and the tokenizer name, as far as the target can write it.
-
-        Raises:
-            InputError: a configuration names no ids.
-        """
-        named = None if self.tokenizer is None else self.tokenizer.eos_token_id
-        ends = [*self.source.end_tokens(), *(named if isinstance(named, list) else [named])]
-        return sorted({end for end in ends if isinstance(end, int) and end < self.config().vocab_size})
-
-    def needed_stop_tokens(self) -> list[int]:
-        """
-        Raises:
-            InputError: there are none, so that no answer would end.
-        """
-        if not self.stop_tokens:
-            raise InputError(
-                f"target.path: {self.path} names no token that ends an answer; expected eos_token_id in its "
-                "config.json or generation_config.json, an eos_token of its tokenizer, or the ids of a GGUF file's "
-                "metadata"
-            )
-        return self.stop_tokens
+    @property
+    def num_tokens(self) -> int:
+        return self.config().vocab_size
 
     @property
     def special_tokens(self) -> list[int]:

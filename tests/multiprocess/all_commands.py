@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flaxdraft.config import load_config
 from flaxdraft.data import __main__ as data_command
-from flaxdraft.data.regenerate import FILE
+from flaxdraft.data.talks import FILE
 from flaxdraft.evaluate import __main__ as evaluate_command
 from flaxdraft.run.run import run
 from flaxdraft.run.target_options import mesh_shape, on_all_hosts

@@ -381,7 +381,32 @@ TRUST = (
           "layout_of(self.settings.block_size, sample_from_anchor=False)", of("test_dspark", "walk")),
 )  # fmt: skip
 
+SERVED = (
+    Break("tokens that do not say their text are taken", "if _plain(text) not in said:", "if None in said:",
+          of("test_served_answers", "not_known")),
+    Break("what the server counted is not compared", "if type(counted) is int and counted not in",
+          "if type(counted) is str and counted not in", of("test_served_answers", "not_known")),
+    Break("tokens of no row of the embedding are taken", "if not 0 <= token < self.num_tokens]", "if token < 0]",
+          of("test_served_answers", "beyond")),
+    Break("the end of an answer is left out", "else [*ids, self._end(choice)]", "else ids",
+          of("test_served_answers", "all_kinds")),
+    Break("a conversation is written before its last turn", "while not talk.is_done and (found :=",
+          "if not talk.is_done and (found :=", of("test_served_answers", "said")),
+    Break("a server gets no time", "self._free_at, self._silent_since = max(self._free_at, now + error.wait), None",
+          "self._silent_since = None", of("test_served_answers", "asks_for_time")),
+    Break("pauses do not grow", "self._patience.first_pause * 2 ** min(self._failures, 20)",
+          "self._patience.first_pause", of("test_served_answers", "pauses_grow")),
+    Break("a broken server decides what is left out", "and answers < server.heard:", "and answers <= server.heard:",
+          of("test_served_answers", "share_the_work")),
+    Break("what was answered is asked again", "elif conversation.id not in done:", "else:",
+          of("test_served_answers", "stopped_run")),
+    Break("half a line stays", "file.truncate(len(whole))", "file.truncate(len(text))",
+          of("test_served_answers", "stopped_run")),
+    Break("all turns share a seed", "SeedSequence((seed, self.number, len(self.answers)))", "SeedSequence((seed,))",
+          of("test_served_answers", "said")),
+)  # fmt: skip
+
 BREAKS = (
     *OPTIMIZER, *SCHEDULE, *BEGINNING, *SHARDING, *RESUME, *MASKS, *EXPORT, *EVALUATION, *HOSTS, *BLOCKS, *SEAMS,
-    *HEADS, *TRUST, *CANDIDATES, *DEPTHS,
+    *HEADS, *TRUST, *CANDIDATES, *DEPTHS, *SERVED,
 )  # fmt: skip
