@@ -33,12 +33,12 @@ class MoEConfig:
     num_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
-    n_shared_experts: int
     routing: Literal["greedy", "group_limited_greedy", "noaux_tc"]
-    n_group: int
-    topk_group: int
-    norm_topk_prob: bool
-    routed_scaling_factor: float
+    norm_topk_prob: bool  # whether a token's weights are made to sum to 1
+    n_shared_experts: int = 0
+    n_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
 
 
 def route(
@@ -46,8 +46,8 @@ def route(
 ) -> tuple[Float[Array, "B T K"], Int[Array, "B T K"]]:
     """Weights and experts of every token.
 
-    - greedy, group_limited_greedy (V2): softmax scores; the latter keeps the `topk_group` groups whose best expert
-      scores highest. Weights are not normalised again.
+    - greedy (DeepSeek-V2, Qwen3), group_limited_greedy (V2): softmax scores; the latter keeps the `topk_group` groups
+      whose best expert scores highest.
     - noaux_tc (V3): sigmoid scores; a bias is added for choosing only, and a group counts by its two best experts.
     """
     wide = logits_BTX.astype(jnp.float32)
@@ -63,7 +63,7 @@ def route(
         choice = scores
     _, experts = lax.top_k(choice, config.num_experts_per_tok)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
-    if config.routing == "noaux_tc" and config.norm_topk_prob:
+    if config.norm_topk_prob:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
     return weights * config.routed_scaling_factor, experts
 

@@ -34,6 +34,7 @@ from flaxdraft.nn.layers import RMSNorm
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig, turning_positions
 from flaxdraft.nn.self_attention import Attend
+from flaxdraft.targets.fields import check_only, check_positive
 from flaxdraft.targets.kv_cache import Cache
 from flaxdraft.targets.target_attention import LayerAttention, QueryRows
 
@@ -85,12 +86,10 @@ class DecoderConfig:
         Raises:
             InputError: a field is missing, or the taps are not ascending layers of this model.
         """
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if not isinstance(config.get(name), int) or config[name] < 1:
-                raise InputError(f"target config: {name}: found {config.get(name)!r}, expected a positive integer")
-        act = config.get("hidden_act", "silu")
-        if act != "silu":
-            raise InputError(f"target config: hidden_act: found {act!r}, expected 'silu'")
+        check_positive(
+            config, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+        )
+        check_only(config, "hidden_act", ("silu",))
         heads = config["num_attention_heads"]
         return {
             "vocab_size": config["vocab_size"],

@@ -1,0 +1,33 @@
+"""What target families read of a config.json, and what they refuse by name. Nothing is computed."""
+
+import pytest
+from test_contracts import TARGETS, target_hf
+
+from flaxdraft.errors import InputError
+
+
+def config_of(family: str, **fields):
+    return TARGETS[family].Config.from_hf(target_hf(family) | fields)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step: found 2, only 1 is supported"),
+        ("qwen3_moe", {"mlp_only_layers": [3]}, r"mlp_only_layers: found \[3\], only \[\] or None is supported"),
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window: found True, only False is supported"),
+        ("qwen3_moe", {"num_experts": 0}, "num_experts: found 0, expected a positive integer"),
+        ("qwen3_moe", {"moe_intermediate_size": None}, "moe_intermediate_size: found None, expected a positive"),
+        ("qwen3_moe", {"hidden_act": "gelu"}, "hidden_act: found 'gelu', only 'silu' is supported; take another"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(family, fields, message):
+    with pytest.raises(InputError, match="target config: " + message):
+        config_of(family, **fields)
+
+
+def test_the_names_that_transformers_gives_the_number_of_experts():
+    """Published files say num_experts; transformers 5 writes num_local_experts."""
+    family, hf = TARGETS["qwen3_moe"], target_hf("qwen3_moe")
+    renamed = {name: value for name, value in hf.items() if name != "num_experts"} | {"num_local_experts": 8}
+    assert family.Config.from_hf(renamed) == family.Config.from_hf(hf)
