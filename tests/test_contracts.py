@@ -38,6 +38,7 @@ DEEPSEEK_FIELDS = {
 # What a config.json of each family has besides.
 FAMILY_FIELDS = {
     "deepseek": DEEPSEEK_FIELDS,
+    "mistral": {"sliding_window": 8},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
 }  # fmt: skip
 

@@ -374,7 +374,7 @@ def directory_of(tmp_path_factory, tiny_gguf):
 
 
 # Each family that no other test takes through a run, with a draft.
-FAMILIES = [("deepseek", "mla"), ("deepseek", "llama"), ("qwen3_moe", "llama")]
+FAMILIES = [("deepseek", "mla"), ("deepseek", "llama"), ("qwen3_moe", "llama"), ("mistral", "llama")]
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ from test_contracts import TARGETS, target_hf
 
 from flaxdraft.errors import InputError
 
+SOME = ["sliding_attention", "full_attention"] * 4
+
 
 def config_of(family: str, **fields):
     return TARGETS[family].Config.from_hf(target_hf(family) | fields)
@@ -18,6 +20,13 @@ def config_of(family: str, **fields):
         ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window: found True, only False is supported"),
         ("qwen3_moe", {"num_experts": 0}, "num_experts: found 0, expected a positive integer"),
         ("qwen3_moe", {"moe_intermediate_size": None}, "moe_intermediate_size: found None, expected a positive"),
+        (
+            "mistral",
+            {"sliding_window": None, "layer_types": SOME},
+            "sliding_window: found None with layers of sliding_",
+        ),
+        ("mistral", {"layer_types": SOME[1:]}, "layer_types: found .*, expected .* for each of 8 layers"),
+        ("mistral", {"layer_types": ["chunked_attention"] * 8}, "layer_types: found .*'chunked_attention'"),
         ("qwen3_moe", {"hidden_act": "gelu"}, "hidden_act: found 'gelu', only 'silu' is supported; take another"),
     ],
 )
@@ -31,3 +40,17 @@ def test_the_names_that_transformers_gives_the_number_of_experts():
     family, hf = TARGETS["qwen3_moe"], target_hf("qwen3_moe")
     renamed = {name: value for name, value in hf.items() if name != "num_experts"} | {"num_local_experts": 8}
     assert family.Config.from_hf(renamed) == family.Config.from_hf(hf)
+
+
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [
+        ({"sliding_window": None}, (None,) * 8),
+        ({"sliding_window": 8}, (8,) * 8),
+        ({"sliding_window": 8, "layer_types": SOME}, (8, None) * 4),
+        ({"layer_types": None}, (4096,) * 8),
+    ],
+)
+def test_windows_of_mistrals_layers(fields, windows):
+    hf = {name: value for name, value in target_hf("mistral").items() if name != "sliding_window"}
+    assert TARGETS["mistral"].Config.from_hf(hf | fields).windows == windows

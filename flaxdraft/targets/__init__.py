@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 # Modules that are no family.
 SHARED = (
-    "common_names", "decoder", "embedding_and_head", "fields", "kv_cache", "pre_norm_layer", "target_attention",
-    "tied_head",
+    "common_names", "decoder", "embedding_and_head", "fields", "kv_cache", "layer_windows", "pre_norm_layer",
+    "target_attention", "tied_head",
 )  # fmt: skip
 
 

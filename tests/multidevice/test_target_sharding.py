@@ -22,6 +22,7 @@ from flaxdraft.nn.precision import Precision
 from flaxdraft.targets import decoder, target_attention
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 5}
+WINDOWS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 UNTIED = {"tie_word_embeddings": False}
 # The family of each, and fields of its config.json.
 FIELDS = {
@@ -29,6 +30,7 @@ FIELDS = {
     "qwen2": ("llama", UNTIED | {"architectures": ["Qwen2ForCausalLM"]}),
     "deepseek v3": ("deepseek", UNTIED | {"architectures": ["DeepseekV3ForCausalLM"]}),
     "qwen3 moe": ("qwen3_moe", UNTIED),
+    "mistral": ("mistral", {"layer_types": WINDOWS}),
 }
 QUICK_NAMES = ("qwen3", "qwen2", "deepseek v3")  # the others are made of the same parts
 MESHES = {

@@ -26,6 +26,8 @@ LATENT = {
 GROUPS = {"n_group": 4, "topk_group": 2}
 EXPERTS = {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3,
            "moe_intermediate_size": 16}  # fmt: skip
+WINDOWS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention",
+           "sliding_attention"]  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 16,
         "mscale": 1.0, "mscale_all_dim": 0.8, "beta_fast": 32.0, "beta_slow": 1.0}  # fmt: skip
 CASES = {
@@ -52,10 +54,18 @@ CASES = {
     "qwen3 moe": ("Qwen3Moe", EXPERTS | {"norm_topk_prob": True}),
     "qwen3 moe, unnormalised, biases, tied": (
         "Qwen3Moe", EXPERTS | {"norm_topk_prob": False, "attention_bias": True, "tie_word_embeddings": True}),
+    "mistral, no window": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    "mistral, windows": ("Mistral", {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 7}),
+    "ministral, some windows": (
+        "Ministral", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7, "tie_word_embeddings": True,
+                      "layer_types": WINDOWS}),
 }  # fmt: skip
 
 # One of every family.
-GENERATING = ["llama, yarn rope", "qwen2", "qwen3", "deepseek v2, greedy", "deepseek v3", "qwen3 moe"]
+GENERATING = (
+    "llama, yarn rope", "qwen2", "qwen3", "deepseek v2, greedy", "deepseek v3", "qwen3 moe", "mistral, windows",
+    "ministral, some windows",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=CASES)
