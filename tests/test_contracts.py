@@ -38,6 +38,11 @@ DEEPSEEK_FIELDS = {
 # What a config.json of each family has besides.
 FAMILY_FIELDS = {
     "deepseek": DEEPSEEK_FIELDS,
+    "gpt_oss": {
+        "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 8,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+                         "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    },
     "mistral": {"sliding_window": 8},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
 }  # fmt: skip

@@ -374,7 +374,13 @@ def directory_of(tmp_path_factory, tiny_gguf):
 
 
 # Each family that no other test takes through a run, with a draft.
-FAMILIES = [("deepseek", "mla"), ("deepseek", "llama"), ("qwen3_moe", "llama"), ("mistral", "llama")]
+FAMILIES = [
+    ("deepseek", "mla"),
+    ("deepseek", "llama"),
+    ("qwen3_moe", "llama"),
+    ("mistral", "llama"),
+    ("gpt_oss", "llama"),
+]
 
 
 @pytest.mark.slow

@@ -1,9 +1,17 @@
 """What target families read of a config.json, and what they refuse by name. Nothing is computed."""
 
+import json
+from types import SimpleNamespace
+
+import contracts
+import jax.numpy as jnp
 import pytest
 from test_contracts import TARGETS, target_hf
 
+from flaxdraft.devices.mesh import make_mesh
 from flaxdraft.errors import InputError
+from flaxdraft.run.planned_target import target_figures
+from flaxdraft.targets import describe_target
 
 SOME = ["sliding_attention", "full_attention"] * 4
 
@@ -20,6 +28,8 @@ def config_of(family: str, **fields):
         ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window: found True, only False is supported"),
         ("qwen3_moe", {"num_experts": 0}, "num_experts: found 0, expected a positive integer"),
         ("qwen3_moe", {"moe_intermediate_size": None}, "moe_intermediate_size: found None, expected a positive"),
+        ("gpt_oss", {"num_local_experts": None}, "num_local_experts: found None, expected a positive integer"),
+        ("gpt_oss", {"layer_types": SOME[1:]}, "layer_types: found .*, expected .* for each of 8 layers"),
         (
             "mistral",
             {"sliding_window": None, "layer_types": SOME},
@@ -54,3 +64,25 @@ def test_the_names_that_transformers_gives_the_number_of_experts():
 def test_windows_of_mistrals_layers(fields, windows):
     hf = {name: value for name, value in target_hf("mistral").items() if name != "sliding_window"}
     assert TARGETS["mistral"].Config.from_hf(hf | fields).windows == windows
+
+
+def test_gpt_oss():
+    """Half of its layers slide, the first among them; a draft beside it has a rotary embedding that engines read."""
+    config = config_of("gpt_oss")
+    assert config.windows == (8, None) * 4
+    assert (config.swiglu_alpha, config.swiglu_limit, config.attention_bias) == (1.702, 7.0, True)
+    assert config.rope.truncate is False
+    assert config.context == 64
+    for pair in contracts.pairs().values():
+        assert pair.config(config).rope.truncate is None
+
+
+def test_products_of_a_token_with_experts(tmp_path):
+    """Of the plan's figures: two of eight experts, without their biases."""
+    hf = target_hf("gpt_oss") | {"architectures": ["GptOssForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    described = describe_target(str(tmp_path))
+    target = SimpleNamespace(described=described, config=described.config())
+    figures = target_figures(target, make_mesh(), jnp.float32, 1, 8)
+    attention, router, expert = 2 * 32 * (32 + 16), 32 * 8, 3 * 32 * 48
+    assert figures.flops == 2 * (8 * (attention + router + 2 * expert) + 64 * 32)

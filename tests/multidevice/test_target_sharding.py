@@ -30,6 +30,7 @@ FIELDS = {
     "qwen2": ("llama", UNTIED | {"architectures": ["Qwen2ForCausalLM"]}),
     "deepseek v3": ("deepseek", UNTIED | {"architectures": ["DeepseekV3ForCausalLM"]}),
     "qwen3 moe": ("qwen3_moe", UNTIED),
+    "gpt-oss": ("gpt_oss", UNTIED),
     "mistral": ("mistral", {"layer_types": WINDOWS}),
 }
 QUICK_NAMES = ("qwen3", "qwen2", "deepseek v3")  # the others are made of the same parts
@@ -93,7 +94,9 @@ def test_one_and_eight_devices_agree(single, name, mesh):
     share = cache.k_LBKHS.addressable_shards[0].data.shape
     assert share[1:3] == (8 // (data * fsdp), 8 // tensor)
     names = {"/".join(map(str, path)): leaf[...] for path, leaf in decoder.nnx.to_flat_state(target.state)}
-    split = {"o_proj/kernel": fsdp * tensor, "embed": fsdp * tensor, "experts/up_proj": expert * fsdp * tensor}
+    split = {"o_proj/kernel": fsdp * tensor, "embed": fsdp * tensor, "experts/up_proj": expert * fsdp * tensor,
+             "experts/gate_up_proj": expert * fsdp * tensor, "experts/gate_up_bias": expert * tensor,
+             "experts/down_bias": expert, "layers/sinks": tensor}  # fmt: skip
     for end, parts in split.items():
         for leaf in (leaf for path, leaf in names.items() if path.endswith(end)):
             assert leaf.addressable_shards[0].data.size * parts == leaf.size

@@ -28,6 +28,12 @@ EXPERTS = {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 8, "num_expe
            "moe_intermediate_size": 16}  # fmt: skip
 WINDOWS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention",
            "sliding_attention"]  # fmt: skip
+GPT_OSS = {
+    "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 7,
+    "swiglu_limit": 0.7, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1.5e5, "factor": 4.0, "original_max_position_embeddings": 16,
+        "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 16,
         "mscale": 1.0, "mscale_all_dim": 0.8, "beta_fast": 32.0, "beta_slow": 1.0}  # fmt: skip
 CASES = {
@@ -59,12 +65,15 @@ CASES = {
     "ministral, some windows": (
         "Ministral", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7, "tie_word_embeddings": True,
                       "layer_types": WINDOWS}),
+    "gpt-oss": ("GptOss", GPT_OSS),
+    "gpt-oss, other windows, no bias": (
+        "GptOss", GPT_OSS | {"layer_types": WINDOWS, "attention_bias": False, "swiglu_alpha": 1.2}),
 }  # fmt: skip
 
 # One of every family.
 GENERATING = (
     "llama, yarn rope", "qwen2", "qwen3", "deepseek v2, greedy", "deepseek v3", "qwen3 moe", "mistral, windows",
-    "ministral, some windows",
+    "ministral, some windows", "gpt-oss",
 )  # fmt: skip
 
 
@@ -147,14 +156,15 @@ def test_greedy_answers(oracle, pair):
 def test_routing_decisions(oracle, pair):
     """Chosen experts and their weights, token for token, of the first layer with experts on random states."""
     theirs, loaded, _ = pair
-    model, gated = nnx.merge(loaded.model.graphdef, loaded.model.state), lambda mlp: hasattr(mlp, "gate")
-    spans = [(name, span) for name, span in loaded.model.spans if gated(getattr(model, name).mlp)]
+    model = nnx.merge(loaded.model.graphdef, loaded.model.state)
+    spans = [(name, span) for name, span in loaded.model.spans if hasattr(getattr(model, name).mlp, "gate")]
     if not spans:
-        assert not gated(theirs.model.layers[-1].mlp)
+        assert not {"gate", "router"} & {name for name, _ in theirs.model.layers[-1].mlp.named_children()}
         return
     ((name, span),) = spans
     x = np.random.default_rng(1).normal(size=(4, 50, COMMON["hidden_size"])).astype(np.float32)
-    _, weights, experts = oracle.run(theirs.model.layers[span.start].mlp.gate, x)
+    block = theirs.model.layers[span.start].mlp
+    _, weights, experts = oracle.run(getattr(block, "gate", None) or block.router, x.reshape(200, -1))
     graphdef, state = nnx.split(getattr(model, name))
     mlp = nnx.merge(graphdef, jax.tree.map(lambda w: w[0], state)).mlp
     got_weights, got_experts = (np.asarray(a).reshape(200, -1) for a in mlp.routing(jnp.asarray(x)))
