@@ -38,6 +38,10 @@ DEEPSEEK_FIELDS = {
 # What a config.json of each family has besides.
 FAMILY_FIELDS = {
     "deepseek": DEEPSEEK_FIELDS,
+    "gemma3": {
+        "sliding_window": 8, "sliding_window_pattern": 3, "query_pre_attn_scalar": 12, "rope_local_base_freq": 1e2,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
     "gpt_oss": {
         "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 8,
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,

@@ -380,6 +380,7 @@ FAMILIES = [
     ("qwen3_moe", "llama"),
     ("mistral", "llama"),
     ("gpt_oss", "llama"),
+    ("gemma3", "llama"),
 ]
 
 

@@ -1,17 +1,24 @@
-"""What target families read of a config.json, and what they refuse by name. Nothing is computed."""
+"""What target families read of a config.json, and what they refuse by name."""
 
 import json
 from types import SimpleNamespace
 
 import contracts
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from test_contracts import TARGETS, target_hf
+from tiny import random_weights
 
 from flaxdraft.devices.mesh import make_mesh
+from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
+from flaxdraft.nn.precision import Precision
 from flaxdraft.run.planned_target import target_figures
-from flaxdraft.targets import describe_target
+from flaxdraft.serving import rope_fields
+from flaxdraft.targets import describe_target, load_target, open_target
+from flaxdraft.targets.embedding_and_head import EmbeddingAndHeadWeights
 
 SOME = ["sliding_attention", "full_attention"] * 4
 
@@ -28,6 +35,10 @@ def config_of(family: str, **fields):
         ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window: found True, only False is supported"),
         ("qwen3_moe", {"num_experts": 0}, "num_experts: found 0, expected a positive integer"),
         ("qwen3_moe", {"moe_intermediate_size": None}, "moe_intermediate_size: found None, expected a positive"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: found 50.0, only None is supported"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping: found 30.0, only None is supported"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention: found True, only False or"),
+        ("gemma3", {"hidden_activation": "silu"}, "hidden_activation: found 'silu', only 'gelu_pytorch_tanh' is"),
         ("gpt_oss", {"num_local_experts": None}, "num_local_experts: found None, expected a positive integer"),
         ("gpt_oss", {"layer_types": SOME[1:]}, "layer_types: found .*, expected .* for each of 8 layers"),
         (
@@ -86,3 +97,41 @@ def test_products_of_a_token_with_experts(tmp_path):
     figures = target_figures(target, make_mesh(), jnp.float32, 1, 8)
     attention, router, expert = 2 * 32 * (32 + 16), 32 * 8, 3 * 32 * 48
     assert figures.flops == 2 * (8 * (attention + router + 2 * expert) + 64 * 32)
+
+
+def test_both_dialects_of_gemmas_rotary_embeddings():
+    """Older files have two bases and a scaling, which layers with a window do without; and its usual pattern."""
+    config = config_of("gemma3", sliding_window_pattern=4)
+    assert (config.rope.rope_type, config.rope.rope_theta, config.rope.factor) == ("linear", 1e4, 8.0)
+    assert (config.local_rope.rope_type, config.local_rope.rope_theta) == ("default", 1e2)
+    assert config.windows == (8, 8, 8, None) * 2
+    assert config.context == 64  # the scaling is counted in already
+    kinds = {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+    }
+    hf = {name: value for name, value in target_hf("gemma3").items() if not name.startswith("rope")}
+    new = TARGETS["gemma3"].Config.from_hf(hf | {"rope_parameters": kinds, "sliding_window_pattern": 4})
+    assert new == config
+    assert rope_fields.parameters({"rope_parameters": kinds}) == kinds["full_attention"]
+    bases = TARGETS["gemma3"].Config.from_hf(hf)
+    assert (bases.rope.rope_theta, bases.local_rope.rope_theta) == (1e6, 1e4)
+
+
+def test_what_gemmas_files_leave_out():
+    left_out = ("tie_word_embeddings", "head_dim")
+    hf = {name: value for name, value in target_hf("gemma3").items() if name not in left_out}
+    config = TARGETS["gemma3"].Config.from_hf(hf)
+    assert (config.tie_word_embeddings, config.head_dim) == (True, 256)
+
+
+def test_norms_that_are_stored_less_one(tmp_path):
+    """A draft takes the final norm as it is computed, wherever it gets it."""
+    family, hf = TARGETS["gemma3"], target_hf("gemma3") | {"architectures": ["Gemma3ForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    config = family.Config.from_hf(hf)
+    weights = random_weights(family, config, family.groups(config, Precision(), Sharding.none()))
+    save_file(weights, tmp_path / "model.safetensors")
+    opened = open_target(str(tmp_path))
+    for outer in (EmbeddingAndHeadWeights.of_target(opened, config), load_target(opened).model):
+        np.testing.assert_array_equal(outer.final_norm(), 1 + weights["model.norm.weight"])

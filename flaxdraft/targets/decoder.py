@@ -75,6 +75,11 @@ class DecoderConfig:
         before = self.rope.original_max_position_embeddings if self.rope.rope_type == "yarn" else None
         return max(self.max_position_embeddings, int((before or self.max_position_embeddings) * self.rope.factor))
 
+    @property
+    def norm_offset(self) -> float:
+        """Of the final norm, see `RMSNorm`."""
+        return 0.0
+
     def before_layers(self, embeds_BTE: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """What the first layer reads, given rows of the embedding; a family may scale them."""
         return embeds_BTE
@@ -150,7 +155,7 @@ class DecoderWeights(nnx.Module):
         for group in groups:
             keys = jax.random.split(rngs.params(), len(group.layers))
             setattr(self, group.name, nnx.vmap(partial(_make_layer, group.make))(keys))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision, config.norm_offset)
         if not config.tie_word_embeddings:
             self.head = nnx.Param(init(rngs.params(), shape, precision.param), place="weight_ve")
 
@@ -370,7 +375,8 @@ class DecoderTarget:
         return cast(Array, self.state["embed" if self.config.tie_word_embeddings else "head"][...])
 
     def final_norm(self) -> Float[Array, " E"]:
-        return cast(Array, self.state["norm"]["scale"][...])
+        stored = cast(Array, self.state["norm"]["scale"][...])
+        return stored.astype(jnp.float32) + self.config.norm_offset if self.config.norm_offset else stored
 
 
 def build(

@@ -31,8 +31,14 @@ WINDOWS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_
 GPT_OSS = {
     "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 7,
     "swiglu_limit": 0.7, "rope_parameters": {
-        "rope_type": "yarn", "rope_theta": 1.5e5, "factor": 4.0, "original_max_position_embeddings": 16,
+        "rope_type": "yarn", "rope_theta": 1.5e5, "factor": 4.0, "original_max_position_embeddings": 4096,
         "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+}  # fmt: skip
+GEMMA = {
+    "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 7, "sliding_window_pattern": 3,
+    "query_pre_attn_scalar": 20, "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}},
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 16,
         "mscale": 1.0, "mscale_all_dim": 0.8, "beta_fast": 32.0, "beta_slow": 1.0}  # fmt: skip
@@ -68,12 +74,15 @@ CASES = {
     "gpt-oss": ("GptOss", GPT_OSS),
     "gpt-oss, other windows, no bias": (
         "GptOss", GPT_OSS | {"layer_types": WINDOWS, "attention_bias": False, "swiglu_alpha": 1.2}),
+    "gemma 3": ("Gemma3", GEMMA),
+    "gemma 3, its own windows, untied, biases": (
+        "Gemma3", GEMMA | {"layer_types": WINDOWS, "attention_bias": True, "tie_word_embeddings": False}),
 }  # fmt: skip
 
 # One of every family.
 GENERATING = (
     "llama, yarn rope", "qwen2", "qwen3", "deepseek v2, greedy", "deepseek v3", "qwen3 moe", "mistral, windows",
-    "ministral, some windows", "gpt-oss",
+    "ministral, some windows", "gpt-oss", "gemma 3",
 )  # fmt: skip
 
 
