@@ -1,12 +1,14 @@
 """What target families read of a config.json, and what they refuse by name."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import contracts
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 from test_contracts import TARGETS, target_hf
 from tiny import random_weights
@@ -17,7 +19,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.nn.precision import Precision
 from flaxdraft.run.planned_target import target_figures
 from flaxdraft.serving import rope_fields
-from flaxdraft.targets import describe_target, load_target, open_target
+from flaxdraft.targets import decoder, describe_target, load_target, open_target
 from flaxdraft.targets.embedding_and_head import EmbeddingAndHeadWeights
 
 SOME = ["sliding_attention", "full_attention"] * 4
@@ -135,3 +137,37 @@ def test_norms_that_are_stored_less_one(tmp_path):
     opened = open_target(str(tmp_path))
     for outer in (EmbeddingAndHeadWeights.of_target(opened, config), load_target(opened).model):
         np.testing.assert_array_equal(outer.final_norm(), 1 + weights["model.norm.weight"])
+
+
+# Fields of published files, and how many weights those hold.
+PUBLISHED = {
+    "mistralai/Mistral-7B-v0.1": (7_241_732_096, "mistral", {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": 4096,
+    }),
+    "Qwen/Qwen3-30B-A3B": (30_532_122_624, "qwen3_moe", {
+        "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True, "mlp_only_layers": [],
+        "decoder_sparse_step": 1, "use_sliding_window": False, "sliding_window": None,
+    }),
+    "openai/gpt-oss-20b": (20_914_757_184, "gpt_oss", {
+        "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32,
+        "num_experts_per_tok": 4, "sliding_window": 128, "attention_bias": True,
+    }),
+    "google/gemma-3-1b-it": (999_885_952, "gemma3", {
+        "vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512,
+        "sliding_window_pattern": 6, "rope_scaling": None, "hidden_activation": "gelu_pytorch_tanh",
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    count, family, hf = PUBLISHED[name]
+    config = TARGETS[family].Config.from_hf(hf)
+    groups = TARGETS[family].groups(config, Precision(), Sharding.none())
+    _, state = decoder.abstract_state(config, groups, Precision())
+    assert sum(math.prod(variable.shape) for _, variable in nnx.to_flat_state(state)) == count
