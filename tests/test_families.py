@@ -41,6 +41,7 @@ def config_of(family: str, **fields):
         ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping: found 30.0, only None is supported"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention: found True, only False or"),
         ("gemma3", {"hidden_activation": "silu"}, "hidden_activation: found 'silu', only 'gelu_pytorch_tanh' is"),
+        ("gemma3", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters: found .*, expected one object for"),
         ("gpt_oss", {"num_local_experts": None}, "num_local_experts: found None, expected a positive integer"),
         ("gpt_oss", {"layer_types": SOME[1:]}, "layer_types: found .*, expected .* for each of 8 layers"),
         (

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from flaxdraft.devices.sharding import Sharding
+from flaxdraft.errors import InputError
 from flaxdraft.nn.gqa import GQA, GQAConfig
 from flaxdraft.nn.layers import GatedMLP, RMSNorm
 from flaxdraft.nn.precision import Precision
@@ -64,7 +65,7 @@ class Config(DecoderConfig):
         } | config  # transformers' defaults, which files leave out
         ropes = _ropes(config)
         common = cls.common(config | ropes[FULL], tap_layers)
-        pattern = config.get("sliding_window_pattern", 6)
+        pattern = config.get("sliding_window_pattern") or 6
         usual = [SLIDING if (i + 1) % pattern else FULL for i in range(common["num_hidden_layers"])]
         return cls(
             **common,
@@ -89,9 +90,18 @@ class Config(DecoderConfig):
 
 def _ropes(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The fields of both rotary embeddings, as `RopeConfig.from_hf` reads them: each kind of layer has its own under
-    `rope_parameters`, or, in older files, two bases and a scaling of the layers without a window."""
+    `rope_parameters`, or, in older files, two bases and a scaling of the layers without a window.
+
+    Raises:
+        InputError: `rope_parameters` is not of both kinds.
+    """
     own = config.get("rope_parameters")
     if own:
+        if not all(isinstance(own.get(kind), dict) for kind in (FULL, SLIDING)):
+            raise InputError(
+                f"target config: rope_parameters: found {own!r}, expected one object for {FULL} and one for {SLIDING}; "
+                "fetch config.json again"
+            )
         return {kind: {"rope_parameters": own[kind], "rope_scaling": None} for kind in (FULL, SLIDING)}
     bases = {FULL: config.get("rope_theta", GLOBAL_THETA), SLIDING: config.get("rope_local_base_freq", LOCAL_THETA)}
     scalings = {FULL: config.get("rope_scaling"), SLIDING: None}
