@@ -23,14 +23,14 @@ _ROWS = 64  # are turned at a time: numpy turns a large matrix column by column,
 
 
 def _pairs() -> np.ndarray:
-    """uint32 [256, 256]: for an exponent and a byte, the two bfloat16 numbers side by side."""
+    """uint32 [256 * 256]: for an exponent and a byte, the two bfloat16 numbers side by side."""
     positive = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
     numbers = np.concatenate([positive, -positive])
     byte = np.arange(256)
     exponents = np.ldexp(np.float32(1), np.arange(256) - 127)
     exponents[255] = np.nan  # as the format has it
     products = exponents[:, None, None] * np.stack([numbers[byte & 15], numbers[byte >> 4]], axis=-1)
-    return np.ascontiguousarray(products.astype(ml_dtypes.bfloat16)).view(np.uint32)[..., 0]
+    return np.ascontiguousarray(products.astype(ml_dtypes.bfloat16)).view(np.uint32).ravel()
 
 
 with np.errstate(over="ignore"):
@@ -97,7 +97,7 @@ class MXFP4Tensors:
         for expert in range(len(blocks)):
             for row in range(0, blocks.shape[1], _ROWS):
                 rows = slice(row, row + _ROWS)
-                pairs = _PAIRS[scales[expert, rows, :, None], blocks[expert, rows]]
-                numbers = pairs.reshape(len(pairs), -1).view(np.uint16)
+                at = scales[expert, rows, :, None].astype(np.intp) * 256 + blocks[expert, rows]
+                numbers = np.take(_PAIRS, at).reshape(len(at), -1).view(np.uint16)
                 out[expert, :, rows] = numbers[:, first : first + stop - start].T
         return out.view(ml_dtypes.bfloat16)
