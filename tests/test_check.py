@@ -173,6 +173,9 @@ FAULTS = {
             "sglang": ("refused", "yarn without original_max"),
             "vllm": ("wrong", "one of mscale and mscale_all_dim absent"),
         }),
+    "yarn that does not round": ("llama", field("rope_parameters", {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64,
+        "truncate": False}), {"sglang": ("note", "truncate is false: vLLM reads it and SGLang does not")}),
     "two layers": ("llama", field("num_hidden_layers", 2), {
         "sglang-jax": ("refused", "it builds 1"), "sglang": ("wrong", "SGLang norms the residual stream"),
     }),

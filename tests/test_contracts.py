@@ -35,6 +35,26 @@ DEEPSEEK_FIELDS = {
     "first_k_dense_replace": 2, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
     "n_shared_experts": 1, "n_group": 2, "topk_group": 1,
 }  # fmt: skip
+# What a config.json of each family has besides.
+FAMILY_FIELDS = {
+    "deepseek": DEEPSEEK_FIELDS,
+    "gemma3": {
+        "sliding_window": 8, "sliding_window_pattern": 3, "query_pre_attn_scalar": 12, "rope_local_base_freq": 1e2,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "gpt_oss": {
+        "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 8,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+                         "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    },
+    "mistral": {"sliding_window": 8},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
+}  # fmt: skip
+
+
+def target_hf(family: str):
+    """A config.json of a family, but for its architecture."""
+    return TARGET_HF | FAMILY_FIELDS.get(family, {})
 
 
 def target_config():
@@ -78,8 +98,8 @@ def test_every_draft_trains_and_drafts_with_its_algorithm(pair):
 
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 def test_every_draft_names_its_weights_and_sizes(pair):
-    for family in TARGETS.values():
-        pair.config(family.Config.from_hf(TARGET_HF | DEEPSEEK_FIELDS))
+    for name, family in TARGETS.items():
+        pair.config(family.Config.from_hf(target_hf(name)))
     contracts.assert_named(pair, target_config())
     contracts.assert_refuses_another_map(pair, target_config())
 
@@ -91,7 +111,7 @@ def test_every_draft_is_exported_and_read_again(pair, tmp_path):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_family_has_its_weights_named(name):
-    contracts.assert_family(TARGETS[name], TARGET_HF | DEEPSEEK_FIELDS)
+    contracts.assert_family(TARGETS[name], target_hf(name))
 
 
 def test_unknown_names_list_what_there_is():

@@ -79,6 +79,7 @@ def test_a_written_config_is_read_back_by_readers_of_either_dialect(rope_type):
     assert RopeConfig.from_hf({k: v for k, v in written.items() if k != "rope_parameters"}) == rope
     only_new = {k: written[k] for k in ("rope_parameters", "max_position_embeddings")}
     assert RopeConfig.from_hf(only_new) == rope
+    assert RopeConfig.from_hf(make(rope_type, truncate=False).to_hf()).truncate is False
     assert None not in [*written.values(), *written["rope_parameters"].values()]
 
 
@@ -139,6 +140,16 @@ def test_yarn_interpolates_only_pairs_that_turn_seldom():
     assert_close(got, want, ulp=8, of="each")
     assert got[0] == base[0]
     assert_close(got[-1], base[-1] / 4, ulp=8)
+
+
+def test_yarn_that_does_not_round_the_ramps_ends():
+    """As gpt-oss has it; a draft beside it learns with rounded ends, which every engine gives it."""
+    rope = make("yarn", truncate=False)
+    low, high = (WIDTH * math.log(64 / (b * 2 * math.pi)) / (2 * math.log(10000.0)) for b in (16.0, 2.0))
+    ramp = np.clip((np.arange(WIDTH // 2) - max(low, 0)) / (high - max(low, 0)), 0, 1)
+    assert_close(frequencies(rope), plain(10000.0) * (ramp / 4 + 1 - ramp), ulp=8, of="each")
+    assert not np.array_equal(frequencies(rope), frequencies(make("yarn")))
+    assert rope.for_draft() == make("yarn")
 
 
 def test_yarns_usual_betas_are_32_and_1():
@@ -267,9 +278,8 @@ def test_angles_stay_exact_at_far_positions():
     [
         {"partial_rotary_factor": 0.5},
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
-        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
     ],
 )
 def test_parameters_that_would_change_the_angles_are_not_dropped(config):
-    with pytest.raises(InputError, match=r"rope parameters: (partial_rotary_factor|truncate) is .* is not supported"):
+    with pytest.raises(InputError, match=r"rope parameters: partial_rotary_factor is .* is not supported"):
         RopeConfig.from_hf(config)

@@ -31,6 +31,8 @@ class Sharding:
     weight_fd: P | None = None
     weight_dd: P | None = None
     weight_f: P | None = None
+    weight_xf: P | None = None
+    weight_xd: P | None = None
     weight_xdf: P | None = None
     weight_xfd: P | None = None
     whole: P | None = None
@@ -51,6 +53,7 @@ class Sharding:
             act_btf=P(batch, None, TENSOR_AXIS), act_btnh=P(batch, None, TENSOR_AXIS, None),
             weight_ve=P(TENSOR_AXIS, FSDP_AXIS), weight_df=P(FSDP_AXIS, TENSOR_AXIS),
             weight_fd=P(TENSOR_AXIS, FSDP_AXIS), weight_dd=P(FSDP_AXIS, None), weight_f=P(TENSOR_AXIS),
+            weight_xf=P(EXPERT_AXIS, TENSOR_AXIS), weight_xd=P(EXPERT_AXIS, None),
             weight_xdf=P(EXPERT_AXIS, FSDP_AXIS, TENSOR_AXIS), weight_xfd=P(EXPERT_AXIS, TENSOR_AXIS, FSDP_AXIS),
             whole=P(), cache_lbn=P(None, batch, TENSOR_AXIS),
         )  # fmt: skip
@@ -83,11 +86,16 @@ def along(x: jax.Array, spec: P | None) -> P | None:
     return spec and P(*spec_of(x).partitions[:2], *spec.partitions[2:])
 
 
+def used(spec: P | None) -> P | None:
+    """Where a weight that lives at `spec` is while a product uses it: whole along fsdp."""
+    return spec and P(*(None if axis == FSDP_AXIS else axis for axis in spec))
+
+
 def gathered(weight: jax.Array, spec: P | None) -> jax.Array:
     """A weight as a product wants it: whole along fsdp, for as long as it is used."""
     if spec is None or FSDP_AXIS not in axes_of(spec_of(weight).partitions):
         return weight
-    return jax.reshard(weight, P(*(None if axis == FSDP_AXIS else axis for axis in spec_of(weight))))
+    return jax.reshard(weight, used(spec_of(weight)))
 
 
 def whole_in_time(x: jax.Array) -> jax.Array:

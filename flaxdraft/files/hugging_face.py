@@ -1,7 +1,7 @@
 """A Hugging Face model directory: config.json, safetensors (one file or many with an index), tokenizer.
 
 config.json is read as it is: new model types are unknown to transformers. Block-wise float8 weights (DeepSeek-V3, R1
-and K2 as published) are dequantised slice by slice while they are read.
+and K2 as published) and MXFP4 (gpt-oss) are dequantised slice by slice while they are read.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from flaxdraft.errors import InputError
+from flaxdraft.files import mxfp4
 from flaxdraft.files.json_files import read_json_object
 from flaxdraft.files.safetensors_file import SafetensorsFile
 
@@ -91,7 +92,10 @@ class HFDirectory(HFDescription):
         super().__init__(directory)
         self._files = self._open()
         quantisation = self.config.get("quantization_config") or {}
-        self._block = _block_size(quantisation, directory / "config.json") if quantisation else None
+        is_mxfp4 = quantisation.get("quant_method") == mxfp4.METHOD
+        self._mxfp4 = mxfp4.MXFP4Tensors(self._files) if is_mxfp4 else None
+        is_float8 = quantisation and not is_mxfp4
+        self._block = _block_size(quantisation, directory / "config.json") if is_float8 else None
 
     def _open(self) -> dict[str, SafetensorsFile]:
         if not (self.path / INDEX).exists():
@@ -127,17 +131,23 @@ class HFDirectory(HFDescription):
         return {tensor: files[name] for tensor, name in held.items()}
 
     def names(self) -> list[str]:
+        if self._mxfp4 is not None:
+            return self._mxfp4.names()
         return [name for name in self._files if not (self._block and name.endswith(_SCALES))]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if self._mxfp4 is not None and name in self._mxfp4:
+            return self._mxfp4.shape(name)
         return self._files[name].entries[name].shape
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """That part of a tensor; float32 where it is stored as float8 with scales.
+        """That part of a tensor; float32 where it is stored as float8 with scales, bfloat16 where it is MXFP4.
 
         Raises:
             InputError: float8 without its scales, or a type that no weight has.
         """
+        if self._mxfp4 is not None and name in self._mxfp4:
+            return self._mxfp4.read(name, index)
         file = self._files[name]
         values = file.read(name, index)
         if not file.entries[name].dtype.startswith("F8"):
@@ -181,8 +191,8 @@ def _block_size(quantisation: dict[str, Any], origin: Path) -> tuple[int, int]:
     method, block = quantisation.get("quant_method"), quantisation.get("weight_block_size")
     if method != "fp8":
         raise InputError(
-            f"{origin}: quantization_config.quant_method: found {method!r}, only 'fp8' with block scales can be read; "
-            "use the model's unquantised weights"
+            f"{origin}: quantization_config.quant_method: found {method!r}, only 'fp8' with block scales and "
+            "'mxfp4' can be read; use the model's unquantised weights"
         )
     if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
         raise InputError(f"{origin}: quantization_config.weight_block_size: found {block!r}, expected two block sizes")

@@ -69,6 +69,17 @@ class SafetensorsFile:
             )
         return self._bytes[entry.start : entry.stop].view(DTYPES[entry.dtype]).reshape(entry.shape)[index]
 
+    def read_bytes(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A view of that part of a tensor of bytes, into which a format has put something else.
+
+        Raises:
+            InputError: it is stored as another type.
+        """
+        entry = self.entries[name]
+        if entry.dtype != "U8":
+            raise InputError(f"{self.path}: {name} is stored as {entry.dtype}, expected U8; fetch the model again")
+        return self._bytes[entry.start : entry.stop].reshape(entry.shape)[index]
+
 
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
          "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8, "BOOL": 8, "F8_E8M0": 8, "F4": 4}  # fmt: skip

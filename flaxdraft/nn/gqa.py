@@ -25,10 +25,11 @@ class GQAConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rope: RopeConfig
+    rope: RopeConfig | None  # None: who attends turns queries and keys
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm_eps: float | None = None  # of one RMSNorm over each query and key head, before rotation (Qwen3)
+    norm_offset: float = 0.0  # of these, see `RMSNorm`
 
 
 def check_grouped(sizes: Any, field: str) -> None:
@@ -71,8 +72,8 @@ class GQA(nnx.Module):
         self.v_proj = column(num_in, kv_width, precision, rngs, sharding, use_bias=config.qkv_bias)
         self.o_proj = row(width, num_out, precision, rngs, sharding, use_bias=config.out_bias)
         if config.qk_norm_eps is not None:
-            self.q_norm = RMSNorm(config.head_dim, config.qk_norm_eps, precision)
-            self.k_norm = RMSNorm(config.head_dim, config.qk_norm_eps, precision)
+            self.q_norm = RMSNorm(config.head_dim, config.qk_norm_eps, precision, config.norm_offset)
+            self.k_norm = RMSNorm(config.head_dim, config.qk_norm_eps, precision, config.norm_offset)
 
     @property
     def softmax_scale(self) -> float:
@@ -83,6 +84,8 @@ class GQA(nnx.Module):
         return jnp.reshape(flat_BTF, shape, out_sharding=along(flat_BTF, self.sharding.act_btnh))
 
     def _rotated(self, x_BTNH, positions_BT):
+        if self.config.rope is None:
+            return x_BTNH
         return rotate_half(x_BTNH, *cos_sin(self.config.rope, self.config.head_dim, positions_BT))
 
     def project(self, x_BTX: Float[Array, "B T X"], inputs: slice = slice(None)) -> Projected:

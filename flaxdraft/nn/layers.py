@@ -6,6 +6,7 @@ lives: `nnx.Param(value, place=...)` names a field of `Sharding`; see devices/we
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import jax
@@ -100,10 +101,14 @@ def row(num_in: int, num_out: int, precision: Precision, rngs: nnx.Rngs, s: Shar
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, statistics in float32 (float64 where the input is)."""
+    """x / rms(x) * (offset + scale), statistics in float32 (float64 where the input is)."""
 
-    def __init__(self, width: int, eps: float, precision: Precision):
-        self.eps = eps
+    def __init__(self, width: int, eps: float, precision: Precision, offset: float = 0.0):
+        """
+        Args:
+            offset: 1 where scales are stored less one (Gemma).
+        """
+        self.eps, self.offset = eps, offset
         self.precision = precision
         self.scale = nnx.Param(jnp.ones((width,), precision.param), place="whole")
 
@@ -111,16 +116,19 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         scale = jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
+        if self.offset:
+            scale = scale.astype(wide.dtype) + self.offset
         return (normed * scale).astype(self.precision.compute)
 
 
 class GatedMLP(nnx.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x))."""
 
     def __init__(
         self, width: int, intermediate: int, precision: Precision, rngs: nnx.Rngs, sharding: Sharding = WHOLE, *,
-        use_bias: bool = False,
+        use_bias: bool = False, activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
     ):  # fmt: skip
+        self.activation = activation
         shared = {"precision": precision, "rngs": rngs, "s": sharding, "use_bias": use_bias}
         self.gate_proj = column(width, intermediate, **shared)
         self.up_proj = column(width, intermediate, **shared)
@@ -128,4 +136,4 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         x_BTD = into_columns(x_BTD, self.up_proj.out_spec)
-        return self.down_proj(jax.nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return self.down_proj(self.activation(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))

@@ -19,7 +19,7 @@ from flaxdraft.errors import InputError
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 _EXTRA_FIELDS = (
     "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
-    "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor",
+    "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate",
 )  # fmt: skip
 _REQUIRED = {
     "linear": ("factor",),
@@ -45,6 +45,7 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     attention_factor: float | None = None
+    truncate: bool | None = None  # whether YaRN's ramp begins and ends at whole dimensions, as it does where None
 
     def __post_init__(self):
         if self.rope_type not in ROPE_TYPES:
@@ -63,10 +64,11 @@ class RopeConfig:
         new = config.get("rope_parameters") or {}
         old = config.get("rope_scaling") or {}
         merged = {**old, **new}
-        for name in ("partial_rotary_factor", "truncate"):
-            value = merged.get(name, config.get(name))
-            if value not in (None, True, 1.0):
-                raise InputError(f"rope parameters: {name} is {value!r}, which is not supported; expected it absent")
+        part = merged.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+        if part not in (None, 1.0):
+            raise InputError(
+                f"rope parameters: partial_rotary_factor is {part!r}, which is not supported; expected it absent"
+            )
         theta = merged.get("rope_theta", config.get("rope_theta"))
         return cls(
             rope_type=merged.get("rope_type", merged.get("type", "default")),
@@ -85,6 +87,11 @@ class RopeConfig:
         if self.rope_type != "default":
             out["rope_scaling"] = {"rope_type": self.rope_type, **extra}
         return out
+
+    def for_draft(self) -> RopeConfig:
+        """Of a draft beside a target that turns so: without `truncate`, which SGLang does not read. A draft learns with
+        angles that every engine gives it."""
+        return dataclasses.replace(self, truncate=None)
 
     def softmax_mscale(self) -> float:
         """MLA's extra factor on the softmax scale: get_mscale(factor, mscale_all_dim)^2 iff mscale_all_dim is set."""
@@ -132,7 +139,10 @@ def _yarn(rope: RopeConfig, inv_freq: np.ndarray, width: int) -> np.ndarray:
     def dim_of(rotations):
         return width * math.log(old / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
-    low, high = max(math.floor(dim_of(fast)), 0), min(math.ceil(dim_of(slow)), width - 1)
+    low, high = dim_of(fast), dim_of(slow)
+    if rope.truncate is not False:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
     ramp = np.clip((np.arange(width // 2) - low) / max(high - low, 0.001), 0, 1)
     return inv_freq / rope.factor * ramp + inv_freq * (1 - ramp)
 

@@ -104,6 +104,8 @@ def _products(path: tuple, variable: nnx.Variable, target: PlannedTarget) -> flo
         return 0.0
     experts = target.described.family.num_experts(config)
     if experts and str(variable.get_metadata().get("place", "")).startswith("weight_x"):
+        if len(shape) - stacked < 3:  # a bias of each expert
+            return 0.0
         return math.prod(shape) * target.described.hf_config.get("num_experts_per_tok", experts) / experts
     return math.prod(shape)
 

@@ -24,6 +24,7 @@ def parameters(config: Mapping[str, Any], dialects: tuple[str, ...] = DIALECTS) 
         if dialect not in spoken(config):
             continue
         source = config.get("rope_scaling") or {} if dialect == "rope_theta" else config["rope_parameters"]
+        source = source.get("full_attention", source)  # where each kind of layer has its own (Gemma 3)
         theta = source.get("rope_theta", config.get("rope_theta"))
         return {
             **{key: value for key, value in source.items() if value is not None and key != "type"},

@@ -99,3 +99,5 @@ def yarn(meant: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("refused", "yarn without original_max_position_embeddings", "write it")
     if "attention_factor" in meant:
         yield Finding("wrong", "it ignores yarn's attention_factor", "train without it")
+    if meant.get("truncate") is False:
+        yield Finding("note", "yarn's truncate is false: vLLM reads it and SGLang does not", "train without it")

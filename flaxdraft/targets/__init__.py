@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # Modules that are no family.
-SHARED = ("decoder", "embedding_and_head", "kv_cache", "pre_norm_layer", "target_attention", "text_side", "tied_head")
+SHARED = (
+    "common_names", "decoder", "embedding_and_head", "fields", "kv_cache", "layer_windows", "pre_norm_layer",
+    "target_attention", "text_side", "tied_head",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,7 @@ from flaxdraft.nn.layers import RMSNorm
 from flaxdraft.nn.precision import Precision
 from flaxdraft.nn.rope import RopeConfig, turning_positions
 from flaxdraft.nn.self_attention import Attend
+from flaxdraft.targets.fields import check_only, check_positive
 from flaxdraft.targets.kv_cache import Cache
 from flaxdraft.targets.target_attention import LayerAttention, QueryRows
 
@@ -74,6 +75,11 @@ class DecoderConfig:
         before = self.rope.original_max_position_embeddings if self.rope.rope_type == "yarn" else None
         return max(self.max_position_embeddings, int((before or self.max_position_embeddings) * self.rope.factor))
 
+    @property
+    def norm_offset(self) -> float:
+        """Of the final norm, see `RMSNorm`."""
+        return 0.0
+
     def before_layers(self, embeds_BTE: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """What the first layer reads, given rows of the embedding; a family may scale them."""
         return embeds_BTE
@@ -85,12 +91,10 @@ class DecoderConfig:
         Raises:
             InputError: a field is missing, or the taps are not ascending layers of this model.
         """
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if not isinstance(config.get(name), int) or config[name] < 1:
-                raise InputError(f"target config: {name}: found {config.get(name)!r}, expected a positive integer")
-        act = config.get("hidden_act", "silu")
-        if act != "silu":
-            raise InputError(f"target config: hidden_act: found {act!r}, expected 'silu'")
+        check_positive(
+            config, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+        )
+        check_only(config, "hidden_act", ("silu",))
         heads = config["num_attention_heads"]
         return {
             "vocab_size": config["vocab_size"],
@@ -151,7 +155,7 @@ class DecoderWeights(nnx.Module):
         for group in groups:
             keys = jax.random.split(rngs.params(), len(group.layers))
             setattr(self, group.name, nnx.vmap(partial(_make_layer, group.make))(keys))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, precision, config.norm_offset)
         if not config.tie_word_embeddings:
             self.head = nnx.Param(init(rngs.params(), shape, precision.param), place="weight_ve")
 
@@ -371,7 +375,8 @@ class DecoderTarget:
         return cast(Array, self.state["embed" if self.config.tie_word_embeddings else "head"][...])
 
     def final_norm(self) -> Float[Array, " E"]:
-        return cast(Array, self.state["norm"]["scale"][...])
+        stored = cast(Array, self.state["norm"]["scale"][...])
+        return stored.astype(jnp.float32) + self.config.norm_offset if self.config.norm_offset else stored
 
 
 def build(

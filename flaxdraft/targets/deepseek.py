@@ -16,18 +16,20 @@ from flaxdraft.nn.mla import MLA, MLAConfig
 from flaxdraft.nn.moe import MoE, MoEConfig
 from flaxdraft.nn.precision import Precision
 from flaxdraft.plugins import first_architecture
+from flaxdraft.targets import common_names
+from flaxdraft.targets.common_names import LAYER
 from flaxdraft.targets.decoder import DecoderConfig, Group
+from flaxdraft.targets.fields import check_only, check_positive
 from flaxdraft.targets.pre_norm_layer import PreNormLayer
 
 ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 LATENT_NORM_EPS = 1e-6  # transformers' and DeepSeek's own models hard-code it, whatever rms_norm_eps says
-_LAYER = "model.layers.{i}."
 
 
 def _both(rows) -> tuple:
     """A layer's rows for the dense group and for the group with experts."""
-    return tuple((f"{group}/{path}", _LAYER + key, how) for group in ("dense", "moe") for path, key, how in rows)
+    return tuple((f"{group}/{path}", LAYER + key, how) for group in ("dense", "moe") for path, key, how in rows)
 
 
 _ALWAYS = (
@@ -50,17 +52,11 @@ _BIASES = (
 )
 _QUERY_BIAS = (("self_attn/q_a_proj/bias", "self_attn.q_a_proj.bias", "copy"),)
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_DENSE = tuple((f"dense/mlp/{p}/kernel", f"{_LAYER}mlp.{p}.weight", "transpose") for p in _PROJECTIONS)
-_EXPERTS = (
-    ("moe/mlp/gate/kernel", _LAYER + "mlp.gate.weight", "transpose"),
-    *((f"moe/mlp/experts/{p}", _LAYER + "mlp.experts.{e}." + p + ".weight", "transpose") for p in _PROJECTIONS),
-)
+_DENSE = tuple((f"dense/mlp/{p}/kernel", f"{LAYER}mlp.{p}.weight", "transpose") for p in _PROJECTIONS)
 _SHARED = tuple(
-    (f"moe/mlp/shared_experts/{p}/kernel", f"{_LAYER}mlp.shared_experts.{p}.weight", "transpose") for p in _PROJECTIONS
+    (f"moe/mlp/shared_experts/{p}/kernel", f"{LAYER}mlp.shared_experts.{p}.weight", "transpose") for p in _PROJECTIONS
 )
-_CHOICE_BIAS = (("moe/mlp/gate/bias", _LAYER + "mlp.gate.e_score_correction_bias", "copy"),)
-_OUTSIDE = (("embed", "model.embed_tokens.weight", "copy"), ("norm/scale", "model.norm.weight", "copy"))
-_UNTIED_HEAD = (("head", "lm_head.weight", "copy"),)
+_CHOICE_BIAS = (("moe/mlp/gate/bias", LAYER + "mlp.gate.e_score_correction_bias", "copy"),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,12 +83,9 @@ class Config(DecoderConfig):
             InputError: see `DecoderConfig.common`; a layout or routing that no published model of the family has.
         """
         version3 = _is_version3(config)
-        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-            if not isinstance(config.get(name), int):
-                raise InputError(f"target config: {name}: found {config.get(name)!r}, expected a positive integer")
+        check_positive(config, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         for name, only in (("moe_layer_freq", 1), ("rope_interleave", True)):
-            if config.get(name, only) != only:
-                raise InputError(f"target config: {name}: found {config[name]!r}, only {only!r} is supported")
+            check_only(config, name, (only,))
         common = cls.common(config, tap_layers)
         common["num_key_value_heads"] = common["num_attention_heads"]  # after expansion every head has its own
         common["head_dim"] = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
@@ -122,11 +115,8 @@ def _moe(config: dict[str, Any], version3: bool) -> MoEConfig:
     expected = {"topk_method": ("noaux_tc",) if version3 else ("greedy", "group_limited_greedy"),
                 "scoring_func": ("sigmoid",) if version3 else ("softmax",)}  # fmt: skip
     for name, known in expected.items():
-        if config.get(name, known[0]) not in known:
-            raise InputError(f"target config: {name}: found {config[name]!r}, expected {' or '.join(known)}")
-    for name in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"):
-        if not isinstance(config.get(name), int):
-            raise InputError(f"target config: {name}: found {config.get(name)!r}, expected a positive integer")
+        check_only(config, name, known)
+    check_positive(config, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
     experts, group_count = config["n_routed_experts"], config.get("n_group") or 1
     if experts % group_count:
         raise InputError(f"target config: n_group: {group_count} groups do not divide {experts} experts")
@@ -138,7 +128,7 @@ def _moe(config: dict[str, Any], version3: bool) -> MoEConfig:
         routing=routing,
         n_group=group_count,
         topk_group=config.get("topk_group") or 1,
-        norm_topk_prob=bool(config.get("norm_topk_prob", version3)),
+        norm_topk_prob=version3 and bool(config.get("norm_topk_prob", True)),  # version 2 never normalises
         routed_scaling_factor=float(config.get("routed_scaling_factor", 1.0)),
     )
 
@@ -149,9 +139,9 @@ def name_table(config: Config):
     rows = (*_ALWAYS, *(_LOW_RANK_QUERY if low_rank else _PLAIN_QUERY))
     if config.attention_bias:
         rows = (*rows, *_BIASES, *(_QUERY_BIAS if low_rank else ()))
-    table = (*_OUTSIDE, *(() if config.tie_word_embeddings else _UNTIED_HEAD), *_both(rows), *_DENSE)
+    table = (*common_names.OUTSIDE, *common_names.head(config), *_both(rows), *_DENSE)
     if config.moe is not None:
-        table += (*_EXPERTS, *(_SHARED if config.moe.n_shared_experts else ()))
+        table += (*common_names.routed_experts("moe"), *(_SHARED if config.moe.n_shared_experts else ()))
         table += _CHOICE_BIAS if config.moe.routing == "noaux_tc" else ()
     present = {group.name for group in groups(config, Precision(), Sharding.none())} | {"embed", "head", "norm"}
     return tuple(row for row in table if row[0].split("/")[0] in present)
@@ -186,5 +176,4 @@ def ignored(config: Config, name: str) -> bool:
     """Tensors that nobody needs: layers of multi-token prediction, rotary tables of old files, a tied head's copy."""
     layer = name.removeprefix("model.layers.").split(".")[0]
     beyond = name.startswith("model.layers.") and layer.isdigit() and int(layer) >= config.num_hidden_layers
-    tied = config.tie_word_embeddings and name == "lm_head.weight"
-    return beyond or tied or name.endswith("rotary_emb.inv_freq")
+    return beyond or common_names.needless(config, name)

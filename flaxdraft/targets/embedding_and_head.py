@@ -32,7 +32,9 @@ class EmbeddingAndHeadWeights:
             whole = tuple(slice(0, size) for size in opened.source.shape(name))
             return np.asarray(opened.source.read(name, whole), np.float32)
 
-        return cls(config, {key: read(names[path]) for key, path in wanted.items() if path in names})
+        tensors = {key: read(names[path]) for key, path in wanted.items() if path in names}
+        tensors["final_norm"] = tensors["final_norm"] + np.float32(config.norm_offset)
+        return cls(config, tensors)
 
     @classmethod
     def of_loaded(cls, target: DecoderTarget) -> EmbeddingAndHead:

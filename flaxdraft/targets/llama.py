@@ -12,33 +12,12 @@ from flaxdraft.nn.gqa import GQA, GQAConfig
 from flaxdraft.nn.layers import GatedMLP
 from flaxdraft.nn.precision import Precision
 from flaxdraft.plugins import first_architecture
+from flaxdraft.targets import common_names
 from flaxdraft.targets.decoder import DecoderConfig, Group
 from flaxdraft.targets.pre_norm_layer import PreNormLayer
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
-
-_LAYER = "model.layers.{i}."
-NAME_TABLE = (
-    ("embed", "model.embed_tokens.weight", "copy"),
-    ("layers/input_layernorm/scale", _LAYER + "input_layernorm.weight", "copy"),
-    ("layers/self_attn/q_proj/kernel", _LAYER + "self_attn.q_proj.weight", "transpose"),
-    ("layers/self_attn/k_proj/kernel", _LAYER + "self_attn.k_proj.weight", "transpose"),
-    ("layers/self_attn/v_proj/kernel", _LAYER + "self_attn.v_proj.weight", "transpose"),
-    ("layers/self_attn/o_proj/kernel", _LAYER + "self_attn.o_proj.weight", "transpose"),
-    ("layers/post_attention_layernorm/scale", _LAYER + "post_attention_layernorm.weight", "copy"),
-    ("layers/mlp/gate_proj/kernel", _LAYER + "mlp.gate_proj.weight", "transpose"),
-    ("layers/mlp/up_proj/kernel", _LAYER + "mlp.up_proj.weight", "transpose"),
-    ("layers/mlp/down_proj/kernel", _LAYER + "mlp.down_proj.weight", "transpose"),
-    ("norm/scale", "model.norm.weight", "copy"),
-)
-UNTIED_HEAD = (("head", "lm_head.weight", "copy"),)
-QKV_BIAS = tuple((f"layers/self_attn/{p}_proj/bias", f"{_LAYER}self_attn.{p}_proj.bias", "copy") for p in "qkv")
-OUT_BIAS = (("layers/self_attn/o_proj/bias", _LAYER + "self_attn.o_proj.bias", "copy"),)
-MLP_BIAS = tuple(
-    (f"layers/mlp/{p}_proj/bias", f"{_LAYER}mlp.{p}_proj.bias", "copy") for p in ("gate", "up", "down")
-)  # fmt: skip
-QK_NORM = tuple((f"layers/self_attn/{p}_norm/scale", f"{_LAYER}self_attn.{p}_norm.weight", "copy") for p in "qk")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,10 +60,13 @@ def _kind(config: dict[str, Any]) -> str:
 def name_table(config: Config):
     """The rows for this model."""
     extras = (
-        (not config.tie_word_embeddings, UNTIED_HEAD), (config.qkv_bias, QKV_BIAS), (config.out_bias, OUT_BIAS),
-        (config.mlp_bias, MLP_BIAS), (config.qk_norm, QK_NORM),
+        (config.qkv_bias, common_names.QKV_BIAS), (config.out_bias, common_names.OUT_BIAS),
+        (config.mlp_bias, common_names.GATED_MLP_BIAS), (config.qk_norm, common_names.QK_NORM),
     )  # fmt: skip
-    return (*NAME_TABLE, *(line for wanted, rows in extras if wanted for line in rows))
+    return (
+        *common_names.OUTSIDE, *common_names.head(config), *common_names.LAYER_NORMS, *common_names.ATTENTION,
+        *common_names.GATED_MLP, *(line for wanted, rows in extras if wanted for line in rows),
+    )  # fmt: skip
 
 
 def groups(config: Config, precision: Precision, sharding: Sharding) -> tuple[Group, ...]:
@@ -108,5 +90,4 @@ def num_experts(config: Config) -> int:
 
 
 def ignored(config: Config, name: str) -> bool:
-    """Tensors that a file may hold and nobody needs: rotary tables of old files, the head's copy where it is tied."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+    return common_names.needless(config, name)

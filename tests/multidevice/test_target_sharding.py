@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closeness import assert_close
-from test_contracts import DEEPSEEK_FIELDS, TARGET_HF, TARGETS
+from test_contracts import TARGETS, target_hf
 from tiny import random_weights
 
 from flaxdraft.decode.generation import generate
@@ -22,11 +22,19 @@ from flaxdraft.nn.precision import Precision
 from flaxdraft.targets import decoder, target_attention
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 5}
+WINDOWS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+UNTIED = {"tie_word_embeddings": False}
+# The family of each, and fields of its config.json.
 FIELDS = {
-    "qwen3": {"architectures": ["Qwen3ForCausalLM"]},
-    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": False},
-    "deepseek v3": DEEPSEEK_FIELDS | {"architectures": ["DeepseekV3ForCausalLM"], "tie_word_embeddings": False},
+    "qwen3": ("llama", {"architectures": ["Qwen3ForCausalLM"]}),
+    "qwen2": ("llama", UNTIED | {"architectures": ["Qwen2ForCausalLM"]}),
+    "deepseek v3": ("deepseek", UNTIED | {"architectures": ["DeepseekV3ForCausalLM"]}),
+    "qwen3 moe": ("qwen3_moe", UNTIED),
+    "gpt-oss": ("gpt_oss", UNTIED),
+    "gemma 3": ("gemma3", {"query_pre_attn_scalar": 128}),  # its norms double scores, which would else be steep
+    "mistral": ("mistral", {"layer_types": WINDOWS}),
 }
+QUICK_NAMES = ("qwen3", "qwen2", "deepseek v3")  # the others are made of the same parts
 MESHES = {
     "data": (8, 1, 1, 1), "fsdp": (1, 8, 1, 1), "tensor": (1, 1, 8, 1), "expert": (1, 1, 1, 8), "all": (1, 2, 2, 2),
     "rows": (2, 2, 2, 1),
@@ -35,8 +43,8 @@ T = 16
 
 
 def make(name: str, mesh_shape=None, **fields):
-    hf = TARGET_HF | HEADS | FIELDS[name] | fields
-    family = TARGETS["deepseek" if "deepseek" in name else "llama"]
+    family_name, own = FIELDS[name]
+    family, hf = TARGETS[family_name], target_hf(family_name) | HEADS | own | fields
     config = family.Config.from_hf(hf, (0, 2, 3))
     mesh = None if mesh_shape is None else make_mesh(*mesh_shape)
     sharding = Sharding.none() if mesh is None else Sharding.parallel()
@@ -68,8 +76,8 @@ def single():
     return functools.cache(lambda name: run(make(name))[0])
 
 
-# By default the mesh of all axes, for the family with experts and for one without.
-QUICK = {("qwen3", "all"), ("deepseek v3", "all")}
+# By default the mesh of all axes, for a family without experts, and for both kinds of experts.
+QUICK = {("qwen3", "all"), ("deepseek v3", "all"), ("gpt-oss", "all")}
 PAIRS = [
     pytest.param(name, mesh, marks=[] if (name, mesh) in QUICK else pytest.mark.slow)
     for name in FIELDS for mesh in MESHES if mesh != "rows"
@@ -87,7 +95,9 @@ def test_one_and_eight_devices_agree(single, name, mesh):
     share = cache.k_LBKHS.addressable_shards[0].data.shape
     assert share[1:3] == (8 // (data * fsdp), 8 // tensor)
     names = {"/".join(map(str, path)): leaf[...] for path, leaf in decoder.nnx.to_flat_state(target.state)}
-    split = {"o_proj/kernel": fsdp * tensor, "embed": fsdp * tensor, "experts/up_proj": expert * fsdp * tensor}
+    split = {"o_proj/kernel": fsdp * tensor, "embed": fsdp * tensor, "experts/up_proj": expert * fsdp * tensor,
+             "experts/gate_up_proj": expert * fsdp * tensor, "experts/gate_up_bias": expert * tensor,
+             "experts/down_bias": expert, "layers/sinks": tensor}  # fmt: skip
     for end, parts in split.items():
         for leaf in (leaf for path, leaf in names.items() if path.endswith(end)):
             assert leaf.addressable_shards[0].data.size * parts == leaf.size
@@ -145,7 +155,9 @@ def test_free_rows_of_all_devices_take_prompts(name):
     assert got == generate(alone, prompts, stop_tokens=stops, **settings)
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK_NAMES else pytest.param(name, marks=pytest.mark.slow) for name in FIELDS]
+)
 def test_no_weight_is_gathered_under_tensor_parallelism(name):
     target = make(name, MESHES["tensor"])
     at = np.zeros((8, 1), np.int32)

@@ -98,8 +98,8 @@ def run(module: nn.Module, *arrays: Any) -> Any:
 def random_model(family: str, fields: dict[str, Any]) -> nn.Module:
     """A causal language model of transformers with random weights of a scale that makes every part count: matrices keep
     the size of what they multiply, norms differ from 1, biases and buffers from 0."""
-    config = getattr(transformers, f"{family}Config")(**fields, attn_implementation="eager")
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    make = getattr(transformers, f"{family}ForCausalLM")
+    model = make(make.config_class(**fields, attn_implementation="eager")).eval()
     generator = torch.Generator().manual_seed(0)
     learned = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if "correction_bias" in n)]
     with torch.no_grad():

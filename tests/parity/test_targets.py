@@ -8,6 +8,7 @@ from cases import PARITY, ROPES
 from closeness import assert_close
 from flax import nnx
 
+from flaxdraft.decode.generation import generate
 from flaxdraft.interfaces import Batch
 from flaxdraft.targets import from_pretrained
 
@@ -23,6 +24,22 @@ LATENT = {
     "first_k_dense_replace": 2, "n_shared_experts": 2, "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-6,
 }  # fmt: skip
 GROUPS = {"n_group": 4, "topk_group": 2}
+EXPERTS = {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3,
+           "moe_intermediate_size": 16}  # fmt: skip
+WINDOWS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention",
+           "sliding_attention"]  # fmt: skip
+GPT_OSS = {
+    "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 7,
+    "swiglu_limit": 0.7, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1.5e5, "factor": 4.0, "original_max_position_embeddings": 4096,
+        "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+}  # fmt: skip
+GEMMA = {
+    "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 7, "sliding_window_pattern": 3,
+    "query_pre_attn_scalar": 20, "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}},
+}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 16,
         "mscale": 1.0, "mscale_all_dim": 0.8, "beta_fast": 32.0, "beta_slow": 1.0}  # fmt: skip
 CASES = {
@@ -46,7 +63,27 @@ CASES = {
     "deepseek v3, yarn, tied": ("DeepseekV3", LATENT | GROUPS | {"rope_parameters": YARN, "tie_word_embeddings": True}),
     "deepseek v3, no dense layer": ("DeepseekV3", LATENT | GROUPS | {"first_k_dense_replace": 0}),
     "deepseek v3, all dense": ("DeepseekV3", LATENT | GROUPS | {"first_k_dense_replace": 6}),
+    "qwen3 moe": ("Qwen3Moe", EXPERTS | {"norm_topk_prob": True}),
+    "qwen3 moe, unnormalised, biases, tied": (
+        "Qwen3Moe", EXPERTS | {"norm_topk_prob": False, "attention_bias": True, "tie_word_embeddings": True}),
+    "mistral, no window": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    "mistral, windows": ("Mistral", {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 7}),
+    "ministral, some windows": (
+        "Ministral", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7, "tie_word_embeddings": True,
+                      "layer_types": WINDOWS}),
+    "gpt-oss": ("GptOss", GPT_OSS),
+    "gpt-oss, other windows, no bias": (
+        "GptOss", GPT_OSS | {"layer_types": WINDOWS, "attention_bias": False, "swiglu_alpha": 1.2}),
+    "gemma 3": ("Gemma3", GEMMA),
+    "gemma 3, its own windows, untied, biases": (
+        "Gemma3", GEMMA | {"layer_types": WINDOWS, "attention_bias": True, "tie_word_embeddings": False}),
 }  # fmt: skip
+
+# One of every family.
+GENERATING = (
+    "llama, yarn rope", "qwen2", "qwen3", "deepseek v2, greedy", "deepseek v3", "qwen3 moe", "mistral, windows",
+    "ministral, some windows", "gpt-oss", "gemma 3",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -91,17 +128,53 @@ def test_logits_taps_and_last_hidden_state(oracle, pair):
     assert np.abs(want["logits"]).max() > 0.5  # weights large enough for every switch to show
 
 
+def test_packed_documents(oracle, pair):
+    """Each is what it is alone."""
+    theirs, loaded, _ = pair
+    tokens, _ = inputs(loaded.model.config.vocab_size)
+    sizes = (9, 12)
+    segments = np.repeat([1, 2, 0], (*sizes, T - sum(sizes)))[None].repeat(2, 0)
+    positions = np.concatenate([np.arange(9), np.arange(12), np.zeros(3, int)])[None].repeat(2, 0)
+    got = loaded.model.features(Batch(tokens, segments > 0, segments, positions))
+    for start, size in zip((0, 9), sizes, strict=True):
+        span = slice(start, start + size)
+        want = oracle.run(
+            lambda ids: dict(theirs(ids, output_hidden_states=True, use_cache=False)), tokens[:, span]
+        )  # fmt: skip
+        assert_close(got.last_BTE[:, span], want["hidden_states"][-1], rtol=PARITY)
+        assert_close(got.taps_BTKE[:, span, 1], want["hidden_states"][TAPS[1] + 1], rtol=PARITY)
+        np.testing.assert_array_equal(got.argmax_BT[:, span], want["logits"].argmax(-1))
+
+
+PROMPTS = ([5, 9, 30, 7], [8] * 11, [40, 41, 6, 50, 51, 52, 53, 54, 3, 2, 1, 70, 71, 72, 73, 74, 75])
+
+
+@pytest.mark.parametrize("pair", GENERATING, indirect=True)
+def test_greedy_answers(oracle, pair):
+    """64 tokens with a cache, three prompts beside each other."""
+    theirs, loaded, _ = pair
+    answers = generate(loaded.model, [*map(list, PROMPTS)], max_new_tokens=64, stop_tokens=())
+    theirs.generation_config.eos_token_id = None
+    settings = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        want = theirs.generate(oracle.tensor([prompt]), **settings)[0, len(prompt) :]
+        assert list(answer) == want.tolist()
+    assert len({*answers[0], *answers[1], *answers[2]}) > 10
+
+
 def test_routing_decisions(oracle, pair):
     """Chosen experts and their weights, token for token, of the first layer with experts on random states."""
     theirs, loaded, _ = pair
-    if getattr(loaded.model.config, "moe", None) is None:
-        assert not hasattr(theirs.model.layers[-1].mlp, "gate")
+    model = nnx.merge(loaded.model.graphdef, loaded.model.state)
+    spans = [(name, span) for name, span in loaded.model.spans if hasattr(getattr(model, name).mlp, "gate")]
+    if not spans:
+        assert not {"gate", "router"} & {name for name, _ in theirs.model.layers[-1].mlp.named_children()}
         return
-    first = loaded.model.config.first_k_dense_replace
+    ((name, span),) = spans
     x = np.random.default_rng(1).normal(size=(4, 50, COMMON["hidden_size"])).astype(np.float32)
-    _, weights, experts = oracle.run(theirs.model.layers[first].mlp.gate, x)
-    layers = nnx.merge(loaded.model.graphdef, loaded.model.state).moe
-    graphdef, state = nnx.split(layers)
+    block = theirs.model.layers[span.start].mlp
+    _, weights, experts = oracle.run(getattr(block, "gate", None) or block.router, x.reshape(200, -1))
+    graphdef, state = nnx.split(getattr(model, name))
     mlp = nnx.merge(graphdef, jax.tree.map(lambda w: w[0], state)).mlp
     got_weights, got_experts = (np.asarray(a).reshape(200, -1) for a in mlp.routing(jnp.asarray(x)))
     order, want_order = np.argsort(got_experts, -1), np.argsort(experts, -1)

@@ -406,7 +406,16 @@ SERVED = (
           of("test_served_answers", "said")),
 )  # fmt: skip
 
+FAMILIES = (
+    Break("the upper four bits come first", "numbers[byte & 15], numbers[byte >> 4]",
+          "numbers[byte >> 4], numbers[byte & 15]", of("test_mxfp4")),
+    Break("every device adds the experts' bias", "lax.axis_index(TENSOR_AXIS) == 0 if split else True", "True",
+          of("multidevice/test_target_sharding", "agree")),
+    Break("a norm is stored less one, and taken so", "return stored.astype(jnp.float32) + self.config.norm_offset if",
+          "return stored if", of("test_families", "norms")),
+)  # fmt: skip
+
 BREAKS = (
     *OPTIMIZER, *SCHEDULE, *BEGINNING, *SHARDING, *RESUME, *MASKS, *EXPORT, *EVALUATION, *HOSTS, *BLOCKS, *SEAMS,
-    *HEADS, *TRUST, *CANDIDATES, *DEPTHS, *SERVED,
+    *HEADS, *TRUST, *CANDIDATES, *DEPTHS, *SERVED, *FAMILIES,
 )  # fmt: skip

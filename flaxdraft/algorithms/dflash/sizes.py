@@ -159,7 +159,7 @@ class BlockSizes:
             "num_attention_heads": target.num_attention_heads, "num_hidden_layers": 2,
             "num_taps": len(target.tap_layers or default_taps(target.num_hidden_layers)),
             "mask_token_id": target.vocab_size - 1, "is_causal": None, "sliding_window": None, "layer_types": (),
-            "rope": target.rope, **SWITCHES,
+            "rope": target.rope.for_draft(), **SWITCHES,
         }  # fmt: skip
 
     @classmethod

@@ -72,7 +72,7 @@ class Config(Eagle3Sizes):
         are too many and too wide for grouped queries, heads of its value width that fill the hidden size."""
         sizes = cls.sizes_for_target(target, draft_vocab_size)
         heads, kv_heads, width, rope = (
-            target.num_attention_heads, target.num_key_value_heads, target.head_dim, target.rope
+            target.num_attention_heads, target.num_key_value_heads, target.head_dim, target.rope.for_draft()
         )  # fmt: skip
         if hasattr(target, "kv_lora_rank"):
             width = target.v_head_dim

@@ -94,7 +94,7 @@ class Config(Eagle3Sizes):
             "num_attention_heads": target.num_attention_heads,
             **{name: own[name] or default for name, default in ranks.items()},
             "latent_norm_eps": target.rms_norm_eps,
-            "rope": target.rope,
+            "rope": target.rope.for_draft(),
         }
 
     def to_hf(self) -> dict[str, Any]:
