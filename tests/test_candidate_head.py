@@ -13,7 +13,7 @@ from flaxdraft.ops.candidate_head import Candidates, candidate_cross_entropy
 from flaxdraft.ops.cross_entropy import How, Logits
 
 pytestmark = pytest.mark.numeric
-MOST = 6
+MOST, FEW = 6, 4
 
 
 def plain(candidates, made_of, inputs, heads, asked, share):
@@ -35,7 +35,7 @@ def plain(candidates, made_of, inputs, heads, asked, share):
     loss = jnp.where(asked_BR, -at_label(jax.nn.log_softmax(unary)), 0)
     # Of labels that are no candidates the logarithm of 0 would have a gradient that is not finite.
     share_of_label = jnp.where(at_label(among) & asked_BR, at_label(jax.nn.softmax(scores)), 1)
-    found = [loss, hit(unary), -jnp.log(share_of_label), hit(scores) & covered, covered]
+    found = [loss, hit(unary), -jnp.log(share_of_label), hit(scores) & covered, covered, hit(scores)]
     return jnp.sum(rows.weight_BR * (found[0] + share * found[2])), found
 
 
@@ -46,8 +46,8 @@ def ours(candidates, how, share):
 @pytest.mark.parametrize(
     ("how", "candidates"),
     [(How(4), Candidates(MOST, True)), (How(64, Logits(0.7, 3.0)), Candidates(MOST, True)),
-     (How(4, Logits(0.7, 3.0)), Candidates(MOST, False)), (How(4), Candidates(MOST, True, insert=True)),
-     (How(4, Logits(0.7, 3.0)), Candidates(MOST, False, insert=True))], ids=str,
+     (How(4, Logits(0.7, 3.0)), Candidates(MOST, False)), (How(4), Candidates(FEW, True, insert=True)),
+     (How(4, Logits(0.7, 3.0)), Candidates(FEW, False, insert=True))], ids=str,
 )  # fmt: skip
 def test_values_and_gradients_are_the_plain_ones(how, candidates):
     share, of = jnp.float32(SHARE), make()
@@ -56,8 +56,11 @@ def test_values_and_gradients_are_the_plain_ones(how, candidates):
     for i in (1, 3, 4):
         np.testing.assert_array_equal(got[0][1][i], want[0][1][i])
     covered, hit, base_hit = (got[0][1][i].sum() for i in (4, 3, 1))
+    best = want[0][1].pop()  # a label that was put among the candidates may win, and is no hit
+    assert (best.sum() > hit) == candidates.insert
     assert 0 < hit <= covered < of[2][1].sum()
-    assert base_hit not in (0, hit)
+    assert base_hit > 0
+    assert not np.array_equal(got[0][1][1], got[0][1][3])
     assert_close(got, want, summands=V * D)
     alone = ours(candidates, how, share)(*of)  # without gradients
     assert_close((alone[0], jax.tree.leaves(alone[1])), got[0], ulp=4)

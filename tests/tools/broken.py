@@ -193,7 +193,12 @@ EXPORT = (
           'if False: raise InputError(f"export:', of("test_export", "not_finite")),
 )  # fmt: skip
 
+HOSTS = ("tests/multiprocess/test_evaluate_hosts.py",)
 EVALUATION = (
+    Break("every batch of an evaluation weighs the same", "parts.append(Part(wide,",
+          "parts.append(Part(jax.tree.map(lambda x: x / len(chunk), wide),", HOSTS),
+    Break("a scalar accuracy is the mean over slots", "float(np.sum(count) / max(int(self.blocks.asked_Q.sum()), 1))",
+          "float(np.mean(count / np.maximum(self.blocks.asked_Q, 1)))", HOSTS),
     Break("the walk goes on a row at a time", "row, left = row + gained, left - gained",
           "row, left = row + 1, left - gained", of("test_acceptance", "walk")),
     Break("the walk begins behind the answer's first token", "row, left, yields = num_prompt - 1,",
