@@ -30,7 +30,7 @@ READERS = (f"{SPECULATIVE}.dflash_utils", f"{SPECULATIVE}.dspark_components.dspa
 class Empty(ModuleType):
     """A module of SGLang that is not run: whatever is imported from it is there, and nothing of it is called."""
 
-    __path__ = []
+    __path__ = ()
 
     def __getattr__(self, name: str):
         if name.startswith("__"):

@@ -1,9 +1,9 @@
 """Brings a draft that another trainer wrote into the layout that flaxdraft trains on, evaluates and exports.
 
 SOURCE is an EAGLE-3 checkpoint of SpecForge, TorchSpec, NeMo Automodel, EAGLE or speculators, a P-EAGLE checkpoint of
-SpecForge, NeMo Automodel or speculators, or one of DFlash (SpecForge, z-lab, speculators), DFlash2 (the same), Domino
-(SpecForge) or DSpark (DeepSpec, SpecForge, speculators): a directory of config.json with *.safetensors, or with
-PyTorch's own files (training_state.pt, pytorch_model*.bin, *.pt), read through torch.load(weights_only=True)
+SpecForge or speculators, or one of DFlash or DFlash2 (SpecForge, z-lab, speculators), Domino (SpecForge) or DSpark
+(DeepSpec, SpecForge, speculators): a directory of config.json with *.safetensors, or with PyTorch's own files
+(training_state.pt, pytorch_model*.bin, *.pt), read through torch.load(weights_only=True)
 (`pip install -e ".[convert]"`); or one such file beside its config.json.
 
     python tools/convert/from_pytorch.py outputs/epoch_9 drafts/mine
