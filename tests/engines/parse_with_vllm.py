@@ -18,6 +18,8 @@ from vllm.v1.worker.gpu.spec_decode.utils import get_parallel_drafting_token_id
 
 
 def understood(folder: Path, speculative: dict) -> dict:
+    # Its CPU build has the older runner alone, which knows no DSpark and no DFlash2; their configuration is the same.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(speculative["method"] in ("dflash", "dspark")))
     arguments = EngineArgs(
         model=str(folder / "target"), dtype="float32", enforce_eager=True, max_model_len=64, skip_tokenizer_init=True,
         speculative_config=speculative,

@@ -84,7 +84,7 @@ def taught(algorithm: Algorithm, module: ModuleType, draft: Any, vocab: VocabMap
     example, tx, (graphdef, params, frozen) = jax.tree.map(jnp.asarray, example), optax.adam(3e-3), split_draft(draft)
 
     def loss(params):
-        numerator, count = algorithm.sums(nnx.merge(graphdef, params, frozen), example, ()).terms()
+        numerator, count = algorithm.sums(nnx.merge(graphdef, params, frozen), example, algorithm.first_carry()).terms()
         return numerator / count
 
     @jax.jit
