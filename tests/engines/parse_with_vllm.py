@@ -11,6 +11,7 @@ from pathlib import Path
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
 
+import interpreted_triton  # noqa: F401 (for what it does)
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config
@@ -18,7 +19,7 @@ from vllm.v1.worker.gpu.spec_decode.utils import get_parallel_drafting_token_id
 
 
 def understood(folder: Path, speculative: dict) -> dict:
-    # Its CPU build has the older runner alone, which knows no DSpark and no DFlash2; their configuration is the same.
+    # The older runner knows no DSpark and no DFlash2, and is the one for parallel drafts of EAGLE-3's method.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(speculative["method"] in ("dflash", "dspark")))
     arguments = EngineArgs(
         model=str(folder / "target"), dtype="float32", enforce_eager=True, max_model_len=64, skip_tokenizer_init=True,

