@@ -13,7 +13,7 @@ from flaxdraft.ops.candidate_head import Candidates, candidate_cross_entropy
 from flaxdraft.ops.cross_entropy import How, Logits
 
 pytestmark = pytest.mark.numeric
-MOST = 6
+MOST, FEW = 6, 4
 
 
 def plain(candidates, made_of, inputs, heads, asked, share):
@@ -21,16 +21,21 @@ def plain(candidates, made_of, inputs, heads, asked, share):
     rows, asked_BR = asked
     unary = made_of.of(jnp.einsum("brd,vd->brv", inputs.states_BRD, heads.frozen_VD))
     added = jnp.einsum("bre,ve->brv", inputs.latents_BRE, heads.correction_VE)
-    among = unary >= jnp.sort(unary, axis=-1)[..., -candidates.most, None]
+    ranked = jnp.sort(unary, axis=-1)
+    among = unary >= ranked[..., -candidates.most, None]
     coupled = unary if candidates.coupled else jax.lax.stop_gradient(unary)
-    scores = jnp.where(among, coupled + added, -jnp.inf)
     at_label = lambda x: jnp.take_along_axis(x, rows.label_BR[..., None], axis=-1)[..., 0]  # noqa: E731
     hit = lambda x: (jnp.argmax(x, axis=-1) == rows.label_BR) & asked_BR  # noqa: E731
     covered = at_label(among) & asked_BR
+    if candidates.insert:
+        one_less = unary >= ranked[..., 1 - candidates.most, None]
+        own = jnp.arange(V)[None, None] == rows.label_BR[..., None]
+        among = jnp.where(at_label(among)[..., None], among, one_less | own)
+    scores = jnp.where(among, coupled + added, -jnp.inf)
     loss = jnp.where(asked_BR, -at_label(jax.nn.log_softmax(unary)), 0)
     # Of labels that are no candidates the logarithm of 0 would have a gradient that is not finite.
-    share_of_label = jnp.where(covered, at_label(jax.nn.softmax(scores)), 1)
-    found = [loss, hit(unary), -jnp.log(share_of_label), hit(scores), covered]
+    share_of_label = jnp.where(at_label(among) & asked_BR, at_label(jax.nn.softmax(scores)), 1)
+    found = [loss, hit(unary), -jnp.log(share_of_label), hit(scores) & covered, covered, hit(scores)]
     return jnp.sum(rows.weight_BR * (found[0] + share * found[2])), found
 
 
@@ -39,25 +44,33 @@ def ours(candidates, how, share):
 
 
 @pytest.mark.parametrize(
-    ("how", "coupled"), [(How(4), True), (How(64, Logits(0.7, 3.0)), True), (How(4, Logits(0.7, 3.0)), False)], ids=str
-)
-def test_values_and_gradients_are_the_plain_ones(how, coupled):
-    share, of, candidates = jnp.float32(SHARE), make(), Candidates(MOST, coupled)
+    ("how", "candidates"),
+    [(How(4), Candidates(MOST, True)), (How(64, Logits(0.7, 3.0)), Candidates(MOST, True)),
+     (How(4, Logits(0.7, 3.0)), Candidates(MOST, False)), (How(4), Candidates(FEW, True, insert=True)),
+     (How(4, Logits(0.7, 3.0)), Candidates(FEW, False, insert=True))], ids=str,
+)  # fmt: skip
+def test_values_and_gradients_are_the_plain_ones(how, candidates):
+    share, of = jnp.float32(SHARE), make()
     got = run(ours(candidates, how, share), *of)
     want = run(lambda *of: plain(candidates, how.logits, *of, share), *of)
     for i in (1, 3, 4):
         np.testing.assert_array_equal(got[0][1][i], want[0][1][i])
     covered, hit, base_hit = (got[0][1][i].sum() for i in (4, 3, 1))
+    best = want[0][1].pop()  # a label that was put among the candidates may win, and is no hit
+    assert (best.sum() > hit) == candidates.insert
     assert 0 < hit <= covered < of[2][1].sum()
-    assert base_hit not in (0, hit)
+    assert base_hit > 0
+    assert not np.array_equal(got[0][1][1], got[0][1][3])
     assert_close(got, want, summands=V * D)
     alone = ours(candidates, how, share)(*of)  # without gradients
     assert_close((alone[0], jax.tree.leaves(alone[1])), got[0], ulp=4)
 
 
-@pytest.mark.parametrize("most", [MOST, 20])  # fewer and more than a device holds
-def test_the_vocabulary_and_the_rows_may_be_split(most):
-    candidates, how, share, (inputs, heads, rows) = Candidates(most, True), How(4), jnp.float32(SHARE), make()
+@pytest.mark.parametrize(
+    "candidates", [Candidates(MOST, True), Candidates(20, True), Candidates(MOST, True, insert=True)], ids=str
+)  # fewer and more than a device holds
+def test_the_vocabulary_and_the_rows_may_be_split(candidates):
+    how, share, (inputs, heads, rows) = How(4), jnp.float32(SHARE), make()
     want = run(ours(candidates, how, share), inputs, heads, rows)
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from commands import tool
 from contracts import Pair
-from dflash import algorithm
 from flax import nnx
 from test_contracts import TARGET_HF, V, target_config
 
+from flaxdraft.algorithms import algorithm_of
 from flaxdraft.algorithms.dflash.drafts import mla, qwen3
 from flaxdraft.algorithms.importing import converter
 from flaxdraft.algorithms.loading import abstract_params, from_pretrained
@@ -33,7 +33,7 @@ class Source:
     """A draft of this project, to be written as another trainer would."""
 
     def __init__(self, module=qwen3, **fields):
-        self.module, self.config = module, Pair(algorithm(), module).config(target_config(), **fields)
+        self.module, self.config = module, Pair(algorithm_of(module), module).config(target_config(), **fields)
         rng, flat = np.random.default_rng(0), nnx.to_flat_state(abstract_params(module, self.config))
         self.params = nnx.from_flat_state(
             [(path, v.replace(rng.normal(size=v.shape).astype(np.float32))) for path, v in flat]
@@ -217,7 +217,7 @@ def test_the_command_finds_the_algorithm(tmp_path, capsys):
         assert line in said
     assert from_pretrained(tmp_path / "out").config.rope.rope_theta == 5000
     assert from_pytorch.main([str(tmp_path / "in"), str(tmp_path / "x"), "--recurrence", "pre-norm"]) == 2
-    assert "--recurrence: a DFlash draft feeds no state back" in capsys.readouterr().err
+    assert "--recurrence: a draft of blocks feeds no state back" in capsys.readouterr().err
     (tmp_path / "in" / "mask_embedding.pt").write_bytes(b"x")
     assert from_pytorch.main([str(tmp_path / "in"), str(tmp_path / "x")]) == 2
     assert "mask_embedding.pt: an embedding of its own for the mask token" in " ".join(capsys.readouterr().err.split())
@@ -244,7 +244,7 @@ def drop(name):
         (drop("aux_hidden_state_layer_ids"), "no aux_hidden_state_layer_ids; write what the draft was trained with"),
         (drop("mask_token_id"), "no mask_token_id; write what the draft was trained with"),
         (say(aux_hidden_state_layer_ids=[0, 3]), r"\[0, 3\] taps the embedding"),
-        (say(speculators_model_type="dspark", dflash_config={}), "speculators_model_type 'dspark', expected 'dflash'"),
+        (say(speculators_model_type="mtp", dflash_config={}), "speculators_model_type 'mtp', expected 'eagle3'"),
         (drop("transformer_layer_config"), "no transformer_layer_config"),
         (say(draft_vocab_size="many"), "there: config.json: draft_vocab_size is 'many', expected a positive integer"),
         (add("markov_head.markov_w1.weight", 64, 2), "markov_head.markov_w1.weight: another drafter of the family"),

@@ -48,6 +48,9 @@ SHIFTED = both(nested(sample_from_anchor=False), field(sample_from_anchor=False)
 FAULTS = {
     "slots read as DFlash has them": (SHIFTED, {DIRECTORY: ("wrong", "slots are read as DFlash has them")}),
     "slots said in two ways": (field(sample_from_anchor=False), {DIRECTORY: ("wrong", "shifted by one")}),
+    "slots said where vLLM refuses DFlash's": (nested(sample_from_anchor=True), {
+        "vllm": ("refused", "it stops at dflash_config.sample_from_anchor"),
+    }),
     "a rank said in two ways": (field(markov_rank=16), {DIRECTORY: ("wrong", "markov_rank is 16, in dflash_conf")}),
     "fields out of the engines' sight": (drop("markov_rank"), {
         "sglang": ("refused", "markov_rank stand in dflash_config alone"), "vllm": ("refused", "at the top level"),
@@ -90,8 +93,9 @@ def test_both_engines_serve_what_was_exported(good):
     config = good[1]
     assert (config["architectures"], config["model_type"], config["block_size"]) == (["Qwen3DSparkModel"], "qwen3", 7)
     told = {"markov_rank": 32, "markov_head_type": "vanilla", "enable_confidence_head": True,
-            "confidence_head_with_markov": True, "sample_from_anchor": True}  # fmt: skip
-    assert {name: config[name] for name in told} == told
+            "confidence_head_with_markov": True}  # fmt: skip
+    at_top = told | {"sample_from_anchor": True}
+    assert {name: config[name] for name in at_top} == at_top
     assert config[NESTED] == told | {
         "mask_token_id": V - 1, "target_layer_ids": [1, 2, 3, 4, 5], "projector_type": "dspark",
         "attention_mode": "gqa",
@@ -131,7 +135,6 @@ def test_a_checkpoint_of_specforge_is_read(kind, tmp_path):
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert config["architectures"] == ["DSparkDraftModel"]
     theirs = {name: value for name, value in config.items() if name not in (*draft.config.to_hf()[NESTED], "x")}
-    theirs[NESTED] = {name: value for name, value in config[NESTED].items() if name != "sample_from_anchor"}
     theirs |= {"auto_map": {"AutoModel": "dspark.DSparkDraftModel"}}
     (tmp_path / "theirs").mkdir()
     save_safetensors(tmp_path / "theirs" / "model.safetensors", tensors)

@@ -48,6 +48,7 @@ SETTINGS: dict[str, dict[str, list]] = {
         "selector_ramp_ratio": [Differs("step", 0.5, DFLASH2)],
         "selector_warmup_steps": [Differs("step", 3, DFLASH2)],
         "selector_ramp_steps": [Differs("step", 3, DFLASH2)],
+        "selector_missing_label": [Differs("step", "last_candidate", DFLASH2)],
         "selector_stop_gradient": [Differs("step", True, DFLASH2)],
         "loss_chunk": [Differs("step", 16, DFLASH2)],  # the same figures: tests/test_candidate_head.py
         **{name: [As("dflash")] for name in ("num_anchors", "attention", "attention_chunk", "remat")},

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from flaxdraft.algorithms import DEFAULT, PACKAGE
+from flaxdraft.algorithms import DEFAULT, PACKAGE, draft_packages
 from flaxdraft.algorithms.loading import from_pretrained
 from flaxdraft.errors import InputError
 from flaxdraft.files.draft_directory import written_whole
 from flaxdraft.files.json_files import write_json
 from flaxdraft.files.safetensors_file import save_safetensors
-from flaxdraft.plugins import find_by_name, parts_of
+from flaxdraft.plugins import find_by_architecture, find_by_name, parts_of
 from flaxdraft.serving.foreign.report import Report
 
 
@@ -31,6 +31,16 @@ def converter(config: Mapping[str, Any]) -> Callable[..., Report]:
                 return module.convert
     default = find_by_name(PACKAGE, DEFAULT, "algorithm.name").__name__
     return importlib.import_module(f"{default}.foreign.convert").convert
+
+
+def algorithm_named(config: Mapping[str, Any]) -> str | None:
+    """The algorithm whose drafts have the architecture of a config.json; None where no draft here is called so."""
+    try:
+        module = find_by_architecture(draft_packages(), {**config, "model_type": None}, "config.json")
+    except InputError:
+        return None
+    drafts = module.__name__.rpartition(".")[0]
+    return next(name for name, folder in parts_of(PACKAGE) if f"{folder.__name__}.drafts" == drafts)
 
 
 def write(out: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], origin: str) -> None:

@@ -4,6 +4,8 @@
     score = unary + latents . codebook row, of candidates alone
     total = weight (CE(unary) + share CE(scores)), the latter where the label is a candidate
 
+With `Candidates.insert` a label that is none takes the place of the last one, so that the latter counts everywhere.
+
 The codebook is a trained matrix over the whole vocabulary, of which only the candidates' rows are read. The walk over
 chunks and the gradient's accumulator are those of ops/corrected_head.py.
 
@@ -30,8 +32,8 @@ class Choice(NamedTuple):
     """What is known of a row's choice among its candidates."""
 
     loss_BR: Float[Array, "B R"]  # -log of the label's share among them; 0 where it is none
-    hit_BR: Bool[Array, "B R"]  # the label has the highest score, of equal ones the lowest id
-    covered_BR: Bool[Array, "B R"]  # the label is a candidate
+    hit_BR: Bool[Array, "B R"]  # the label is a candidate and has the highest score, of equal ones the lowest id
+    covered_BR: Bool[Array, "B R"]  # the label is a candidate, and was not put among them
 
 
 class Candidates(NamedTuple):
@@ -39,10 +41,12 @@ class Candidates(NamedTuple):
 
     most: candidates of a row.
     coupled: whether the scores' loss reaches the states through the unary logits.
+    insert: whether a label that is no candidate takes the place of the last one.
     """
 
     most: int
     coupled: bool
+    insert: bool = False
 
     def __call__(self, chunk: Chunk) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
         (state_CD, latent_CE), heads, logits = chunk.inputs, chunk.heads, chunk.how.logits
@@ -51,10 +55,14 @@ class Candidates(NamedTuple):
         unary_CV = logits.of(product("cd,vd->cv", state_CD, heads.frozen_VD))
         unary, logsumexp_C = of_logits(unary_CV, label_C, axis)
         top_CK, id_CK = vocabulary_axis.top(unary_CV, self.most, axis)
+        covered_C = jnp.any(id_CK == label_C[:, None], axis=1)
+        if self.insert:
+            put = lambda x_CK, own_C: x_CK.at[:, -1].set(jnp.where(covered_C, x_CK[:, -1], own_C))  # noqa: E731
+            top_CK, id_CK = put(top_CK, logsumexp_C - unary.loss_BR), put(id_CK, label_C)
         own_CK = _own(id_CK, unary_CV.shape[1], axis)
         codes_CKE = heads.correction_VE.at[own_CK].get(mode="fill", fill_value=0)
         score_CK = top_CK + vocabulary_axis.total(product("ce,cke->ck", latent_CE, codes_CKE), axis)
-        choice, by_score_CK = chosen(score_CK, id_CK, label_C)
+        choice, by_score_CK = chosen(score_CK, id_CK, label_C, covered_C)
         of_choice_C = weight_C * chunk.more
         total = jnp.sum(weight_C * unary.loss_BR + of_choice_C * choice.loss_BR)
         if not chunk.want_gradients:
@@ -83,16 +91,20 @@ def _own(id_CK: Int[Array, "C K"], size: int, axis: str | None) -> Int[Array, "C
 
 
 def chosen(
-    score_CK: Float[Array, "C K"], id_CK: Int[Array, "C K"], label_C: Int[Array, " C"]
+    score_CK: Float[Array, "C K"], id_CK: Int[Array, "C K"], label_C: Int[Array, " C"], covered_C: Bool[Array, " C"]
 ) -> tuple[Choice, Float[Array, "C K"]]:
-    """What is known of each row's choice, and the gradient of its loss by the scores."""
+    """What is known of each row's choice, and the gradient of its loss by the scores.
+
+    Args:
+        covered_C: where the label would be a candidate if nobody put it among them.
+    """
     right_CK = id_CK == label_C[:, None]
-    covered_C = jnp.any(right_CK, axis=1)
+    there_C = jnp.any(right_CK, axis=1)
     best_CK = score_CK == jnp.max(score_CK, axis=1, keepdims=True)
     first_C = jnp.min(jnp.where(best_CK, id_CK, jnp.iinfo(jnp.int32).max), axis=1)
     loss_C = jax.nn.logsumexp(score_CK, axis=1) - jnp.sum(jnp.where(right_CK, score_CK, 0), axis=1)
-    slope_CK = jnp.where(covered_C[:, None], jax.nn.softmax(score_CK, axis=1) - right_CK, 0)
-    return Choice(jnp.where(covered_C, loss_C, 0), first_C == label_C, covered_C), slope_CK
+    slope_CK = jnp.where(there_C[:, None], jax.nn.softmax(score_CK, axis=1) - right_CK, 0)
+    return Choice(jnp.where(there_C, loss_C, 0), covered_C & (first_C == label_C), covered_C), slope_CK
 
 
 def candidate_cross_entropy(

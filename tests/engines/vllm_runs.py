@@ -84,7 +84,7 @@ def taught(algorithm: Algorithm, module: ModuleType, draft: Any, vocab: VocabMap
     example, tx, (graphdef, params, frozen) = jax.tree.map(jnp.asarray, example), optax.adam(3e-3), split_draft(draft)
 
     def loss(params):
-        numerator, count = algorithm.sums(nnx.merge(graphdef, params, frozen), example, ()).terms()
+        numerator, count = algorithm.sums(nnx.merge(graphdef, params, frozen), example, algorithm.first_carry()).terms()
         return numerator / count
 
     @jax.jit
@@ -103,7 +103,7 @@ def taught(algorithm: Algorithm, module: ModuleType, draft: Any, vocab: VocabMap
 
 def decoded_by_both(
     folder: Path, hf: dict[str, Any], drafts: dict[str, dict[str, Any]], teach: Callable[..., Taught],
-    speculative: dict[str, Any],
+    speculative: dict[str, Any], *, interpreted: bool = False,
 ) -> dict[str, Told]:  # fmt: skip
     """By draft, what flaxdraft and what vLLM make of it.
 
@@ -112,6 +112,7 @@ def decoded_by_both(
         drafts: fields of each, by its name here.
         teach: gets the target, half of the prompts with their answers, and a draft's fields.
         speculative: vLLM's configuration, but for the draft and its number of tokens.
+        interpreted: whether by vLLM's newer runner; see interpreted_triton.py.
     """
     rng, target = np.random.default_rng(1), _target(hf, folder / "target")
     prompts = [rng.integers(0, V, rng.integers(3, 12)).tolist() for _ in range(12)]
@@ -123,7 +124,7 @@ def decoded_by_both(
         ours[name] = Decoding(target, made.ready, prompts, Settings(LIMIT, CHAIN, (-1,))).finish()
     asked = {
         "prompts": prompts, "limit": LIMIT, "drafts": [*map(str, range(len(drafts)))],
-        "speculative": speculative | {"num_speculative_tokens": CHAIN},
+        "speculative": speculative | {"num_speculative_tokens": CHAIN}, "interpreted": interpreted,
     }  # fmt: skip
     (folder / "asked.json").write_text(json.dumps(asked))
     assert VLLM is not None, "tests of vLLM are skipped without it"

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import test_dflash_import
+import test_peagle_import
 from cases import HIDDEN, LLAMA, MLA, PARITY, ROPES, normal, randomize
 from closeness import assert_close
 from commands import tool
@@ -17,6 +19,7 @@ from jitted import unroll
 from small_drafts import write_export
 from trainers_layouts import TRAINERS, Source
 
+from flaxdraft.algorithms.dflash2.drafts import qwen3 as dflash2
 from flaxdraft.algorithms.eagle3.drafts import llama, mla
 from flaxdraft.algorithms.eagle3.foreign.convert import convert
 from flaxdraft.algorithms.loading import from_pretrained
@@ -186,6 +189,31 @@ def test_specforges_training_state_is_read(tmp_path, foreign, capsys):
     rounded = source.tensors["fc.weight"].astype(ml_dtypes.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(loaded.params["fc"]["kernel"][...].T, rounded)
     np.testing.assert_array_equal(loaded.vocab.target_ids_W, source.vocab.target_ids_W)
+
+
+def codebooks(tensors):
+    """As the classes call them, whose state is saved."""
+    return {f"{name}.weight" if name.endswith("_codebook") else name: array for name, array in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("build", "make"),
+    [(test_dflash_import.specforge, lambda: test_dflash_import.Source(dflash2)),
+     (test_peagle_import.specforge, test_peagle_import.Source)], ids=["dflash2", "peagle"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["training_state.pt", "pytorch_model.bin"])
+def test_torch_files_of_other_algorithms_are_read(tmp_path, build, make, name):
+    import torch
+
+    source = make()
+    tensors, config = build(source)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    state = torch_tensors({key: np.ascontiguousarray(x) for key, x in codebooks(tensors).items()})
+    whole = {"draft_state_dict": state, "global_step": 9} if name == "training_state.pt" else state
+    torch.save(whole, tmp_path / "source" / name)
+    assert from_pytorch.main([str(tmp_path / "source"), str(tmp_path / "out")]) == 0
+    test_dflash_import.assert_same(tmp_path / "out", source)
 
 
 def test_one_torch_file_is_read(tmp_path, foreign):

@@ -1,7 +1,8 @@
 """Brings a draft that another trainer wrote into the layout that flaxdraft trains on, evaluates and exports.
 
-SOURCE is an EAGLE-3 checkpoint of SpecForge, TorchSpec, NeMo Automodel, EAGLE or speculators, or a DFlash checkpoint of
-SpecForge, z-lab or speculators: a directory of config.json with *.safetensors, or with PyTorch's own files
+SOURCE is an EAGLE-3 checkpoint of SpecForge, TorchSpec, NeMo Automodel, EAGLE or speculators, a P-EAGLE checkpoint of
+SpecForge or speculators, or one of DFlash or DFlash2 (SpecForge, z-lab, speculators), Domino (SpecForge) or DSpark
+(DeepSpec, SpecForge, speculators): a directory of config.json with *.safetensors, or with PyTorch's own files
 (training_state.pt, pytorch_model*.bin, *.pt), read through torch.load(weights_only=True)
 (`pip install -e ".[convert]"`); or one such file beside its config.json.
 

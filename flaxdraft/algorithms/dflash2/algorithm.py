@@ -40,7 +40,9 @@ class Scores(NamedTuple):
     weight_BAS: Float[Array, "B A S"]
     loss_BAS: Float[Array, "B A S"]  # cross entropy of the logits
     base_hit_BAS: Bool[Array, "B A S"]
-    choice_loss_BAS: Float[Array, "B A S"]  # cross entropy among the candidates; 0 where the right token is none
+    choice_loss_BAS: Float[
+        Array, "B A S"
+    ]  # cross entropy among the candidates; 0 where the right token is not among them
     hit_BAS: Bool[Array, "B A S"]
     covered_BAS: Bool[Array, "B A S"]  # the right token is a candidate
 
@@ -73,8 +75,9 @@ class Algorithm(ScheduledAlgorithm):
         latents_BRE = draft.selector.latents(read_BRD, before_BR)
         wide = jnp.promote_types(states_BRD.dtype, jnp.float32)
         weight_BAS = decayed(settings.decay_gamma, self.layout, asked_BAS.astype(wide))
+        insert = settings.selector_missing_label == "last_candidate"
         total, (unary, choice) = candidate_cross_entropy(
-            Candidates(draft.config.selector_top_k, not settings.selector_stop_gradient),
+            Candidates(draft.config.selector_top_k, not settings.selector_stop_gradient, insert),
             self.how(draft, anchor_BA), Inputs(states_BRD, latents_BRE),
             Heads(head_VD, draft.selector.head_VE()), Labels(flat(label_BAS), flat(weight_BAS)),
             flat(asked_BAS), share,

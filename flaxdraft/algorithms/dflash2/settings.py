@@ -24,6 +24,9 @@ class Settings(BlockSettings):
     selector_ramp_ratio: Number = Field(default=0.0005, ge=0, le=1)
     selector_warmup_steps: int | None = Field(default=None, ge=0)
     selector_ramp_steps: int | None = Field(default=None, ge=0)  # 0: at once
+    # Of a right token that is none of a slot's candidates: it adds nothing to the selector's loss, or stands there in
+    # place of the last candidate (as in speculators).
+    selector_missing_label: Literal["left_out", "last_candidate"] = "left_out"
     selector_stop_gradient: bool = False  # whether the selector's loss trains the selector alone, not the layers
 
     in_draft: ClassVar[tuple[str, ...]] = ("block_size",)

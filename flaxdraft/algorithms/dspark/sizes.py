@@ -97,6 +97,7 @@ class DSparkSizes(BlockSizes):
     def to_hf_sizes(self, model_type: str) -> dict[str, Any]:
         out, own = super().to_hf_sizes(model_type), {name: getattr(self, name) for name in HEAD}
         inner = out["dflash_config"] | {"projector_type": PROJECTOR} | own
+        del inner["sample_from_anchor"]  # vLLM stops at it there, and reads it at the top level
         if (kv_heads := getattr(self, "num_key_value_heads", None)) is not None:  # SpecForge asks which
             inner["attention_mode"] = "mha" if kv_heads == self.num_attention_heads else "gqa"
         return out | own | {

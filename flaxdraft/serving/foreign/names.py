@@ -44,6 +44,17 @@ class Layout:
     stranger: Callable[[str], str]  # what a name may be of which nothing is known
 
 
+def fused_projections(num_layers: int) -> dict[str, list[str]]:
+    """What holds the rows of several projections, in layers of grouped-query attention."""
+    fused = {}
+    for i in range(num_layers):
+        attention, mlp = f"layers.{i}.self_attn.", f"layers.{i}.mlp."
+        for kind in ("weight", "bias"):
+            fused[f"{attention}qkv_proj.{kind}"] = [f"{attention}{p}_proj.{kind}" for p in "qkv"]
+        fused[f"{mlp}gate_up_proj.weight"] = [f"{mlp}{p}_proj.weight" for p in ("gate", "up")]
+    return fused
+
+
 def unwrapped(key: str, flat_name: Callable[[str], str]) -> str:
     """The flat name behind wrappers and prefixes."""
     while wrapper := next((w for w in _WRAPPERS if key.startswith(w)), None):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from flaxdraft.algorithms.dflash.foreign.family import OF_DFLASH, Family
+from flaxdraft.algorithms.dflash.foreign_fields import of_algorithm
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, INPUT_TAPS, TAPS
-from flaxdraft.algorithms.dflash.sizes import SERVING_ARCHITECTURE
+from flaxdraft.algorithms.importing import algorithm_named
 from flaxdraft.errors import InputError
-from flaxdraft.plugins import first_architecture
 from flaxdraft.serving import rope_fields
 from flaxdraft.serving.foreign.layers import NESTED, layer_of
 
@@ -23,22 +24,30 @@ class Understood(NamedTuple):
     remarks: list[str]
 
 
-def claims(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of such a draft, whoever wrote it."""
-    return config.get(FORM) == "dflash" or CONFIG in config or first_architecture(config) == SERVING_ARCHITECTURE
+def claims(config: Mapping[str, Any], family: Family = OF_DFLASH) -> bool:
+    """Whether a config.json is of such a draft, whoever wrote it. An architecture that no draft here has says nothing;
+    dflash_config then tells."""
+    name = family.kind.projector
+    if FORM in config:
+        return config[FORM] == name and family.fields is not None
+    named = algorithm_named(config)
+    return named == name if named is not None else CONFIG in config and of_algorithm(config, name)
 
 
-def understand(config: Mapping[str, Any], origin: str) -> Understood:
+def understand(config: Mapping[str, Any], origin: str, family: Family = OF_DFLASH) -> Understood:
     """
     Raises:
         InputError: a form or a field that no draft of this project has, or one without which nobody can tell what was
             trained.
     """
-    out, remarks = _speculators(config, origin) if FORM in config else _plain(config, origin)
+    if FORM in config:
+        out, remarks = _speculators(config, origin, family)
+    else:
+        out, remarks = _plain(family.settled(config), origin)
     if not rope_fields.spoken(out):
         remarks.append("no RoPE parameters in config.json: base 10000")
     out = {name: value for name, value in out.items() if value is not None and name not in _LEFT_OUT}
-    return Understood(out | {"architectures": [SERVING_ARCHITECTURE], "tie_word_embeddings": False}, remarks)
+    return Understood(out | {"architectures": [family.architecture], "tie_word_embeddings": False}, remarks)
 
 
 def _plain(config: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], list[str]]:
@@ -78,9 +87,8 @@ def derived_taps(num_target: int, num_layers: int) -> list[int]:
     return [round(1 + i * (num_target - 4) / (num_layers - 1)) for i in range(num_layers)]
 
 
-def _speculators(config: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], list[str]]:
-    if config[FORM] != "dflash":
-        raise InputError(f"{origin}: {FORM} {config[FORM]!r}, expected 'dflash'")
+def _speculators(config: Mapping[str, Any], origin: str, family: Family) -> tuple[dict[str, Any], list[str]]:
+    kind = family.kind
     for name in ("aux_hidden_state_layer_ids", "mask_token_id"):
         if config.get(name) is None:
             raise InputError(f"{origin}: no {name}; write what the draft was trained with")
@@ -93,13 +101,18 @@ def _speculators(config: Mapping[str, Any], origin: str) -> tuple[dict[str, Any]
         "model_type": "qwen3", "block_size": config.get("block_size", 8), "hidden_act": "silu",
         "draft_vocab_size": config.get("draft_vocab_size", 32000),
     }  # fmt: skip
-    if config.get("sample_from_anchor"):
-        nested["sample_from_anchor"] = True
+    for name, default in (family.fields or {}).items():
+        nested[name] = default if config.get(name) is None else config[name]
+    if kind.from_anchor and "sample_from_anchor" not in config:
+        raise InputError(f"{origin}: no sample_from_anchor, which the trainer reads as true and vLLM as false: it says "
+                         "which token a slot predicts; write what the draft was trained with")  # fmt: skip
+    if bool(config.get("sample_from_anchor")) != kind.from_anchor:
+        nested["sample_from_anchor"] = not kind.from_anchor
     if "sliding_attention" in (layer.get("layer_types") or ()):
         remarks.append("sliding layers: that trainer counts the window from the anchor, engines and flaxdraft from "
                        "each slot, which then sees up to block_size fewer tokens")  # fmt: skip
-        if config.get("sliding_window_non_causal"):
+        if config.get("sliding_window_non_causal", family.bidirectional):
             own["is_causal"] = False
     layer = {name: value for name, value in layer.items() if name not in INPUT_TAPS}
     target_hidden = config.get("target_hidden_size")
-    return layer | own | {"target_hidden_size": target_hidden, CONFIG: nested}, remarks
+    return dict(family.settled(layer | own | {"target_hidden_size": target_hidden, CONFIG: nested})), remarks

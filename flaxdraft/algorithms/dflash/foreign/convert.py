@@ -10,6 +10,7 @@ import numpy as np
 
 from flaxdraft.algorithms.dflash.foreign.configs import FORM, understand
 from flaxdraft.algorithms.dflash.foreign.configs import claims as claims
+from flaxdraft.algorithms.dflash.foreign.family import OF_DFLASH, Family
 from flaxdraft.algorithms.dflash.foreign.names import layout_of
 from flaxdraft.algorithms.dflash.serving.fields import malformed
 from flaxdraft.algorithms.dflash.serving.sanity import unreadable
@@ -28,34 +29,43 @@ from flaxdraft.serving.view import view_of_arrays
 
 def convert(
     tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], out: Path, origin: str, options: Options = Options(),  # noqa: B008 (immutable)
-    *, has_training_state: bool = False,
+    *, has_training_state: bool = False, family: Family = OF_DFLASH,
 ) -> Report:  # fmt: skip
     """
     Args:
         tensors: of the draft, the tables of a reduced vocabulary among them.
         config: its config.json.
         has_training_state: it came out of SpecForge's training_state.pt.
+        family: the algorithm's.
 
     Raises:
         InputError: see `understand`, `rename` and `known_tokens`; or the weights do not make a draft.
     """
     check_replaceable(out)
     if options.recurrence is not None:
-        raise InputError("--recurrence: a DFlash draft feeds no state back; leave it out")
+        raise InputError("--recurrence: a draft of blocks feeds no state back; leave it out")
     layer = config.get(NESTED)
     if wrong := [*malformed(config), *(malformed(layer) if isinstance(layer, dict) else ())]:
         raise InputError(f"{origin}: config.json: {'; '.join(wrong)}")
-    written, remarks = understand(config, origin)
-    if found := unreadable(view_of_arrays(written, tensors, None)):
+    written, remarks = understand(config, origin, family)
+    view = view_of_arrays(written, tensors, None)
+    if found := unreadable(view, family.kind) or [one for rule in family.kind.rules for one in rule(view)]:
         raise InputError(f"{origin}: {found[0].what}")
     if options.rope_theta is not None:
         rope_fields.set_theta(written, options.rope_theta)
-    named, rows = rename(tensors, layout_of(written), origin)
+    named, rows = rename(tensors, layout_of(written, family), origin)
     if is_reduced(written):
+        _check_reduced(written, family, origin)
         remarks += _order(named, written, options, origin)
     trainer = options.trainer or ("speculators" if FORM in config else "specforge" if has_training_state else None)
     write(out, named, written | {MARK: trainer or "unknown"}, origin)
     return Report(trainer, rows, remarks)
+
+
+def _check_reduced(config: Mapping[str, Any], family: Family, origin: str) -> None:
+    if (why := family.sizes.whole_vocabulary) is not None:
+        raise InputError(f"{origin}: draft_vocab_size is {config['draft_vocab_size']} of {config['vocab_size']}, "
+                         f"expected all: {why}")  # fmt: skip
 
 
 def _order(named: dict[str, np.ndarray], config: Mapping[str, Any], options: Options, origin: str) -> list[str]:

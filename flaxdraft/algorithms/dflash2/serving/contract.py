@@ -15,7 +15,7 @@ from flaxdraft.algorithms.dflash.serving.contract import tables as tables
 from flaxdraft.algorithms.dflash.serving.contract import take_vocab as take_vocab
 from flaxdraft.algorithms.dflash.serving.contract import tap_layers_of as tap_layers_of
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG, Engine
-from flaxdraft.algorithms.dflash2.names import CODEBOOKS
+from flaxdraft.algorithms.dflash2.serving import kind
 from flaxdraft.algorithms.dflash2.serving.kind import DFLASH2
 from flaxdraft.serving.contract import tables_in
 
@@ -33,10 +33,7 @@ def engines() -> Mapping[str, Engine]:
 
 
 def flat_name(key: str) -> str | None:
-    """The classes that trained a draft call the codebooks `.weight`; what they save does not."""
-    name = of_blocks.flat_name(key)
-    codebook = (name or "").removesuffix(".weight")
-    return codebook if codebook in CODEBOOKS else name
+    return None if of_blocks.flat_name(key) is None else kind.flat_name(key)
 
 
 def describe(config: Mapping[str, Any]) -> str:

@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from flaxdraft.algorithms.dflash.serving import tensors
 from flaxdraft.algorithms.dflash.serving.kind import Kind, Section
 from flaxdraft.algorithms.dflash.serving.tensors import Shapes, block_size, is_reduced
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG
+from flaxdraft.algorithms.dflash2.names import CODEBOOKS
 from flaxdraft.algorithms.dflash2.sizes import OWN_FIELDS, PROJECTOR
 from flaxdraft.serving.finding import Finding
 from flaxdraft.serving.view import DraftView
@@ -24,6 +26,13 @@ class DFlash2Section(Section):
     conv_group_size: _Size
     selector_rank: _Size
     selector_top_k: _Size
+
+
+def flat_name(key: str) -> str:
+    """The classes that trained a draft call the codebooks `.weight`; what they save does not."""
+    name = tensors.flat_name(key)
+    codebook = name.removesuffix(".weight")
+    return codebook if codebook in CODEBOOKS else name
 
 
 def own(config: Mapping[str, Any]) -> Shapes:

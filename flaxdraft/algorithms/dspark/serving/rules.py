@@ -26,4 +26,10 @@ def head_type(engine: Engine, view: DraftView) -> Iterator[Finding]:
                       "train with draft.fields={markov_head_type: vanilla}")  # fmt: skip
 
 
-RULES: tuple[Rule, ...] = (top_level, head_type)
+def anchor(engine: Engine, view: DraftView) -> Iterator[Finding]:
+    if view.config[CONFIG].get("sample_from_anchor") and not engine.nested_anchor:
+        yield Finding("refused", f"it stops at {CONFIG}.sample_from_anchor, which it reads at the top level",
+                      "write it at the top level alone")  # fmt: skip
+
+
+RULES: tuple[Rule, ...] = (top_level, head_type, anchor)

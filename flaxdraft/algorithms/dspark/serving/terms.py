@@ -13,4 +13,5 @@ class Engine(terms.Engine):
     """What one engine reads."""
 
     head_types: tuple[str, ...] = HEAD_TYPES  # of the Markov head, that it has
+    nested_anchor: bool = True  # dflash_config may hold sample_from_anchor: true
     top_level: bool = False  # it reads the heads' fields at the top level of config.json alone

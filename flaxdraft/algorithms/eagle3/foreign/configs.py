@@ -14,6 +14,7 @@ from flaxdraft.serving import rope_fields
 from flaxdraft.serving.foreign.layers import layer_of
 
 Trainer = Literal["flaxdraft", "specforge", "torchspec", "nemo", "eagle", "speculators"]
+FORM = "speculators_model_type"
 TRAINERS = ("specforge", "torchspec", "nemo", "eagle", "speculators")
 _ARCHITECTURES: dict[str | None, Trainer] = {
     "LlamaEagle3DraftModel": "nemo", "DeepseekV3Eagle3DraftModel": "nemo",
@@ -39,7 +40,7 @@ def trainer_of(config: Mapping[str, Any], has_training_state: bool) -> Trainer |
     """Who wrote it, where that can be told."""
     if config.get("draft_trainer") == "flaxdraft":
         return "flaxdraft"
-    if "speculators_model_type" in config:
+    if FORM in config:
         return "speculators"
     if has_training_state:
         return "specforge"
@@ -57,7 +58,11 @@ def understand(
         InputError: a form or a switch that no draft of this project has, or one whose meaning nobody can tell.
     """
     remarks: list[str] = []
-    out = _speculators(config, origin) if trainer == "speculators" else dict(config)
+    if trainer == "speculators":
+        out = of_speculators(config, "eagle3", (*_SERVED_AS,), origin)
+        _check_residual(config, origin)
+    else:
+        out = dict(config)
     out = {name: value for name, value in out.items() if value is not None}
     _switches(out, trainer, recurrence, remarks, origin)
     if config.get("embed_requires_grad"):
@@ -65,29 +70,41 @@ def understand(
             f"{origin}: embed_requires_grad is true: the embedding was trained, which engines replace with the "
             "target's; such a draft is not supported"
         )
-    _layers(out, remarks)
+    put_layers(out, remarks)
     _rope(out, trainer, remarks)
     return Understood(out, trainer, remarks)
 
 
-def _speculators(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    if config["speculators_model_type"] != "eagle3":
-        raise InputError(f"{origin}: speculators_model_type {config['speculators_model_type']!r}, expected 'eagle3'")
-    layer = layer_of(config, (*_SERVED_AS,), "llama", origin)
+def of_speculators(config: Mapping[str, Any], algorithm: str, kinds: tuple[str, ...], origin: str) -> dict[str, Any]:
+    """The form of speculators, whose layer is an object of its own, with every field where engines read it.
+
+    Args:
+        algorithm: the one that is expected.
+        kinds: the types of layers that its drafts may have.
+
+    Raises:
+        InputError: it is of another algorithm, or has another layer.
+    """
+    if config[FORM] != algorithm:
+        raise InputError(f"{origin}: {FORM} {config[FORM]!r}, expected {algorithm!r}")
+    layer = layer_of(config, kinds, "llama", origin)
     if layer.get("use_sliding_window") or "sliding_attention" in (layer.get("layer_types") or ()):
         raise InputError(
             f"{origin}: transformer_layer_config asks for attention over a window; expected full attention"
-        )
-    if "norm_before_residual" not in config:
-        raise InputError(
-            f"{origin}: no norm_before_residual, which engines read as true and the trainer as false: it says whether "
-            "the residual stream starts from the normed state; write what the draft was trained with"
         )
     top = {name: config[name] for name in _SPECULATORS_TOP if name in config}
     own = {
         "architectures": [_SERVED_AS[layer["model_type"]]], "num_hidden_layers": layer.get("num_hidden_layers", 1),
     }  # fmt: skip
     return layer | top | own
+
+
+def _check_residual(config: Mapping[str, Any], origin: str) -> None:
+    if "norm_before_residual" not in config:
+        raise InputError(
+            f"{origin}: no norm_before_residual, which engines read as true and the trainer as false: it says whether "
+            "the residual stream starts from the normed state; write what the draft was trained with"
+        )
 
 
 def _switches(out: dict[str, Any], trainer: Trainer | None, recurrence, remarks: list[str], origin: str) -> None:
@@ -119,7 +136,7 @@ def _switches(out: dict[str, Any], trainer: Trainer | None, recurrence, remarks:
         out["norm_output"] = True
 
 
-def _layers(out: dict[str, Any], remarks: list[str]) -> None:
+def put_layers(out: dict[str, Any], remarks: list[str]) -> None:
     """Both places for the tapped layers, where one of them names any."""
     outputs = layer_ids.outputs_of(out)
     if outputs is None:

@@ -11,16 +11,16 @@ import numpy as np
 
 from flaxdraft.algorithms.eagle3.foreign.configs import Trainer, trainer_of, understand
 from flaxdraft.algorithms.eagle3.foreign.names import layout_of
+from flaxdraft.algorithms.eagle3.foreign.vocabulary import order
 from flaxdraft.algorithms.eagle3.serving.fields import malformed, sizeless
 from flaxdraft.algorithms.eagle3.serving.kinds import kind_of
-from flaxdraft.algorithms.eagle3.serving.tensors import ATTENTION, sizes
+from flaxdraft.algorithms.eagle3.serving.tensors import ATTENTION
 from flaxdraft.algorithms.importing import write
 from flaxdraft.errors import InputError
 from flaxdraft.files.draft_directory import check_replaceable
 from flaxdraft.serving import rope_fields
 from flaxdraft.serving.foreign.names import rename
 from flaxdraft.serving.foreign.report import Options, Report
-from flaxdraft.serving.foreign.vocabulary import known_tokens
 from flaxdraft.serving.sanity import MARK
 
 
@@ -40,7 +40,7 @@ def convert(
         has_training_state: it came out of SpecForge's training_state.pt.
 
     Raises:
-        InputError: see `understand`, `rename` and `known_tokens`; or the weights do not make a draft.
+        InputError: see `understand`, `rename` and `order`; or the weights do not make a draft.
     """
     check_replaceable(out)
     nested = config.get("transformer_layer_config")
@@ -54,7 +54,7 @@ def convert(
     if options.rope_theta is not None:
         rope_fields.set_theta(written, options.rope_theta)
     named, rows = rename(tensors, layout_of(written), origin)
-    _order(named, written, options.table, remarks, origin)
+    order(named, written, options.table, remarks, origin)
     kind = kind_of(written)
     if trainer == "nemo" and kind.name == "mla":
         _fold_mscale(named, written, remarks)
@@ -64,29 +64,6 @@ def convert(
     }  # fmt: skip
     write(out, named, written, origin)
     return Report(trainer, rows, remarks)
-
-
-def _order(named: dict[str, np.ndarray], config: dict[str, Any], meaning, remarks: list[str], origin: str) -> None:
-    """d2t as offsets to ascending ids, the head's rows in that order, in place; no tables for a whole vocabulary."""
-    d2t, t2d = named.pop("d2t", None), named.pop("t2d", None)
-    head = named.get("lm_head.weight")
-    if head is None:
-        raise InputError(f"{origin}: no lm_head.weight; a draft without its own head cannot be trained further")
-    _, _, vocab_size, draft_vocab_size = sizes(config)
-    if head.shape[0] != draft_vocab_size:
-        raise InputError(f"{origin}: lm_head.weight has {head.shape[0]} rows, config.json says draft_vocab_size "
-                         f"{draft_vocab_size} of {vocab_size}; correct config.json")  # fmt: skip
-    config["draft_vocab_size"] = draft_vocab_size
-    if d2t is None:
-        if draft_vocab_size < vocab_size:
-            raise InputError(f"{origin}: no d2t for {draft_vocab_size} of {vocab_size} tokens; put the trainer's into "
-                             "the directory (vocab_mapping.pt or d2t.npy)")  # fmt: skip
-        return
-    known = known_tokens(d2t, t2d, draft_vocab_size, vocab_size, meaning, origin)
-    remarks += known.remarks
-    named["lm_head.weight"] = head[known.order]
-    if draft_vocab_size < vocab_size:
-        named |= known.vocab.tables()
 
 
 def _fold_mscale(named: dict[str, np.ndarray], config: dict[str, Any], remarks: list[str]) -> None:

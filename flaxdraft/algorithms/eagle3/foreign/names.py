@@ -11,7 +11,7 @@ from flaxdraft.serving.foreign.names import OF_THE_TARGET, Layout
 
 _HEAD_NORM = "a Qwen3 layer with norms over each head, whose config.json would name Eagle3Qwen3ForCausalLM"
 _STRANGERS = {
-    "mask_hidden": "a parallel-drafting (P-EAGLE) draft, whose directory of safetensors draft.init_from takes as it is",
+    "mask_hidden": "a parallel-drafting (P-EAGLE) draft, whose config.json would name a mask_token_id",
     ATTENTION + "q_norm.weight": _HEAD_NORM,
     ATTENTION + "k_norm.weight": _HEAD_NORM,
     "input_norm.weight": "that of norm_before_fc, which config.json does not name",

@@ -51,8 +51,8 @@ def _known(view: DraftView) -> View:
 
 def unreadable(view: DraftView) -> list[Finding]:
     if "speculators_model_type" in view.config:
-        return [Finding("refused", "config.json is in the speculators form, which vLLM alone reads", "write the fields "
-                        "of transformer_layer_config at the top level")]  # fmt: skip
+        return [Finding("refused", "config.json is in the speculators form, which vLLM alone reads", "convert "
+                        "it with tools/convert/from_pytorch.py")]  # fmt: skip
     bad = sanity.malformed(view.config)
     return [Finding("refused", f"config.json: {few(bad)}", "write it again")] if bad else []
 

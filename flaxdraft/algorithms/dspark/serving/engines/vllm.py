@@ -7,7 +7,7 @@ from flaxdraft.algorithms.dspark.serving.terms import Engine
 
 ENGINE = like(
     vllm.ENGINE, Engine, architecture="Qwen3DSparkModel", samples_from_anchor=True, top_level=True, plain_logits=True,
-    head_types=("vanilla",), model_prefix=False, files={NAME: temperatures},
+    head_types=("vanilla",), nested_anchor=False, model_prefix=False, files={NAME: temperatures},
     # It proposes num_speculative_tokens, every slot of the block.
     serve="# N: block_size of config.json\n"
           "    vllm serve TARGET --speculative-config \\\n"
