@@ -62,7 +62,7 @@ def of_dflash2(tmp_path_factory):
 
 # Of this draft vLLM takes 236 passes, here it takes 233: in three of twelve answers one pass accepts less there. The
 # answers are the same, noise on the weights changes no pass here, and the cause is not known.
-PARTS = pytest.mark.xfail(strict=True, reason="three passes more in vLLM, nobody knows why")
+PARTS = pytest.mark.xfail(strict=True, reason="three passes more in vLLM; the cause is not known")
 
 
 @pytest.mark.parametrize("name", [pytest.param("plain", marks=PARTS), "no confidence"])
