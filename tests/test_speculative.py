@@ -54,10 +54,16 @@ def rows(target):
 
 
 QUICK = {("llama", CHAIN), ("mla", 3)}
-CASES = [
-    pytest.param(name, chain, marks=[] if (name, chain) in QUICK else pytest.mark.slow)
-    for name in ("llama", "mla") for chain in range(1, 9)
-]  # fmt: skip
+FURTHER = (2, 4, 5, 7)  # lengths between those that are tried more often
+
+
+def marks(name, chain):
+    if (name, chain) in QUICK:
+        return ()
+    return (pytest.mark.slow, pytest.mark.exhaustive) if chain in FURTHER else (pytest.mark.slow,)
+
+
+CASES = [pytest.param(name, chain, marks=marks(name, chain)) for name in ("llama", "mla") for chain in range(1, 9)]
 
 
 @pytest.mark.parametrize(("name", "chain"), CASES)

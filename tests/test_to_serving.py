@@ -34,10 +34,16 @@ to_serving = tool("convert/to_serving")
 FIELDS = {"plain": {}, "switches": SWITCHES, "own width": {"hidden_size": 40}}
 USUAL = [("llama", "plain", W), ("llama", "switches", V), ("llama", "own width", W),
          ("mla", "plain", V), ("mla", "switches", W), ("mla", "own width", V)]  # fmt: skip
-CASES = [
-    pytest.param(*case, marks=() if case in USUAL else pytest.mark.slow)
-    for case in itertools.product(DRAFTS, FIELDS, (W, V))
-]
+SLOW = [("qwen3", "plain", W), ("qwen3", "switches", V), ("qwen3", "own width", W)]
+
+
+def marks(case):
+    if case in USUAL:
+        return ()
+    return (pytest.mark.slow,) if case in SLOW else (pytest.mark.slow, pytest.mark.exhaustive)
+
+
+CASES = [pytest.param(*case, marks=marks(case)) for case in itertools.product(DRAFTS, FIELDS, (W, V))]
 NORMS_BEFORE = {"norm_before_fc": True, "norm_before_residual": True}  # which vLLM alone serves
 EVALUATION = {
     "answers": 4, "chain_length": 3, "decoded": {

@@ -1,6 +1,7 @@
 """Decoding with trees in float64: the target's own output, whichever branch is right, and never less than a chain."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -83,11 +84,20 @@ def yields(decoded):
 
 
 QUICK = ("llama", "llama", SHALLOW)
+# Every family, draft and tree at least once; the other combinations are for changes of trees.
+SLOW = [("llama", "mla", DEEP), ("deepseek", "llama", WIDE), ("deepseek", "mla", SHALLOW)]
+
+
+def marks(case):
+    if case == QUICK:
+        return ()
+    return (pytest.mark.slow,) if case in SLOW else (pytest.mark.slow, pytest.mark.exhaustive)
+
+
 CASES = [
-    pytest.param(*case, marks=[] if case == QUICK else pytest.mark.slow)
-    for case in ((f, d, widths) for f in ("llama", "deepseek") for d in ("llama", "mla")
-                 for widths in (SHALLOW, DEEP, WIDE))
-]  # fmt: skip
+    pytest.param(*case, marks=marks(case))
+    for case in itertools.product(("llama", "deepseek"), ("llama", "mla"), (SHALLOW, DEEP, WIDE))
+]
 
 
 @pytest.mark.parametrize(("family", "name", "widths"), CASES)

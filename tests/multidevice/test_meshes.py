@@ -24,15 +24,18 @@ SHAPES += [{a: 2, b: 4} for a, b in itertools.permutations(AXIS_NAMES, 2)]
 SHAPES += [{"fsdp": 2, "tensor": 2, "sequence": 2}]
 # By default every axis once, and two together; what a draft's own projections do on an axis is much the same.
 DEFAULT = {"llama": ({"data": 8}, {"fsdp": 8}, {"sequence": 8}), "mla": ({"tensor": 8}, {"fsdp": 4, "tensor": 2})}
-# What every change has to pass besides: each axis alone, and three together. All others are for changes of sharding.
-SLOW = [*({axis: 8} for axis in AXIS_NAMES), {"fsdp": 2, "tensor": 2, "sequence": 2}]
+# What every change has to pass besides: each axis alone, for one draft, and three together for all. Other meshes are for
+# changes of sharding.
+TOGETHER = [{"fsdp": 2, "tensor": 2, "sequence": 2}]
+SLOW = {"llama": [*({axis: 8} for axis in AXIS_NAMES), *TOGETHER]}
 
 
 def cases():
     """A draft and a mesh each."""
     for name in DRAFTS:
         for shape in SHAPES:
-            marks = (pytest.mark.slow,) if shape in SLOW else (pytest.mark.slow, pytest.mark.exhaustive)
+            usual = shape in SLOW.get(name, TOGETHER)
+            marks = (pytest.mark.slow,) if usual else (pytest.mark.slow, pytest.mark.exhaustive)
             marks = () if shape in DEFAULT.get(name, ()) else marks
             yield pytest.param(name, shape, id=f"{name}-{shape}", marks=marks)
 

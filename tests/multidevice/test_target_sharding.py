@@ -78,10 +78,17 @@ def single():
 
 # By default the mesh of all axes, for a family without experts, and for both kinds of experts.
 QUICK = {("qwen3", "all"), ("deepseek v3", "all"), ("gpt-oss", "all")}
-PAIRS = [
-    pytest.param(name, mesh, marks=[] if (name, mesh) in QUICK else pytest.mark.slow)
-    for name in FIELDS for mesh in MESHES if mesh != "rows"
-]  # fmt: skip
+# Each axis alone, for a family without experts, and for both kinds of experts; the others are for changes of sharding.
+ALONE = ("qwen3", "deepseek v3", "gpt-oss")
+
+
+def marks(name, mesh):
+    if (name, mesh) in QUICK:
+        return ()
+    return (pytest.mark.slow,) if mesh == "all" or name in ALONE else (pytest.mark.slow, pytest.mark.exhaustive)
+
+
+PAIRS = [pytest.param(name, mesh, marks=marks(name, mesh)) for name in FIELDS for mesh in MESHES if mesh != "rows"]
 
 
 @pytest.mark.parametrize(("name", "mesh"), PAIRS)

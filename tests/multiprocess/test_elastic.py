@@ -53,7 +53,14 @@ def test_four_processes_go_on_to_the_bit(four_processes):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_processes", "mesh"),
-    [(1, {"data": 1}), (2, {"data": 2}), (1, {"data": 8}), (8, {"data": 8}), (1, {"data": 2, "fsdp": 2, "tensor": 2})],
+    [
+        (2, {"data": 2}),
+        (1, {"data": 2, "fsdp": 2, "tensor": 2}),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in ((1, {"data": 1}), (1, {"data": 8}), (8, {"data": 8}))
+        ),
+    ],
     ids=str,
 )
 def test_other_processes_go_on_with_what_four_saved(four_processes, num_processes, mesh):

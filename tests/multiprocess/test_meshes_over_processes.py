@@ -21,11 +21,12 @@ def one_device(runs):
     ("num_processes", "mesh"),
     [
         (2, {"sequence": 2}),
-        pytest.param(2, {"sequence": 4}, marks=pytest.mark.slow),
-        pytest.param(2, {"data": 2, "sequence": 2}, marks=pytest.mark.slow),
         pytest.param(4, {"data": 2, "sequence": 2}, marks=pytest.mark.slow),
-        pytest.param(2, {"tensor": 2}, marks=pytest.mark.slow),
         pytest.param(4, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+        *(
+            pytest.param(2, mesh, marks=(pytest.mark.slow, pytest.mark.exhaustive))
+            for mesh in ({"sequence": 4}, {"data": 2, "sequence": 2}, {"tensor": 2})
+        ),
     ],
     ids=str,
 )
