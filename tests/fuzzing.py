@@ -1,12 +1,14 @@
 """Hypothesis for a time instead of a number of examples: what is not found in a second may be in ten minutes."""
 
+import itertools
 import time
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 
-# By default, and under `slow`.
-SECONDS = [5, pytest.param(120, marks=pytest.mark.slow)]
+SHORT = 5
+LONG = pytest.param(300, marks=(pytest.mark.slow, pytest.mark.exhaustive))
+SECONDS = [SHORT, LONG]
 _AT_ONCE = settings(
     max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck),
     phases=[Phase.generate, Phase.target, Phase.shrink],
@@ -14,8 +16,13 @@ _AT_ONCE = settings(
 
 
 def fuzz(check, strategy, seconds: float) -> int:
-    """Calls check(example) for `seconds`; returns how often. A failure is shrunk, and shown as code for a test."""
+    """Calls check(example) for `seconds`; returns how often. A failure is shrunk, and shown as code for a test.
+
+    A short search draws the same examples every time, as many as there is time for, so that a change is judged by what
+    it changes. A long one begins elsewhere every time.
+    """
     count, deadline = 0, time.monotonic() + seconds
+    seeds = itertools.count(0 if seconds <= SHORT else time.time_ns())
 
     def counted(example):
         nonlocal count
@@ -23,5 +30,5 @@ def fuzz(check, strategy, seconds: float) -> int:
         check(example)
 
     while time.monotonic() < deadline:
-        _AT_ONCE(given(strategy)(counted))()
+        seed(next(seeds))(_AT_ONCE(given(strategy)(counted)))()
     return count

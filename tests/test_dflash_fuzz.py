@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from fuzzing import fuzz
+from fuzzing import LONG, fuzz
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from test_contracts import TARGET_HF, V
@@ -59,7 +59,7 @@ EXAMPLES = st.fixed_dictionaries({
 })  # fmt: skip
 
 
-@pytest.mark.parametrize("seconds", [4, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [4, LONG])
 def test_any_draft_is_judged_and_read_or_refused(seconds, sources, tmp_path):
     def check(example):
         tensors, config = sources[example["which"]]

@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 import test_peagle_import as peagle
-from fuzzing import fuzz
+from fuzzing import LONG, fuzz
 from hypothesis import strategies as st
 from test_block_head_imports import deepspec, specforge_domino, specforge_dspark, speculators
 from test_dflash_fuzz import LAYER, NESTED, ODD, TABLE, TOP, fields
@@ -41,7 +41,7 @@ EXAMPLES = st.fixed_dictionaries({
 })  # fmt: skip
 
 
-@pytest.mark.parametrize("seconds", [3, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [3, LONG])
 def test_any_draft_is_imported_or_refused(seconds, sources, tmp_path):
     def check(example):
         tensors, config = sources[example["which"]]

@@ -180,6 +180,7 @@ def test_the_command_finds_the_algorithm(tmp_path, capsys):
         (say(mask_token_id="mask"), "mask_token_id is 'mask', expected a token of the target"),
         (say(mask_token_id=64), r"mask_token_id: found 64, expected a token of the target, 0\.\.63"),
         (drop("transformer_layer_config"), "no transformer_layer_config"),
+        (say(transformer_layer_config={"layer_types": 1}), "layer_types: found 1, expected a list of names"),
         (say(draft_vocab_size="many"), "there: config.json: draft_vocab_size is 'many', expected a positive integer"),
         (add("layers.1.self_attn.q_norm.weight", 8), "a Qwen3 layer with norms over each head"),
         (add("layers.2.mlp.up_proj.weight", 48, 32), "of a layer more than num_hidden_layers says"),

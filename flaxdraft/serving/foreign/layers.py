@@ -28,7 +28,7 @@ def layer_of(config: Mapping[str, Any], kinds: tuple[str, ...], usual: str, orig
         usual: the type where none is said.
 
     Raises:
-        InputError: there is no layer, or it is of another type.
+        InputError: there is no layer, or it is of another type; layer_types is no list.
     """
     layer = config.get(NESTED)
     if not isinstance(layer, dict):
@@ -37,4 +37,6 @@ def layer_of(config: Mapping[str, Any], kinds: tuple[str, ...], usual: str, orig
     if kind not in kinds:
         raise InputError(f"{origin}: {NESTED}.model_type {kind!r}, expected one of {', '.join(kinds)}")
     said = {name: value for name, value in layer.items() if value is not None}
+    if not isinstance(types := said.get("layer_types", []), list):
+        raise InputError(f"{origin}: {NESTED}.layer_types: found {types!r}, expected a list of names")
     return _DEFAULTS[kind] | said | {"model_type": kind}
