@@ -141,7 +141,9 @@ MOMENTS = "begin", "save", "save", "step", "step"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_processes", "num_kills"), [(2, 30), (1, 4)])
+@pytest.mark.parametrize(
+    ("num_processes", "num_kills"), [(2, 4), (1, 4), pytest.param(2, 30, marks=pytest.mark.exhaustive)]
+)
 def test_kills_at_random_moments(request, num_processes, num_kills, record_property):
     """kill -9 of one process or of all, in turn; every restart goes on from a complete checkpoint. A run that is
     through is compared and begun anew."""
