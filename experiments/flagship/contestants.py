@@ -8,26 +8,26 @@ from __future__ import annotations
 
 MOST_TOKENS = 7  # that any of them is trained to propose
 # Each algorithm's own layers, written out so that drafts that read the same ones share a folder of answers.
-_CHAIN_TAPS = "target.tap_layers=[1,14,26]"
-_BLOCK_TAPS = "target.tap_layers=[1,8,14,20,27]"
+_THREE = "target.tap_layers=[1,14,26]"
+_FIVE = "target.tap_layers=[1,8,14,20,27]"
 
 
 def _block(name: str, layers: int, size: int, *more: str) -> list[str]:
     return [
         f"algorithm.name={name}", f"algorithm.block_size={size}", f"draft.fields.num_hidden_layers={layers}",
-        "algorithm.num_anchors=256", "algorithm.loss_chunk=2048", _BLOCK_TAPS, *more,
+        "algorithm.num_anchors=256", "algorithm.loss_chunk=2048", _FIVE, *more,
     ]  # fmt: skip
 
 
-CHAINS = ("llama", "mla", "peagle")
+_THREE_TAPS = ("llama", "mla", "peagle")
 CONTESTANTS: dict[str, list[str]] = {
-    "llama": ["draft.architecture=llama", _CHAIN_TAPS],
-    "mla": ["draft.architecture=mla", _CHAIN_TAPS],
+    "llama": ["draft.architecture=llama", _THREE],
+    "mla": ["draft.architecture=mla", _THREE],
     "peagle": [
         "algorithm.name=peagle",
         f"algorithm.num_depths={MOST_TOKENS}",
         "algorithm.loss_chunk=2048",
-        _CHAIN_TAPS,
+        _THREE,
     ],
     # A DSpark block proposes as many tokens as it has slots, the others one less.
     "dflash": _block("dflash", 2, MOST_TOKENS + 1),
@@ -46,4 +46,4 @@ LABELS = {
 
 def folder_of(name: str) -> str:
     """The folder of a trained draft; those that read the same layers share held-out answers, beside it."""
-    return f"{'chains' if name.partition('-seed-')[0] in CHAINS else 'blocks'}/{name}"
+    return f"{'chains' if name.partition('-seed-')[0] in _THREE_TAPS else 'blocks'}/{name}"

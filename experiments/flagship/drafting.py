@@ -35,6 +35,7 @@ def of_jaxpr(jaxpr: Any) -> Cost:
         for value in jax.tree.leaves([*equation.params.values()], is_leaf=lambda x: hasattr(x, "jaxpr")):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
+                assert equation.primitive.name != "while" or not of_jaxpr(inner).flops, "nobody knows how often it runs"
                 total = _add(total, of_jaxpr(inner), equation.params.get("length", 1))
     return total
 
@@ -46,7 +47,6 @@ def of_pass(draft: Any, drafter: Any, num_taps: int, width: int, num_tokens: int
         num_taps, width: of the target's states.
         num_slots: of the draft's cache, all of which attention reads.
     """
-
     graphdef, weights = nnx.split(draft)
 
     def proposed(weights, taps_BTKE):

@@ -324,10 +324,10 @@ def compare(a: argparse.Namespace) -> None:
     """comparison.md, comparison.png and what they are made of, comparison.json."""
     from comparison import summary, write
 
-    target = configured(a).target
-    kept = [
-        summary(draft, a.work / folder_of(draft.name) / "export", target.path) for draft in found_of(a, drafts_of(a))
-    ]
+    target, drafts = configured(a).target, found_of(a, drafts_of(a))
+    if missing := [draft.name for draft in drafts if draft.evaluation is None]:
+        sys.exit(f"not decoded yet: {', '.join(missing)}; run `run.py evaluate --work {a.work}` first")
+    kept = [summary(draft, a.work / folder_of(draft.name) / "export", target.path) for draft in drafts]
     a.out.mkdir(parents=True, exist_ok=True)
     write_json(a.out / "comparison.json", {"note": a.note, "data": read_json(a.work / "data.json"), "drafts": kept})
     write(a.out, read_json(a.out / "comparison.json"))
