@@ -6,8 +6,6 @@ is written, and when a line of it stands, is told in talks.py. Of many processes
 
 from __future__ import annotations
 
-import os
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +14,7 @@ from typing import Any, BinaryIO
 
 from flaxdraft.data.chat_template import ChatTemplate
 from flaxdraft.data.conversations import Conversation
-from flaxdraft.data.talks import FILE, Answering, Asking, Talk, finished, to_answer
+from flaxdraft.data.talks import FILE, Answering, Asking, Results, Talk, finished, to_answer
 from flaxdraft.decode.generation import Writing, generate_each
 from flaxdraft.devices import hosts
 from flaxdraft.interfaces import Target
@@ -57,21 +55,12 @@ def regenerate(
     # By length, so that rows decoded together are padded little.
     left.sort(key=lambda talk: (sum(len(message["content"]) for message in talk.asked[0]), talk.number))
     with bar("conversations", len(done) + len(left), len(done)) as progress, _appended(path) as file:
-        made, start = 0, time.monotonic()
+        results = Results(asking, counts, progress, file)
         size = num_rows * (GROUP if all(len(talk.asked) == 1 for talk in left) else 1)
         for at in range(0, len(left), size):
             for talk in _answered(left[at : at + size], target, asking, num_rows):
-                if talk.answers:
-                    counts["answered"] += 1
-                    made += sum(map(len, talk.answers))
-                    if file is not None:
-                        file.write(talk.line(asking))
-                        file.flush()
-                if talk.ended:
-                    counts[talk.ended] += 1
-                progress.advance(1, f"{made / (time.monotonic() - start):.0f} tokens/s")
-            if file is not None:
-                os.fsync(file.fileno())
+                results.take(talk)
+            results.sync()
     return counts
 
 
