@@ -7,14 +7,13 @@ is written, and when a line of it stands, is told in talks.py. Of many processes
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from flaxdraft.data.chat_template import ChatTemplate
 from flaxdraft.data.conversations import Conversation
-from flaxdraft.data.talks import FILE, Answering, Asking, Results, Talk, finished, to_answer
+from flaxdraft.data.talks import FILE, Asking, Results, Talk, finished, to_answer
 from flaxdraft.decode.generation import Writing, generate_each
 from flaxdraft.devices import hosts
 from flaxdraft.interfaces import Target
@@ -26,14 +25,7 @@ GROUP = 8
 
 
 def regenerate(
-    directory: Path,
-    conversations: Iterable[Conversation],
-    target: Target,
-    tokenizer: Any,
-    stop_tokens: Sequence[int],
-    options: Answering,
-    num_rows: int,
-    template: ChatTemplate | None = None,
+    directory: Path, conversations: Iterable[Conversation], target: Target, asking: Asking, num_rows: int
 ) -> Counter[str]:
     """Answers what the file does not hold yet; returns how many conversations were `answered`, and of those that were
     not, or not to their end, how many for each reason.
@@ -43,12 +35,11 @@ def regenerate(
     Args:
         conversations: those that are `answerable`.
         num_rows: conversations answered together.
-        template: what the chat template is given besides.
 
     Raises:
         InputError: the chat template refuses what the target answered.
     """
-    path, asking = directory / FILE, Asking(tokenizer, template or ChatTemplate(), stop_tokens, options)
+    path = directory / FILE
     done = hosts.agree(sorted(finished(path)) if hosts.is_main() else None)
     left, counts = to_answer(conversations, set(done))
     num_rows = min(num_rows, max(len(left), 1))
