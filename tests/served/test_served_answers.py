@@ -1,12 +1,16 @@
 """Answers from servers: whose tokens they are, and which are left out since their tokens are not known."""
 
+import copy
+import dataclasses
 import json
 
 import pytest
 from asking import MANY, ROWS, ask, call, lines
 from faulty_server import MODEL, OPENAIS, TENSORRTS, Said, serving
+from tokenizers import normalizers
 
 from flaxdraft.data.conversations import read_conversations
+from flaxdraft.data.served_answers import HOPELESS
 from flaxdraft.data.talks import FILE
 from flaxdraft.data.templates import ChatOptions, render
 from flaxdraft.stages.claims import RECORD
@@ -84,6 +88,9 @@ WRONG = {
         "text", lambda said: said._replace(ids=[260, *said.ids]), "text is tokenised otherwise than the server did",
     ),
     "half a letter": ("text", lambda said: said._replace(text="\ufffd" + said.text), "text has halves of letters"),
+    "a text whose first token merges with the prompt": (
+        "text", lambda said: said._replace(text="\t\t" + said.text), "text cannot be told from its prompt",
+    ),
     "a text of another tokenizer": (
         "text", lambda said: said._replace(ids=[*said.ids[:3], *said.ids]), "text is tokenised otherwise than the",
     ),
@@ -119,3 +126,31 @@ def test_special_tokens_in_a_text_are_tokens_again(answer, text, tmp_path):
         ask(MANY[:2], tmp_path / "out", text, [server])
     for row in lines(tmp_path / "out").values():
         assert row["input_ids"][row["loss_mask"].index(1)] == special
+
+
+def test_a_text_that_its_tokenizer_changes_is_left_out(server, answer, text, tmp_path):
+    tokenizer = copy.deepcopy(text.tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    server.gives, server.counts = "text", False
+    server.answer = lambda prompt: answer(prompt)._replace(text="e\u0301")
+    counts = ask(MANY[:3], tmp_path / "out", dataclasses.replace(text, tokenizer=tokenizer), [server])
+    assert counts == {
+        "answered": 0,
+        "with an answer whose text reads otherwise once it is tokenised, ended before it": 3,
+    }
+
+
+def test_unused_answers_end_no_run_in_which_others_are_used(server, answer, text, tmp_path):
+    server.answer = lambda prompt: answer(prompt)._replace(**{"text": "else"} if len(server.asked) > 1 else {})
+    counts = ask(MANY, tmp_path / "out", text, [server], in_flight=1)
+    assert counts["answered"] == 1
+    assert counts["with an answer whose tokens do not say its text, ended before it"] == len(MANY) - 1 > HOPELESS
+
+
+@pytest.mark.parametrize("named", [{"stop_reason": 9}, {"matched_stop": 9}, {"stop_reason": None}, {}])
+def test_the_token_that_ended_a_text_is_the_one_that_the_server_names(server, text, tmp_path, named):
+    server.fault = lambda number, prompt: {"choices": [{"text": "and", "finish_reason": "stop", **named}]}
+    both = dataclasses.replace(text, stop_tokens=[*text.stop_tokens, 9])
+    ask(MANY[:1], tmp_path / "out", both, [server])
+    (row,) = lines(tmp_path / "out").values()
+    assert row["input_ids"][-1] == (9 if 9 in named.values() else text.stop_tokens[0])

@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack
 
 import pytest
-from asking import MANY, ROWS, ask, lines
+from asking import MANY, QUICK, ROWS, ask, lines
 from faulty_server import serving
 
 from flaxdraft.data.server_client import Patience
@@ -56,6 +56,19 @@ def test_pauses_grow(server, text, tmp_path):
         assert pause >= least
 
 
+def test_requests_that_fail_together_make_one_pause(server, text, tmp_path):
+    server.fault = lambda number, prompt: 500 if number < 8 else None
+    patient = Patience(timeout=5, first_pause=0.2, longest_pause=60, give_up=20)
+    assert ask(MANY[:8], tmp_path / "out", text, [server], in_flight=8, patience=patient) == {"answered": 8}
+    assert server.times[8] - server.times[7] < 8  # eight pauses, each twice the one before, are 12.8 s at least
+
+
+def test_a_server_that_answers_in_between_is_not_given_up(server, text, tmp_path):
+    server.fault = lambda number, prompt: 500 if number % 2 else time.sleep(0.05)
+    patient = Patience(timeout=5, first_pause=0.01, longest_pause=0.02, give_up=0.2)
+    assert ask(MANY[:12], tmp_path / "out", text, [server], in_flight=1, patience=patient) == {"answered": 12}
+
+
 def test_a_stopped_run_goes_on(answer, text, tmp_path):
     """The server goes away in the middle; a line is cut, as a process that was killed leaves it."""
     out = tmp_path / "out"
@@ -103,6 +116,15 @@ def test_a_conversation_that_a_server_fails_at_is_left_out(server, text, tmp_pat
     }  # fmt: skip
     server.fault = lambda number, prompt: None
     assert ask(MANY, tmp_path / "out", text, [server]) == {"answered": len(MANY)}
+
+
+def test_a_busy_server_says_nothing_of_a_conversation(server, text, tmp_path):
+    """It is asked again more often than one that fails."""
+    last = text.tokenizer.apply_chat_template(MANY[-1]["messages"], add_generation_prompt=True, return_dict=False)
+    busy = iter([429] * (2 * QUICK.tries))
+    server.fault = lambda number, prompt: next(busy, None) if prompt == last else None
+    assert ask([MANY[-1], *MANY[:-1]], tmp_path / "out", text, [server], in_flight=2) == {"answered": len(MANY)}
+    assert len(server.asked) == len(MANY) + 2 * QUICK.tries
 
 
 def test_a_request_that_is_refused_ends_its_conversation_alone(server, text, tmp_path, capsys):

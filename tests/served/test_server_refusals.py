@@ -9,7 +9,8 @@ import socket
 import pytest
 from asking import MANY, ROWS, ask, call, lines
 from faulty_server import MODEL
-from small_targets import rows_at
+from small_chats import Kind
+from small_targets import rows_at, target_at
 
 from flaxdraft.data.__main__ import main
 from flaxdraft.data.served_answers import HOPELESS
@@ -105,6 +106,12 @@ def test_a_folder_is_of_one_model_and_one_way_of_answering(server, target, tmp_p
     assert f"model: there {MODEL!r}, here 'other'" in capsys.readouterr().err
     assert call(ROWS, out, target, [server], "--top-p", "0.9") == 2
     assert "top_p: there 1.0, here 0.9" in capsys.readouterr().err
+    assert call(ROWS[:2], out, target, [server]) == 2
+    assert "conversations: there" in capsys.readouterr().err
+    assert call(ROWS, out, target_at(tmp_path / "t", kind=Kind(merges=False)), [server]) == 2
+    said = capsys.readouterr().err
+    assert "target: there" in said
+    assert "tokenizer: there" in said
 
 
 def test_a_target_without_a_size(tmp_path, target, capsys):
