@@ -1,6 +1,5 @@
 """The whole command on a tiny target: both drafts, resume after a kill, nothing done twice, damage named or mended."""
 
-import functools
 import json
 import os
 import re
@@ -13,16 +12,11 @@ import numpy as np
 import pytest
 from closeness import assert_close
 from commands import tool
-from safetensors.numpy import load_file, save_file
-from test_contracts import DEEPSEEK_FIELDS, TARGETS, target_hf
-from tiny import random_weights
+from safetensors.numpy import load_file
 from tiny_runs import call, make_workspace, metrics
 
 from flaxdraft.algorithms.loading import from_pretrained
-from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
-from flaxdraft.files.gguf_file import GGUFCheckpoint
-from flaxdraft.nn.precision import Precision
 from flaxdraft.run import answers, results, run, training
 from flaxdraft.run.draft_source import open_draft
 from flaxdraft.stages.directory_lock import directory_lock
@@ -347,58 +341,6 @@ def test_a_changed_field_is_forced_by_name(finished, workspace, tmp_path, capfd)
     assert "--allow-change: no field 'train.num_step'; did you mean 'train.num_steps'?" in capfd.readouterr().err
     assert call(workspace, *more, "--allow-change", "train.num_steps") == 0
     assert "resuming at step 8" in capfd.readouterr().out
-
-
-@pytest.fixture(scope="module")
-def directory_of(tmp_path_factory, tiny_gguf):
-    """Of a family: a model directory with the tiny target's tokenizer."""
-
-    @functools.cache
-    def make(name: str):
-        directory, family = tmp_path_factory.mktemp(name), TARGETS[name]
-        tokenizer = GGUFCheckpoint(tiny_gguf).tokenizer()
-        tokenizer.save_pretrained(directory)
-        last = len(family.ARCHITECTURES) - 1
-        hf = target_hf(name) | {
-            "architectures": [family.ARCHITECTURES[last]], "model_type": family.MODEL_TYPES[last],
-            "vocab_size": len(tokenizer), "max_position_embeddings": 128, "tie_word_embeddings": False,
-            "eos_token_id": tokenizer.eos_token_id,
-        }  # fmt: skip
-        (directory / "config.json").write_text(json.dumps(hf))
-        config = family.Config.from_hf(hf)
-        weights = random_weights(family, config, family.groups(config, Precision(), Sharding.none()))
-        save_file(weights, directory / "model.safetensors")
-        return directory
-
-    return make
-
-
-# Each family that no other test takes through a run, with a draft.
-FAMILIES = [
-    ("deepseek", "mla"),
-    ("deepseek", "llama"),
-    ("qwen3_moe", "llama"),
-    ("mistral", "llama"),
-    ("gpt_oss", "llama"),
-    ("gemma3", "llama"),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "architecture"), FAMILIES)
-def test_a_model_directory_of_another_family(workspace, directory_of, tmp_path, family, architecture):
-    few = ("train.num_steps=2", "train.eval_every=2", f"output_dir={tmp_path}", f"draft.architecture={architecture}")
-    assert call(workspace, f"target.path={directory_of(family)}", *few) == 0
-    evaluation = json.loads((tmp_path / architecture / "evaluation.json").read_text())["result"]
-    assert evaluation["decoded"]["identical_answers"] == evaluation["answers"] == 4
-    config = json.loads((tmp_path / architecture / "export" / "config.json").read_text())
-    if architecture == "mla":  # its ranks are the target's
-        names = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        assert {name: config[name] for name in names} == {name: DEEPSEEK_FIELDS[name] for name in names}
-    elif family == "deepseek":
-        assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (5, 5, 6)
-    else:
-        assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (4, 2, 8)
 
 
 @pytest.mark.slow

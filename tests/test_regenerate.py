@@ -8,9 +8,10 @@ import pytest
 
 import flaxdraft.data.regenerate as regenerating
 from flaxdraft.data.__main__ import main
+from flaxdraft.data.chat_template import ChatTemplate
 from flaxdraft.data.conversations import Conversation, read_conversations
 from flaxdraft.data.regenerate import regenerate
-from flaxdraft.data.talks import FILE, Answering
+from flaxdraft.data.talks import FILE, Answering, Asking
 from flaxdraft.data.templates import ChatOptions, render
 from flaxdraft.decode.generation import generate
 from flaxdraft.targets import from_pretrained
@@ -66,7 +67,7 @@ def test_conversations_of_several_turns_reach_the_disk_a_few_at_a_time(monkeypat
     monkeypatch.setattr(regenerating, "_answered", lambda group, *_: groups.append(len(group)) or [])
     messages = ({"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}) * turns
     talks = [Conversation(f"row {i}", str(i), None, "train", messages) for i in range(20)]
-    regenerate(tmp_path, talks, None, None, (), Answering(), 2)
+    regenerate(tmp_path, talks, None, Asking(None, ChatTemplate(), (), Answering()), 2)
     assert groups == sizes
 
 
@@ -98,9 +99,8 @@ def test_a_second_turn_reads_the_first_answer(file, tiny_gguf, tmp_path):
     )
     free = generate(loaded.model, [prompt], max_new_tokens=6, stop_tokens=())[0]
     conversations = [row for row in read_conversations(file) if row.id == "two"]
-    counts = regenerate(
-        tmp_path, conversations, loaded.model, loaded.tokenizer, [free[2]], Answering(60, 6), num_rows=4
-    )
+    asking = Asking(loaded.tokenizer, ChatTemplate(), [free[2]], Answering(60, 6))
+    counts = regenerate(tmp_path, conversations, loaded.model, asking, num_rows=4)
     assert counts["answered"] == 1
     row = lines(tmp_path)["two"]
     assert [message["role"] for message in row["messages"]] == ["user", "assistant", "user", "assistant"]

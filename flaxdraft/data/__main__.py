@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from flaxdraft import algorithms
 from flaxdraft.errors import InputError
@@ -36,7 +36,11 @@ from flaxdraft.run.commands import ADDRESS, Command, at_least, call_one_of, shar
 from flaxdraft.run.target_options import add_target_options, dtype_or_default, on_all_hosts, target_mesh
 
 if TYPE_CHECKING:
-    from flaxdraft.data.talks import Answering
+    from flaxdraft.data.conversations import Conversation
+    from flaxdraft.data.talks import Answering, Asking
+    from flaxdraft.targets.text_side import TextSide
+
+_OTHER_FOLDER = "Give another folder, or remove it to start anew."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -198,6 +202,27 @@ def _answering(arguments: argparse.Namespace) -> Answering:
     return Answering(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Answering)})
 
 
+def _asking(
+    arguments: argparse.Namespace, options: Answering, target: TextSide
+) -> tuple[Asking, list[Conversation], dict[str, Any]]:  # fmt: skip
+    """How the target is asked, for which conversations, and what the folder of answers records of both."""
+    from flaxdraft.data.conversations import read_conversations
+    from flaxdraft.data.talks import Asking, answerable
+    from flaxdraft.files.fetch import sha256_of
+    from flaxdraft.stages.claims import RECORD
+
+    tokenizer, bad = target.needed_tokenizer(with_template=True), bad_rows(arguments)
+    template = template_of(arguments, tokenizer, arguments.output_dir / RECORD)
+    asking = Asking(tokenizer, template, target.needed_stop_tokens(), options)
+    conversations = answerable(read_conversations(arguments.file, bad), tokenizer, template, bad)
+    bad.judge()
+    inputs = {
+        "target": arguments.target, "conversations": sha256_of(arguments.file), **dataclasses.asdict(options),
+        **template_inputs(template, tokenizer),
+    }  # fmt: skip
+    return asking, conversations, inputs
+
+
 def _say_counts(directory: Path, counts: Counter[str]) -> None:
     from flaxdraft.data.talks import FILE
     from flaxdraft.progress import CONSOLE
@@ -214,14 +239,11 @@ def _ask_servers(arguments: argparse.Namespace) -> None:
     import jax
 
     from flaxdraft.config import HostsConfig
-    from flaxdraft.data.conversations import read_conversations
     from flaxdraft.data.served_answers import Served, answer_from_servers
     from flaxdraft.data.server_client import Patience
-    from flaxdraft.data.talks import Asking, answerable
     from flaxdraft.data.templates import tokenizer_digest
     from flaxdraft.devices.hosts import members
-    from flaxdraft.files.fetch import sha256_of
-    from flaxdraft.stages.claims import RECORD, claim
+    from flaxdraft.stages.claims import claim
     from flaxdraft.targets.text_side import open_text_side
 
     jax.config.update("jax_platforms", "cpu")
@@ -231,18 +253,10 @@ def _ask_servers(arguments: argparse.Namespace) -> None:
         raise InputError("--mesh and --dtype are for a target that is loaded here; leave them out with --server")
     if members(HostsConfig(), os.environ) is not None:
         raise InputError("--server: found several processes; start this command once, it keeps all servers busy")
-    options, opened, bad = _answering(arguments), open_text_side(arguments.target), bad_rows(arguments)
-    tokenizer = opened.needed_tokenizer(with_template=True)
-    template = template_of(arguments, tokenizer, arguments.output_dir / RECORD)
-    asking = Asking(tokenizer, template, opened.needed_stop_tokens(), options)
-    conversations = answerable(read_conversations(arguments.file, bad), tokenizer, template, bad)
-    bad.judge()
-    inputs = {
-        "target": arguments.target, "tokenizer": tokenizer_digest(tokenizer), "model": arguments.model,
-        "conversations": sha256_of(arguments.file), **dataclasses.asdict(options),
-        **template_inputs(template, tokenizer),
-    }  # fmt: skip
-    claim(arguments.output_dir, inputs, "Give another folder, or remove it to start anew.")
+    options, opened = _answering(arguments), open_text_side(arguments.target)
+    asking, conversations, inputs = _asking(arguments, options, opened)
+    inputs |= {"tokenizer": tokenizer_digest(asking.tokenizer), "model": arguments.model}
+    claim(arguments.output_dir, inputs, _OTHER_FOLDER)
     served = Served(arguments.server, arguments.model, arguments.rows or 64, Patience(timeout=arguments.timeout))
     counts = answer_from_servers(arguments.output_dir, conversations, served, asking, opened.num_tokens)
     _say_counts(arguments.output_dir, counts)
@@ -250,38 +264,25 @@ def _ask_servers(arguments: argparse.Namespace) -> None:
 
 def _answer_all(arguments: argparse.Namespace) -> None:
     from flaxdraft import targets
-    from flaxdraft.data.conversations import read_conversations
     from flaxdraft.data.regenerate import regenerate
-    from flaxdraft.data.talks import answerable
-    from flaxdraft.files.fetch import content_of, sha256_of
+    from flaxdraft.files.fetch import content_of
     from flaxdraft.nn.precision import of_both
-    from flaxdraft.stages.claims import RECORD, claim_together
+    from flaxdraft.stages.claims import claim_together
 
     options = _answering(arguments)
     dtype, mesh = dtype_or_default(arguments.dtype), target_mesh(arguments.mesh)
     longest = options.max_prompt_tokens + options.max_new_tokens
-    opened, bad = targets.open_target(arguments.target), bad_rows(arguments)
-    tokenizer = opened.needed_tokenizer(with_template=True)
-    opened.needed_stop_tokens()
+    opened = targets.open_target(arguments.target)
     if longest > (context := opened.config().context):
         raise InputError(
             f"--max-prompt-tokens and --max-new-tokens: found {longest} together, more than the target's context of "
             f"{context}"
         )
-    template = template_of(arguments, tokenizer, arguments.output_dir / RECORD)
-    conversations = answerable(read_conversations(arguments.file, bad), tokenizer, template, bad)
-    bad.judge()
-    inputs = {
-        "target": arguments.target, "content": content_of(arguments.target, None), "dtype": dtype,
-        "conversations": sha256_of(arguments.file), **dataclasses.asdict(options),
-        **template_inputs(template, tokenizer),
-    }  # fmt: skip
-    claim_together(arguments.output_dir, inputs, "Give another folder, or remove it to start anew.")
-    loaded = targets.load_target(opened, precision=of_both(dtype), mesh=mesh)
-    counts = regenerate(
-        arguments.output_dir, conversations, loaded.model, tokenizer, loaded.stop_tokens, options,
-        arguments.rows or 32, template,
-    )  # fmt: skip
+    asking, conversations, inputs = _asking(arguments, options, opened)
+    inputs |= {"content": content_of(arguments.target, None), "dtype": dtype}
+    claim_together(arguments.output_dir, inputs, _OTHER_FOLDER)
+    model = targets.load_target(opened, precision=of_both(dtype), mesh=mesh).model
+    counts = regenerate(arguments.output_dir, conversations, model, asking, arguments.rows or 32)
     _say_counts(arguments.output_dir, counts)
 
 

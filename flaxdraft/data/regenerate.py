@@ -6,17 +6,14 @@ is written, and when a line of it stands, is told in talks.py. Of many processes
 
 from __future__ import annotations
 
-import os
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from flaxdraft.data.chat_template import ChatTemplate
 from flaxdraft.data.conversations import Conversation
-from flaxdraft.data.talks import FILE, Answering, Asking, Talk, finished, to_answer
+from flaxdraft.data.talks import FILE, Asking, Results, Talk, finished, to_answer
 from flaxdraft.decode.generation import Writing, generate_each
 from flaxdraft.devices import hosts
 from flaxdraft.interfaces import Target
@@ -28,14 +25,7 @@ GROUP = 8
 
 
 def regenerate(
-    directory: Path,
-    conversations: Iterable[Conversation],
-    target: Target,
-    tokenizer: Any,
-    stop_tokens: Sequence[int],
-    options: Answering,
-    num_rows: int,
-    template: ChatTemplate | None = None,
+    directory: Path, conversations: Iterable[Conversation], target: Target, asking: Asking, num_rows: int
 ) -> Counter[str]:
     """Answers what the file does not hold yet; returns how many conversations were `answered`, and of those that were
     not, or not to their end, how many for each reason.
@@ -45,33 +35,23 @@ def regenerate(
     Args:
         conversations: those that are `answerable`.
         num_rows: conversations answered together.
-        template: what the chat template is given besides.
 
     Raises:
         InputError: the chat template refuses what the target answered.
     """
-    path, asking = directory / FILE, Asking(tokenizer, template or ChatTemplate(), stop_tokens, options)
+    path = directory / FILE
     done = hosts.agree(sorted(finished(path)) if hosts.is_main() else None)
     left, counts = to_answer(conversations, set(done))
     num_rows = min(num_rows, max(len(left), 1))
     # By length, so that rows decoded together are padded little.
     left.sort(key=lambda talk: (sum(len(message["content"]) for message in talk.asked[0]), talk.number))
     with bar("conversations", len(done) + len(left), len(done)) as progress, _appended(path) as file:
-        made, start = 0, time.monotonic()
+        results = Results(asking, counts, progress, file)
         size = num_rows * (GROUP if all(len(talk.asked) == 1 for talk in left) else 1)
         for at in range(0, len(left), size):
             for talk in _answered(left[at : at + size], target, asking, num_rows):
-                if talk.answers:
-                    counts["answered"] += 1
-                    made += sum(map(len, talk.answers))
-                    if file is not None:
-                        file.write(talk.line(asking))
-                        file.flush()
-                if talk.ended:
-                    counts[talk.ended] += 1
-                progress.advance(1, f"{made / (time.monotonic() - start):.0f} tokens/s")
-            if file is not None:
-                os.fsync(file.fileno())
+                results.take(talk)
+            results.sync()
     return counts
 
 

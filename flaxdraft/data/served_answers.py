@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import httpx2
 
@@ -24,9 +24,9 @@ from flaxdraft.data.conversations import Conversation
 from flaxdraft.data.prompts import render_messages
 from flaxdraft.data.server_client import KEY, Patience, RequestRefused, Server
 from flaxdraft.data.server_replies import Reader, Unanswered, Unlike, end_of_turn
-from flaxdraft.data.talks import FILE, Asking, Talk, finished, to_answer
+from flaxdraft.data.talks import FILE, Asking, Results, Talk, finished, to_answer
 from flaxdraft.errors import InputError
-from flaxdraft.progress import CONSOLE, SECONDS_BETWEEN_LINES, Bar, bar
+from flaxdraft.progress import CONSOLE, SECONDS_BETWEEN_LINES, bar
 
 HOPELESS = 16  # answers that cannot be used, when none could be before
 
@@ -67,10 +67,11 @@ async def _answer(path: Path, left: list[Talk], served: Served, reader: Reader, 
         await _check(servers, left, reader.asking)
         done = counts["answered"]
         with bar("conversations", done + len(left), done) as progress, path.open("ab") as file:
+            results = Results(reader.asking, counts, progress, file)
             try:
-                await _Work(servers, reader, counts, progress, file).answer(left, served)
+                await _Work(servers, reader, results).answer(left, served)
             finally:
-                os.fsync(file.fileno())
+                results.sync()
 
 
 def _client(served: Served) -> httpx2.AsyncClient:
@@ -112,14 +113,12 @@ def _fields(talk: Talk, asking: Asking) -> dict[str, Any]:
 class _Work:
     """A queue of conversations, and those that answer them."""
 
-    def __init__(
-        self, servers: Sequence[Server], reader: Reader, counts: Counter[str], progress: Bar, file: BinaryIO
-    ):  # fmt: skip
-        self._servers, self._reader, self._counts, self._progress, self._file = servers, reader, counts, progress, file
+    def __init__(self, servers: Sequence[Server], reader: Reader, results: Results):
+        self._servers, self._reader, self._results = servers, reader, results
         self._queue: asyncio.Queue[Talk] = asyncio.Queue()
         # Of a talk at a server: how many answers the server had given at the first failure, and how often it failed.
         self._failures: dict[tuple[int, str], tuple[int, int]] = {}
-        self._tokens, self._start, self._spoke = 0, time.monotonic(), -math.inf
+        self._spoke = -math.inf
 
     async def answer(self, talks: Iterable[Talk], served: Served) -> None:
         """
@@ -177,7 +176,7 @@ class _Work:
                 server.answered()
                 server.used += 1
                 talk.hear(messages, prompt, answer, asking)
-        self._write(talk)
+        self._results.take(talk)
 
     def _put_back(self, server: Server, talk: Talk, error: Unanswered, started: float, patience: Patience) -> None:
         """Puts a conversation back for another try. One that a server fails at, while it answers others, is left out
@@ -193,15 +192,15 @@ class _Work:
                 f"--server {server.url}: {error}; no server has answered for {patience.give_up:.0f} s. What was "
                 "answered stays; the same command goes on"
             )
-        if (now := time.monotonic()) - self._spoke > SECONDS_BETWEEN_LINES or server.is_gone > was_gone:
+        is_given_up = server.is_gone and not was_gone
+        if (now := time.monotonic()) - self._spoke > SECONDS_BETWEEN_LINES or is_given_up:
             self._spoke = now
-            CONSOLE.print(f"  {server.url}: {error}; {'given up' if server.is_gone else 'asked again'}", markup=False)
+            CONSOLE.print(f"  {server.url}: {error}; {'given up' if server.is_gone else 'asked again'}")
         answers, tries = self._failures.get((talk.number, server.url), (server.heard, 0))
         tries += not error.is_servers
         self._failures[talk.number, server.url] = answers, tries
         if tries >= patience.tries and answers < server.heard:
-            self._counts[f"not answered in {patience.tries} tries, left out until the command is run again"] += 1
-            self._progress.advance(1, self._speed())
+            self._results.leave_out(f"not answered in {patience.tries} tries, left out until the command is run again")
         else:
             self._queue.put_nowait(talk)
 
@@ -219,20 +218,7 @@ class _Work:
             )
         if isinstance(error, RequestRefused):
             if server.unused == 1:
-                CONSOLE.print(f"  {server.url}: {talk.source.where}: {error}", markup=False)
+                CONSOLE.print(f"  {server.url}: {talk.source.where}: {error}")
             talk.ended = "with a request that the server refused, ended before it"
         else:
             talk.ended = f"with an answer whose {error}, ended before it"
-
-    def _write(self, talk: Talk) -> None:
-        if talk.answers:
-            self._counts["answered"] += 1
-            self._tokens += sum(map(len, talk.answers))
-            self._file.write(talk.line(self._reader.asking))
-            self._file.flush()
-        if talk.ended:
-            self._counts[talk.ended] += 1
-        self._progress.advance(1, self._speed())
-
-    def _speed(self) -> str:
-        return f"{self._tokens / (time.monotonic() - self._start):.0f} tokens/s"

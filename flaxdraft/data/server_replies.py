@@ -69,8 +69,8 @@ def given_ids(choice: Mapping[str, Any]) -> list[int] | None:
 
 
 def end_of_turn(tokenizer: Any, template: ChatTemplate, stop_tokens: Sequence[int]) -> int:
-    """The token that ends an answer where a server does not say which one did: the one that the chat template writes
-    behind a turn, else the tokenizer's."""
+    """The token that is taken for an answer's end where a server does not say which one it was: the one that the chat
+    template writes behind a turn, else the tokenizer's."""
     turns = ({"role": "user", "content": "yes?"}, {"role": "assistant", "content": "yes"})
     whole = Conversation("a turn", "", "", "", turns)
     try:
@@ -93,8 +93,8 @@ class Reader:
         """An answer, which ends with a stop token if it is done.
 
         Args:
-            where: the reply is from, for messages.
-            chat: that the prompt was rendered from.
+            chat: what the prompt was rendered from.
+            where: the reply came from, for messages.
 
         Raises:
             Unanswered: the reply is no whole answer.
@@ -105,20 +105,19 @@ class Reader:
         text, why = choice.get("text"), choice.get("finish_reason")
         if not isinstance(text, str) or why not in ("stop", "length"):
             raise Unanswered(f"its answer has text {str(text)[:40]!r} and finish_reason {why!r}, not stop or length")
-        ids = given_ids(choice)
-        if ids is not None:
-            self._check(ids, text, where)
-        else:
-            ids = self._encoded(text, chat, prompt)
+        given = given_ids(choice)
+        if given is not None:
+            self._check(given, text, where)
+        ids = self._encoded(text, chat, prompt) if given is None else given
         answer = ids if why == "length" or (ids and ids[-1] in self.asking.stop_tokens) else [*ids, self._end(choice)]
         if not answer:
             raise Unlike("tokens are none")
-        if given_ids(choice) is None:
+        if given is None:
             self._check_count(reply, len(answer), why)
         return answer
 
     def _end(self, choice: Mapping[str, Any]) -> int:
-        """What ended an answer: servers say so of tokens beside the tokenizer's own."""
+        """The token that ended an answer: servers name it where it is not the tokenizer's eos token."""
         for named in (choice.get("stop_reason"), choice.get("matched_stop")):  # vLLM's and SGLang's
             if type(named) is int and named in self.asking.stop_tokens:
                 return named

@@ -2,7 +2,7 @@
 
 A line holds the messages, for people, and `input_ids` with `loss_mask`, the very tokens that the target read and
 produced, for training. It stands once its conversation is complete: a stopped run goes on behind the last line, and
-half a line is cut off. Who answers is the caller's: a target that is loaded here (regenerate.py), or servers
+half a line is cut off. The callers see to the answers: a target that is loaded here (regenerate.py), or servers
 (served_answers.py).
 """
 
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from flaxdraft.data.conversations import Conversation
 from flaxdraft.data.prompts import render_messages
 from flaxdraft.data.templates import ChatOptions, render
 from flaxdraft.errors import InputError
+from flaxdraft.progress import Bar
 
 FILE = "conversations.jsonl"
 
@@ -99,6 +102,43 @@ class Talk:
             "loss_mask": earlier_mask(self, asking) + [1] * len(self.answers[-1]),
         }  # fmt: skip
         return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+class Results:
+    """Where talks go when they are done: into the file, the counts and the bar."""
+
+    def __init__(self, asking: Asking, counts: Counter[str], progress: Bar, file: BinaryIO | None):
+        """
+        Args:
+            counts: those of `to_answer`, which go on from there.
+            file: where the lines are appended; None in a process that writes none.
+        """
+        self._asking, self._counts, self._progress, self._file = asking, counts, progress, file
+        self._tokens, self._start = 0, time.monotonic()
+
+    def take(self, talk: Talk) -> None:
+        if talk.answers:
+            self._counts["answered"] += 1
+            self._tokens += sum(map(len, talk.answers))
+            if self._file is not None:
+                self._file.write(talk.line(self._asking))
+                self._file.flush()
+        if talk.ended:
+            self._counts[talk.ended] += 1
+        self._advance()
+
+    def leave_out(self, why: str) -> None:
+        """Counts a talk that is not done, and gets no line."""
+        self._counts[why] += 1
+        self._advance()
+
+    def sync(self) -> None:
+        """Sees to it that all lines are on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def _advance(self) -> None:
+        self._progress.advance(1, f"{self._tokens / (time.monotonic() - self._start):.0f} tokens/s")
 
 
 def answerable(

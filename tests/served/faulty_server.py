@@ -30,7 +30,7 @@ class FaultyServer:
         self.answer = answer
         self.gives = "token_ids"  # or "content", "tagged" (both in logprobs), "text"
         self.fields: frozenset[str] | None = None  # that it takes; all by default
-        self.counts = True  # tokens
+        self.counts = True  # whether it says how many tokens there were
         self.fault: Callable[[int, list[int]], Any] = lambda number, prompt: None  # of each request; see `Handler`
         self.first_fault: Any = None  # of those that try what the server takes
         self.model: dict[str, Any] = {"id": MODEL}
@@ -74,16 +74,24 @@ def _handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *_: Any) -> None:
             """Silent."""
 
-        def do_GET(self) -> None:
+        def is_let_in(self) -> bool:
             if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
                 self.say(401, {"error": "no key"})
-            elif self.path == "/v1/models":
+                return False
+            return True
+
+        def do_GET(self) -> None:
+            if not self.is_let_in():
+                return
+            if self.path == "/v1/models":
                 self.say(200, {"data": [server.model, {"id": "another"}]})
             else:
                 self.say(404, {"error": "not found"})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if not self.is_let_in():
+                return None
             if server.fields is not None and (more := sorted({*body} - server.fields)):
                 return self.say(400, {"error": f"extra inputs are not permitted: {more}"})
             if body["max_tokens"] == 1:
