@@ -26,7 +26,8 @@ from flaxdraft.serving.view import view_of_directory
 
 from_pytorch = tool("convert/from_pytorch")
 TAPS, SIZE = [1, 2, 4, 5, 6], 24
-OF_TRAINERS = {"auto_map", "transformer_layer_config", "speculators_config", "embed_requires_grad", "use_cache"}
+OF_TRAINERS = {"auto_map", "transformer_layer_config", "speculators_config", "embed_requires_grad", "use_cache",
+               "transformers_version", "dtype"}  # fmt: skip
 IDS = np.sort(np.random.default_rng(5).permutation(V)[:SIZE])  # neither even nor contiguous
 
 
@@ -50,9 +51,9 @@ class Source:
 def specforge(source):
     """Nulls, code of its own, one name of attention, layer types that say nothing, transformers' rotary object."""
     config = source.hf | {"auto_map": {"AutoModel": "dflash.DFlashDraftModel"}, "rope_scaling": None}
-    config = (
-        {"sliding_window": None, "use_sliding_window": False} | config | {"max_window_layers": 2, "use_cache": True}
-    )
+    config = {"sliding_window": None, "use_sliding_window": False} | config | {
+        "max_window_layers": 2, "use_cache": True, "transformers_version": "5.2.0", "dtype": "bfloat16",
+    }  # fmt: skip
     config["dflash_config"] = config["dflash_config"] | {"attention_mode": "gqa", "projector_type": None}
     return source.tensors, config
 
