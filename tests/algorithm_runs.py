@@ -107,3 +107,13 @@ def assert_begins_elsewhere(run, source: str, finished, workspace, tmp_path, tar
     begun = (f"draft.init_from={finished / 'export'}", "draft.fields={}")
     assert call(workspace, *run, f"{source}={given}", f"output_dir={tmp_path / 'out'}", *begun) == 0
     assert learns(metrics(tmp_path / "out" / finished.name, "train"))
+
+
+def assert_refused(run, overrides, message: str, finished, workspace, capfd) -> None:
+    """
+    Args:
+        overrides: there, as in the message, EXPORT stands for the finished run's export.
+    """
+    where = lambda text: text.replace("EXPORT", str(finished / "export"))  # noqa: E731
+    assert call(workspace, *run, *map(where, overrides)) == 2
+    assert where(message) in said(capfd)

@@ -1,6 +1,7 @@
 """Checkpoints of other trainers for the algorithms that build on DFlash, written in the layouts that they document,
 imported: the same draft comes out, and goes out again to the engines that serve it."""
 
+import importlib
 import json
 
 import numpy as np
@@ -17,6 +18,7 @@ from test_dflash_import import (
     drop,
     fused,
     imported,
+    imported_whole,
     say,
     specforge,
     specforge_mla,
@@ -29,6 +31,7 @@ from flaxdraft.algorithms.dflash2.drafts import qwen3 as dflash2
 from flaxdraft.algorithms.domino.drafts import qwen3 as domino
 from flaxdraft.algorithms.dspark.drafts import mla as dspark_mla
 from flaxdraft.algorithms.dspark.drafts import qwen3 as dspark
+from flaxdraft.algorithms.importing import converter
 from flaxdraft.algorithms.loading import from_pretrained
 from flaxdraft.errors import InputError
 from flaxdraft.files.safetensors_file import save_safetensors
@@ -48,13 +51,14 @@ def specforge_domino(source):
 
 
 def specforge_dspark(source):
-    """The heads' fields nested alone, the confidence by what the loss counts."""
+    """The heads' fields nested alone, the confidence by what the loss counts; the target's head inside."""
     tensors, config = specforge(source)
     heads = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
     config = {name: value for name, value in config.items() if name not in (*heads, "sample_from_anchor")}
     nested = {name: config["dflash_config"][name] for name in config["dflash_config"] if name != heads[2]}
     alpha = float(source.config.enable_confidence_head)
     nested |= {"projector_type": "dspark", "confidence_head_alpha": alpha, "num_anchors": 512}
+    tensors = tensors | {"target_lm_head.weight": np.ones((V, 32), np.float32)}
     return tensors, config | {"architectures": ["DSparkDraftModel"], "dflash_config": nested}
 
 
@@ -64,6 +68,13 @@ def deepspec(source):
     config |= {name: source.hf["dflash_config"][name] for name in ("target_layer_ids", "mask_token_id")}
     ones = np.ones((V, 32), np.float32)
     return source.tensors | {"embed_tokens.weight": ones, "lm_head.weight": ones}, config | {"num_anchors": 512}
+
+
+def deepspec_by_share(source):
+    """The confidence by what the loss counts."""
+    tensors, config = deepspec(source)
+    del config["enable_confidence_head"]
+    return tensors, config | {"confidence_head_alpha": 0.5}
 
 
 def z_lab_dflash2(source):
@@ -99,6 +110,7 @@ LAYOUTS = {  # with the engines that take the export
         specforge_dspark, dspark, {"markov_head_type": "gated", "enable_confidence_head": False,
                                    "confidence_head_with_markov": False}, SGLANG),
     "dspark, deepspec, rnn": (deepspec, dspark, {"markov_head_type": "rnn"}, SGLANG),
+    "dspark, deepspec, the confidence by its share": (deepspec_by_share, dspark, {}, BOTH),
     "dspark, speculators": (speculators, dspark, {}, BOTH),
     "dflash2, specforge": (specforge, dflash2, {}, BOTH),
     "dflash2, specforge, mla": (specforge_mla, dflash2_mla, {}, set()),
@@ -114,13 +126,8 @@ LAYOUTS = {  # with the engines that take the export
 def test_every_layout_gives_the_same_draft_which_engines_take_again(tmp_path, name):
     build, module, fields, engines = LAYOUTS[name]
     source = Source(module, **fields)
-    tensors, config = build(source)
-    report = imported(tmp_path / "in", tensors, config)
-    assert {row.key for row in report.rows} == set(tensors)  # every key accounted for
-    assert all(row.became or row.reason for row in report.rows)
-    written = json.loads((tmp_path / "in" / "config.json").read_text())
+    _, written = imported_whole(tmp_path / "in", *build(source))
     assert written["dflash_config"]["target_layer_ids"] == TAPS
-    assert not {"auto_map", "transformer_layer_config", "speculators_config"} & written.keys()
     found = assert_same(tmp_path / "in", source)
     whole = lint.check(view_of_directory(tmp_path / "in", TARGET_HF), found.algorithm.serving())[0]
     assert whole.faithful, whole.findings
@@ -131,12 +138,35 @@ def test_every_layout_gives_the_same_draft_which_engines_take_again(tmp_path, na
         assert_same(tmp_path / engine, source)
 
 
+@pytest.mark.parametrize(
+    ("module", "usual"),
+    [
+        (dflash2, {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 256, "selector_top_k": 16}),
+        (dspark, {"markov_rank": 256, "markov_head_type": "vanilla", "enable_confidence_head": True,
+                  "confidence_head_with_markov": True}),
+    ],
+    ids=["dflash2", "dspark"],
+)  # fmt: skip
+def test_what_speculators_does_not_write_is_as_usual_there(module, usual, tmp_path):
+    source = Source(module, **usual)
+    tensors, config = speculators(source)
+    imported(tmp_path / "in", tensors, {name: value for name, value in config.items() if name not in usual})
+    assert_same(tmp_path / "in", source)
+
+
 def test_sliding_layers_of_dflash2_see_their_whole_block_where_speculators_does_not_say_it(tmp_path):
     source = Source(dflash2, **SLIDING, is_causal=False)
     tensors, config = speculators(source)
     del config["sliding_window_non_causal"]
     imported(tmp_path / "in", tensors, config)
     assert_same(tmp_path / "in", source)
+
+
+@pytest.mark.parametrize("name", ["dflash", "dflash2", "domino", "dspark"])
+def test_behind_an_architecture_that_nobody_knows_dflash_config_tells_the_algorithm(name):
+    config = {"architectures": ["SomeDraftModel"], "model_type": "llama", "dflash_config": {"projector_type": name}}
+    known = importlib.import_module(f"flaxdraft.algorithms.{name}.foreign.convert")
+    assert converter(config) is known.convert
 
 
 def test_the_command_reads_them(tmp_path, capsys):
@@ -160,6 +190,7 @@ def test_the_command_reads_them(tmp_path, capsys):
         (speculators, dspark, drop("sample_from_anchor"), "no sample_from_anchor, which the trainer reads as"),
         (speculators, dspark, say(draft_vocab_size=SIZE), "24 of 64, expected all: the Markov head corrects"),
         (speculators, dflash2, say(draft_vocab_size=SIZE), "24 of 64: candidates are tokens of the whole"),
+        (speculators, dflash2, say(speculators_model_type="domino"), "_model_type 'domino', expected 'eagle3'"),
         (speculators, dflash2, say(selector_rank="wide"), "selector_rank"),
         (speculators, dspark, say(markov_head_type="lattice"), "markov_head_type"),
         (specforge, dflash2, add("markov_head.markov_w1.weight", V, 2), "another drafter of the family, whose parts"),

@@ -26,6 +26,8 @@ from flaxdraft.serving.view import view_of_directory
 
 from_pytorch = tool("convert/from_pytorch")
 TAPS, SIZE = [1, 2, 4, 5, 6], 24
+OF_TRAINERS = {"auto_map", "transformer_layer_config", "speculators_config", "embed_requires_grad", "use_cache",
+               "transformers_version", "dtype"}  # fmt: skip
 IDS = np.sort(np.random.default_rng(5).permutation(V)[:SIZE])  # neither even nor contiguous
 
 
@@ -40,17 +42,18 @@ class Source:
         )
         self.vocab = VocabMap(IDS if self.config.draft_vocab_size < V else np.arange(V), V)
         self.tensors = state_to_torch(self.params, module.name_table(self.config), np.float32)
-        self.hf = self.config.to_hf() | {"num_target_layers": 8}
-        nested = {name: value for name, value in self.hf["dflash_config"].items() if name != "num_taps"}
-        self.hf["dflash_config"] = nested | {"target_layer_ids": TAPS}
+        self.hf = self.config.to_hf()
+        if (own := self.hf.get("dflash_config")) is not None:
+            nested = {name: value for name, value in own.items() if name != "num_taps"}
+            self.hf |= {"num_target_layers": 8, "dflash_config": nested | {"target_layer_ids": TAPS}}
 
 
 def specforge(source):
     """Nulls, code of its own, one name of attention, layer types that say nothing, transformers' rotary object."""
     config = source.hf | {"auto_map": {"AutoModel": "dflash.DFlashDraftModel"}, "rope_scaling": None}
-    config = (
-        {"sliding_window": None, "use_sliding_window": False} | config | {"max_window_layers": 2, "use_cache": True}
-    )
+    config = {"sliding_window": None, "use_sliding_window": False} | config | {
+        "max_window_layers": 2, "use_cache": True, "transformers_version": "5.2.0", "dtype": "bfloat16",
+    }  # fmt: skip
     config["dflash_config"] = config["dflash_config"] | {"attention_mode": "gqa", "projector_type": None}
     return source.tensors, config
 
@@ -100,18 +103,23 @@ def speculators(source):
         "sliding_window_non_causal": c.is_causal is False, "sample_from_anchor": c.sample_from_anchor,
         "transformer_layer_config": layer, "speculators_config": {"algorithm": "dflash"},
     }  # fmt: skip
-    tables = source.vocab.tables() if c.draft_vocab_size < V else {}
-    return source.tensors | tables, config
+    return source.tensors | tables_of(source), config
+
+
+def tables_of(source):
+    return source.vocab.tables() if source.config.draft_vocab_size < V else {}
 
 
 def fused(source):
     """Projections joined, as an engine's own dump has them."""
-    tensors = dict(source.tensors)
-    for i in range(2):
+    tensors = source.tensors | tables_of(source)
+    for i in range(source.config.num_hidden_layers):
         for joined, parts in (("self_attn.qkv", ("self_attn.q", "self_attn.k", "self_attn.v")),
                               ("mlp.gate_up", ("mlp.gate", "mlp.up"))):  # fmt: skip
-            rows = [tensors.pop(f"layers.{i}.{part}_proj.weight") for part in parts]
-            tensors[f"layers.{i}.{joined}_proj.weight"] = np.concatenate(rows)
+            for kind in ("weight", "bias"):
+                names = [f"layers.{i}.{part}_proj.{kind}" for part in parts]
+                if names[0] in tensors:
+                    tensors[f"layers.{i}.{joined}_proj.{kind}"] = np.concatenate([*map(tensors.pop, names)])
     return tensors, source.hf
 
 
@@ -119,6 +127,7 @@ SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_wind
 LAYOUTS = {
     "specforge": (specforge, qwen3, {}), "specforge, sliding": (specforge, qwen3, SLIDING),
     "specforge, mla": (specforge_mla, mla, {}), "z-lab": (z_lab, qwen3, {}), "fused": (fused, qwen3, {}),
+    "fused, with biases": (fused, qwen3, {"attention_bias": True}),
     "windows everywhere": (swa, qwen3, SLIDING | {"layer_types": ["sliding_attention"] * 2, "is_causal": False}),
     "sinks and scales": (specforge, qwen3, {"attention_sink_bias": True, "attention_value_scale": 0.7,
                                             "output_multiplier": 0.5, "final_logit_softcapping": 20.0}),
@@ -131,6 +140,17 @@ LAYOUTS = {
 
 def imported(out, tensors, config, **options):
     return converter(config)(tensors, config, out, "there", Options(**options))
+
+
+def imported_whole(out, tensors, config):
+    """With every tensor accounted for, and nothing left that the trainer alone reads; the report and config.json."""
+    report = imported(out, tensors, config)
+    assert {row.key for row in report.rows} == set(tensors)
+    assert all(row.became or row.reason for row in report.rows)
+    written = json.loads((out / "config.json").read_text())
+    assert not OF_TRAINERS & written.keys()
+    assert None not in written.values()
+    return report, written
 
 
 def assert_same(directory, source):
@@ -148,14 +168,8 @@ def assert_same(directory, source):
 def test_every_layout_gives_the_same_draft_which_engines_take_again(tmp_path, name):
     build, module, fields = LAYOUTS[name]
     source = Source(module, **fields)
-    tensors, config = build(source)
-    report = imported(tmp_path / "in", tensors, config)
-    assert {row.key for row in report.rows} == set(tensors)  # every key accounted for
-    assert all(row.became or row.reason for row in report.rows)
-    written = json.loads((tmp_path / "in" / "config.json").read_text())
+    _, written = imported_whole(tmp_path / "in", *build(source))
     assert written["dflash_config"]["target_layer_ids"] == TAPS
-    assert not {"auto_map", "transformer_layer_config", "speculators_config"} & written.keys()
-    assert None not in written.values()
     found = assert_same(tmp_path / "in", source)
     export(tmp_path / "out", found, AboutTarget(TARGET_HF, TAPS), dtype="float32", engine="hf")
     assert_same(tmp_path / "out", source)

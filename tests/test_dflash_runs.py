@@ -7,10 +7,10 @@ import pytest
 from algorithm_runs import (
     assert_goes_on_to_the_bit,
     assert_read_again,
+    assert_refused,
     captured,
     learns,
     result_of,
-    said,
     write_conversations,
 )
 from algorithm_runs import finished as finished
@@ -90,6 +90,4 @@ def test_other_sources_and_another_beginning(finished, workspace, tmp_path, tiny
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(finished, workspace, tmp_path, capfd, overrides, message):
-    where = lambda text: text.replace("EXPORT", str(finished / "export"))  # noqa: E731
-    assert call(workspace, *RUN, f"output_dir={tmp_path}", *map(where, overrides)) == 2
-    assert where(message) in said(capfd)
+    assert_refused((*RUN, f"output_dir={tmp_path}"), overrides, message, finished, workspace, capfd)

@@ -6,14 +6,14 @@ from algorithm_runs import (
     assert_begins_elsewhere,
     assert_goes_on_to_the_bit,
     assert_read_again,
+    assert_refused,
     learns,
     result_of,
-    said,
 )
 from algorithm_runs import finished as finished
 from algorithm_runs import workspace as workspace
 from test_dflash_runs import RUN as BLOCKS
-from tiny_runs import call, metrics
+from tiny_runs import metrics
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,5 @@ def test_a_store_and_another_beginning(finished, workspace, tmp_path, tiny_gguf)
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(finished, workspace, tmp_path, capfd, overrides, message):
-    where = lambda text: text.replace("EXPORT", str(finished / "export"))  # noqa: E731
     folder = [] if "num_steps" in overrides[0] else [f"output_dir={tmp_path}"]
-    assert call(workspace, *RUN, *folder, *map(where, overrides)) == 2
-    assert where(message) in said(capfd)
+    assert_refused((*RUN, *folder), overrides, message, finished, workspace, capfd)

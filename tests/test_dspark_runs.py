@@ -8,14 +8,14 @@ from algorithm_runs import (
     assert_begins_elsewhere,
     assert_goes_on_to_the_bit,
     assert_read_again,
+    assert_refused,
     learns,
     result_of,
-    said,
 )
 from algorithm_runs import finished as finished
 from algorithm_runs import workspace as workspace
 from test_dflash_runs import RUN as BLOCKS
-from tiny_runs import call, metrics
+from tiny_runs import metrics
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +62,5 @@ def test_other_sources_and_another_beginning(source, finished, workspace, tmp_pa
          "algorithm.confidence_threshold: found 0.5, but the draft has no confidence head"),
     ],
 )  # fmt: skip
-def test_what_does_not_go_together_is_refused(workspace, tmp_path, capfd, overrides, message):
-    assert call(workspace, *RUN, f"output_dir={tmp_path}", *overrides) == 2
-    assert message in said(capfd)
+def test_what_does_not_go_together_is_refused(finished, workspace, tmp_path, capfd, overrides, message):
+    assert_refused((*RUN, f"output_dir={tmp_path}"), overrides, message, finished, workspace, capfd)

@@ -5,19 +5,15 @@ import json
 
 import numpy as np
 import pytest
+import test_dflash_import
 from commands import tool
-from contracts import Pair
-from flax import nnx
-from peagle import algorithm
-from test_contracts import TARGET_HF, V, W, target_config
-from test_dflash_import import add, assert_same, drop, imported, say
+from test_contracts import TARGET_HF, V, W
+from test_dflash_import import IDS, add, assert_same, drop, fused, imported, imported_whole, say
 
-from flaxdraft.algorithms.loading import abstract_params, from_pretrained
+from flaxdraft.algorithms.loading import from_pretrained
 from flaxdraft.algorithms.peagle.drafts import llama
 from flaxdraft.errors import InputError
-from flaxdraft.files.name_tables import state_to_torch
 from flaxdraft.files.safetensors_file import load_safetensors, save_safetensors
-from flaxdraft.interfaces import VocabMap
 from flaxdraft.serving import lint
 from flaxdraft.serving.export import export
 from flaxdraft.serving.trained_draft import AboutTarget
@@ -25,30 +21,19 @@ from flaxdraft.serving.view import view_of_directory
 
 from_pytorch = tool("convert/from_pytorch")
 TAPS = [1, 3, 4]
-IDS = np.sort(np.random.default_rng(5).permutation(V)[:W])  # neither even nor contiguous
 ORDER = np.r_[W - 2 : W, 0 : W - 2]
 
 
-class Source:
-    """A draft of this project, to be written as another trainer would."""
-
-    module = llama
-
+class Source(test_dflash_import.Source):
     def __init__(self, size=W, **fields):
-        self.config = Pair(algorithm(), llama).config(target_config(), **{"draft_vocab_size": size} | fields)
-        rng, flat = np.random.default_rng(0), nnx.to_flat_state(abstract_params(llama, self.config))
-        self.params = nnx.from_flat_state(
-            [(path, v.replace(rng.normal(size=v.shape).astype(np.float32))) for path, v in flat]
-        )
-        self.vocab = VocabMap(IDS if size < V else np.arange(V), V)
-        self.tensors = state_to_torch(self.params, llama.name_table(self.config), np.float32)
-        self.hf = self.config.to_hf()
+        super().__init__(llama, draft_vocab_size=size, **fields)
 
 
 def specforge(source):
     """A name of its own, nulls, tables whatever the vocabulary; the mask token where its block drafts have it."""
     config = {name: value for name, value in source.hf.items() if name not in ("mask_token_id", "parallel_drafting")}
-    config |= {"architectures": ["PEagleDraftModel"], "rope_scaling": None, "norm_before_residual": False}
+    config |= {"architectures": ["PEagleDraftModel"], "rope_scaling": None,
+               "norm_before_residual": source.config.norm_before_residual}  # fmt: skip
     config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": TAPS, "use_aux_hidden_state": True}
     config["dflash_config"] = {"mask_token_id": source.config.mask_token_id}
     return source.tensors | source.vocab.tables(), config
@@ -82,17 +67,6 @@ def speculators(source):
     return source.tensors | source.vocab.tables() | target, config
 
 
-def fused(source):
-    """Projections joined, as an engine's own dump has them."""
-    tensors = {**source.tensors, **source.vocab.tables()}
-    for i in range(source.config.num_hidden_layers):
-        for joined, parts in (("self_attn.qkv", ("self_attn.q", "self_attn.k", "self_attn.v")),
-                              ("mlp.gate_up", ("mlp.gate", "mlp.up"))):  # fmt: skip
-            rows = [tensors.pop(f"layers.{i}.{part}_proj.weight") for part in parts]
-            tensors[f"layers.{i}.{joined}_proj.weight"] = np.concatenate(rows)
-    return tensors, source.hf
-
-
 LAYOUTS = {
     "specforge": (specforge, {"num_hidden_layers": 4}, "specforge"),
     "specforge, the residual normed": (specforge, {"num_hidden_layers": 1, "norm_before_residual": True}, "specforge"),
@@ -107,19 +81,12 @@ LAYOUTS = {
 def test_every_layout_gives_the_same_draft_which_vllm_takes_again(tmp_path, name):
     build, fields, trainer = LAYOUTS[name]
     source = Source(**fields)
-    tensors, config = build(source)
-    config = config | {name: True for name in ("norm_before_residual",) if fields.get(name)}
-    report = imported(tmp_path / "in", tensors, config)
+    report, written = imported_whole(tmp_path / "in", *build(source))
     assert report.trainer == trainer
-    assert {row.key for row in report.rows} == set(tensors)  # every key accounted for
-    assert all(row.became or row.reason for row in report.rows)
     assert ("lm_head's rows were sorted along" in " ".join(report.remarks)) == (build is nemo)
     found = assert_same(tmp_path / "in", source)
-    written = json.loads((tmp_path / "in" / "config.json").read_text())
     if build in (specforge, speculators):
         assert written["eagle_aux_hidden_state_layer_ids"] == [layer_id + 1 for layer_id in TAPS]
-    assert not {"transformer_layer_config", "speculators_config", "embed_requires_grad"} & written.keys()
-    assert None not in written.values()
     whole = lint.check(view_of_directory(tmp_path / "in", TARGET_HF), found.algorithm.serving())[0]
     assert whole.faithful, whole.findings
     export(tmp_path / "out", found, AboutTarget(TARGET_HF, TAPS), dtype="float32", engine="vllm")
@@ -131,6 +98,20 @@ def test_a_whole_vocabulary_loses_its_tables(tmp_path):
     imported(tmp_path / "in", *specforge(source))
     assert_same(tmp_path / "in", source)
     assert not {"d2t", "t2d"} & load_safetensors(tmp_path / "in" / "model.safetensors").keys()
+
+
+def test_switches_are_written_where_engines_read_them(tmp_path):
+    """Norms may be switched on in eagle_config, or by SGLang's other name."""
+    source = Source(fc_norm=True, norm_before_residual=True)
+    tensors, config = fused(source)
+    config = {name: value for name, value in config.items() if name not in ("fc_norm", "norm_before_residual")}
+    config |= {"use_aux_norm": True, "norm_before_fc": False, "eagle_config": {"norm_before_residual": True}}
+    _, written = imported_whole(tmp_path / "in", tensors, config)
+    assert {name: written.get(name) for name in ("fc_norm", "norm_before_residual")} == {
+        "fc_norm": True, "norm_before_residual": True,
+    }  # fmt: skip
+    assert not {"use_aux_norm", "norm_before_fc"} & written.keys()
+    assert_same(tmp_path / "in", source)
 
 
 def test_what_says_nothing_here_is_pointed_out(tmp_path):

@@ -4,7 +4,8 @@
     score = unary + latents . codebook row, of candidates alone
     total = weight (CE(unary) + share CE(scores)), the latter where the label is a candidate
 
-With `Candidates.insert` a label that is none takes the place of the last one, so that the latter counts everywhere.
+With `Candidates.insert` a label that is no candidate takes the last candidate's place, so that the scores' loss counts
+in every row.
 
 The codebook is a trained matrix over the whole vocabulary, of which only the candidates' rows are read. The walk over
 chunks and the gradient's accumulator are those of ops/corrected_head.py.

@@ -87,8 +87,8 @@ def walked(
     """The total, which alone has a gradient, to inputs and correction; and what is known of each row.
 
     Args:
-        of_chunk: a function of a module, or a named tuple that is called, so that equal ones compare as equal: each
-            other one is compiled anew.
+        of_chunk: a function of a module, or a named tuple that is called. JAX compiles the walk anew for each that is
+            not equal to an earlier one, as no two lambdas are.
         rows: arrays [B, R, ...].
         more: further numbers, the same for all rows.
     """

@@ -9,11 +9,19 @@ import numpy as np
 
 from flaxdraft.serving import rope_fields
 from flaxdraft.serving.finding import Finding, few
+from flaxdraft.serving.foreign.layers import FORM
 from flaxdraft.serving.view import DraftView
 
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
 SHORT_CONTEXT = 2048  # what trainers write when they mean the length of their rows
 MARK = "draft_trainer"  # what an export of this project says of itself
+
+
+def foreign_form(view: DraftView) -> list[Finding]:
+    if FORM not in view.config:
+        return []
+    return [Finding("refused", "config.json is in the speculators form, which vLLM alone reads",
+                    "convert it with tools/convert/from_pytorch.py")]  # fmt: skip
 
 
 def nulls(view: DraftView) -> Iterator[Finding]:

@@ -22,7 +22,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from broken import BREAKS, Break
+from break_terms import Break
+from broken import BREAKS
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("flaxdraft", "tests", "tools", "experiments", "docs", "pyproject.toml", "README.md")

@@ -1,24 +1,7 @@
 """The list of `breaks.py`: what is broken, and who should notice."""
 
-from typing import NamedTuple
-
-
-class Break(NamedTuple):
-    what: str
-    old: str  # stands once in the package; white space may differ
-    new: str
-    tests: tuple[str, ...]  # arguments of pytest
-    why: str = ""  # it may go unnoticed
-
-
-def wire(*fields: str) -> tuple[str, ...]:
-    """Rows of test_wire.py."""
-    return ("tests/test_wire.py", "-k", " or ".join(f"[{field}]" for field in fields))
-
-
-def of(file: str, name: str = "") -> tuple[str, ...]:
-    return (f"tests/{file}.py", *(("-k", name) if name else ()))
-
+from break_terms import Break, of, wire
+from broken_algorithms import BLOCKS, CANDIDATES, DEPTHS, HEADS, SEAMS, TRUST
 
 OPTIMIZER = (
     Break("betas are ignored", "*config.betas,", "", wire("train.betas")),
@@ -158,19 +141,6 @@ MASKS = (
           "np.arange(len(row.tokens)) >= row.num_prompt - 1", of("test_pipeline")),
 )  # fmt: skip
 
-SEAMS = (
-    Break("the loss leaves out the scale and the cap of the logits", "How(self._loss_chunk(anchor_BA), draft.made_of)",
-          "How(self._loss_chunk(anchor_BA))", of("test_dflash", "scaled_and_capped")),
-    Break("values of a block draft are not scaled", "if self.value_scale != 1:", "if False:",
-          of("test_dflash", "scaled_and_capped")),
-    Break("sliding layers see their whole block", "slides if self.is_causal is None else self.is_causal",
-          "bool(self.is_causal)", of("test_dflash", "each_layer_sees")),
-    Break("rows that fill a batch up are divided by", "jnp.any(asked_BAS, axis=(1, 2)).astype",
-          "jnp.ones(len(asked_BAS)).astype", of("test_dflash", "empty_rows")),
-    Break("an evaluation goes on on another mesh", '"target_mesh": {name: size for name, size in shape',
-          '"mesh": {name: size for name, size in shape', of("test_evaluate_command", "keeps_its_mesh")),
-)  # fmt: skip
-
 EXPORT = (
     Break("d2t holds ids",
           "return self.target_ids_W.astype(np.int64) - np.arange(self.draft_vocab_size, dtype=np.int64)",
@@ -193,12 +163,12 @@ EXPORT = (
           'if False: raise InputError(f"export:', of("test_export", "not_finite")),
 )  # fmt: skip
 
-HOSTS = ("tests/multiprocess/test_evaluate_hosts.py",)
+BY_HOSTS = ("tests/multiprocess/test_evaluate_hosts.py",)
 EVALUATION = (
     Break("every batch of an evaluation weighs the same", "parts.append(Part(wide,",
-          "parts.append(Part(jax.tree.map(lambda x: x / len(chunk), wide),", HOSTS),
+          "parts.append(Part(jax.tree.map(lambda x: x / len(chunk), wide),", BY_HOSTS),
     Break("a scalar accuracy is the mean over slots", "float(np.sum(count) / max(int(self.blocks.asked_Q.sum()), 1))",
-          "float(np.mean(count / np.maximum(self.blocks.asked_Q, 1)))", HOSTS),
+          "float(np.mean(count / np.maximum(self.blocks.asked_Q, 1)))", BY_HOSTS),
     Break("the walk goes on a row at a time", "row, left = row + gained, left - gained",
           "row, left = row + 1, left - gained", of("test_acceptance", "walk")),
     Break("the walk begins behind the answer's first token", "row, left, yields = num_prompt - 1,",
@@ -236,160 +206,6 @@ HOSTS = (
           "heartbeat_timeout_seconds=30", wire("hosts.heartbeat_seconds")),
     Break("the hosts' section is not handed on", "supervised(config.hosts, work)",
           "supervised(type(config.hosts)(), work)", wire("hosts.coordinator")),
-)  # fmt: skip
-
-GOLDEN = ("tests/parity/test_dflash_golden.py",)
-BLOCKS = (
-    Break("a block sees its anchor among the text", "anchor_BA[:, :, None] - 1, begin_BAS.shape",
-          "anchor_BA[:, :, None], begin_BAS.shape", of("test_block_attention")),
-    Break("a window is counted from the anchor",
-          "anchor_BA[:, :, None] + jnp.arange(self.size)[None, None] - (self.window - 1)",
-          "anchor_BA[:, :, None] - self.window", of("test_block_attention")),
-    Break("every block is causal", "near & ((ahead <= 0) | (not self.causal))", "near & (ahead <= 0)",
-          of("test_block_attention")),
-    Break("the context passes the layer's input norm", "self.self_attn.project(context_BTD)",
-          "self.self_attn.project(self.input_layernorm(context_BTD))", GOLDEN),
-    Break("labels are shifted by one", "Layout(block_size, shift=0, first=1)", "Layout(block_size, shift=1, first=1)",
-          of("test_dflash", "predicts")),
-    Break("blocks see other documents", "first_BA = take_rows(document_ranges(batch.segments_BT).first_BR, anchor_BA)",
-          "first_BA = anchor_BA * 0", of("test_dflash", "packed")),
-    Break("blocks predict other documents", "assistant & (segment == of_anchor_BA1) & (of_anchor_BA1 > 0)",
-          "assistant & (of_anchor_BA1 > 0)", of("test_dflash", "predicts")),
-    Break("weights by confidence have a gradient", "jnp.exp(-jax.lax.stop_gradient(loss_BAS))", "jnp.exp(-loss_BAS)",
-          GOLDEN),
-    Break("the decay begins at the anchor", "jnp.maximum(jnp.arange(layout.block_size) - layout.first, 0)",
-          "jnp.arange(layout.block_size)", of("test_dflash", "weighs_one")),
-    Break("the highest numbers are drawn", "np.where(possible_BT[:, :-1], uniform_BT, np.inf)",
-          "np.where(possible_BT[:, :-1], -uniform_BT, np.inf)", GOLDEN),
-    Break("every step draws the same anchors", "np.random.default_rng((draw.seed, draw.step, draw.first_row + i))",
-          "np.random.default_rng((draw.seed, 0, draw.first_row + i))", of("test_dflash", "every_step")),
-    Break("the anchor's slot proposes", "hidden_BSD[:, first : first + num_tokens]", "hidden_BSD[:, :num_tokens]",
-          ("tests/parity/test_dflash_decoding.py",)),
-)  # fmt: skip
-
-HEAD_GOLDEN = ("tests/parity/test_domino_golden.py",)
-HEADS = (
-    Break("the gates of the head are exchanged", "(r, z, n), (of_r, of_z, of_n) =", "(z, r, n), (of_z, of_r, of_n) =",
-          HEAD_GOLDEN),
-    Break("a slot reads the token that it predicts", "if first: # slot k predicts", "if False: # slot k predicts",
-          of("test_domino", "no_slot_reads")),
-    Break("the base loss never fades", "jnp.minimum(step / settings.base_steps, 1)", "jnp.minimum(step, 0)",
-          of("test_domino", "fades")),
-    Break("the schedule stands still", "sums: Any, step: Int[Array, \"\"]) -> Int[Array, \"\"]: return step + 1",
-          "sums: Any, step: Int[Array, \"\"]) -> Int[Array, \"\"]: return carry", of("test_domino", "fades")),
-    Break("slots for which there is no token break a run", "jnp.cumprod(hit_BAQ | ~asked_BAQ,", "jnp.cumprod(hit_BAQ,",
-          HEAD_GOLDEN),
-    Break("the head reads the newest token alone", "chosen.append(choose(logits_BV, j)) token_B = chosen[-1][0]",
-          "chosen.append(choose(logits_BV, j))",
-          ("tests/parity/test_domino_decoding.py",)),
-    Break("the head is served with any prefix", "prefix=1, plain_logits=True", "plain_logits=True",
-          of("test_domino_check")),
-    Break("the base loss counts in full", "of_final_C, of_base_C = weight_C * (1 - base_share), weight_C * base_share",
-          "of_final_C, of_base_C = weight_C, weight_C * base_share", of("test_corrected_head")),
-)  # fmt: skip
-
-DFLASH2 = ("tests/parity/test_dflash2_golden.py",)
-CANDIDATES = (
-    Break("convolutions read what comes behind", "jnp.pad(x_BASD, ((0, 0), (0, 0), (j, 0), (0, 0)))[:, :, :size]",
-          "jnp.pad(x_BASD, ((0, 0), (0, 0), (0, j), (0, 0)))[:, :, j:]", of("test_dflash2", "stay_in_their_block")),
-    Break("convolutions go on from the block before", "size = c.block_size", "size = 2 * c.block_size",
-          of("test_dflash2", "stay_in_their_block")),
-    Break("the way out has the kernel of the way in", "return self._along(1, part(read), added)",
-          "return self._along(0, part(read), added)", DFLASH2),
-    Break("the kernels of the way out are made of what the part gives", "return self._along(1, part(read), added)",
-          "return self._along(1, out := part(read), self.kernel_projection(out))", DFLASH2),
-    Break("channels of a group lie apart", "jnp.repeat(added[:, :, :, j], width // added.shape[-1], axis=-1)",
-          "jnp.tile(added[:, :, :, j], width // added.shape[-1])", DFLASH2),
-    Break("the feed-forward passes no convolution",
-          "self.mlp_conv(self.post_attention_layernorm(hidden_BRD), self.mlp)",
-          "self.mlp(self.post_attention_layernorm(hidden_BRD))", DFLASH2),
-    Break("the selector reads the token that it chooses", "jnp.maximum(jnp.arange(settings.block_size) - 1, 0)",
-          "jnp.arange(settings.block_size)", DFLASH2),
-    Break("the selector reads the newest token alone", "score_BK) chosen.append(choose(score_BV, j)) "
-          "token_B = chosen[-1][0]", "score_BK)\n            chosen.append(choose(score_BV, j))", DFLASH2),
-    Break("tokens that are no candidates are proposed", "jnp.full_like(logits_BQV[:, j], -jnp.inf).at[rows_B1, id_BK]",
-          "logits_BQV[:, j].at[rows_B1, id_BK]", of("test_dflash2", "candidates_alone")),
-    Break("labels that are no candidates count", "jnp.where(there_C, loss_C, 0)", "loss_C",
-          of("test_candidate_head")),
-    Break("their gradient counts", "jnp.where(there_C[:, None], jax.nn.softmax(score_CK, axis=1) - right_CK, 0)",
-          "jax.nn.softmax(score_CK, axis=1) - right_CK", of("test_candidate_head")),
-    Break("the selector's loss never reaches the logits", "if self.coupled:", "if False:", DFLASH2),
-    Break("it reaches the states though it is stopped",
-          "jax.lax.stop_gradient(states_BRD) if settings.selector_stop_gradient else states_BRD", "states_BRD",
-          of("test_dflash2", "stopped_gradient")),
-    Break("it reaches the logits though it is stopped", "not settings.selector_stop_gradient, insert), self.how(",
-          "True, insert), self.how(", of("test_dflash2", "stopped_gradient")),
-    Break("labels that are no candidates are put among them unasked", "if self.insert:", "if True:",
-          of("test_candidate_head")),
-    Break("a label that was put among the candidates counts as proposed",
-          "covered_C & (first_C == label_C), covered_C)", "first_C == label_C, covered_C)", of("test_candidate_head")),
-    Break("it takes a candidate's place where it is one already",
-          "jnp.where(covered_C, x_CK[:, -1], own_C)", "own_C", of("test_candidate_head")),
-    Break("candidates are those of one device", "value_CK, at_CK = lax.top_k(values, count)",
-          "value_CK, at_CK = lax.top_k(values[:, : logits_CW.shape[-1]], count)",
-          of("test_candidate_head", "may_be_split")),
-    Break("ids are counted on each device", "id_CK = id_CK + lax.axis_index(axis) * logits_CW.shape[-1]", "",
-          of("test_candidate_head", "may_be_split")),
-    Break("the selector's loss counts from the first step", "jnp.clip((step - warmup + 1) / max(ramp, 1), 0, 1)",
-          "jnp.clip((step + 1) / max(ramp, 1), 0, 1)", of("test_dflash2", "comes_with_the_step or specforges")),
-    Break("the selector's schedule stands still",
-          "sums: Any, step: Int[Array, \"\"]) -> Int[Array, \"\"]: return step + 1",
-          "sums: Any, step: Int[Array, \"\"]) -> Int[Array, \"\"]: return carry",
-          of("test_dflash2", "comes_with_the_step")),
-    Break("codebooks are written as they are called in memory", "f\"{SELECTOR}.successor_codebook\")",
-          "f\"{SELECTOR}.successor_codebook.weight\")", of("test_dflash2_check")),
-    Break("vLLM is said to pass the scale of logits over", "scales_logits=True, reduced_vocabulary=False, mixed",
-          "reduced_vocabulary=False, mixed", of("test_dflash2_check")),
-)  # fmt: skip
-
-PEAGLE = ("tests/parity/test_peagle_golden.py",)
-DEPTHS = (
-    Break("places that drew the highest numbers are kept", "np.argsort(uniform_T[candidates]",
-          "np.argsort(-uniform_T[candidates]", of("test_peagle", "elements_are_drawn")),
-    Break("chains begin in another document",
-          "candidates = candidates[segments_T[candidates - depth] == segments_T[candidates]]", "",
-          of("test_peagle", "elements_are_drawn")),
-    Break("every step draws the same elements", "np.random.default_rng([draw.seed, draw.step, draw.first_row + i])",
-          "np.random.default_rng([draw.seed, 0, draw.first_row + i])", of("test_peagle", "every_step")),
-    Break("masked places stand where their anchor does", "take_rows(batch.positions_BT, at_BR) + depth",
-          "take_rows(batch.positions_BT, at_BR)", PEAGLE),
-    Break("masked places count rows of other documents", "take_rows(batch.positions_BT, at_BR) + depth",
-          "at_BR + depth", of("test_peagle", "each_element_sees")),
-    Break("a parallel draft's head begins at random",
-          "draft: ParallelDraft, target: EmbeddingAndHead, vocab: VocabMap) -> None: "
-          "\"\"\"See `from_target.warm_start`.\"\"\" from_target.warm_start(draft, target, vocab)",
-          "draft: ParallelDraft, target: EmbeddingAndHead, vocab: VocabMap) -> None: pass",
-          of("test_peagle", "begins_with")),
-    Break("an element sees the first chain of the depth before", "np.where(there, at, widths[depth - 1])",
-          "np.where(there, 0 * at, widths[depth - 1])", PEAGLE),
-    Break("the teacher is that of the place before", "take_rows(x, place_BM + 1) for x in",
-          "take_rows(x, place_BM) for x in", PEAGLE),
-    Break("the drafter's masked places stand one further", "newest_B[:, None] + jnp.arange(num)[None]",
-          "newest_B[:, None] + 1 + jnp.arange(num)[None]", of("test_peagle", "greedy_decoding")),
-    Break("hits behind a miss count at later depths", "prefix.append(hit[depth] & take_rows(prefix[-1], parent_BR))",
-          "prefix.append(hit[depth])", of("test_peagle", "greedy_decoding")),
-    Break("two mask tokens are not compared", "if len(set(found.values())) > 1:", "if False:",
-          of("test_peagle_check", "two")),
-    Break("engines that serve no parallel drafts are not refused", "if engine.why_not is not None: return [Finding(",
-          "if engine.why_not == 0: return [Finding(", of("test_peagle_check", "nothing")),
-)  # fmt: skip
-
-TRUST = (
-    Break("the teacher is of another row", "take_rows(features.last_BTE, rows_BR)",
-          "take_rows(features.last_BTE, rows_BR + 1)", ("tests/parity/test_dspark_golden.py",)),
-    Break("the recurrent head forgets", "keep * state + (1 - keep) * jnp.tanh(new), jnp.tanh(out)",
-          "(1 - keep) * jnp.tanh(new), jnp.tanh(out)", ("tests/parity/test_dspark_golden.py",)),
-    Break("the distance has half of its derivative", "p_CV * (jnp.sign(gap_CV) - leaning_C[:, None])",
-          "p_CV * jnp.sign(gap_CV)", ("tests/parity/test_dspark_golden.py",)),
-    Break("what is not trusted is proposed", "agree_BQ = agree_BQ * (jnp.arange",
-          "agree_BQ = agree_BQ + 0 * (jnp.arange",
-          of("test_dspark", "walk")),
-    Break("what was not drafted is subtracted", "jnp.where(there_BQ[..., None], q_BQW, 0)", "q_BQW",
-          of("test_dspark", "neither")),
-    Break("the confidence is fitted on all slots", "counts_BAQ = (reached_BAQ * asked_BAQ)",
-          "counts_BAQ = (1 + 0 * reached_BAQ * asked_BAQ)", of("test_dspark", "temperatures")),
-    Break("the newest token's slot is left out", "layout_of(self.settings.block_size, sample_from_anchor=True)",
-          "layout_of(self.settings.block_size, sample_from_anchor=False)", of("test_dspark", "walk")),
 )  # fmt: skip
 
 SERVED = (

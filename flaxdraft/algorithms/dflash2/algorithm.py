@@ -40,9 +40,8 @@ class Scores(NamedTuple):
     weight_BAS: Float[Array, "B A S"]
     loss_BAS: Float[Array, "B A S"]  # cross entropy of the logits
     base_hit_BAS: Bool[Array, "B A S"]
-    choice_loss_BAS: Float[
-        Array, "B A S"
-    ]  # cross entropy among the candidates; 0 where the right token is not among them
+    # Cross entropy among the candidates; 0 where the right token is not among them.
+    choice_loss_BAS: Float[Array, "B A S"]
     hit_BAS: Bool[Array, "B A S"]
     covered_BAS: Bool[Array, "B A S"]  # the right token is a candidate
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flaxdraft.errors import InputError
 
+FORM = "speculators_model_type"  # the field by which that form is told; it names the algorithm
 NESTED = "transformer_layer_config"
 _DEFAULTS = {
     "llama": {
@@ -18,6 +19,19 @@ _DEFAULTS = {
         "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
     },
 }  # fmt: skip
+
+
+def check_types(config: Mapping[str, Any], malformed: Callable[[Mapping[str, Any]], list[str]], origin: str) -> None:
+    """
+    Args:
+        malformed: which fields hold what no such field can.
+
+    Raises:
+        InputError: config.json has such fields, or the layer nested in it.
+    """
+    layer = config.get(NESTED)
+    if wrong := [*malformed(config), *(malformed(layer) if isinstance(layer, dict) else ())]:
+        raise InputError(f"{origin}: config.json: {'; '.join(wrong)}")
 
 
 def layer_of(config: Mapping[str, Any], kinds: tuple[str, ...], usual: str, origin: str) -> dict[str, Any]:

@@ -11,9 +11,8 @@ from flaxdraft.algorithms.dflash.serving.terms import CONFIG, INPUT_TAPS, TAPS
 from flaxdraft.algorithms.importing import algorithm_named
 from flaxdraft.errors import InputError
 from flaxdraft.serving import rope_fields
-from flaxdraft.serving.foreign.layers import NESTED, layer_of
+from flaxdraft.serving.foreign.layers import FORM, NESTED, layer_of
 
-FORM = "speculators_model_type"
 _LEFT_OUT = ("auto_map", FORM, NESTED, "speculators_config", "transformers_version", "use_cache", "dtype")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from flaxdraft.algorithms.dflash.foreign.configs import FORM, understand
 from flaxdraft.algorithms.dflash.foreign.configs import claims as claims
+from flaxdraft.algorithms.dflash.foreign.configs import understand
 from flaxdraft.algorithms.dflash.foreign.family import OF_DFLASH, Family
 from flaxdraft.algorithms.dflash.foreign.names import layout_of
 from flaxdraft.algorithms.dflash.serving.fields import malformed
@@ -19,7 +19,7 @@ from flaxdraft.algorithms.importing import write
 from flaxdraft.errors import InputError
 from flaxdraft.files.draft_directory import check_replaceable
 from flaxdraft.serving import rope_fields, vocabulary_tables
-from flaxdraft.serving.foreign.layers import NESTED
+from flaxdraft.serving.foreign.layers import FORM, check_types
 from flaxdraft.serving.foreign.names import rename
 from flaxdraft.serving.foreign.report import Options, Report
 from flaxdraft.serving.foreign.vocabulary import known_tokens
@@ -44,9 +44,7 @@ def convert(
     check_replaceable(out)
     if options.recurrence is not None:
         raise InputError("--recurrence: a draft of blocks feeds no state back; leave it out")
-    layer = config.get(NESTED)
-    if wrong := [*malformed(config), *(malformed(layer) if isinstance(layer, dict) else ())]:
-        raise InputError(f"{origin}: config.json: {'; '.join(wrong)}")
+    check_types(config, malformed, origin)
     written, remarks = understand(config, origin, family)
     view = view_of_arrays(written, tensors, None)
     if found := unreadable(view, family.kind) or [one for rule in family.kind.rules for one in rule(view)]:

@@ -19,9 +19,8 @@ from flaxdraft.serving.vocabulary_tables import TABLES
 
 def unreadable(view: DraftView, kind: Kind = DFLASH) -> list[Finding]:
     """What makes every further question meaningless."""
-    if "speculators_model_type" in view.config:
-        return [Finding("refused", "config.json is in the speculators form, which vLLM alone reads", "convert "
-                        "it with tools/convert/from_pytorch.py")]  # fmt: skip
+    if found := sanity.foreign_form(view):
+        return found
     if found := unknown_fields(view.config, kind.projector, kind.own_fields):
         return [Finding("refused", f"config.json has {few(found)}: another drafter of the family, or a switch that "
                         "flaxdraft does not have", "nothing is known of such a draft here")]  # fmt: skip

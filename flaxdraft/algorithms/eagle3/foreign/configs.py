@@ -11,10 +11,9 @@ from flaxdraft.algorithms.eagle3.serving.terms import switch
 from flaxdraft.errors import InputError
 from flaxdraft.plugins import first_architecture
 from flaxdraft.serving import rope_fields
-from flaxdraft.serving.foreign.layers import layer_of
+from flaxdraft.serving.foreign.layers import FORM, layer_of
 
 Trainer = Literal["flaxdraft", "specforge", "torchspec", "nemo", "eagle", "speculators"]
-FORM = "speculators_model_type"
 TRAINERS = ("specforge", "torchspec", "nemo", "eagle", "speculators")
 _ARCHITECTURES: dict[str | None, Trainer] = {
     "LlamaEagle3DraftModel": "nemo", "DeepseekV3Eagle3DraftModel": "nemo",

@@ -19,6 +19,7 @@ from flaxdraft.algorithms.importing import write
 from flaxdraft.errors import InputError
 from flaxdraft.files.draft_directory import check_replaceable
 from flaxdraft.serving import rope_fields
+from flaxdraft.serving.foreign.layers import check_types
 from flaxdraft.serving.foreign.names import rename
 from flaxdraft.serving.foreign.report import Options, Report
 from flaxdraft.serving.sanity import MARK
@@ -43,9 +44,7 @@ def convert(
         InputError: see `understand`, `rename` and `order`; or the weights do not make a draft.
     """
     check_replaceable(out)
-    nested = config.get("transformer_layer_config")
-    if wrong := [*malformed(config), *(malformed(nested) if isinstance(nested, dict) else ())]:
-        raise InputError(f"{origin}: config.json: {'; '.join(wrong)}")
+    check_types(config, malformed, origin)
     trainer = cast(Trainer | None, options.trainer) or trainer_of(config, has_training_state)
     understood = understand(config, trainer, options.recurrence, origin)
     written, remarks = understood.config, understood.remarks

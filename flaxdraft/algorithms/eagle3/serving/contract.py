@@ -21,6 +21,7 @@ from flaxdraft.algorithms.eagle3.serving.terms import SWITCHES, Engine
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.serving import vocabulary_tables
 from flaxdraft.serving.finding import Finding, few
+from flaxdraft.serving.sanity import foreign_form
 from flaxdraft.serving.view import DraftView
 
 title: str = "EAGLE-3"
@@ -55,9 +56,8 @@ def tap_layers_of(config: Mapping[str, Any], target: Mapping[str, Any]) -> list[
 
 
 def unreadable(view: DraftView) -> list[Finding]:
-    if "speculators_model_type" in view.config:
-        return [Finding("refused", "config.json is in the speculators form, which vLLM alone reads, for Llama and "
-                        "Qwen3 layers", "convert it with tools/convert/from_pytorch.py")]  # fmt: skip
+    if found := foreign_form(view):
+        return found
     bad = [*sizeless(view.config), *malformed(view.config)]
     return [Finding("refused", f"config.json: {few(bad)}", "write it again")] if bad else []
 

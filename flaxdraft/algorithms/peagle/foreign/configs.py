@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flaxdraft.algorithms.eagle3.foreign.configs import FORM, Trainer, of_speculators, put_layers
+from flaxdraft.algorithms.eagle3.foreign.configs import Trainer, of_speculators, put_layers
 from flaxdraft.algorithms.eagle3.serving.terms import switch
 from flaxdraft.algorithms.importing import algorithm_named
 from flaxdraft.algorithms.peagle.drafts.llama import SERVING_ARCHITECTURE
@@ -14,6 +14,7 @@ from flaxdraft.algorithms.peagle.sizes import MARK
 from flaxdraft.errors import InputError
 from flaxdraft.plugins import first_architecture
 from flaxdraft.serving import rope_fields
+from flaxdraft.serving.foreign.layers import FORM
 
 NAME = "peagle"
 _TRAINERS: dict[str | None, Trainer] = {"PEagleDraftModel": "specforge", "LlamaForCausalLMPeagle": "nemo"}

@@ -20,7 +20,7 @@ from flaxdraft.algorithms.peagle.serving.tensors import MASK_STATE
 from flaxdraft.errors import InputError
 from flaxdraft.files.draft_directory import check_replaceable
 from flaxdraft.serving import rope_fields
-from flaxdraft.serving.foreign.layers import NESTED
+from flaxdraft.serving.foreign.layers import check_types
 from flaxdraft.serving.foreign.names import rename
 from flaxdraft.serving.foreign.report import Options, Report
 from flaxdraft.serving.sanity import MARK
@@ -30,22 +30,12 @@ def convert(
     tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], out: Path, origin: str, options: Options = Options(),  # noqa: B008 (immutable)
     *, has_training_state: bool = False,
 ) -> Report:  # fmt: skip
-    """
-    Args:
-        tensors: of the draft, d2t and t2d among them.
-        config: its config.json.
-        has_training_state: it came out of SpecForge's training_state.pt.
-
-    Raises:
-        InputError: see `understand`, `rename` and `order`; or the weights do not make a draft.
-    """
+    """As EAGLE-3's `convert`."""
     check_replaceable(out)
     if options.recurrence is not None:
         raise InputError("--recurrence: a draft that proposes in one pass feeds no state back; leave it out")
     trainer = cast(Trainer | None, options.trainer) or trainer_of(config, has_training_state)
-    layer = config.get(NESTED)
-    if wrong := [*fields.malformed(config), *(fields.malformed(layer) if isinstance(layer, dict) else ())]:
-        raise InputError(f"{origin}: config.json: {'; '.join(wrong)}")
+    check_types(config, fields.malformed, origin)
     written, remarks = understand(config, origin)
     if wrong := malformed(written):
         raise InputError(f"{origin}: config.json: {'; '.join(wrong)}")

@@ -23,6 +23,7 @@ from flaxdraft.algorithms.peagle.serving.terms import Engine
 from flaxdraft.interfaces import VocabMap
 from flaxdraft.serving.contract import tables_in
 from flaxdraft.serving.finding import Finding, few
+from flaxdraft.serving.sanity import foreign_form
 from flaxdraft.serving.view import DraftView
 
 title: str = "P-EAGLE"
@@ -50,9 +51,8 @@ def _known(view: DraftView) -> View:
 
 
 def unreadable(view: DraftView) -> list[Finding]:
-    if "speculators_model_type" in view.config:
-        return [Finding("refused", "config.json is in the speculators form, which vLLM alone reads", "convert "
-                        "it with tools/convert/from_pytorch.py")]  # fmt: skip
+    if found := foreign_form(view):
+        return found
     bad = sanity.malformed(view.config)
     return [Finding("refused", f"config.json: {few(bad)}", "write it again")] if bad else []
 
