@@ -17,6 +17,7 @@ from flaxdraft.targets.text_side import open_text_side
 
 UNKNOWN = {"architectures": ["NewForCausalLM"], "model_type": "new", "vocab_size": 64}
 QUANTISED = {"quantization_config": {"quant_method": "awq"}}
+PER_TENSOR = {"quantization_config": {"quant_method": "fp8"}}
 WINDOW = {"use_sliding_window": True, "max_window_layers": 0}
 
 
@@ -32,6 +33,7 @@ def directory(path, config):
         (lambda d: targets.describe_target(str(directory(d, UNKNOWN))), "'NewForCausalLM'"),
         (lambda d: targets.open_target(str(directory(d, UNKNOWN))), "'NewForCausalLM'"),
         (lambda d: HFDirectory(directory(d, target_hf("llama") | QUANTISED)), "found 'awq'"),
+        (lambda d: HFDirectory(directory(d, target_hf("llama") | PER_TENSOR)), "weight_block_size: found None"),
         (lambda d: HFDirectory(d), "other formats are not read"),
         (lambda d: GGUFCheckpoint(write_tiny_gguf(d / "a.gguf", num_layers=1, architecture="qwen2")), "'qwen2'"),
         (lambda d: llama.Config.from_hf(target_hf("llama") | WINDOW, ()), "use_sliding_window is true"),

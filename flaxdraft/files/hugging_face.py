@@ -198,5 +198,8 @@ def _block_size(quantisation: dict[str, Any], origin: Path) -> tuple[int, int]:
             f"'mxfp4' can be read; use the model's unquantised weights. {THROUGH_AN_ENGINE}"
         )
     if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
-        raise InputError(f"{origin}: quantization_config.weight_block_size: found {block!r}, expected two block sizes")
+        raise InputError(
+            f"{origin}: quantization_config.weight_block_size: found {block!r}, expected two block sizes. "
+            f"{THROUGH_AN_ENGINE}"
+        )
     return tuple(block)
