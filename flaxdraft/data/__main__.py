@@ -273,6 +273,7 @@ def _answer_all(arguments: argparse.Namespace) -> None:
     dtype, mesh = dtype_or_default(arguments.dtype), target_mesh(arguments.mesh)
     longest = options.max_prompt_tokens + options.max_new_tokens
     opened = targets.open_target(arguments.target)
+    opened.needed_stop_tokens()  # what the target lacks is said before the options that do not fit it
     if longest > (context := opened.config().context):
         raise InputError(
             f"--max-prompt-tokens and --max-new-tokens: found {longest} together, more than the target's context of "

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from flaxdraft.errors import InputError
 from flaxdraft.files.gguf_parts import parts_of
+from flaxdraft.files.through_an_engine import THROUGH_AN_ENGINE
 from flaxdraft.nn.rope import RopeConfig, inverse_frequencies
 
 if TYPE_CHECKING:
@@ -83,7 +84,9 @@ class GGUFCheckpoint:
             )
         architecture = self._field("general.architecture")
         if architecture != "llama":
-            raise InputError(f"{path}: GGUF architecture {architecture!r} is not supported; supported: llama")
+            raise InputError(
+                f"{path}: GGUF architecture {architecture!r} is not supported; supported: llama. {THROUGH_AN_ENGINE}"
+            )
         with self._readable():
             self.config = self._read_config()
         tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
@@ -137,7 +140,7 @@ class GGUFCheckpoint:
                 "the file is altered"
             )
         if self._field("llama.rope.scaling.type", "none") != "none":
-            raise InputError(f"{self.path}: GGUF rope scaling is not supported yet")
+            raise InputError(f"{self.path}: GGUF rope scaling is not supported yet. {THROUGH_AN_ENGINE}")
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -167,7 +170,10 @@ class GGUFCheckpoint:
         nowhere, width = np.zeros((1, 1), np.int32), 2 * len(factors)
         found = inverse_frequencies(plain, width, nowhere) / inverse_frequencies(scaled, width, nowhere)
         if width != self.config["head_dim"] or not np.allclose(found, factors, rtol=1e-4):
-            raise InputError(f"{self.path}: rope_freqs.weight is not Llama 3.1's rotary scaling; it is not supported")
+            raise InputError(
+                f"{self.path}: rope_freqs.weight is not Llama 3.1's rotary scaling; it is not supported. "
+                f"{THROUGH_AN_ENGINE}"
+            )
         return scaling
 
     def end_tokens(self) -> list[int]:
@@ -199,7 +205,7 @@ class GGUFCheckpoint:
             kind = tensor.tensor_type.name
             raise InputError(
                 f"{self.path}: {tensor.name} is stored as {kind}, which the gguf package cannot turn into "
-                "numbers; take a file in another quantisation, such as Q8_0 or F16"
+                f"numbers; take a file in another quantisation, such as Q8_0 or F16. {THROUGH_AN_ENGINE}"
             ) from error
         return weight[index]
 

@@ -17,6 +17,7 @@ from flaxdraft.errors import InputError
 from flaxdraft.files import mxfp4
 from flaxdraft.files.json_files import read_json_object
 from flaxdraft.files.safetensors_file import SafetensorsFile
+from flaxdraft.files.through_an_engine import THROUGH_AN_ENGINE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -100,7 +101,9 @@ class HFDirectory(HFDescription):
     def _open(self) -> dict[str, SafetensorsFile]:
         if not (self.path / INDEX).exists():
             if not (self.path / SINGLE).exists():
-                raise InputError(f"{self.path}: holds neither {SINGLE} nor {INDEX}; other formats are not read")
+                raise InputError(
+                    f"{self.path}: holds neither {SINGLE} nor {INDEX}; other formats are not read. {THROUGH_AN_ENGINE}"
+                )
             file = SafetensorsFile(self.path / SINGLE)
             return dict.fromkeys(file.entries, file)
         index = self.path / INDEX
@@ -192,8 +195,11 @@ def _block_size(quantisation: dict[str, Any], origin: Path) -> tuple[int, int]:
     if method != "fp8":
         raise InputError(
             f"{origin}: quantization_config.quant_method: found {method!r}, only 'fp8' with block scales and "
-            "'mxfp4' can be read; use the model's unquantised weights"
+            f"'mxfp4' can be read; use the model's unquantised weights. {THROUGH_AN_ENGINE}"
         )
     if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
-        raise InputError(f"{origin}: quantization_config.weight_block_size: found {block!r}, expected two block sizes")
+        raise InputError(
+            f"{origin}: quantization_config.weight_block_size: found {block!r}, expected two block sizes. "
+            f"{THROUGH_AN_ENGINE}"
+        )
     return tuple(block)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -16,6 +16,7 @@ from flaxdraft.files.fetch import fetch, fetch_description
 from flaxdraft.files.gguf_file import GGUFCheckpoint
 from flaxdraft.files.hugging_face import HFDirectory, read_config
 from flaxdraft.files.name_tables import load_state
+from flaxdraft.files.through_an_engine import THROUGH_AN_ENGINE
 from flaxdraft.nn.precision import Precision
 from flaxdraft.plugins import find_by_architecture
 from flaxdraft.targets import decoder
@@ -80,6 +81,10 @@ class OpenedTarget(DescribedTarget, TextSide):
         return sorted({*(token for token in named if token is not None and token < size), *self.stop_tokens})
 
 
+def _family(config: dict[str, Any], path: Path) -> ModuleType:
+    return find_by_architecture(["flaxdraft.targets"], config, str(path), THROUGH_AN_ENGINE)
+
+
 def describe_target(address: str, sha256: str | None = None) -> DescribedTarget:
     """A target of which a configuration is enough: a directory with config.json alone, or a model on the hub, of which
     nothing else is fetched.
@@ -89,7 +94,7 @@ def describe_target(address: str, sha256: str | None = None) -> DescribedTarget:
     """
     path = fetch_description(address, sha256)
     config = read_config(path) if path.is_dir() else GGUFCheckpoint(path).config
-    return DescribedTarget(path, config, find_by_architecture(["flaxdraft.targets"], config, str(path)))
+    return DescribedTarget(path, config, _family(config, path))
 
 
 def open_target(address: str, sha256: str | None = None) -> OpenedTarget:
@@ -101,8 +106,7 @@ def open_target(address: str, sha256: str | None = None) -> OpenedTarget:
     if not path.is_dir() and path.suffix != ".gguf":
         raise InputError(f"target.path: {path} is neither a model directory nor a .gguf file")
     source = HFDirectory(path) if path.is_dir() else GGUFCheckpoint(path)
-    family = find_by_architecture(["flaxdraft.targets"], source.config, str(path))
-    return OpenedTarget(path, source.config, family, source)
+    return OpenedTarget(path, source.config, _family(source.config, path), source)
 
 
 def from_pretrained(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flaxdraft.errors import InputError
+from flaxdraft.files.through_an_engine import THROUGH_AN_ENGINE
 
 
 def check_positive(config: Mapping[str, Any], *names: str) -> None:
@@ -29,5 +30,5 @@ def check_only(config: Mapping[str, Any], name: str, known: Sequence[Any]) -> No
     if config.get(name, known[0]) not in known:
         raise InputError(
             f"target config: {name}: found {config[name]!r}, only {' or '.join(map(repr, known))} is supported; take "
-            "another model, or write a family that has it (CONTRIBUTING.md)"
+            f"another model, or write a family that has it (CONTRIBUTING.md). {THROUGH_AN_ENGINE}"
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from flaxdraft.devices.sharding import Sharding
 from flaxdraft.errors import InputError
+from flaxdraft.files.through_an_engine import THROUGH_AN_ENGINE
 from flaxdraft.nn.gqa import GQA, GQAConfig
 from flaxdraft.nn.layers import GatedMLP
 from flaxdraft.nn.precision import Precision
@@ -40,7 +41,7 @@ class Config(DecoderConfig):
         if config.get("use_sliding_window") and config.get("max_window_layers", 0) < common["num_hidden_layers"]:
             raise InputError(
                 f"target config: use_sliding_window is true from layer {config.get('max_window_layers', 0)} on, which "
-                "is not supported; expected false"
+                f"is not supported; expected false. {THROUGH_AN_ENGINE}"
             )
         if kind == "qwen3":
             common["head_dim"] = config.get("head_dim") or 128
