@@ -2,6 +2,7 @@
 
 from break_terms import Break, of, wire
 from broken_algorithms import BLOCKS, CANDIDATES, DEPTHS, HEADS, SEAMS, TRUST
+from broken_servers import SERVED
 
 OPTIMIZER = (
     Break("betas are ignored", "*config.betas,", "", wire("train.betas")),
@@ -206,31 +207,6 @@ HOSTS = (
           "heartbeat_timeout_seconds=30", wire("hosts.heartbeat_seconds")),
     Break("the hosts' section is not handed on", "supervised(config.hosts, work)",
           "supervised(type(config.hosts)(), work)", wire("hosts.coordinator")),
-)  # fmt: skip
-
-SERVED = (
-    Break("tokens that do not say their text are taken", "if _plain(text) not in said:", "if None in said:",
-          of("served/test_served_answers", "not_known")),
-    Break("what the server counted is not compared", "if type(counted) is int and counted not in",
-          "if type(counted) is str and counted not in", of("served/test_served_answers", "not_known")),
-    Break("tokens of no row of the embedding are taken", "if not 0 <= token < self.num_tokens]", "if token < 0]",
-          of("served/test_server_refusals", "beyond")),
-    Break("the end of an answer is left out", "else [*ids, self._end(choice)]", "else ids",
-          of("served/test_served_answers", "all_kinds")),
-    Break("a conversation is written before its last turn", "while not talk.is_done and (found :=",
-          "if not talk.is_done and (found :=", of("served/test_served_answers", "said")),
-    Break("a server gets no time", "self._free_at, self._silent_since = max(self._free_at, now + error.wait), None",
-          "self._silent_since = None", of("served/test_server_faults", "asks_for_time")),
-    Break("pauses do not grow", "self._patience.first_pause * 2 ** min(self._failures, 20)",
-          "self._patience.first_pause", of("served/test_server_faults", "pauses_grow")),
-    Break("a broken server decides what is left out", "and answers < server.heard:", "and answers <= server.heard:",
-          of("served/test_server_faults", "share_the_work")),
-    Break("what was answered is asked again", "elif conversation.id not in done:", "else:",
-          of("served/test_server_faults", "stopped_run")),
-    Break("half a line stays", "file.truncate(len(whole))", "file.truncate(len(text))",
-          of("served/test_server_faults", "stopped_run")),
-    Break("all turns share a seed", "SeedSequence((seed, self.number, len(self.answers)))", "SeedSequence((seed,))",
-          of("served/test_server_options", "each_request")),
 )  # fmt: skip
 
 FAMILIES = (
