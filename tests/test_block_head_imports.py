@@ -128,6 +128,8 @@ def test_every_layout_gives_the_same_draft_which_engines_take_again(tmp_path, na
     source = Source(module, **fields)
     _, written = imported_whole(tmp_path / "in", *build(source))
     assert written["dflash_config"]["target_layer_ids"] == TAPS
+    if module in (dspark, dspark_mla):  # whose authors do not write it
+        assert written["dflash_config"]["projector_type"] == "dspark"
     found = assert_same(tmp_path / "in", source)
     whole = lint.check(view_of_directory(tmp_path / "in", TARGET_HF), found.algorithm.serving())[0]
     assert whole.faithful, whole.findings

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxdraft.algorithms import DEFAULT, PACKAGE, draft_packages
+from flaxdraft.algorithms import DEFAULT, PACKAGE, algorithm_of, draft_packages
 from flaxdraft.algorithms.loading import from_pretrained
 from flaxdraft.errors import InputError
 from flaxdraft.files.draft_directory import written_whole
@@ -39,8 +39,7 @@ def algorithm_named(config: Mapping[str, Any]) -> str | None:
         module = find_by_architecture(draft_packages(), {**config, "model_type": None}, "config.json")
     except InputError:
         return None
-    drafts = module.__name__.rpartition(".")[0]
-    return next(name for name, folder in parts_of(PACKAGE) if f"{folder.__name__}.drafts" == drafts)
+    return algorithm_of(module).settings.name
 
 
 def write(out: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], origin: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -45,6 +45,19 @@ class Engine:
         """What to type to serve a draft; of an engine that serves. Lines behind the first begin with four spaces."""
         assert self.serve is not None, self.title
         return self.serve.format(draft=draft, chain=chain_length, verified=chain_length + 1)
+
+
+_Table = TypeVar("_Table", bound=Engine)
+
+
+def like(table: Engine, kind: type[_Table], **own: Any) -> _Table:
+    """The table of an engine that reads an algorithm's drafts as it reads those of `table`, but for `own`.
+
+    Args:
+        kind: of the algorithm's tables; it has every field of `table`.
+    """
+    fields: dict[str, Any] = {field.name: getattr(table, field.name) for field in dataclasses.fields(table)} | own
+    return kind(**fields)
 
 
 class Contract(Protocol):

@@ -14,8 +14,8 @@ SCRIPT = Path(__file__).with_name("evaluate_part.py")
 
 
 def run(count: int) -> list[list[dict]]:
-    """What each process printed: its own evaluation, that of all processes, then the figure of decoding; between them
-    Domino's figures, of one process three times, for all answers and two parts of them, of several once."""
+    """What each process printed: its own evaluation, that of all processes, the figure of decoding, and lines of
+    Domino's figures, which evaluate_part.py describes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

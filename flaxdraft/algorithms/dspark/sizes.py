@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from flaxdraft.algorithms.dflash.sizes import BlockSizes, narrow_width
 from flaxdraft.errors import InputError
@@ -12,7 +12,8 @@ from flaxdraft.errors import InputError
 # What SGLang and vLLM register, and SpecForge's name.
 ARCHITECTURES = ("Qwen3DSparkModel", "DSparkDraftModel")
 PROJECTOR = "dspark"
-HEAD_TYPES = ("vanilla", "gated", "rnn")
+HeadType = Literal["vanilla", "gated", "rnn"]
+HEAD_TYPES: tuple[str, ...] = get_args(HeadType)
 # They stand at the top level, where engines read them, and in dflash_config, where SpecForge does.
 HEAD = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
 
 from flaxdraft.algorithms.dflash.sizes import SERVING_ARCHITECTURE
 from flaxdraft.serving import contract
@@ -26,15 +25,6 @@ class Engine(contract.Engine):
 
     rope_dialects: tuple[str, ...]  # of "rope_parameters" and "rope_theta", those it reads
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
-
-
-_Table = TypeVar("_Table", bound=Engine)
-
-
-def like(table: Engine, kind: type[_Table], **own: Any) -> _Table:
-    """The table of an engine that reads an algorithm's drafts as it reads DFlash's, but for `own`."""
-    fields: dict[str, Any] = {field.name: getattr(table, field.name) for field in dataclasses.fields(table)} | own
-    return kind(**fields)
 
 
 CONFIG = "dflash_config"  # the object of config.json that holds what is the algorithm's own

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from flaxdraft.algorithms.dflash.serving.kind import Kind, Section
 from flaxdraft.algorithms.dflash.serving.tensors import Shapes
 from flaxdraft.algorithms.dflash.serving.terms import CONFIG
-from flaxdraft.algorithms.dspark.sizes import HEAD, PROJECTOR
+from flaxdraft.algorithms.dspark.sizes import HEAD, PROJECTOR, HeadType
 from flaxdraft.serving.fields import FLAG, SIZE, Expected
 from flaxdraft.serving.finding import Finding
 from flaxdraft.serving.view import DraftView
-
-_HeadType = Literal["vanilla", "gated", "rnn"]
 
 
 class DSparkSection(Section):
     """dflash_config of config.json."""
 
     markov_rank: Annotated[int, Field(gt=0)] | None = None  # here or at the top level, as the next ones
-    markov_head_type: _HeadType | None = None
+    markov_head_type: HeadType | None = None
     enable_confidence_head: bool | None = None
     confidence_head_with_markov: bool | None = None
 
@@ -67,10 +65,11 @@ def slots(view: DraftView) -> Iterator[Finding]:
 
 
 _TOP = {
-    "markov_rank": SIZE, "markov_head_type": Expected("vanilla, gated or rnn", _HeadType),
+    "markov_rank": SIZE, "markov_head_type": Expected("vanilla, gated or rnn", HeadType),
     "enable_confidence_head": FLAG, "confidence_head_with_markov": FLAG,
 }  # fmt: skip
 DSPARK = Kind(
     DSparkSection, "mask_token_id and target_layer_ids (and the heads' fields, of which markov_head_type is vanilla, "
-    "gated or rnn)", PROJECTOR, ("markov_rank",), head, (fields, slots), _TOP, ("markov_rank",), from_anchor=True,
+    "gated or rnn)", PROJECTOR, ("markov_rank",), head, (fields, slots), top=_TOP, either=("markov_rank",),
+    from_anchor=True,
 )  # fmt: skip

@@ -6,6 +6,7 @@ import dataclasses
 
 from flaxdraft.algorithms.eagle3.serving.terms import Config, Engine, Kind
 from flaxdraft.plugins import parts_of
+from flaxdraft.serving.contract import tables_in
 from flaxdraft.serving.view import DraftView
 
 _ALGORITHM = "flaxdraft.algorithms.eagle3"
@@ -40,8 +41,7 @@ class View(DraftView):
 def engines() -> dict[str, Engine]:
     """Every table, by the name that a command line takes, with the kinds that name the engine themselves."""
     found, known = {}, kinds()
-    for file, module in sorted(parts_of(f"{_ALGORITHM}.serving.engines")):
-        name, table = file.replace("_", "-"), module.ENGINE
+    for name, table in tables_in(f"{_ALGORITHM}.serving.engines").items():
         brought = {kind.name: kind.engines[name] for kind in known if name in kind.engines}
         found[name] = dataclasses.replace(table, kinds={**brought, **table.kinds})
     return found

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from flaxdraft.algorithms.eagle3.serving import terms
 from flaxdraft.algorithms.eagle3.serving.terms import Served
+from flaxdraft.serving.contract import like
 
 KIND = "parallel"  # the name of such drafts in tables
 
@@ -18,15 +18,11 @@ class Engine(terms.Engine):
     why_not: str | None = None  # it serves no such drafts
 
 
-def _as(table: terms.Engine, **changes: Any) -> Engine:
-    return Engine(**{field.name: getattr(table, field.name) for field in dataclasses.fields(table)} | changes)
-
-
 def serving(table: terms.Engine, served: Served, serve: str | None) -> Engine:
     """An engine that serves parallel drafts as it does sequential ones, but for the command."""
-    return _as(table, kinds={KIND: served}, serve=serve)
+    return like(table, Engine, kinds={KIND: served}, serve=serve)
 
 
 def refusing(table: terms.Engine, why_not: str) -> Engine:
     """An engine that serves sequential drafts alone."""
-    return _as(table, kinds={}, portable=False, why_not=why_not)
+    return like(table, Engine, kinds={}, portable=False, why_not=why_not)

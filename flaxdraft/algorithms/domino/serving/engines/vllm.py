@@ -1,8 +1,8 @@
 """vLLM, which has no Domino."""
 
 from flaxdraft.algorithms.dflash.serving.engines import vllm
-from flaxdraft.algorithms.dflash.serving.terms import like
 from flaxdraft.algorithms.domino.serving.terms import Engine
+from flaxdraft.serving.contract import like
 
 ENGINE = like(
     vllm.ENGINE, Engine, portable=False,

@@ -4,8 +4,8 @@ What no engine serves can still be kept in this form and trained further.
 """
 
 from flaxdraft.algorithms.dflash.serving.engines import hf
-from flaxdraft.algorithms.dflash.serving.terms import like
 from flaxdraft.algorithms.dspark.serving.temperatures import NAME, temperatures
 from flaxdraft.algorithms.dspark.serving.terms import Engine
+from flaxdraft.serving.contract import like
 
 ENGINE = like(hf.ENGINE, Engine, architecture="DSparkDraftModel", files={NAME: temperatures})

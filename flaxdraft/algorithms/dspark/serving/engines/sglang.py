@@ -1,9 +1,9 @@
 """SGLang (srt/models/dspark.py, srt/speculative/dspark_components), since 0.5.16."""
 
 from flaxdraft.algorithms.dflash.serving.engines import sglang
-from flaxdraft.algorithms.dflash.serving.terms import like
 from flaxdraft.algorithms.dspark.serving.temperatures import NAME, temperatures
 from flaxdraft.algorithms.dspark.serving.terms import Engine
+from flaxdraft.serving.contract import like
 
 ENGINE = like(
     sglang.ENGINE, Engine, architecture="Qwen3DSparkModel", samples_from_anchor=True, top_level=True, plain_logits=True,
