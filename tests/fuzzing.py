@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 SHORT = 5
 LONG = pytest.param(300, marks=(pytest.mark.slow, pytest.mark.exhaustive))
 SECONDS = [SHORT, LONG]
-_AT_ONCE = settings(
-    max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+FEW, MANY = 25, 200  # examples at once: a short search ends soon after its time
+_USUAL = settings(
+    deadline=None, database=None, suppress_health_check=list(HealthCheck),
     phases=[Phase.generate, Phase.target, Phase.shrink],
 )  # fmt: skip
 
@@ -22,7 +23,9 @@ def fuzz(check, strategy, seconds: float) -> int:
     it changes. A long one begins elsewhere every time.
     """
     count, deadline = 0, time.monotonic() + seconds
-    seeds = itertools.count(0 if seconds <= SHORT else time.time_ns())
+    short = seconds <= SHORT
+    seeds = itertools.count(0 if short else time.time_ns())
+    at_once = settings(_USUAL, max_examples=FEW if short else MANY)
 
     def counted(example):
         nonlocal count
@@ -30,5 +33,5 @@ def fuzz(check, strategy, seconds: float) -> int:
         check(example)
 
     while time.monotonic() < deadline:
-        seed(next(seeds))(_AT_ONCE(given(strategy)(counted)))()
+        seed(next(seeds))(at_once(given(strategy)(counted)))()
     return count

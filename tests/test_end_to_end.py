@@ -103,6 +103,7 @@ def test_a_second_run_does_nothing_again(finished, workspace, monkeypatch, capfd
     assert "accept length" in capfd.readouterr().out
 
 
+@pytest.mark.slow  # by default test_stored_answers.py says what shares answers
 def test_another_draft_shares_the_answers(finished, workspace, monkeypatch):
     monkeypatch.setattr(answers, "capture", None)
     assert call(workspace, "draft.architecture=mla") == 0
@@ -253,7 +254,10 @@ def test_a_killed_capture_goes_on(workspace, finished, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
-    [("mesh.fsdp=2", "mesh.tensor=2"), ("mesh.data=2", "mesh.sequence=4")],
+    [
+        ("mesh.fsdp=2", "mesh.tensor=2"),
+        pytest.param(("mesh.data=2", "mesh.sequence=4"), marks=pytest.mark.exhaustive),
+    ],
 )
 def test_the_whole_command_on_a_mesh(finished, workspace, tmp_path, mesh):
     """Training is spread, in two micro-batches a step, and its held-out losses are those of one device; decoding is on

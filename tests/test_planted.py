@@ -70,7 +70,7 @@ def unshifted_labels(name, target, rows):
 
 
 @pytest.mark.parametrize("plant", [rope_base, norm_swapped, identity_map, unshifted_labels])
-@pytest.mark.parametrize("name", ["llama", pytest.param("mla", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["llama", pytest.param("mla", marks=(pytest.mark.slow, pytest.mark.exhaustive))])
 def test_a_wrong_convention_loses_what_the_right_one_gains(target, rows, name, plant):
     right = gained(target, rows, make_draft(name, target))
     assert right > 2.5

@@ -49,6 +49,7 @@ def loaded(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_an_eighth_on_each_device_and_the_same_results(workspace, loaded):
     """Loaded for answers and again for the final evaluation, since training does not ask it."""
     for name, more in (("whole", ()), ("split", ("target.mesh.fsdp=8",))):

@@ -78,14 +78,16 @@ def single():
 
 # By default the mesh of all axes, for a family without experts, and for both kinds of experts.
 QUICK = {("qwen3", "all"), ("deepseek v3", "all"), ("gpt-oss", "all")}
-# Each axis alone, for a family without experts, and for both kinds of experts; the others are for changes of sharding.
-ALONE = ("qwen3", "deepseek v3", "gpt-oss")
+# Each axis alone for a family without experts, and what splits experts for both kinds; others are for changes of
+# sharding.
+ALONE = {"qwen3": ("data", "fsdp", "tensor"), "deepseek v3": ("tensor", "expert"), "gpt-oss": ("tensor", "expert")}
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
 
 
 def marks(name, mesh):
     if (name, mesh) in QUICK:
         return ()
-    return (pytest.mark.slow,) if mesh == "all" or name in ALONE else (pytest.mark.slow, pytest.mark.exhaustive)
+    return (pytest.mark.slow,) if mesh == "all" or mesh in ALONE.get(name, ()) else EXHAUSTIVE
 
 
 PAIRS = [pytest.param(name, mesh, marks=marks(name, mesh)) for name in FIELDS for mesh in MESHES if mesh != "rows"]
@@ -127,8 +129,12 @@ def test_a_tree_is_the_same_on_eight_devices(name):
     assert_close(got, want, ulp=80)
 
 
-@pytest.mark.parametrize("sampled", [{}, {"temperature": 1.5, "top_p": 0.9, "seeds": [7, 8, 9]}])
-@pytest.mark.parametrize("mesh", ["all", pytest.param("tensor", marks=pytest.mark.slow)])
+# By default they are sampled in test_free_rows_of_all_devices_take_prompts.
+SAMPLED = {"temperature": 1.5, "top_p": 0.9, "seeds": [7, 8, 9]}
+
+
+@pytest.mark.parametrize("sampled", [{}, pytest.param(SAMPLED, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh", ["all", pytest.param("tensor", marks=EXHAUSTIVE)])
 def test_answers_are_those_of_one_device(mesh, sampled):
     """Three prompts, which four shares of rows do not divide."""
     prompts = [[5, 9, 30, 7], [8] * 11, [40, 41, 6, 50, 51, 52, 53]]

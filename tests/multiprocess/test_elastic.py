@@ -1,4 +1,5 @@
-"""A run goes on: on the same devices to the bit, on others with the same global batches."""
+"""A run goes on: on the same devices to the bit, on others with the same global batches. By default two processes go
+on to the bit after a kill, and one goes on with what two saved (test_survival.py)."""
 
 import math
 
@@ -28,6 +29,8 @@ def four_processes(runs):
     return runs
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_same_devices_go_on_to_the_bit(uninterrupted):
     """Twenty more steps."""
     uninterrupted.copy_until("uninterrupted", "same", FROM)
@@ -36,6 +39,7 @@ def test_the_same_devices_go_on_to_the_bit(uninterrupted):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_other_devices_go_on(uninterrupted):
     """From the same step, with the same global batches; losses and held-out figures agree to rounding."""
     uninterrupted.copy_until("uninterrupted", "elastic", FROM)

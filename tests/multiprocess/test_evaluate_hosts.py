@@ -46,7 +46,7 @@ def others(lines: list[dict]) -> list[dict]:
     return [line for line in lines if "scalars" not in line]
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=(pytest.mark.slow, pytest.mark.exhaustive))])
 def test_processes_add_up(alone, count):
     printed = run(count)
     assert_scalars_are_of_sums(of_domino(alone), [of_domino(lines) for lines in printed])

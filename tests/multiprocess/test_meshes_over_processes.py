@@ -20,12 +20,11 @@ def one_device(runs):
 @pytest.mark.parametrize(
     ("num_processes", "mesh"),
     [
-        (2, {"sequence": 2}),
         pytest.param(4, {"data": 2, "sequence": 2}, marks=pytest.mark.slow),
         pytest.param(4, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
         *(
             pytest.param(2, mesh, marks=(pytest.mark.slow, pytest.mark.exhaustive))
-            for mesh in ({"sequence": 4}, {"data": 2, "sequence": 2}, {"tensor": 2})
+            for mesh in ({"sequence": 2}, {"sequence": 4}, {"data": 2, "sequence": 2}, {"tensor": 2})
         ),
     ],
     ids=str,

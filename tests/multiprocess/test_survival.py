@@ -42,6 +42,7 @@ def test_two_processes_equal_one(undisturbed):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # four processes are compared with one device in test_meshes_over_processes.py
 def test_four_processes_equal_one(undisturbed):
     assert undisturbed.run("four-as-one", 4, *OPTIONS) == [0] * 4, undisturbed.said("four-as-one")
     undisturbed.assert_agree("four-as-one", "undisturbed")
@@ -142,7 +143,8 @@ MOMENTS = "begin", "save", "save", "step", "step"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("num_processes", "num_kills"), [(2, 4), (1, 4), pytest.param(2, 30, marks=pytest.mark.exhaustive)]
+    ("num_processes", "num_kills"),
+    [(2, 4), *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ((1, 4), (2, 30)))],
 )
 def test_kills_at_random_moments(request, num_processes, num_kills, record_property):
     """kill -9 of one process or of all, in turn; every restart goes on from a complete checkpoint. A run that is

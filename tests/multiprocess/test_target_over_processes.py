@@ -19,7 +19,8 @@ from tiny_runs import make_workspace
 from flaxdraft.data.store import FeatureStore
 from flaxdraft.files.safetensors_file import load_safetensors
 
-# The default tests have one target over eight devices of a process, and two processes that train and evaluate.
+# By default a target lies over eight devices of a process (multidevice/test_target_sharding.py), and two processes
+# train and evaluate.
 pytestmark = pytest.mark.slow
 SCRIPT, MESH = Path(all_commands.__file__), "fsdp=2"
 SHORT = {"num_steps": 2, "eval_every": 2, "checkpoint_every": 2, "batch_size": 2, "length_buckets": 1}

@@ -75,7 +75,7 @@ SHARDING = (
     Break("weights are whole along fsdp", "weight_df=P(FSDP_AXIS, TENSOR_AXIS), weight_fd",
           "weight_df=P(None, TENSOR_AXIS), weight_fd", wire("mesh.fsdp")),
     Break("every device of the tensor axis holds all heads", "act_btnh=P(batch, None, TENSOR_AXIS, None)",
-          "act_btnh=P(batch, None, None, None)", of("multidevice/test_meshes", "curve and tensor and llama"),
+          "act_btnh=P(batch, None, None, None)", of("multidevice/test_meshes", "curve and tensor"),
           why="the same figures, with more memory and work on each device, which no default test measures"),
     Break("each device's sums are its own", "sums = jax.tree.map(lambda x: added_up(x, jax.P(), rows_axes), sums)",
           "", of("multidevice/test_meshes", "curve and data and llama")),
