@@ -93,13 +93,13 @@ def first_architecture(config: Mapping[str, Any]) -> str | None:
     return next(iter(architectures_of(config)), None)
 
 
-def find_by_architecture(packages: list[str], config: dict[str, Any], origin: str, otherwise: str = "") -> ModuleType:
+def find_by_architecture(packages: list[str], config: dict[str, Any], origin: str, advice: str = "") -> ModuleType:
     """The part that declares the config's `architectures` (first) or `model_type`. A part whose names others declare
     too may have a function `claims(config)`, which says whether a config is its own; what nobody claims is for the part
     without that function.
 
     Args:
-        otherwise: what the message says at its end where no part declares it.
+        advice: a sentence that ends the message where no part declares it.
 
     Raises:
         InputError: none declares it, or two do; `architectures` is no list.
@@ -122,8 +122,8 @@ def find_by_architecture(packages: list[str], config: dict[str, Any], origin: st
             raise InputError(f"{origin}: {' and '.join(module.__name__ for module in found)} both declare {key!r}")
         if found:
             return found[0]
-    raise InputError(
+    message = (
         f"{origin}: architecture {named or model_type!r} (model_type {model_type!r}) is not supported; supported are "
         f"{', '.join(sorted(known))}. A new one is a new part of {packages[0]}, see CONTRIBUTING.md"
-        f"{'. ' * bool(otherwise)}{otherwise}"
     )
+    raise InputError(f"{message}. {advice}" if advice else message)

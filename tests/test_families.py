@@ -50,7 +50,12 @@ def config_of(family: str, **fields):
             "sliding_window: found None with layers of sliding_",
         ),
         ("mistral", {"layer_types": SOME[1:]}, "layer_types: found .*, expected .* for each of 8 layers"),
-        ("mistral", {"layer_types": ["chunked_attention"] * 8}, "layer_types: found .*'chunked_attention'"),
+        ("mistral", {"layer_types": 1}, "layer_types: found 1, expected .* for each of 8 layers"),
+        (
+            "mistral",
+            {"layer_types": ["chunked_attention"] * 8},
+            "layer_types: found 'chunked_attention', only .* An engine",
+        ),
         ("qwen3_moe", {"hidden_act": "gelu"}, "hidden_act: found 'gelu', only 'silu' is supported; take another"),
     ],
 )

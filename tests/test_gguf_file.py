@@ -10,6 +10,7 @@ from tokenizers import pre_tokenizers
 
 from flaxdraft.errors import InputError
 from flaxdraft.files.gguf_file import _SPLITS, GGUFCheckpoint, unpermute
+from flaxdraft.files.through_an_engine import THROUGH_AN_ENGINE
 from flaxdraft.nn.rope import RopeConfig, inverse_frequencies
 
 HIDDEN, HEADS, KV_HEADS, FFN, LAYERS = 32, 4, 2, 64, 8
@@ -32,8 +33,12 @@ BASE = {
 }  # fmt: skip
 
 
-def write_gguf(path, fields=(), tensors=("token_embd.weight",)):
-    """A file with the fields that a configuration needs, but for those that are overridden (None leaves one out)."""
+def write_gguf(path, fields=(), tensors=("token_embd.weight",), stored_as=None):
+    """A file with the fields that a configuration needs, but for those that are overridden (None leaves one out).
+
+    Args:
+        stored_as: a quantisation, of which each tensor then is one empty block.
+    """
     fields = {**BASE, **dict(fields)}
     writer = gguf.GGUFWriter(path, fields.pop("general.architecture", "llama"))
     if "llama.attention.layer_norm_rms_epsilon" not in fields:
@@ -44,7 +49,11 @@ def write_gguf(path, fields=(), tensors=("token_embd.weight",)):
         elif value is not None:
             writer.add_uint32(key, value)
     for name in tensors:
-        writer.add_tensor(name, np.arange(8 * 16, dtype=np.float32).reshape(8, 16))
+        if stored_as is None:
+            writer.add_tensor(name, np.arange(8 * 16, dtype=np.float32).reshape(8, 16))
+        else:
+            block = np.zeros((1, gguf.GGML_QUANT_SIZES[stored_as][1]), np.uint8)
+            writer.add_tensor(name, block, raw_dtype=stored_as)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -236,8 +245,19 @@ def test_missing_metadata_are_named(tmp_path, key):
 
 
 def test_rope_scaling_is_refused_rather_than_dropped(tmp_path):
-    with pytest.raises(InputError, match="GGUF rope scaling is not supported"):
+    with pytest.raises(InputError, match="GGUF rope scaling is not supported") as error:
         GGUFCheckpoint(write_gguf(tmp_path / "a.gguf", {"llama.rope.scaling.type": "linear"}))
+    assert str(error.value).endswith(THROUGH_AN_ENGINE)
+
+
+def test_a_type_that_the_gguf_package_cannot_read_is_named(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", stored_as=gguf.GGMLQuantizationType.Q8_K)
+    checkpoint = GGUFCheckpoint(path)
+    with pytest.raises(
+        InputError, match=r"a.gguf: token_embd.weight is stored as Q8_K, which .* such as Q8_0"
+    ) as error:
+        checkpoint.read("model.embed_tokens.weight", ())
+    assert str(error.value).endswith(THROUGH_AN_ENGINE)
 
 
 def test_other_tokenizers_are_refused(tmp_path):
@@ -322,8 +342,9 @@ def test_llama3_rotary_scaling_is_recovered(tmp_path):
         writer.close()
     rope = RopeConfig.from_hf(GGUFCheckpoint(tmp_path / "good.gguf").config)
     assert (rope.rope_type, round(rope.factor, 3), rope.rope_theta) == ("llama3", 32.0, 5e5)
-    with pytest.raises(InputError, match=r"bad.gguf: rope_freqs.weight is not Llama 3.1's rotary scaling"):
+    with pytest.raises(InputError, match=r"bad.gguf: rope_freqs.weight is not Llama 3.1's rotary scaling") as error:
         GGUFCheckpoint(tmp_path / "bad.gguf")
+    assert str(error.value).endswith(THROUGH_AN_ENGINE)
 
 
 def altered(path, tiny_gguf, old: bytes, new: bytes):

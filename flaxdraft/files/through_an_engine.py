@@ -1,7 +1,8 @@
-"""What still helps somebody whose target is refused here: an engine that runs it. Every message that refuses a family,
-a quantisation or a layout of files ends with it.
+"""The sentence that ends a message which refuses a target's family, quantisation or layout of files: what an engine
+that runs the target can do instead.
 
-A family that is unknown here helps nobody to train: hidden states need the target's embedding, head and final norm.
+Answers from an engine need nothing of the target but its tokenizer. Training also reads the target's embedding, head
+and final norm from its files, so the family must be known for it.
 """
 
 THROUGH_AN_ENGINE = (

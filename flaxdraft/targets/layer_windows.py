@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from flaxdraft.errors import InputError
+from flaxdraft.files.through_an_engine import THROUGH_AN_ENGINE
 from flaxdraft.nn.self_attention import Attend
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -28,10 +29,15 @@ def layer_windows(config: Mapping[str, Any], window: int | None, usual: Sequence
         InputError: `layer_types` names no kind for each layer, or one that is unknown; a layer slides without a window.
     """
     kinds = config.get("layer_types") or usual
-    if len(kinds) != config["num_hidden_layers"] or not {*kinds} <= {SLIDING, FULL}:
+    if not isinstance(kinds, list | tuple) or len(kinds) != config["num_hidden_layers"]:
         raise InputError(
             f"target config: layer_types: found {kinds!r}, expected {SLIDING!r} or {FULL!r} for each of "
             f"{config['num_hidden_layers']} layers; fetch config.json again"
+        )
+    if unknown := [kind for kind in kinds if kind not in (SLIDING, FULL)]:
+        raise InputError(
+            f"target config: layer_types: found {unknown[0]!r}, only {SLIDING!r} and {FULL!r} are supported. "
+            f"{THROUGH_AN_ENGINE}"
         )
     if SLIDING in kinds and (not isinstance(window, int) or window < 1):
         raise InputError(
